@@ -1,0 +1,322 @@
+"""The configuration: frozen, checked once, never written again.
+
+A recipe is one TOML file. Top-level tables are defaults; a stage may override any of ``objective``, ``optim``,
+``batch`` and ``sampling``. What a user can get wrong is refused here, with the nearest valid key or the valid range.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """The user's input is wrong: says what must hold, what was found and where, and what to do. Exit code 2."""
+
+
+class Section(BaseModel):
+    """A frozen table of the recipe; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TinyModel(Section):
+    """A decoder with random weights and a word-level tokenizer, built on the spot: no download."""
+
+    hidden_size: int = Field(128, ge=8)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    intermediate_size: int = Field(384, ge=8)
+    max_tok: int = Field(512, ge=16)  # longest sequence, prompt and response
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "TinyModel":
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must divide hidden_size and be a multiple of num_kv_heads, "
+                f"got hidden_size={self.hidden_size} num_heads={self.num_heads} num_kv_heads={self.num_kv_heads}"
+            )
+        if (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"hidden_size / num_heads must be even (rotary pairs), got {self.hidden_size // self.num_heads}")
+        return self
+
+
+class ModelConfig(Section):
+    """Exactly one of ``path`` and ``tiny``."""
+
+    path: str | None = None  # a folder, a .gguf file, or a hub name
+    tiny: TinyModel | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; masters are always float32
+    chat_template: bool = True  # wrap the question as a user's turn, where the tokenizer has a template
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("exactly one of model.path and model.tiny must be given")
+        return self
+
+
+class SamplerConfig(Section):
+    kind: Literal["builtin", "vllm"] = "builtin"
+    publish: Literal["shared", "copy"] = "copy"  # vllm: one storage for both, or a copy after each step
+    memory_frac: float = Field(0.3, gt=0, lt=1)  # vllm: share of the device's memory (on the CPU: of the RAM) for weights and KV
+    max_model_len: int = Field(2048, ge=16)  # vllm: prompt and response, tokens
+    max_seqs: int = Field(256, ge=1)  # sequences decoded at once
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, gt=0)
+    max_new_tok: int = Field(72, ge=1)
+    samples_per_prompt: int = Field(8, ge=1)
+
+
+class BatchConfig(Section):
+    prompts: int = Field(16, ge=1)  # per step
+    max_tok: int = Field(8192, ge=1)  # packed tokens of one micro-batch, the prompt of a group counted once
+    prompts_per_update: int | None = Field(None, ge=1)  # None: one optimizer step on all prompts of a step
+    epochs: int = Field(1, ge=1)  # passes over the rollouts of a step
+
+
+class OptimConfig(Section):
+    """AdamW with float32 masters."""
+
+    lr: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr_frac: float = Field(0.1, ge=0, le=1)  # where linear and cosine end
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)  # of the whole gradient
+
+
+ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "sft", "rft"]
+
+# What the name stands for; a recipe may override every line. Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783,
+# DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, RLOO 2402.14740, REINFORCE++ 2501.03262, STaR 2203.14465.
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": dict(baseline="mean", scale="std", aggregation="sequence", clip_low=0.2, clip_high=0.2),
+    "dr_grpo": dict(baseline="mean", scale="none", aggregation="constant", clip_low=0.2, clip_high=0.2),
+    "dapo": dict(baseline="mean", scale="std", aggregation="token", clip_low=0.2, clip_high=0.28),
+    "gspo": dict(
+        baseline="mean", scale="std", aggregation="sequence", clip_low=3e-4, clip_high=4e-4, ratio="sequence"
+    ),
+    "cispo": dict(baseline="mean", scale="std", aggregation="token", clip_low=1.0, clip_high=0.28),
+    "rloo": dict(baseline="leave_one_out", scale="none", aggregation="constant", clip_low=None, clip_high=None),
+    "reinforce_pp": dict(baseline="none", scale="batch", aggregation="token", clip_low=0.2, clip_high=0.2),
+    "sft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
+    "rft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
+}
+
+
+class ObjectiveConfig(Section):
+    """A loss by its name, and every choice the name stands for."""
+
+    name: ObjectiveName = "dapo"
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
+    scale: Literal["std", "none", "batch"] = "std"
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float | None = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; None: not clipped
+    clip_high: float | None = Field(0.2, gt=0)  # ratio <= 1 + clip_high
+    kl_coef: float = Field(0.0, ge=0)
+    kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of KL(policy || reference), Schulman 2020
+    entropy_coef: float = Field(0.0, ge=0)
+    tis: Literal["off", "token", "sequence"] = "off"  # importance weight trainer / sampler
+    tis_mode: Literal["truncate", "mask"] = "truncate"  # above the cap: weight = cap, or the token (sequence) is left out
+    tis_cap: float = Field(2.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {**PRESETS.get(data.get("name", "dapo"), {}), **data}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ObjectiveConfig":
+        if (self.clip_low is None) != (self.clip_high is None):
+            raise ValueError("clip_low and clip_high must both be given or both be left out")
+        if self.name in ("sft", "rft"):
+            for key, idle in (("kl_coef", 0.0), ("entropy_coef", 0.0), ("tis", "off"), ("ratio", "token")):
+                if getattr(self, key) != idle:
+                    raise ValueError(f"{key} has no meaning for {self.name}: leave it out")
+        if self.kl_coef and self.kl == "k1":
+            raise ValueError("k1 has a zero gradient in expectation as a loss term: use kl = 'k2' or 'k3'")
+        return self
+
+    @property
+    def is_supervised(self) -> bool:
+        """Trained on demonstrations instead of the policy's own responses."""
+        return self.name == "sft"
+
+    @property
+    def needs_ratio(self) -> bool:
+        return self.name not in ("sft", "rft")
+
+    @property
+    def is_per_token(self) -> bool:
+        """A token's loss depends on its own row alone, so that gradients can be made chunk by chunk."""
+        return self.ratio == "token" and self.tis != "sequence"
+
+    @property
+    def drops_flat_groups(self) -> bool:
+        """Whether a sequence with advantage 0 has no gradient at all."""
+        return self.name != "sft" and self.kl_coef == 0 and self.entropy_coef == 0
+
+
+class Stage(Section):
+    """What the engine has to know of a stage: how to draw, what to minimise, and what to keep from the stage before."""
+
+    name: str
+    steps: int = Field(ge=1)  # at most; the schedule of the learning rate runs over them
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    optimizer: Literal["carry", "reset"] = "reset"  # moments of the stage before
+    reference: Literal["keep", "anchor"] = "anchor"  # KL is measured to the policy as it was at the start of this stage, or of an earlier one
+
+    @model_validator(mode="after")
+    def _groups_are_large_enough(self) -> "Stage":
+        relative = self.objective.baseline != "none" or self.objective.scale == "std"
+        if relative and self.sampling.samples_per_prompt < 2:
+            raise ValueError(
+                f"{self.objective.name} compares the responses of a group: samples_per_prompt must be >= 2, "
+                f"got {self.sampling.samples_per_prompt}"
+            )
+        if self.batch.prompts_per_update and self.batch.prompts % self.batch.prompts_per_update:
+            raise ValueError(
+                f"prompts_per_update must divide prompts, got {self.batch.prompts_per_update} and {self.batch.prompts}"
+            )
+        return self
+
+
+class RunConfig(Section):
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1)  # of PyTorch on the CPU; None: all cores
+    checkpoint_every: int = Field(50, ge=1)  # steps
+    keep_checkpoints: int = Field(2, ge=1)
+    completions_every: int = Field(10, ge=1)  # steps between samples written to completions/
+    max_drift: float | None = Field(None, gt=0)  # nats; None: by dtype, see engine/rollout/weights.py
+
+
+class EngineConfig(Section):
+    """The tables of a recipe that the engine reads; the curriculum's Recipe adds its own."""
+
+    model: ModelConfig
+    sampler: SamplerConfig = SamplerConfig()
+    run: RunConfig = RunConfig()
+
+
+C = TypeVar("C", bound=Section)
+STAGE_TABLES = ("objective", "optim", "batch", "sampling")
+
+
+def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
+    """The recipe at ``path`` with ``section.key=value`` overrides, as a checked, frozen ``schema``. Raises UserError."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; name a TOML file, for example curriculum/recipes/quickstart.toml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the recipe cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for text in overrides:
+        _override(tables, text)
+    return check_tables(_stages_resolved(tables), schema, where=str(path))
+
+
+def check_tables(tables: dict[str, Any], schema: type[C], *, where: str) -> C:
+    """``tables`` as ``schema``; every defect in one UserError, a line each."""
+    try:
+        return schema.model_validate(tables)
+    except ValidationError as error:
+        lines = [_explain(schema, defect) for defect in error.errors(include_url=False)]
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _override(tables: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"an override must read section.key=value, got {text!r}")
+    *parents, leaf = key.strip().split(".")
+    node: Any = tables
+    for name in parents:
+        node = _child(node, name, text)
+    if isinstance(node, list):
+        raise UserError(f"override {text!r}: name a stage by its number, for example stage.0.steps=10")
+    node[leaf] = _toml_value(value.strip())
+
+
+def _child(node: Any, name: str, text: str) -> Any:
+    if isinstance(node, dict):
+        return node.setdefault(name, {})
+    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+        return node[int(name)]
+    choices = f"0 to {len(node) - 1}" if isinstance(node, list) else "no deeper table"
+    raise UserError(f"override {text!r}: {name!r} must be {choices}")
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+
+
+def _stages_resolved(tables: dict[str, Any]) -> dict[str, Any]:
+    """The top-level objective, optim, batch and sampling tables, laid under those of each stage."""
+    defaults = {name: tables.get(name, {}) for name in STAGE_TABLES}
+    stages = tables.get("stage")
+    if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):
+        return tables
+    rest = {key: value for key, value in tables.items() if key not in STAGE_TABLES}
+    return {**rest, "stage": [{**stage, **_layered(defaults, stage)} for stage in stages]}
+
+
+def _layered(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    layered = {}
+    for name, table in defaults.items():
+        own = stage.get(name, {})
+        if not isinstance(own, dict) or not isinstance(table, dict):
+            layered[name] = own or table
+            continue
+        # another objective's name brings its own preset, not the default objective's choices
+        renamed = name == "objective" and "name" in own and own["name"] != table.get("name")
+        layered[name] = dict(own) if renamed else {**table, **own}
+    return layered
+
+
+def _explain(schema: type[BaseModel], defect: Any) -> str:
+    loc = defect["loc"]
+    where = ".".join(str(part) for part in loc) or "recipe"
+    if defect["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(schema, loc)}"
+    if defect["type"] == "missing":
+        return f"{where}: must be given"
+    message = defect["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(defect["input"], (dict, BaseModel)) else f", got {defect['input']!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{got}"
+
+
+def _nearest(schema: type[BaseModel], loc: tuple[Any, ...]) -> str:
+    node: Any = schema
+    for part in loc[:-1]:
+        node = _model_in(node.model_fields[part].annotation) if isinstance(part, str) and part in node.model_fields else node
+    keys = sorted(node.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), keys, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(keys)}"
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, list, tuple):
+        return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+    return None

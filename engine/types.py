@@ -1,0 +1,161 @@
+"""The values that travel through the loop. Everything here is frozen; nothing here computes.
+
+    Prompt -> Sampler -> Rollout -> Judge -> Group -> pack -> PackedBatch -> learner -> StepStats
+
+Letters: P prompts, G responses per prompt, S = P * G sequences, T packed tokens, N predicted tokens, V vocabulary.
+Log-probabilities are natural logarithms (nats).
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from isomorph.kernels.packed_attention import PackedLayout
+
+Finish = Literal["stop", "length"]
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on: a tripwire fired, a device or the disk was lost. Exit code 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question, tokenised. ``payload`` belongs to whoever made the prompt; the engine only hands it back.
+
+    Example: ``Prompt(prompt_id=7, token_ids=(1, 42, 9), task="async_plan", representation="graph", payload=task)``
+    """
+
+    prompt_id: int
+    token_ids: tuple[int, ...]
+    task: str
+    representation: str
+    payload: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How responses are drawn. Temperature only: under top-k, top-p or min-p the log-probability would be another policy's."""
+
+    temperature: float  # 0 is greedy, for evaluation: such rollouts carry no log-probability
+    max_new_tok: int
+    samples_per_prompt: int
+    stop_ids: tuple[int, ...]
+    seed: int  # the same seed, weights and prompts give the same rollouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """One response. The stop token, where there is one, is its last token, and is trained."""
+
+    prompt_id: int
+    sample: int  # 0 .. G-1
+    token_ids: Tensor  # [n] int64, on the CPU, n >= 1
+    sampler_logprob: Tensor | None  # [n] float32, at the sampling temperature; None for a demonstration or a greedy response
+    finish: Finish
+    policy_version: int  # of the weights that drew it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """A prompt with its G rollouts, judged."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...]
+    advantages: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedBatch:
+    """Whole groups, one after the other, without padding; each prompt stands once: [P][R1]..[RG] [P][R1]..
+
+    Everything per predicted token is aligned to targets: index i speaks of ``target_ids[i]``, which the hidden
+    row ``row_index[i]`` predicts. The last prompt token's row predicts the first token of all G responses.
+    """
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64; every response starts at its prompt's length
+    layout: PackedLayout
+    row_index: Tensor  # [N] int64 into T
+    target_ids: Tensor  # [N] int64
+    seq_id: Tensor  # [N] int64 in 0..S-1, ascending
+    sampler_logprob: Tensor | None  # [N] float32; None for demonstrations
+    advantage: Tensor  # [S] float32
+
+    @property
+    def num_seqs(self) -> int:
+        return self.advantage.shape[0]
+
+    @property
+    def num_loss_tok(self) -> int:
+        return self.target_ids.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What one publish did."""
+
+    version: int
+    num_bytes: int  # moved from the trainer's storage to the sampler's; 0 where they are one
+    fingerprint: str  # of the sampler's weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """Numbers of one step; means are over predicted tokens of all its updates. NaN: there was nothing to measure."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    clip_frac: float
+    entropy: float  # nats
+    kl: float  # to the reference policy, by the estimator of the objective
+    drift_mean: float  # |trainer - sampler| log-probability of the sampled tokens, before the first update
+    drift_max: float
+    num_updates: int  # optimizer steps
+    num_loss_tok: int
+    num_trunk_tok: int  # tokens that went through the decoder in the update passes
+    num_dropped_tok: int  # their sampler log-probability was not finite
+    num_flat_groups: int  # all rewards equal: no gradient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """All that resuming needs beside weights and optimizer."""
+
+    step: int = 0  # completed steps; a step is one round of rollouts and all updates on it
+    num_updates: int = 0  # completed optimizer steps
+    policy_version: int = 0
+    stage: str = ""
+    source: dict[str, Any] = field(default_factory=dict)  # the prompt source's own state, JSON-able
+    totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens
+
+
+class Sampler(Protocol):
+    """Who draws responses."""
+
+    policy_version: int
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending."""
+        ...
+
+    def asleep(self) -> AbstractContextManager[None]:
+        """While open, the sampler's working memory (not the weights) belongs to the learner."""
+        ...
+
+    def publish(self, version: int) -> Publication:
+        """From now on sample from the policy's present weights."""
+        ...
+
+
+class Judge(Protocol):
+    """Who says what a response is worth. A response's defects cost it its reward; they never raise."""
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """One reward for each (prompt, text) pair."""
+        ...
