@@ -1,0 +1,125 @@
+"""Advantages: what a response, or a token, was worth beyond expectation.
+
+    group_advantage   reward - baseline of its group, then scaled            one number per response
+    gae               delta[t] = reward[t] + gamma value[t+1] - value[t]     one number per token
+                      advantage[t] = delta[t] + gamma lam advantage[t+1]
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["mean", "leave_one_out", "none"]
+Scale = Literal["std", "none", "batch"]
+
+EPS = 1e-4  # added to a group's standard deviation, as GRPO implementations do
+
+
+# -- reference: the specification
+def group_advantage_ref(
+    reward_S: Tensor, group_offsets: Tensor, *, baseline: Baseline = "mean", scale: Scale = "std"
+) -> Tensor:
+    """What ``group_advantage`` computes, one group at a time."""
+    offsets = _check_groups(reward_S, group_offsets, baseline, scale)
+    groups = [_one_group(reward_S[a:b], baseline, scale) for a, b in zip(offsets, offsets[1:], strict=False)]
+    advantage_S = torch.cat(groups) if groups else torch.zeros_like(reward_S)
+    if scale != "batch" or len(reward_S) == 0:
+        return advantage_S
+    if bool((advantage_S == advantage_S[0]).all()):
+        return torch.zeros_like(advantage_S)
+    return (advantage_S - advantage_S.mean()) / (advantage_S.std() + EPS)
+
+
+def _one_group(reward_G: Tensor, baseline: Baseline, scale: Scale) -> Tensor:
+    is_flat = bool((reward_G == reward_G[0]).all()) if len(reward_G) else True
+    if is_flat and (baseline != "none" or scale == "std"):
+        return torch.zeros_like(reward_G)  # exactly: a rounded mean would leave dust, and dust over eps is a gradient
+    advantage_G = reward_G
+    if baseline == "mean":
+        advantage_G = reward_G - reward_G.mean()
+    if baseline == "leave_one_out":
+        advantage_G = (reward_G - reward_G.mean()) * (len(reward_G) / (len(reward_G) - 1))
+    if scale == "std":
+        advantage_G = advantage_G / (reward_G.std() + EPS)
+    return advantage_G
+
+
+def gae_ref(
+    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """What ``gae`` computes, one token at a time."""
+    offsets = _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
+    advantage_T = torch.zeros_like(reward_T)
+    for start, end in zip(offsets, offsets[1:], strict=False):
+        next_advantage = next_value = reward_T.new_zeros(())
+        for t in reversed(range(start, end)):
+            delta = reward_T[t] + gamma * next_value - value_T[t]
+            next_advantage = delta + gamma * lam * next_advantage
+            next_value = value_T[t]
+            advantage_T[t] = next_advantage
+    return advantage_T, advantage_T + value_T
+
+
+# -- argument checks
+def _check_offsets(name: str, offsets: Tensor, num: int) -> list[int]:
+    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64 [n + 1], got {offsets.dtype} {tuple(offsets.shape)}")
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != num or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"{name} must ascend from 0 to {num}, the number of rows, got {values}")
+    return values
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if value.ndim != 1 or value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64 [n], got {value.dtype} {tuple(value.shape)}")
+    bad = (~torch.isfinite(value)).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise ValueError(f"{name} must be finite, got {float(value[first])} at index {first} ({len(bad)} in all)")
+
+
+def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> list[int]:
+    if baseline not in get_args(Baseline):
+        raise ValueError(f"baseline must be one of {', '.join(get_args(Baseline))}, got {baseline!r}")
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}")
+    _check_finite("reward", reward_S)
+    offsets = _check_offsets("group_offsets", group_offsets, len(reward_S))
+    if baseline == "none" and scale != "std":
+        return offsets
+    for group, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if end - start == 1:
+            raise ValueError(
+                f"group {group} has one response: baseline {baseline!r} with scale {scale!r} compares responses of "
+                "a group; sample at least 2 (samples_per_prompt >= 2), or take baseline 'none' without scale 'std'"
+            )
+    return offsets
+
+
+def _check_gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> list[int]:
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must lie in 0..1, got {number}")
+    _check_finite("reward", reward_T)
+    _check_finite("value", value_T)
+    if value_T.shape != reward_T.shape or value_T.dtype != reward_T.dtype:
+        raise ValueError(
+            f"value must be as reward, {reward_T.dtype} {tuple(reward_T.shape)}, got {value_T.dtype} "
+            f"{tuple(value_T.shape)}"
+        )
+    return _check_offsets("cu_seqlens", cu_seqlens, len(reward_T))
+
+
+# -- public ops
+def group_advantage(
+    reward_S: Tensor, group_offsets: Tensor, *, baseline: Baseline = "mean", scale: Scale = "std"
+) -> Tensor:
+    return group_advantage_ref(reward_S, group_offsets, baseline=baseline, scale=scale)
+
+
+def gae(
+    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    return gae_ref(reward_T, value_T, cu_seqlens, gamma=gamma, lam=lam)
