@@ -1,0 +1,68 @@
+"""What a task is: one question with its verifiable answer, as plain data.
+
+A task travels as the payload of a prompt, and into checkpoints and completion files as JSON.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self, get_args
+
+Family = Literal["async_plan", "math", "physics"]
+FAMILIES: tuple[str, ...] = get_args(Family)
+Split = Literal["train", "eval"]
+
+
+class DataError(ValueError):
+    """The user's data cannot be used; the message says what must hold, what was found and where."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A question with the answer that the judge compares against.
+
+    Example: ``Task(family="async_plan", representation="graph", question="graph = {1: [2], 2: []} ...",
+    answer="12 min", key="9f0c...")``
+    """
+
+    family: str  # "async_plan" | "math" | "physics"
+    representation: str  # "natural" | "graph" | "code" | a held-out form
+    question: str  # the whole user prompt
+    answer: str
+    key: str  # identity of the underlying procedure: the same in all of its representations
+    demonstration: str | None = None  # a worked response, ends in <answer>..</answer>
+    naive_answer: str | None = None  # what doing one step after the other would give
+    difficulty: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The task that ``to_json`` wrote.
+
+        Raises:
+            DataError: the text is not JSON, or its keys or their types are not a task's.
+        """
+        try:
+            record = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"a task must be one JSON object, got {text[:80]!r}: {error}") from error
+        _check_record(record)
+        return cls(**record)
+
+
+_OPTIONAL_TEXT = ("demonstration", "naive_answer")
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise DataError(f"a task must be one JSON object, got {type(record).__name__}")
+    names = {f.name for f in fields(Task)}
+    if record.keys() != names:
+        missing, unknown = sorted(names - record.keys()), sorted(record.keys() - names)
+        raise DataError(f"a task has the keys {sorted(names)}; missing: {missing}, unknown: {unknown}")
+    for name, value in record.items():
+        expected = dict if name == "difficulty" else str
+        if not isinstance(value, expected) and not (value is None and name in _OPTIONAL_TEXT):
+            raise DataError(f"a task's {name} must be {expected.__name__}, got {type(value).__name__}")

@@ -1,0 +1,140 @@
+"""The async-planning family: how long a procedure takes when its steps may overlap: longest path of a DAG."""
+
+import random
+import re
+
+from isomorph.curriculum.task import DataError, Split, Task
+from isomorph.curriculum.tasks import wording
+from isomorph.curriculum.tasks.longest_path import (
+    Working,
+    finish_times,
+    with_unit,
+    worked_solution,
+)
+from isomorph.curriculum.tasks.procedure import SECONDS, Difficulty, Procedure, draw
+from isomorph.curriculum.tasks.render import (
+    HELD_OUT,
+    REPRESENTATIONS,
+    TERSE_SYNTAX,
+    TRAINED,
+    check_representation,
+    render,
+    spelled,
+)
+
+__all__ = [
+    "HELD_OUT",
+    "REPRESENTATIONS",
+    "TRAINED",
+    "Difficulty",
+    "Procedure",
+    "demonstration",
+    "draw",
+    "make_task",
+    "naive_sum",
+    "render",
+    "solve",
+    "vocabulary",
+]
+
+MAX_NUMBERS = 100_000
+TOKEN = re.compile(r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
+
+
+def solve(procedure: Procedure) -> tuple[str, list[int]]:
+    """The least total time, such as ``20 min``, and each step's finish time in ``procedure.unit``."""
+    finish = finish_times(procedure.amounts, procedure.predecessors)
+    return with_unit(max(finish), procedure.unit), [int(f) for f in finish]
+
+
+def naive_sum(procedure: Procedure) -> str:
+    """The total if one step is done after the other: right only where nothing overlaps."""
+    return with_unit(sum(procedure.amounts), procedure.unit)
+
+
+def make_task(
+    rng: random.Random,
+    difficulty: Difficulty,
+    representation: str,
+    *,
+    split: Split,
+    naive_rate: float = 0.0,
+) -> Task:
+    """A task drawn from ``split``; its demonstration is naive with probability ``naive_rate``.
+
+    Raises:
+        ValueError: an unknown representation or split, or a rate outside 0..1.
+        DataError: the difficulty allows no procedure.
+    """
+    if not 0 <= naive_rate <= 1:
+        raise ValueError(f"naive_rate must be in 0..1, got {naive_rate}")
+    procedure = draw(rng, difficulty, split=split)
+    question = render(procedure, representation, rng, difficulty)
+    naive = rng.random() < naive_rate
+    return Task(
+        family="async_plan",
+        representation=representation,
+        question=question,
+        answer=solve(procedure)[0],
+        demonstration=demonstration(procedure, representation, difficulty, naive=naive),
+        naive_answer=naive_sum(procedure),
+        key=procedure.key,
+        difficulty=difficulty.model_dump(mode="json"),
+    )
+
+
+def demonstration(procedure: Procedure, representation: str, difficulty: Difficulty, *, naive: bool) -> str:
+    """A worked response that ends in ``<answer>..</answer>``; ``naive`` does one step after the other.
+
+    Raises:
+        ValueError: an unknown representation.
+    """
+    check_representation(representation)
+    working = Working(
+        names=[str(j + 1) for j in range(procedure.num_steps)],
+        amounts=procedure.amounts,
+        written=[
+            None if d.unit == procedure.unit else with_unit(d.value, d.unit) for d in procedure.durations
+        ],
+        predecessors=procedure.predecessors,
+        unit=procedure.unit,
+        noun="step" if representation in ("natural", "table") else "node",
+    )
+    return worked_solution(working, style=difficulty.demonstration, naive=naive)
+
+
+def vocabulary(difficulty: Difficulty) -> list[str]:
+    """Every token that a terse question or demonstration of this difficulty can hold, sorted.
+
+    A token is a word, a number, one other character, or one of the tags ``<think>``, ``</think>``,
+    ``<answer>``, ``</answer>``. Numbers go from 0 to the largest finish time that is possible.
+
+    Raises:
+        DataError: the form is not terse, or the units are so far apart that the numbers are too many.
+    """
+    if difficulty.form != "terse":
+        raise DataError(f'only form = "terse" has a closed vocabulary, got form = "{difficulty.form}"')
+    seconds = [SECONDS[u] for u in difficulty.units]
+    top = difficulty.max_steps * difficulty.max_duration * max(seconds) // min(seconds)
+    if top > MAX_NUMBERS:
+        raise DataError(
+            f"a vocabulary holds at most {MAX_NUMBERS} numbers, got finish times up to {top}; "
+            "use units closer together, fewer steps or shorter durations"
+        )
+    return sorted({*_words(difficulty), *map(str, range(top + 1))})
+
+
+def _words(difficulty: Difficulty) -> set[str]:
+    k = difficulty.templates
+    patterns = [
+        *wording.TERSE_ACTIVITIES,
+        *wording.TERSE_INTROS[:k],
+        *wording.TERSE_STEPS[:k],
+        *wording.TERSE_EDGES[:k],
+        *wording.TERSE_QUESTIONS[:k],
+        *(write(n, unit) for n in (1, 2) for unit in difficulty.units for write in (with_unit, spelled)),
+        *TERSE_SYNTAX,
+        "<think>1: 1 > 0 + 1 = 1; 2</think> <answer></answer>",
+    ]
+    text = re.sub(r"\{[a-z]+\}", " ", " ".join(patterns))
+    return {token for token in TOKEN.findall(text) if not token.isdigit()}
