@@ -1,14 +1,17 @@
 """Advantages: what a response, or a token, was worth beyond expectation.
 
-    group_advantage   reward - baseline of its group, then scaled            one number per response
-    gae               delta[t] = reward[t] + gamma value[t+1] - value[t]     one number per token
-                      advantage[t] = delta[t] + gamma lam advantage[t+1]
+group_advantage   reward - baseline of its group, then scaled            one number per response
+gae               delta[t] = reward[t] + gamma value[t+1] - value[t]     one number per token
+                  advantage[t] = delta[t] + gamma lam advantage[t+1]
 """
 
+import itertools
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from isomorph.kernels import backend
 
 Baseline = Literal["mean", "leave_one_out", "none"]
 Scale = Literal["std", "none", "batch"]
@@ -22,7 +25,7 @@ def group_advantage_ref(
 ) -> Tensor:
     """What ``group_advantage`` computes, one group at a time."""
     offsets = _check_groups(reward_S, group_offsets, baseline, scale)
-    groups = [_one_group(reward_S[a:b], baseline, scale) for a, b in zip(offsets, offsets[1:], strict=False)]
+    groups = [_one_group(reward_S[a:b], baseline, scale) for a, b in itertools.pairwise(offsets)]
     advantage_S = torch.cat(groups) if groups else torch.zeros_like(reward_S)
     if scale != "batch" or len(reward_S) == 0:
         return advantage_S
@@ -34,7 +37,9 @@ def group_advantage_ref(
 def _one_group(reward_G: Tensor, baseline: Baseline, scale: Scale) -> Tensor:
     is_flat = bool((reward_G == reward_G[0]).all()) if len(reward_G) else True
     if is_flat and (baseline != "none" or scale == "std"):
-        return torch.zeros_like(reward_G)  # exactly: a rounded mean would leave dust, and dust over eps is a gradient
+        return torch.zeros_like(
+            reward_G
+        )  # exactly: a rounded mean would leave dust, and dust over eps is a gradient
     advantage_G = reward_G
     if baseline == "mean":
         advantage_G = reward_G - reward_G.mean()
@@ -51,7 +56,7 @@ def gae_ref(
     """What ``gae`` computes, one token at a time."""
     offsets = _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
     advantage_T = torch.zeros_like(reward_T)
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in itertools.pairwise(offsets):
         next_advantage = next_value = reward_T.new_zeros(())
         for t in reversed(range(start, end)):
             delta = reward_T[t] + gamma * next_value - value_T[t]
@@ -66,7 +71,7 @@ def _check_offsets(name: str, offsets: Tensor, num: int) -> list[int]:
     if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64 [n + 1], got {offsets.dtype} {tuple(offsets.shape)}")
     values = offsets.tolist()
-    if values[0] != 0 or values[-1] != num or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != num or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(f"{name} must ascend from 0 to {num}, the number of rows, got {values}")
     return values
 
@@ -77,7 +82,9 @@ def _check_finite(name: str, value: Tensor) -> None:
     bad = (~torch.isfinite(value)).nonzero()
     if len(bad):
         first = int(bad[0])
-        raise ValueError(f"{name} must be finite, got {float(value[first])} at index {first} ({len(bad)} in all)")
+        raise ValueError(
+            f"{name} must be finite, got {float(value[first])} at index {first} ({len(bad)} in all)"
+        )
 
 
 def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> list[int]:
@@ -89,7 +96,7 @@ def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale:
     offsets = _check_offsets("group_offsets", group_offsets, len(reward_S))
     if baseline == "none" and scale != "std":
         return offsets
-    for group, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for group, (start, end) in enumerate(itertools.pairwise(offsets)):
         if end - start == 1:
             raise ValueError(
                 f"group {group} has one response: baseline {baseline!r} with scale {scale!r} compares responses of "
@@ -116,10 +123,39 @@ def _check_gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: flo
 def group_advantage(
     reward_S: Tensor, group_offsets: Tensor, *, baseline: Baseline = "mean", scale: Scale = "std"
 ) -> Tensor:
-    return group_advantage_ref(reward_S, group_offsets, baseline=baseline, scale=scale)
+    """[S] advantage of each response over its group; group g is ``group_offsets[g] : group_offsets[g + 1]``.
+
+    reward [S] float32 or float64, group_offsets [P + 1] int32 or int64, ascending from 0 to S.
+    baseline: "mean" of the group, "leave_one_out" mean of the others, "none".
+    scale: "std" divides by the group's standard deviation (n - 1) + EPS; "batch" subtracts the mean of all S and
+    divides by their standard deviation + EPS (REINFORCE++); "none". Where all values are equal the result is exactly 0.
+    Raises ValueError for a reward that is not finite, and for a group of one where the baseline or scale compares.
+    """
+    if backend.choose("group_advantage", reward_S.device) == "reference":
+        return group_advantage_ref(reward_S, group_offsets, baseline=baseline, scale=scale)
+    _check_groups(reward_S, group_offsets, baseline, scale)
+    out_S = torch.empty(len(reward_S), dtype=reward_S.dtype)
+    codes = (get_args(Baseline).index(baseline), get_args(Scale).index(scale))
+    backend.native().group_advantage(_plain(reward_S), _plain(group_offsets.long()), *codes, EPS, out_S)
+    return out_S
 
 
 def gae(
     reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    return gae_ref(reward_T, value_T, cu_seqlens, gamma=gamma, lam=lam)
+    """Generalised advantage estimates [T] and returns [T] (advantage + value), sequence by sequence.
+
+    reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T. The value after
+    a sequence's last token is 0. Raises ValueError for numbers that are not finite, and gamma or lam outside 0..1.
+    """
+    if backend.choose("gae", reward_T.device) == "reference":
+        return gae_ref(reward_T, value_T, cu_seqlens, gamma=gamma, lam=lam)
+    _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
+    value_T = _plain(value_T)
+    advantage_T = torch.empty_like(value_T)
+    backend.native().gae(_plain(reward_T), value_T, _plain(cu_seqlens.long()), gamma, lam, advantage_T)
+    return advantage_T, advantage_T + value_T
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach().contiguous()

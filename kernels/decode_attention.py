@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from isomorph.kernels import backend
+
 
 # -- reference: the specification
 def decode_attention_ref(
@@ -65,14 +67,28 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape} beside q {tuple(q_PGHD.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be {shape} beside q {tuple(q_PGHD.shape)}, got {tuple(tensor.shape)}"
+            )
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     if any(x.dtype != q_PGHD.dtype for x in (k_prompt_PKLD, v_prompt_PKLD, k_own_PGKLD, v_own_PGKLD)):
-        raise TypeError(f"keys and values must have the dtype of q, {q_PGHD.dtype}; cast the cache or the query")
-    if prompt_len_P.dtype != torch.int64 or own_len_PG.dtype != torch.int64:
-        raise TypeError(f"lengths must be int64, got {prompt_len_P.dtype} and {own_len_PG.dtype}")
+        raise TypeError(
+            f"keys and values must have the dtype of q, {q_PGHD.dtype}; cast the cache or the query"
+        )
+    _check_lens("prompt_len", prompt_len_P, 1, prompt_room)
+    _check_lens("own_len", own_len_PG, 0, own_room)
     return dim**-0.5 if scale is None else scale
+
+
+def _check_lens(name: str, lens: Tensor, low: int, high: int) -> None:
+    if lens.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {lens.dtype}")
+    if lens.numel() == 0:
+        return
+    least, most = (int(bound) for bound in torch.aminmax(lens))
+    if least < low or most > high:
+        raise ValueError(f"{name} must lie in {low}..{high}, the room of its cache, got {least}..{most}")
 
 
 # -- PyTorch body
@@ -108,7 +124,9 @@ def _decode(
     out_PGKrD = _weigh(prompt_prob, v_prompt_PKLD, own_prob, v_own_PGKLD)
     if not math.isfinite(float(out_PGKrD.sum())):  # weight 0 times garbage that is not finite is not 0
         v_prompt_PKLD = v_prompt_PKLD.masked_fill(_beyond(prompt_len_P, prompt_room)[:, None, :, None], 0)
-        v_own_PGKLD = v_own_PGKLD.masked_fill(_beyond(own_len_PG, k_own_PGKLD.shape[3])[:, :, None, :, None], 0)
+        v_own_PGKLD = v_own_PGKLD.masked_fill(
+            _beyond(own_len_PG, k_own_PGKLD.shape[3])[:, :, None, :, None], 0
+        )
         out_PGKrD = _weigh(prompt_prob, v_prompt_PKLD, own_prob, v_own_PGKLD)
     return out_PGKrD.view(num_prompts, num_rows, num_heads, dim)
 
@@ -118,7 +136,9 @@ def _beyond(lens: Tensor, room: int) -> Tensor:
     return torch.arange(room, device=lens.device) >= lens[..., None]
 
 
-def _weigh(prompt_prob_PKgL: Tensor, v_prompt_PKLD: Tensor, own_prob_PGKrL: Tensor, v_own_PGKLD: Tensor) -> Tensor:
+def _weigh(
+    prompt_prob_PKgL: Tensor, v_prompt_PKLD: Tensor, own_prob_PGKrL: Tensor, v_own_PGKLD: Tensor
+) -> Tensor:
     out_PGKrD = own_prob_PGKrL @ v_own_PGKLD
     num_prompts, num_rows, num_kv_heads, repeats, dim = out_PGKrD.shape
     from_prompt = prompt_prob_PKgL @ v_prompt_PKLD
@@ -144,10 +164,9 @@ def decode_attention(
     dimension cost no copy: pass the cache sliced to the longest live length. H is a multiple of K. No gradients.
     Raises ValueError or TypeError for shapes, dtypes and lengths that do not fit.
     """
-    scale = _check(
-        q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG, scale
-    )
+    operands = (q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG)
+    if backend.choose("decode_attention", q_PGHD.device) == "reference":
+        return decode_attention_ref(*operands, scale=scale)
+    scale = _check(*operands, scale)
     with torch.no_grad():
-        return _decode(
-            q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG, scale
-        )
+        return _decode(*operands, scale)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from isomorph.kernels import backend
+
 CHUNK_BYTES = 32 * 2**20  # of logits at a time where the caller does not say how many rows
 
 
@@ -143,7 +145,9 @@ class _Head(NamedTuple):
 
     def hidden_rows(self, rows: slice) -> Tensor:
         hidden_TD = self.hidden_TD
-        hidden_nD = hidden_TD[rows] if self.row_index_N is None else hidden_TD.index_select(0, self.row_index_N[rows])
+        hidden_nD = (
+            hidden_TD[rows] if self.row_index_N is None else hidden_TD.index_select(0, self.row_index_N[rows])
+        )
         return hidden_nD.to(self.weight_VD.dtype)
 
 
@@ -336,7 +340,9 @@ class _LinearLoss(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
-def _loss_and_grads(loss_of: LossOf, stats: TokenStats, rows: slice) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _loss_and_grads(
+    loss_of: LossOf, stats: TokenStats, rows: slice
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     leaves = TokenStats(*(stat.detach().requires_grad_() for stat in stats))
     with torch.enable_grad():
         loss = loss_of(leaves, rows)
@@ -366,6 +372,15 @@ def linear_logprob(
     beside the gradients: two buffers of about 32 MiB. N = 0 gives empty stats.
     Raises ValueError or TypeError for shapes, dtypes, ids out of range, and a temperature that is not > 0.
     """
+    if backend.choose("linear_logprob", hidden_TD.device) == "reference":
+        return linear_logprob_ref(
+            hidden_TD,
+            weight_VD,
+            target_ids_N,
+            row_index_N=row_index_N,
+            bias_V=bias_V,
+            temperature=temperature,
+        )
     _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
     return TokenStats(
         *_LinearLogprob.apply(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, temperature)
@@ -391,6 +406,17 @@ def linear_loss(
     Peak memory beside the gradients: two buffers of [chunk_rows, V] float32. The arguments are ``linear_logprob``'s.
     The result can be differentiated once; a second backward raises RuntimeError. N = 0 gives 0 and zero gradients.
     """
+    if backend.choose("linear_loss", hidden_TD.device) == "reference":
+        return linear_loss_ref(
+            hidden_TD,
+            weight_VD,
+            target_ids_N,
+            loss_of,
+            row_index_N=row_index_N,
+            bias_V=bias_V,
+            temperature=temperature,
+            chunk_rows=chunk_rows,
+        )
     _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
     _check_chunk_rows(chunk_rows)
     inputs = (hidden_TD, weight_VD, bias_V)

@@ -24,11 +24,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from isomorph.kernels import backend
+from isomorph.kernels.packing import consecutive
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-ALONE_SCORES = 128 * 128  # a pair of ranges with that many scores gets a call of its own, on views, without padding
-MAX_PADDING = 1.35  # padded scores over real ones in a batch of ranges; more calls cost more than this padding
+ALONE_SCORES = (
+    128 * 128
+)  # a pair of ranges with that many scores gets a call of its own, on views, without padding
+MAX_PADDING = (
+    1.35  # padded scores over real ones in a batch of ranges; more calls cost more than this padding
+)
 
 
 # -- where everything lies
@@ -79,7 +86,9 @@ class _Ranges(NamedTuple):
         if isinstance(self.rows, slice):
             into[self.rows] += self.strip(x)
         else:
-            into.index_add_(0, self.rows, self.strip(x))  # rows are distinct: the order of addition cannot matter
+            into.index_add_(
+                0, self.rows, self.strip(x)
+            )  # rows are distinct: the order of addition cannot matter
 
 
 class _Batch(NamedTuple):
@@ -124,7 +133,10 @@ class PackedLayout:
         prompts and groups, TypeError for a length that is not an int.
         """
         _check_lens(prompt_lens, response_lens_per_group)
-        groups = [(prompt, *responses) for prompt, responses in zip(prompt_lens, response_lens_per_group, strict=True)]
+        groups = [
+            (prompt, *responses)
+            for prompt, responses in zip(prompt_lens, response_lens_per_group, strict=True)
+        ]
         group_offsets = tuple(itertools.accumulate(map(sum, groups), initial=0))
         segment_lens = list(itertools.chain.from_iterable(groups))
         cu_seqlens = list(itertools.accumulate(segment_lens, initial=0))
@@ -144,7 +156,9 @@ class PackedLayout:
             group_offsets=group_offsets,
             segment_group=tuple(segment_group),
             segment_is_prompt=tuple(is_prompt),
-            positions=_consecutive(first_position, segment_lens),
+            positions=consecutive(
+                torch.tensor(first_position, dtype=torch.int64), torch.tensor(segment_lens, dtype=torch.int64)
+            ),
             cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
             vis_end=torch.tensor(vis_end, dtype=torch.int32),
             plan=_make_plan(prompt_lens, group_offsets, cu_seqlens),
@@ -175,13 +189,6 @@ def _check_lens(prompt_lens: Sequence[int], response_lens_per_group: Sequence[Se
             raise ValueError(f"lengths must be >= 0, got {length}")
 
 
-def _consecutive(firsts: Sequence[int], lens: Sequence[int]) -> Tensor:
-    """[sum(lens)] int64: ``lens[i]`` numbers from ``firsts[i]`` on, for each i."""
-    lens_n = torch.tensor(lens, dtype=torch.int64)
-    shift_n = torch.tensor(firsts, dtype=torch.int64) - (lens_n.cumsum(0) - lens_n)
-    return torch.arange(int(lens_n.sum())) + torch.repeat_interleave(shift_n, lens_n)
-
-
 # -- the plan of the CPU body
 def _make_plan(prompt_lens: Sequence[int], group_offsets: Sequence[int], cu_seqlens: Sequence[int]) -> _Plan:
     own = [_Pair(a, b, a, b) for a, b in itertools.pairwise(cu_seqlens)]
@@ -205,7 +212,11 @@ def _bucket(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
             continue
         grown_q, grown_k = max(max_q, pair.num_q), max(max_k, pair.num_k)
         padded = grown_q * grown_k * (len(buckets[-1]) + 1) if buckets else 0
-        if not buckets or num_scores >= ALONE_SCORES or padded > MAX_PADDING * (num_real + num_scores) + ALONE_SCORES:
+        if (
+            not buckets
+            or num_scores >= ALONE_SCORES
+            or padded > MAX_PADDING * (num_real + num_scores) + ALONE_SCORES
+        ):
             buckets.append([])
             num_real, grown_q, grown_k = 0, pair.num_q, pair.num_k
         buckets[-1].append(pair)
@@ -228,7 +239,7 @@ def _ranges(bounds: list[tuple[int, int]]) -> _Ranges:
     max_len = max(lens)
     if len(bounds) == 1:
         return _Ranges(slice(*bounds[0]), 1, max_len, None, None, None)
-    rows = _consecutive(starts, lens)
+    rows = consecutive(torch.tensor(starts), torch.tensor(lens))
     if min(lens) == max_len:
         return _Ranges(rows, len(bounds), max_len, rows, None, None)
     offset_L = torch.arange(max_len)
@@ -279,9 +290,7 @@ def _check(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
 # -- CPU body
 class _FlashMerged(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: _Plan, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: _Plan, scale: float) -> Tensor:
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         lse_dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
         lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=lse_dtype)
@@ -299,7 +308,9 @@ class _FlashMerged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TKD, v_TKD, out_THD, lse_TH = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD))
+        grads = tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD)
+        )
         for batch in (*ctx.plan.own, *ctx.plan.cross):
             queries, keys = batch.queries, batch.keys
             parts = _flash_backward(
@@ -320,7 +331,9 @@ class _FlashMerged(torch.autograd.Function):
         return *grads, None, None
 
 
-def _attend(batch: _Batch, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    batch: _Batch, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Output [B, H, L, D] and LSE [B, H, L]; values on padded queries are meaningless."""
     return _flash(
         batch.queries.gather(q_THD),
@@ -367,7 +380,7 @@ def packed_attention(
     applied; H is a multiple of K (grouped-query attention). scale defaults to D ** -0.5. Differentiable once.
     Raises ValueError or TypeError for shapes and dtypes that do not fit each other or the layout.
     """
-    scale = _check(q_THD, k_TKD, v_TKD, layout, scale)
-    if q_THD.device.type != "cpu":
+    if backend.choose("packed_attention", q_THD.device) == "reference":
         return packed_attention_ref(q_THD, k_TKD, v_TKD, layout, scale=scale)
+    scale = _check(q_THD, k_TKD, v_TKD, layout, scale)
     return _FlashMerged.apply(q_THD, k_TKD, v_TKD, layout.plan, scale)

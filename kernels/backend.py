@@ -1,0 +1,132 @@
+"""Which body runs for which tensor. One place, visible, and overridable.
+
+    triton      our GPU kernels                                   on CUDA; none is written yet
+    native      C++ (isomorph.kernels._native)                    on the CPU
+    torch       PyTorch, arranged for speed and memory            where BODIES says so
+    reference   plain PyTorch: the specification of every op      anywhere
+
+``ISOMORPH_BACKEND=reference`` (or ``using("reference")``) takes that body wherever an op has it;
+``ISOMORPH_BACKEND=decode_attention=torch,gae=reference`` chooses op by op, and an op without that body is an error.
+``table(device)`` says what runs: it belongs in a run's record.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+try:
+    from isomorph.kernels import _native  # type: ignore[attr-defined]
+
+    _native_module: ModuleType | None = _native
+    _native_reason = ""
+except ImportError as error:
+    _native_module = None
+    _native_reason = f"isomorph.kernels._native was not built ({error}); `pip install .` builds it"
+
+NAMES = ("triton", "native", "torch", "reference")
+ENVIRONMENT = "ISOMORPH_BACKEND"
+
+# preferred first; every op also has "reference", last
+BODIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "linear_logprob": ("torch",),
+        "linear_loss": ("torch",),
+        "packed_attention": ("torch",),
+        "decode_attention": ("torch",),
+        "group_advantage": ("native",),
+        "gae": ("native",),
+        "assign_groups": ("native",),
+        "take_ragged": ("native",),
+    },
+    "cuda": {
+        "linear_logprob": ("torch",),
+        "linear_loss": ("torch",),
+        "decode_attention": ("torch",),
+    },
+}
+OPS = tuple(BODIES["cpu"])
+
+_override: ContextVar[str] = ContextVar("isomorph_backend", default="")
+
+
+def native_available() -> bool:
+    """Whether the C++ bodies can run here."""
+    return _native_module is not None
+
+
+def native_reason() -> str:
+    """Why the C++ bodies cannot run here; empty where they can."""
+    return _native_reason
+
+
+def native() -> ModuleType:
+    """The C++ module, for an op whose ``choose`` said "native"."""
+    assert _native_module is not None, _native_reason
+    return _native_module
+
+
+def choose(op: str, device: torch.device | str = "cpu") -> str:
+    """Name of the body that ``op`` runs on ``device``. Raises ValueError for a choice that cannot be met."""
+    bodies = _bodies(op, torch.device(device).type)
+    request = _override.get() or os.environ.get(ENVIRONMENT, "")
+    everywhere, per_op = _parse(request)
+    if op in per_op and per_op[op] not in bodies:
+        raise ValueError(
+            f"{ENVIRONMENT} asks for {op}={per_op[op]}, but on {device} {op} has: {', '.join(bodies)}"
+        )
+    if op in per_op:
+        return per_op[op]
+    return everywhere if everywhere in bodies else bodies[0]
+
+
+def table(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Every op and the body it runs on ``device``."""
+    return {op: choose(op, device) for op in OPS}
+
+
+@contextmanager
+def using(request: str) -> Iterator[None]:
+    """Override the choice inside the block; same syntax as the environment variable, which it outranks."""
+    _parse(request)
+    token = _override.set(request)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _bodies(op: str, device_type: str) -> tuple[str, ...]:
+    if op not in OPS:
+        raise ValueError(f"no op is called {op!r}; there are: {', '.join(OPS)}")
+    bodies = (*BODIES.get(device_type, {}).get(op, ()), "reference")
+    return bodies if native_available() else tuple(body for body in bodies if body != "native")
+
+
+@functools.cache
+def _parse(request: str) -> tuple[str, dict[str, str]]:
+    """The body for all ops ("" for none), and the bodies of single ops."""
+    everywhere, per_op = "", {}
+    for part in filter(None, (part.strip() for part in request.split(","))):
+        op, equals, name = part.rpartition("=")
+        _check_name(name)
+        if not equals:
+            everywhere = name
+        elif op in OPS:
+            per_op[op] = name
+        else:
+            raise ValueError(f"{ENVIRONMENT} names an op {op!r}; there are: {', '.join(OPS)}")
+    return everywhere, per_op
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{ENVIRONMENT} must name one of {', '.join(NAMES)}, got {name!r}")
+    if name == "triton":
+        raise ValueError("the Triton bodies are not written yet; take torch or reference on CUDA")
+    if name == "native" and not native_available():
+        raise ValueError(f"native bodies were asked for, but {_native_reason}")

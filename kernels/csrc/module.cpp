@@ -1,0 +1,6 @@
+#include "native.h"
+
+NB_MODULE(_native, module) {
+    isomorph::bind_packing(module);
+    isomorph::bind_advantage(module);
+}

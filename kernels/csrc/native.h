@@ -1,0 +1,16 @@
+// Bodies of kernels/ that run on the CPU. Arrays arrive through DLPack, results go into arrays the caller made.
+// Shapes and ranges are checked in Python, before the call; types, devices and contiguity by nanobind.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+namespace isomorph {
+
+template <typename T>
+using Array1 = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::device::cpu, nanobind::c_contig>;
+
+void bind_packing(nanobind::module_& module);
+void bind_advantage(nanobind::module_& module);
+
+}  // namespace isomorph
