@@ -41,7 +41,9 @@ class TinyModel(Section):
                 f"got hidden_size={self.hidden_size} num_heads={self.num_heads} num_kv_heads={self.num_kv_heads}"
             )
         if (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(f"hidden_size / num_heads must be even (rotary pairs), got {self.hidden_size // self.num_heads}")
+            raise ValueError(
+                f"hidden_size / num_heads must be even (rotary pairs), got {self.hidden_size // self.num_heads}"
+            )
         return self
 
 
@@ -63,7 +65,9 @@ class ModelConfig(Section):
 class SamplerConfig(Section):
     kind: Literal["builtin", "vllm"] = "builtin"
     publish: Literal["shared", "copy"] = "copy"  # vllm: one storage for both, or a copy after each step
-    memory_frac: float = Field(0.3, gt=0, lt=1)  # vllm: share of the device's memory (on the CPU: of the RAM) for weights and KV
+    memory_frac: float = Field(
+        0.3, gt=0, lt=1
+    )  # vllm: share of the device's memory (on the CPU: of the RAM) for weights and KV
     max_model_len: int = Field(2048, ge=16)  # vllm: prompt and response, tokens
     max_seqs: int = Field(256, ge=1)  # sequences decoded at once
 
@@ -106,7 +110,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         baseline="mean", scale="std", aggregation="sequence", clip_low=3e-4, clip_high=4e-4, ratio="sequence"
     ),
     "cispo": dict(baseline="mean", scale="std", aggregation="token", clip_low=1.0, clip_high=0.28),
-    "rloo": dict(baseline="leave_one_out", scale="none", aggregation="constant", clip_low=None, clip_high=None),
+    "rloo": dict(
+        baseline="leave_one_out", scale="none", aggregation="constant", clip_low=None, clip_high=None
+    ),
     "reinforce_pp": dict(baseline="none", scale="batch", aggregation="token", clip_low=0.2, clip_high=0.2),
     "sft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
     "rft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
@@ -124,10 +130,14 @@ class ObjectiveConfig(Section):
     clip_low: float | None = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; None: not clipped
     clip_high: float | None = Field(0.2, gt=0)  # ratio <= 1 + clip_high
     kl_coef: float = Field(0.0, ge=0)
-    kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of KL(policy || reference), Schulman 2020
+    kl: Literal["k1", "k2", "k3"] = (
+        "k3"  # estimator of KL(policy || reference); k1 is taken off the advantage
+    )
     entropy_coef: float = Field(0.0, ge=0)
     tis: Literal["off", "token", "sequence"] = "off"  # importance weight trainer / sampler
-    tis_mode: Literal["truncate", "mask"] = "truncate"  # above the cap: weight = cap, or the token (sequence) is left out
+    tis_mode: Literal["truncate", "mask"] = (
+        "truncate"  # above the cap: weight = cap, or the token (sequence) is left out
+    )
     tis_cap: float = Field(2.0, gt=0)
 
     @model_validator(mode="before")
@@ -145,8 +155,6 @@ class ObjectiveConfig(Section):
             for key, idle in (("kl_coef", 0.0), ("entropy_coef", 0.0), ("tis", "off"), ("ratio", "token")):
                 if getattr(self, key) != idle:
                     raise ValueError(f"{key} has no meaning for {self.name}: leave it out")
-        if self.kl_coef and self.kl == "k1":
-            raise ValueError("k1 has a zero gradient in expectation as a loss term: use kl = 'k2' or 'k3'")
         return self
 
     @property
@@ -179,7 +187,9 @@ class Stage(Section):
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
     optimizer: Literal["carry", "reset"] = "reset"  # moments of the stage before
-    reference: Literal["keep", "anchor"] = "anchor"  # KL is measured to the policy as it was at the start of this stage, or of an earlier one
+    reference: Literal["keep", "anchor"] = (
+        "anchor"  # KL is measured to the policy as it was at the start of this stage, or of an earlier one
+    )
 
     @model_validator(mode="after")
     def _groups_are_large_enough(self) -> "Stage":
@@ -222,7 +232,9 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; name a TOML file, for example curriculum/recipes/quickstart.toml") from None
+        raise UserError(
+            f"{path}: no such recipe; name a TOML file, for example curriculum/recipes/quickstart.toml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the recipe cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -308,7 +320,11 @@ def _explain(schema: type[BaseModel], defect: Any) -> str:
 def _nearest(schema: type[BaseModel], loc: tuple[Any, ...]) -> str:
     node: Any = schema
     for part in loc[:-1]:
-        node = _model_in(node.model_fields[part].annotation) if isinstance(part, str) and part in node.model_fields else node
+        node = (
+            _model_in(node.model_fields[part].annotation)
+            if isinstance(part, str) and part in node.model_fields
+            else node
+        )
     keys = sorted(node.model_fields)
     near = difflib.get_close_matches(str(loc[-1]), keys, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(keys)}"

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from isomorph.engine.config import Stage
 from isomorph.kernels.packed_attention import PackedLayout
 
 Finish = Literal["stop", "length"]
@@ -54,7 +55,9 @@ class Rollout:
     prompt_id: int
     sample: int  # 0 .. G-1
     token_ids: Tensor  # [n] int64, on the CPU, n >= 1
-    sampler_logprob: Tensor | None  # [n] float32, at the sampling temperature; None for a demonstration or a greedy response
+    sampler_logprob: (
+        Tensor | None
+    )  # [n] float32, at the sampling temperature; None for a demonstration or a greedy response
     finish: Finish
     policy_version: int  # of the weights that drew it
 
@@ -120,7 +123,6 @@ class StepStats:
     num_loss_tok: int
     num_trunk_tok: int  # tokens that went through the decoder in the update passes
     num_dropped_tok: int  # their sampler log-probability was not finite
-    num_flat_groups: int  # all rewards equal: no gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,9 @@ class RunState:
     num_updates: int = 0  # completed optimizer steps
     policy_version: int = 0
     stage: str = ""
-    source: dict[str, Any] = field(default_factory=dict)  # the prompt source's own state, JSON-able
+    source: dict[str, Any] = field(
+        default_factory=dict
+    )  # the prompt source's own state, its random numbers included
     totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens
 
 
@@ -153,9 +157,56 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Exam:
+    """Questions that are due now, to be answered greedily."""
+
+    label: str  # the stage it follows; "start" before the first
+    prompts: tuple[Prompt, ...]
+    max_new_tok: int
+
+
 class Judge(Protocol):
     """Who says what a response is worth. A response's defects cost it its reward; they never raise."""
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """One reward for each (prompt, text) pair."""
         ...
+
+
+class PromptSource(Protocol):
+    """The curriculum, as the engine sees it: what is asked next, and by which rules it is learned."""
+
+    def stage(self) -> Stage | None:
+        """The present stage; None when all are done."""
+        ...
+
+    def stage_step(self) -> int:
+        """Completed steps of the present stage."""
+        ...
+
+    def take(self, num_prompts: int) -> list[Prompt]:
+        """The next prompts of the present stage."""
+        ...
+
+    def demonstrate(self, prompt: Prompt) -> str | None:
+        """A worked response, for supervised stages; None where there is none."""
+        ...
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """The step on these groups is over; the stage may be, too."""
+        ...
+
+    def exam(self) -> Exam | None:
+        """The evaluation that is due, if one is."""
+        ...
+
+    def grade(self, exam: Exam, rewards: Sequence[float]) -> str:
+        """Takes the result down; returns it as a line to read."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: all that ``load_state_dict`` needs to go on as if nothing had happened."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

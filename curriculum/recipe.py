@@ -1,0 +1,96 @@
+"""The recipe: one TOML file that says what is trained on what, in which order.
+
+[model] [sampler] [run]                        the engine's tables
+[objective] [optim] [batch] [sampling]         defaults of all stages
+[data.NAME]                                    where tasks come from
+[[stage]]                                      name, steps, mixture, what differs from the defaults
+[eval]                                         what is asked at every boundary
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from isomorph.curriculum.tasks.async_plan import HELD_OUT, REPRESENTATIONS, Difficulty
+from isomorph.engine.config import EngineConfig, Section, Stage
+
+
+class GeneratedData(Section):
+    """Async-planning tasks, drawn on the spot; training and evaluation never share a procedure."""
+
+    kind: Literal["async_plan"]
+    difficulty: Difficulty = Difficulty()
+
+
+class JsonlData(Section):
+    """The paper's JSON Lines as they are: keys ``question`` and ``answer``, row i of all files one procedure."""
+
+    kind: Literal["jsonl"]
+    family: Literal["async_plan", "math", "physics"]
+    files: dict[str, str] = Field(min_length=1)  # representation -> path; $NAME is taken from the environment
+    eval_share: float = Field(0.1, gt=0, lt=1)  # of the procedures, kept out of training
+    split_seed: int = 0
+    max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
+
+
+class Ingredient(Section):
+    """One part of a stage's mixture."""
+
+    data: str
+    representation: str
+    weight: float = Field(1.0, gt=0)
+    naive_rate: float = Field(0.0, ge=0, le=1)  # share of demonstrations that do one step after the other
+
+
+class Mastery(Section):
+    """Ends a stage early: the mean reward of its last ``window`` steps has reached ``pass_rate``."""
+
+    pass_rate: float = Field(gt=0, le=1)
+    window: int = Field(10, ge=1)
+
+
+class StageRecipe(Stage):
+    mixture: tuple[Ingredient, ...] = Field(min_length=1)
+    mastery: Mastery | None = None
+
+
+class EvalConfig(Section):
+    """Greedy accuracy, over all ``representations``, before the first reinforcement, between stages and at the end."""
+
+    data: str
+    representations: tuple[str, ...] = Field(min_length=1)
+    prompts: int = Field(300, ge=1)  # per representation; of a file at most what was kept out of training
+    max_new_tok: int = Field(72, ge=1)
+    seed: int = 999
+
+
+class Recipe(EngineConfig):
+    data: dict[str, Annotated[GeneratedData | JsonlData, Field(discriminator="kind")]] = Field(min_length=1)
+    stage: tuple[StageRecipe, ...] = Field(min_length=1)
+    eval: EvalConfig
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Recipe":
+        names = [stage.name for stage in self.stage]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages must have different names, got {', '.join(names)}")
+        for stage in self.stage:
+            for part in stage.mixture:
+                self._check_source(part.data, part.representation, f"stage {stage.name!r}")
+                if part.representation in HELD_OUT:
+                    raise ValueError(
+                        f"stage {stage.name!r}: {part.representation!r} is only ever evaluated on"
+                    )
+        for representation in self.eval.representations:
+            self._check_source(self.eval.data, representation, "eval")
+        return self
+
+    def _check_source(self, data: str, representation: str, where: str) -> None:
+        if data not in self.data:
+            raise ValueError(f"{where}: no [data.{data}]; there is {', '.join(sorted(self.data))}")
+        source = self.data[data]
+        known = tuple(source.files) if isinstance(source, JsonlData) else REPRESENTATIONS
+        if representation not in known:
+            raise ValueError(
+                f"{where}: data {data!r} has no representation {representation!r}, only {', '.join(known)}"
+            )

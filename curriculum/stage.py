@@ -1,0 +1,229 @@
+"""The curriculum: which stage is on, what it asks, when it is over, and what was known at its boundaries.
+
+Satisfies the engine's ``PromptSource``. Its whole memory is one small JSON object: every random choice is made by a
+generator seeded with (run seed, prompt number), so a resumed run asks exactly what the uninterrupted one would have asked.
+"""
+
+import os
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from isomorph.curriculum.judge import judge
+from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Recipe, StageRecipe
+from isomorph.curriculum.task import Task
+from isomorph.curriculum.tasks.async_plan import make_task
+from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
+from isomorph.curriculum.transfer import Accuracy
+from isomorph.engine.config import UserError
+from isomorph.engine.policy import TextCodec
+from isomorph.engine.types import Exam, Group, Prompt
+
+START = "start"  # the exam before the first stage
+
+
+class Curriculum:
+    """Stages in order; ``text`` turns questions into token ids."""
+
+    def __init__(self, recipe: Recipe, text: TextCodec) -> None:
+        self.recipe = recipe
+        self.text = text
+        self.files = {
+            name: TaskFiles(data, text) for name, data in recipe.data.items() if isinstance(data, JsonlData)
+        }
+        self.stage_index = 0
+        self.steps_done = 0  # of the present stage
+        self.next_prompt_id = 0
+        self.recent_rewards: list[float] = []  # mean of each of the last steps, for mastery
+        self.positions: dict[str, int] = {}  # of each file: rows taken so far
+        self.exams: list[dict[str, Any]] = []
+        self.finished: list[dict[str, Any]] = []  # stages that are over, and why
+        self._exam_prompts: tuple[Prompt, ...] | None = None
+
+    def stage(self) -> StageRecipe | None:
+        stages = self.recipe.stage
+        return stages[self.stage_index] if self.stage_index < len(stages) else None
+
+    def stage_step(self) -> int:
+        return self.steps_done
+
+    def take(self, num_prompts: int) -> list[Prompt]:
+        return [self._next_prompt() for _ in range(num_prompts)]
+
+    def demonstrate(self, prompt: Prompt) -> str | None:
+        task: Task = prompt.payload
+        return task.demonstration
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        stage = self._present()
+        rewards = [reward for group in groups for reward in group.rewards]
+        window = stage.mastery.window if stage.mastery else 1
+        self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-window:]
+        self.steps_done += 1
+        if reason := self._why_over(stage):
+            self.finished.append({"name": stage.name, "steps": self.steps_done, "ended_by": reason})
+            self.stage_index += 1
+            self.steps_done = 0
+            self.recent_rewards = []
+
+    def exam(self) -> Exam | None:
+        """Due after every stage, and before the first one where that is not supervised: an untrained policy knows nothing."""
+        label = self.recipe.stage[self.stage_index - 1].name if self.stage_index else START
+        is_due = self.steps_done == 0 and label not in {exam["label"] for exam in self.exams}
+        if not is_due or (label == START and self.recipe.stage[0].objective.is_supervised):
+            return None
+        return Exam(label=label, prompts=self._questions(), max_new_tok=self.recipe.eval.max_new_tok)
+
+    def grade(self, exam: Exam, rewards: Sequence[float]) -> str:
+        by_representation: dict[str, list[float]] = {}
+        for prompt, reward in zip(exam.prompts, rewards, strict=True):
+            by_representation.setdefault(prompt.representation, []).append(reward)
+        results = {name: Accuracy.of(int(sum(got)), len(got)) for name, got in by_representation.items()}
+        self.exams.append(
+            {
+                "label": exam.label,
+                "after_prompts": self.next_prompt_id,
+                "accuracy": {name: result.to_dict() for name, result in results.items()},
+                "floor": self.floor(),
+            }
+        )
+        parts = (f"{name} {r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]" for name, r in results.items())
+        return f"exam after {exam.label}: " + "  ".join(parts)
+
+    def floor(self) -> dict[str, float | None]:
+        """Share of the exam's questions that doing one step after the other would answer rightly; None where nobody knows."""
+        known: dict[str, list[float]] = {}
+        for prompt in self._questions():
+            task: Task = prompt.payload
+            if task.naive_answer is not None:
+                answered = f"<answer>{task.naive_answer}</answer>"
+                known.setdefault(prompt.representation, []).append(judge(task.family, answered, task.answer))
+        return {
+            name: sum(known[name]) / len(known[name]) if name in known else None
+            for name in self.recipe.eval.representations
+        }
+
+    def accuracy(self) -> dict[str, dict[str, Any]]:
+        """``before``: at the end of the supervised warm-up, or at the start without one; ``after``: at the end."""
+        supervised = 0
+        while supervised < len(self.recipe.stage) and self.recipe.stage[supervised].objective.is_supervised:
+            supervised += 1
+        label = self.recipe.stage[supervised - 1].name if supervised else START
+        by_label = {exam["label"]: exam["accuracy"] for exam in self.exams}
+        found = {"before": by_label.get(label), "after": by_label.get(self.recipe.stage[-1].name)}
+        return {when: accuracy for when, accuracy in found.items() if accuracy is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "stage_index": self.stage_index,
+            "steps_done": self.steps_done,
+            "next_prompt_id": self.next_prompt_id,
+            "recent_rewards": list(self.recent_rewards),
+            "positions": dict(self.positions),
+            "exams": list(self.exams),
+            "finished": list(self.finished),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stage_index = state["stage_index"]
+        self.steps_done = state["steps_done"]
+        self.next_prompt_id = state["next_prompt_id"]
+        self.recent_rewards = list(state["recent_rewards"])
+        self.positions = dict(state["positions"])
+        self.exams = list(state["exams"])
+        self.finished = list(state["finished"])
+
+    def _present(self) -> StageRecipe:
+        stage = self.stage()
+        assert stage is not None, "all stages are over"
+        return stage
+
+    def _why_over(self, stage: StageRecipe) -> str | None:
+        mastery = stage.mastery
+        if mastery and len(self.recent_rewards) == mastery.window:
+            if sum(self.recent_rewards) / mastery.window >= mastery.pass_rate:
+                return "mastery"
+        return "steps" if self.steps_done == stage.steps else None
+
+    def _next_prompt(self) -> Prompt:
+        prompt_id = self.next_prompt_id
+        self.next_prompt_id += 1
+        rng = random.Random(f"{self.recipe.run.seed}:{prompt_id}")
+        mixture = self._present().mixture
+        part = rng.choices(mixture, [p.weight for p in mixture])[0]
+        return self._prompt(prompt_id, self._task(part, rng))
+
+    def _task(self, part: Ingredient, rng: random.Random) -> Task:
+        data = self.recipe.data[part.data]
+        if isinstance(data, GeneratedData):
+            return make_task(
+                rng, data.difficulty, part.representation, split="train", naive_rate=part.naive_rate
+            )
+        key = f"{part.data}:{part.representation}"
+        position = self.positions.get(key, 0)
+        self.positions[key] = position + 1
+        return self.files[part.data].training_task(part.representation, position, self.recipe.run.seed)
+
+    def _questions(self) -> tuple[Prompt, ...]:
+        """The exam's questions, always the same ones; their ids are negative, training's are not."""
+        if self._exam_prompts is None:
+            wanted = self.recipe.eval
+            tasks = [t for name in wanted.representations for t in self._exam_tasks(name)]
+            self._exam_prompts = tuple(self._prompt(-1 - i, task) for i, task in enumerate(tasks))
+        return self._exam_prompts
+
+    def _exam_tasks(self, representation: str) -> list[Task]:
+        wanted = self.recipe.eval
+        data = self.recipe.data[wanted.data]
+        if isinstance(data, JsonlData):
+            return self.files[wanted.data].held_out[representation][: wanted.prompts]
+        # one generator a question, the same for every representation: all are asked about the same procedures
+        rngs = (random.Random(f"{wanted.seed}:{i}") for i in range(wanted.prompts))
+        return [make_task(rng, data.difficulty, representation, split="eval") for rng in rngs]
+
+    def _prompt(self, prompt_id: int, task: Task) -> Prompt:
+        return Prompt(
+            prompt_id=prompt_id,
+            token_ids=self.text.encode_prompt(task.question),
+            task=task.family,
+            representation=task.representation,
+            payload=task,
+        )
+
+
+class TaskFiles:
+    """A [data.NAME] of kind jsonl: its rows, split into training and held out by procedure."""
+
+    def __init__(self, data: JsonlData, text: TextCodec) -> None:
+        rows = {name: read_rows(_expanded(path), data.family, name) for name, path in data.files.items()}
+        train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
+        self.num_too_long: dict[str, int] = {}
+        self.training = {name: self._short_enough(name, tasks, data, text) for name, tasks in train.items()}
+        self.held_out = {
+            name: self._short_enough(name, tasks, data, text) for name, tasks in held_out.items()
+        }
+
+    def training_task(self, representation: str, position: int, seed: int) -> Task:
+        """Row ``position`` of an endless sequence of passes, each in an order of its own."""
+        tasks = self.training[representation]
+        turn, index = divmod(position, len(tasks))
+        order = random.Random(f"{seed}:{representation}:{turn}").sample(range(len(tasks)), len(tasks))
+        return tasks[order[index]]
+
+    def _short_enough(self, name: str, tasks: list[Task], data: JsonlData, text: TextCodec) -> list[Task]:
+        kept = [task for task in tasks if len(text.encode_prompt(task.question)) <= data.max_prompt_tok]
+        self.num_too_long[name] = self.num_too_long.get(name, 0) + len(tasks) - len(kept)
+        if not kept:
+            raise UserError(
+                f"no {name} row has a prompt of at most max_prompt_tok={data.max_prompt_tok} tokens: raise it"
+            )
+        return kept
+
+
+def _expanded(path: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if "$" in expanded:
+        raise UserError(
+            f"data file {path!r}: set the environment variable it names to the folder that holds the file"
+        )
+    return expanded

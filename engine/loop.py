@@ -1,0 +1,264 @@
+"""The story: ask, answer, judge, learn, publish; again.
+
+Who does each part is decided outside and handed in as a ``Crew``. Nothing here knows a model, a task or a sampler.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isomorph.engine.config import RunConfig, Stage
+from isomorph.engine.policy import Policy
+from isomorph.engine.record.checkpoint import save_checkpoint
+from isomorph.engine.record.runlog import Row, RunLog
+from isomorph.engine.rollout.weights import check_drift, check_publication
+from isomorph.engine.types import (
+    Exam,
+    Group,
+    Judge,
+    Prompt,
+    PromptSource,
+    Publication,
+    Rollout,
+    RunState,
+    Sampler,
+    Sampling,
+    StepStats,
+)
+from isomorph.engine.update.learner import Learner
+from isomorph.engine.update.pack import pack
+from isomorph.engine.update.score import score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """Who does what."""
+
+    policy: Policy
+    sampler: Sampler
+    demonstrations: Sampler  # of supervised stages
+    source: PromptSource
+    judge: Judge
+    learner: Learner
+    log: RunLog
+    config: RunConfig
+    stop_requested: Callable[[], bool]  # asked between steps
+
+
+def train(crew: Crew, state: RunState) -> RunState:
+    """From ``state`` to the end of the last stage. Raises RunFailed, or KeyboardInterrupt after a requested stop; then a checkpoint is there."""
+    while True:
+        if exam := crew.source.exam():
+            sit(crew, state, exam)
+        stage = crew.source.stage()
+        if stage is None:
+            save(crew, state)
+            return state
+        if stage.name != state.stage:
+            crew.learner.enter(stage)
+            state = dataclasses.replace(state, stage=stage.name)
+        state = step(crew, state, stage)
+        if state.step % crew.config.checkpoint_every == 0 or crew.stop_requested():
+            save(crew, state)
+        if crew.stop_requested():
+            raise KeyboardInterrupt
+
+
+def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
+    """One round of rollouts and every update on it."""
+    log, source = crew.log, crew.source
+    stage_step = source.stage_step()
+    sampler = crew.demonstrations if stage.objective.is_supervised else crew.sampler
+    log.begin_step()
+    prompts = source.take(stage.batch.prompts)
+    with log.time("publish"):
+        publication = publish(crew, sampler, state.policy_version, prompts[0])
+    with log.time("generate"):
+        rollouts = sampler.generate(prompts, _sampling(crew, stage))
+    with log.time("judge"):
+        groups, texts = score(prompts, rollouts, crew.judge, crew.policy.text.decode, stage.objective)
+    with log.time("pack"):
+        updates = pack(
+            groups,
+            max_tok=stage.batch.max_tok,
+            prompts_per_update=stage.batch.prompts_per_update,
+            objective=stage.objective,
+            device=crew.policy.device,
+        )
+    with sampler.asleep(), log.time("update"):
+        stats = crew.learner.update(updates, stage, stage_step)
+    check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
+    source.observe(groups)
+    state = _advanced(state, source, prompts, rollouts, stats, log.step_seconds())
+    log.write_step(
+        _row(state, stage, stage_step, groups, stats, publication, log), _line(state, groups, stats, log)
+    )
+    if state.step % crew.config.completions_every == 0:
+        log.write_completions(f"step-{state.step:08d}", _completions(groups, texts))
+    return state
+
+
+def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication | None:
+    """Brings the sampler to the policy's version and proves that it is there; None where it already was."""
+    if sampler.policy_version == version:
+        return None
+    publication = sampler.publish(version)
+    if sampler is crew.sampler:
+        check_publication(crew.policy, sampler, publication, probe, crew.config.max_drift)
+    return publication
+
+
+def sit(crew: Crew, state: RunState, exam: Exam) -> None:
+    """Greedy answers to the exam's questions, judged and taken down."""
+    publish(crew, crew.sampler, state.policy_version, exam.prompts[0])
+    rollouts = crew.sampler.generate(exam.prompts, _greedy(crew, exam.max_new_tok))
+    texts = [crew.policy.text.decode(r.token_ids.tolist()) for r in rollouts]
+    rewards = crew.judge(exam.prompts, texts)
+    crew.log.say(crew.source.grade(exam, rewards))
+    crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards))
+
+
+def save(crew: Crew, state: RunState) -> Path:
+    """A checkpoint of everything."""
+    weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}
+    state = dataclasses.replace(state, source=crew.source.state_dict())
+    tensors = crew.learner.state_tensors()
+    return save_checkpoint(
+        crew.log.folder / "checkpoints", state, weights, tensors, keep=crew.config.keep_checkpoints
+    )
+
+
+def _sampling(crew: Crew, stage: Stage) -> Sampling:
+    return Sampling(
+        temperature=stage.sampling.temperature,
+        max_new_tok=stage.sampling.max_new_tok,
+        samples_per_prompt=stage.sampling.samples_per_prompt,
+        stop_ids=crew.policy.text.stop_ids,
+        seed=crew.config.seed,
+    )
+
+
+def _greedy(crew: Crew, max_new_tok: int) -> Sampling:
+    return Sampling(
+        temperature=0.0,
+        max_new_tok=max_new_tok,
+        samples_per_prompt=1,
+        stop_ids=crew.policy.text.stop_ids,
+        seed=crew.config.seed,
+    )
+
+
+def _advanced(
+    state: RunState,
+    source: PromptSource,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    stats: StepStats,
+    seconds: float,
+) -> RunState:
+    added = {
+        "wall_s": seconds,
+        "prompt_tok": sum(len(p.token_ids) for p in prompts),
+        "response_tok": sum(len(r.token_ids) for r in rollouts),
+        "trunk_tok": stats.num_trunk_tok,
+    }
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        num_updates=state.num_updates + stats.num_updates,
+        policy_version=state.policy_version + (stats.num_updates > 0),
+        source=source.state_dict(),
+        totals={key: state.totals.get(key, 0) + value for key, value in added.items()},
+    )
+
+
+def _row(
+    state: RunState,
+    stage: Stage,
+    stage_step: int,
+    groups: Sequence[Group],
+    stats: StepStats,
+    publication: Publication | None,
+    log: RunLog,
+) -> Row:
+    """One line of steps.jsonl."""
+    rewards = [r for g in groups for r in g.rewards]
+    by_representation: dict[str, list[float]] = {}
+    for group in groups:
+        by_representation.setdefault(group.prompt.representation, []).extend(group.rewards)
+    response_tok = [len(r.token_ids) for g in groups for r in g.rollouts]
+    return {
+        "step": state.step,
+        "stage": stage.name,
+        "stage_step": stage_step + 1,
+        "policy_version": state.policy_version,
+        "reward/mean": sum(rewards) / len(rewards),
+        **{f"reward/{name}": sum(values) / len(values) for name, values in by_representation.items()},
+        "groups/flat": sum(len(set(g.rewards)) == 1 for g in groups),
+        "groups/all": len(groups),
+        "response/tok_mean": sum(response_tok) / len(response_tok),
+        "response/stopped": sum(r.finish == "stop" for g in groups for r in g.rollouts) / len(response_tok),
+        "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
+        "tok/response": sum(response_tok),
+        "tok/trunk": stats.num_trunk_tok,
+        "tok/loss": stats.num_loss_tok,
+        "tok/dropped": stats.num_dropped_tok,
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "lr": stats.lr,
+        "clip_frac": stats.clip_frac,
+        "entropy": stats.entropy,
+        "kl": stats.kl,
+        "drift/mean": stats.drift_mean,
+        "drift/max": stats.drift_max,
+        "updates": stats.num_updates,
+        "publish/bytes": publication.num_bytes if publication else None,
+        **{f"time/{phase}_s": seconds for phase, seconds in log.times.items()},
+        "time/step_s": log.step_seconds(),
+        "wall_s": state.totals["wall_s"],
+    }
+
+
+def _line(state: RunState, groups: Sequence[Group], stats: StepStats, log: RunLog) -> str:
+    rewards = [r for g in groups for r in g.rewards]
+    num_tok = sum(len(r.token_ids) for g in groups for r in g.rollouts)
+    flat = sum(len(set(g.rewards)) == 1 for g in groups)
+    return (
+        f"step {state.step:4d} {state.stage:<12} reward {sum(rewards) / len(rewards):.3f}  flat {flat}/{len(groups)}  "
+        f"entropy {stats.entropy:.3f}  grad {stats.grad_norm:.2f}  drift {stats.drift_max:.1e}  clip {stats.clip_frac:.1%}  "
+        f"{num_tok / log.step_seconds():6.0f} tok/s  gen {log.times['generate']:.2f}s  update {log.times['update']:.2f}s  "
+        f"publish {log.times['publish']:.2f}s"
+    )
+
+
+def _completions(groups: Sequence[Group], texts: Sequence[str]) -> list[Row]:
+    rows: list[Row] = []
+    for group in groups:
+        for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True):
+            rows.append(
+                {
+                    "prompt_id": group.prompt.prompt_id,
+                    "sample": rollout.sample,
+                    "task": group.prompt.task,
+                    "representation": group.prompt.representation,
+                    "text": texts[len(rows)],
+                    "reward": reward,
+                    "advantage": advantage,
+                    "finish": rollout.finish,
+                }
+            )
+    return rows
+
+
+def _answers(exam: Exam, texts: Sequence[str], rewards: Sequence[float]) -> list[Row]:
+    return [
+        {
+            "prompt_id": p.prompt_id,
+            "task": p.task,
+            "representation": p.representation,
+            "text": text,
+            "reward": reward,
+        }
+        for p, text, reward in zip(exam.prompts, texts, rewards, strict=True)
+    ]

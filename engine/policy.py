@@ -1,0 +1,276 @@
+"""The model being trained, and its tokenizer. The only file that imports transformers.
+
+A policy is a stack of decoder layers of the Llama family (Llama, Mistral, Qwen2, Qwen3 and what shares their modules). The
+layers are transformers' own; we drive them ourselves, so that the one thing that differs between training on packed
+groups and decoding token by token, the attention, is a function handed in from outside:
+
+    hidden = policy.trunk(token_ids, positions, attend)       attend(layer, q_BHTd, k_BKTd, v_BKTd, scale) -> [B, T, H, d]
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # its thread pool does not survive the fork of a judge's worker
+
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from isomorph.engine.config import ModelConfig, TinyModel, UserError
+from isomorph.engine.types import PackedBatch
+from isomorph.kernels.packed_attention import packed_attention
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+# model_type -> seen with this interface in tests/engine/test_policy.py
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+WORD = r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]"  # a tag, a word, a number or a sign: one token each
+PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
+
+
+def _attend_from_outside(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, attend: Attend, **_: Any
+) -> tuple[Tensor, None]:
+    """The attention function that the layers call; ``attend`` comes down from ``Policy.trunk``."""
+    return attend(module.layer_idx, q, k, v, scaling), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
+
+
+class TextCodec:
+    """Between text and token ids: the chat template on the way in, special tokens off on the way out."""
+
+    def __init__(self, tokenizer: Any, *, chat_template: bool, stop_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.uses_chat_template = chat_template and tokenizer.chat_template is not None
+        self.stop_ids = tuple(stop_ids)
+
+    def encode_prompt(self, question: str) -> tuple[int, ...]:
+        if not self.uses_chat_template:
+            return tuple(self.tokenizer(question)["input_ids"])
+        turn = [{"role": "user", "content": question}]
+        return tuple(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        """Ends in the stop token: it is trained like every other."""
+        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.stop_ids[0])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+class Policy:
+    """Decoder layers, embedding and unembedding; the parameters may be views of another owner's storage."""
+
+    def __init__(self, model: Any, text: TextCodec) -> None:
+        _refuse_what_we_cannot_train(model.config)
+        self.model = model.eval().requires_grad_(
+            True
+        )  # eval: these decoders have no dropout, and nothing else differs
+        self.config = model.config
+        self.text = text
+
+    @property
+    def device(self) -> torch.device:
+        return self.unembedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unembedding.dtype
+
+    @property
+    def unembedding(self) -> Tensor:
+        """[V, D]; the same tensor as the embedding where the model ties them."""
+        return self.model.lm_head.weight
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.config.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        return (
+            getattr(self.config, "head_dim", None)
+            or self.config.hidden_size // self.config.num_attention_heads
+        )
+
+    @property
+    def max_tok(self) -> int:
+        """The longest sequence the positions were made for."""
+        return self.config.max_position_embeddings
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Every parameter once: a tied unembedding stands under the embedding's name."""
+        return dict(self.model.named_parameters())
+
+    def trunk(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        """[B, T, D] hidden rows after the last norm."""
+        decoder = self.model.model
+        hidden_BTD = decoder.embed_tokens(token_ids_BT)
+        rotary = decoder.rotary_emb(hidden_BTD, position_ids=positions_BT)
+        for layer in decoder.layers:
+            hidden_BTD = layer(hidden_BTD, position_embeddings=rotary, attend=attend)
+        return decoder.norm(hidden_BTD)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[T, D] hidden rows of a packed batch."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            heads_last = (x[0].transpose(0, 1) for x in (q, k, v))
+            return packed_attention(*heads_last, batch.layout, scale=scale)[None]
+
+        return self.trunk(batch.token_ids[None], batch.positions[None], attend)[0]
+
+    @contextlib.contextmanager
+    def borrowed_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """While open the parameters hold ``weights`` (of ``snapshot``); afterwards their own values, bit for bit."""
+        own = self.snapshot()
+        self.overwrite(weights)
+        try:
+            yield
+        finally:
+            self.overwrite(own)
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of all parameters in host memory, in the order of ``named_parameters``."""
+        return [p.detach().to("cpu", copy=True) for p in self.named_parameters().values()]
+
+    @torch.no_grad()
+    def overwrite(self, weights: Sequence[Tensor]) -> None:
+        """In place, so that whoever shares the storage sees the new values."""
+        for parameter, weight in zip(self.named_parameters().values(), weights, strict=True):
+            parameter.copy_(weight)
+
+    def save(self, folder: Path) -> None:
+        """As transformers and vLLM load it. The copies undo any sharing of storage, which the format cannot express."""
+        state = {
+            name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.named_parameters().items()
+        }
+        self.model.save_pretrained(folder, state_dict=state)
+        self.text.tokenizer.save_pretrained(folder)
+
+
+def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, device: torch.device) -> Policy:
+    """The policy that the recipe names. ``vocabulary``: the words of a tiny model. Raises UserError."""
+    dtype = getattr(torch, config.dtype)
+    if config.tiny is not None:
+        return build_tiny(config.tiny, vocabulary, seed=seed, dtype=dtype, device=device)
+    assert config.path is not None
+    folder, gguf = _locate(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+        loader_options = (
+            dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="isomorph", **loader_options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"model.path: no model could be loaded from {config.path!r}: {_first_line(error)}"
+        ) from error
+    model.config._attn_implementation = "isomorph"
+    text = TextCodec(tokenizer, chat_template=config.chat_template, stop_ids=_stop_ids(model, tokenizer))
+    return Policy(model.to(device), text)
+
+
+def build_tiny(
+    tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype, device: torch.device
+) -> Policy:
+    """A small Qwen2 decoder with random weights over a vocabulary of whole words."""
+    tokenizer = word_tokenizer(vocabulary)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        num_hidden_layers=tiny.num_layers,
+        num_attention_heads=tiny.num_heads,
+        num_key_value_heads=tiny.num_kv_heads,
+        max_position_embeddings=tiny.max_tok,
+        tie_word_embeddings=True,
+        initializer_range=0.05,  # at width 128 the usual 0.02 learns more slowly
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
+    return Policy(
+        model.to(device), TextCodec(tokenizer, chat_template=False, stop_ids=_stop_ids(model, tokenizer))
+    )
+
+
+def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word, number, tag or sign; what is not in the vocabulary is [UNK]."""
+    words = [PAD, EOS, BOS, UNK, *vocabulary]
+    if len(set(words)) != len(words):
+        raise ValueError("vocabulary must hold each word once, and none of [PAD] [EOS] [BOS] [UNK]")
+    table = {word: index for index, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(table, unk_token=UNK))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])]
+    )
+    inner.decoder = decoders.WordPiece(prefix="", cleanup=False)  # joins with spaces
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNK
+    )
+
+
+def _locate(path: str) -> tuple[str, dict[str, str]]:
+    file = Path(path).expanduser()
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise UserError(f"model.path: no such file: {file}")
+        return str(file.parent), {"gguf_file": file.name}
+    looks_local = path.startswith((".", "/", "~")) or file.exists()
+    if looks_local and not (file / "config.json").is_file():
+        raise UserError(
+            f"model.path: {file} must be a folder with a config.json, a .gguf file, or a hub name"
+        )
+    return str(file) if looks_local else path, {}
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end first; then what else the model ends on."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    ids = [tokenizer.eos_token_id, *configured]
+    ids = list(dict.fromkeys(i for i in ids if i is not None))
+    if not ids:
+        raise UserError(
+            "the model names no end-of-sequence token: set eos_token_id in its generation_config.json"
+        )
+    return ids
+
+
+def _refuse_what_we_cannot_train(config: Any) -> None:
+    if config.model_type not in SUPPORTED:
+        raise UserError(
+            f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window):
+        raise UserError("sliding-window attention is not supported: packed attention sees the whole prompt")
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in ("dynamic", "longrope"):
+        raise UserError(
+            f"rope_type {rope_type!r} is not supported: its angles depend on the batch's longest sequence"
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise UserError(f"attention_dropout must be 0, got {config.attention_dropout}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,132 @@
+"""The numbers of a run: one JSON row a step in steps.jsonl (the truth), one line a step on the console.
+
+run.json  steps.jsonl  completions/step-00000010.jsonl  checkpoints/  model/  summary.json
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from isomorph.engine.types import RunFailed
+
+Row = dict[str, Any]
+
+
+class RunLog:
+    """Writes the run folder's files and tells the console. Times come from ``with log.time("generate"):``."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder = folder
+        self.console = console
+        self.times: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._progress: Progress | None = None
+        self._bar: Any = None
+
+    @contextlib.contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Adds the seconds of the block to this step's ``phase``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - start
+
+    def begin_step(self) -> None:
+        self.times = {}
+        self._started = time.perf_counter()
+
+    def step_seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def write_step(self, row: Row, line: str) -> None:
+        """One row, flushed to the disk's cache, and one line."""
+        try:
+            with (self.folder / "steps.jsonl").open("a") as file:
+                file.write(json.dumps(_jsonable(row)) + "\n")
+        except OSError as error:
+            raise RunFailed(f"steps.jsonl cannot be written in {self.folder}: {error}") from error
+        self.say(line)
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=row["step"], description=row["stage"])
+
+    def write_completions(self, name: str, rows: Sequence[Row]) -> None:
+        """``completions/name.jsonl``: what was answered, with what it was worth."""
+        folder = self.folder / "completions"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """``name`` under the run folder, replaced in one piece."""
+        partial = self.folder / f".{name}"
+        partial.write_text(json.dumps(_jsonable(dict(value)), indent=2) + "\n")
+        os.replace(partial, self.folder / name)
+
+    def say(self, text: str) -> None:
+        """One line on the console, above the progress bar where there is one."""
+        (self._progress.console if self._progress else self.console).print(
+            text, highlight=False, soft_wrap=True
+        )
+
+    @contextlib.contextmanager
+    def progress(self, done: int, total: int) -> Iterator[None]:
+        """A bar over all steps while open; plain lines alone where the output is no terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as self._progress:
+            self._bar = self._progress.add_task("", total=total, completed=done)
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def cut_after(self, step: int) -> None:
+        """Drops what a lost run wrote after its last checkpoint, so that no step stands twice."""
+        file = self.folder / "steps.jsonl"
+        if file.exists():
+            kept = [line for line in file.read_text().splitlines() if _is_before(line, step)]
+            partial = self.folder / ".steps.jsonl"
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, file)
+        for path in (self.folder / "completions").glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+
+def read_steps(folder: Path) -> list[Row]:
+    """All rows of a run's steps.jsonl; a last row that a killed run left half written is left out."""
+    rows = []
+    for line in (folder / "steps.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except json.JSONDecodeError:
+        return False  # the half row of a killed run
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN: what was not measured is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _jsonable(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    return value

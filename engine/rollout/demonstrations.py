@@ -1,0 +1,62 @@
+"""The sampler of supervised stages: it "draws" what the prompt's author wrote down.
+
+Seen from the loop a demonstration is a rollout like any other: it is judged, packed and learned from. It has no
+sampler log-probability, because nobody sampled it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from isomorph.engine.config import UserError
+from isomorph.engine.policy import TextCodec
+from isomorph.engine.types import Prompt, Publication, Rollout, Sampling
+
+
+class DemonstrationSampler:
+    """``demonstrate(prompt)`` is the worked response, as text."""
+
+    def __init__(self, text: TextCodec, demonstrate: Callable[[Prompt], str | None]) -> None:
+        self.text = text
+        self.demonstrate = demonstrate
+        self.policy_version = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One rollout a prompt. Raises UserError for a prompt without a demonstration, or with one that is too long."""
+        if sampling.samples_per_prompt != 1:
+            raise UserError(
+                f"a supervised stage has one demonstration a prompt: sampling.samples_per_prompt must be 1, "
+                f"got {sampling.samples_per_prompt}"
+            )
+        return [self._rollout(prompt, sampling.max_new_tok) for prompt in prompts]
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        yield  # holds no memory
+
+    def publish(self, version: int) -> Publication:
+        self.policy_version = version
+        return Publication(version=version, num_bytes=0, fingerprint="")
+
+    def _rollout(self, prompt: Prompt, max_new_tok: int) -> Rollout:
+        response = self.demonstrate(prompt)
+        if response is None:
+            raise UserError(
+                f"prompt {prompt.prompt_id} ({prompt.task}, {prompt.representation}) has no demonstration: "
+                f"a supervised stage needs tasks that bring one"
+            )
+        token_ids = self.text.encode_response(response)
+        if len(token_ids) > max_new_tok:
+            raise UserError(
+                f"the demonstration of prompt {prompt.prompt_id} has {len(token_ids)} tokens: "
+                f"sampling.max_new_tok must be at least that, got {max_new_tok}"
+            )
+        return Rollout(
+            prompt_id=prompt.prompt_id,
+            sample=0,
+            token_ids=torch.tensor(token_ids),
+            sampler_logprob=None,
+            finish="stop",
+            policy_version=self.policy_version,
+        )

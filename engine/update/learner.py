@@ -1,0 +1,192 @@
+"""Packed rollouts -> gradient -> step.
+
+An optimizer step goes through its micro-batches one after the other; every micro-batch adds its share of one loss, whose
+denominator was counted over all of them before. Log-probabilities of the old policy are computed only where the policy can have moved
+since it drew the responses: on the first update of a rollout they equal the present ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.config import Stage
+from isomorph.engine.policy import Policy
+from isomorph.engine.types import PackedBatch, RunFailed, StepStats
+from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
+from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
+from isomorph.engine.update.pack import Update
+from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the predicted tokens of a step, on the device until read."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    num_tok: int = 0
+
+    def add(self, num_tok: int, **values: Tensor) -> None:
+        self.num_tok += num_tok
+        for name, value in values.items():
+            total = value.detach().double().sum()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def mean(self, name: str) -> float:
+        return self.sums[name].item() / self.num_tok if self.num_tok else float("nan")
+
+
+class Learner:
+    """Owns the optimizer and the reference weights; everything else is handed in."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.optimizer: MasterAdamW | None = None
+        self.reference: list[Tensor] | None = None  # host memory; swapped in for one pass a rollout
+
+    def enter(self, stage: Stage) -> None:
+        """A new stage begins: its optimizer, and the policy that KL is measured to."""
+        if self.optimizer is None or stage.optimizer == "reset":
+            self._open_optimizer(stage)
+        else:
+            self.optimizer.configure(stage.optim)
+        if stage.objective.kl_coef == 0:
+            if stage.reference == "anchor":
+                self.reference = None
+        elif self.reference is None or stage.reference == "anchor":
+            self.reference = self.policy.snapshot()
+
+    def update(self, updates: Sequence[Update], stage: Stage, stage_step: int) -> StepStats:
+        """All optimizer steps of one round of rollouts. Raises RunFailed on a non-finite loss or gradient."""
+        assert self.optimizer is not None, "enter a stage first"
+        lr = learning_rate(stage.optim, stage_step, stage.steps)
+        batches = [update.batches for update in updates]
+        reference = self._reference_logprobs(batches, stage)
+        is_repeated = len(updates) * stage.batch.epochs > 1
+        old = [[self._logprob(b, stage) for b in group] for group in batches] if is_repeated else None
+        tally, drift, norms = Tally(), Tally(), []
+        drift_max = torch.tensor(0.0, device=self.policy.device)
+        for epoch in range(stage.batch.epochs):
+            for u, update in enumerate(updates):
+                if update.num_loss_tok == 0 or not update.batches:
+                    continue
+                for b, batch in enumerate(update.batches):
+                    rows = self._rows(
+                        batch,
+                        update,
+                        stage,
+                        old[u][b] if old else None,
+                        reference[u][b] if reference else None,
+                    )
+                    logprob = self._backward(batch, rows, stage, tally)
+                    if epoch == 0 and batch.sampler_logprob is not None:
+                        before = old[u][b] if old else logprob
+                        gap = (before - batch.sampler_logprob).abs()
+                        drift.add(batch.num_loss_tok, drift=gap)
+                        drift_max = torch.maximum(drift_max, gap.max())
+                norms.append(self.optimizer.step(lr=lr, clip_norm=stage.optim.clip_norm))
+                self.optimizer.zero_grad()
+        nan = float("nan")
+        return StepStats(
+            loss=tally.sums["loss"].item() / len(norms) if norms else nan,
+            grad_norm=sum(norms) / len(norms) if norms else nan,
+            lr=lr,
+            clip_frac=tally.mean("clipped"),
+            entropy=tally.mean("entropy"),
+            kl=tally.mean("kl"),
+            drift_mean=drift.mean("drift"),
+            drift_max=drift_max.item() if drift.num_tok else nan,
+            num_updates=len(norms),
+            num_loss_tok=sum(u.num_loss_tok for u in updates),
+            num_trunk_tok=stage.batch.epochs * sum(len(b.token_ids) for u in updates for b in u.batches),
+            num_dropped_tok=sum(u.num_dropped_tok for u in updates),
+        )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint: optimizer and reference."""
+        assert self.optimizer is not None
+        named = zip(self.policy.named_parameters(), self.reference or [], strict=False)
+        return {**self.optimizer.state_tensors(), **{f"reference/{name}": weight for name, weight in named}}
+
+    def restore(self, stage: Stage, tensors: dict[str, Tensor]) -> None:
+        """Into the middle of ``stage``; the policy's parameters have been restored before."""
+        self._open_optimizer(stage)
+        assert self.optimizer is not None
+        self.optimizer.load_state_tensors(tensors)
+        names = [f"reference/{name}" for name in self.policy.named_parameters()]
+        self.reference = [tensors[name] for name in names] if names[0] in tensors else None
+
+    def _open_optimizer(self, stage: Stage) -> None:
+        if self.optimizer is not None:
+            self.optimizer.close()
+        self.optimizer = MasterAdamW(self.policy.named_parameters(), stage.optim)
+
+    def _rows(
+        self, batch: PackedBatch, update: Update, stage: Stage, old: Tensor | None, reference: Tensor | None
+    ) -> Rows:
+        weight = token_weight(
+            stage.objective,
+            batch.seq_id,
+            batch.num_seqs,
+            num_loss_tok=update.num_loss_tok,
+            num_step_seqs=update.num_seqs,
+            max_new_tok=stage.sampling.max_new_tok,
+        )
+        return Rows(
+            weight=weight,
+            advantage=batch.advantage[batch.seq_id],
+            seq_id=batch.seq_id,
+            old_logprob=old,
+            ref_logprob=reference,
+            sampler_logprob=batch.sampler_logprob,
+        )
+
+    def _backward(self, batch: PackedBatch, rows: Rows, stage: Stage, tally: Tally) -> Tensor:
+        """Adds the micro-batch's gradient; returns the log-probabilities it saw, [N]."""
+        seen: list[Tensor] = []
+
+        def loss_of(stats: TokenStats, chunk: slice) -> Tensor:
+            part = rows.slice(chunk)
+            token = loss_of_tokens(stage.objective, stats, part)
+            weighted = part.weight * token.loss
+            seen.append(stats.logprob.detach())
+            tally.add(
+                len(part.weight), loss=weighted, clipped=token.is_clipped, entropy=stats.entropy, kl=token.kl
+            )
+            return weighted.sum()
+
+        hidden_TD = self.policy.hidden(batch)
+        where = dict(row_index_N=batch.row_index, temperature=stage.sampling.temperature)
+        if stage.objective.is_per_token:
+            loss = linear_loss(hidden_TD, self.policy.unembedding, batch.target_ids, loss_of, **where)  # type: ignore[arg-type]
+        else:  # a token's coefficient depends on its whole sequence, so no chunk can be finished by itself
+            stats = linear_logprob(hidden_TD, self.policy.unembedding, batch.target_ids, **where)  # type: ignore[arg-type]
+            loss = loss_of(stats, slice(0, batch.num_loss_tok))
+        loss.backward()
+        logprob = torch.cat(seen)
+        if not logprob.isfinite().all():
+            raise RunFailed(
+                f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy has "
+                f"diverged; resume from an earlier checkpoint with a lower learning rate"
+            )
+        return logprob
+
+    @torch.no_grad()
+    def _logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
+        return linear_logprob(
+            self.policy.hidden(batch),
+            self.policy.unembedding,
+            batch.target_ids,
+            row_index_N=batch.row_index,
+            temperature=stage.sampling.temperature,
+        ).logprob
+
+    def _reference_logprobs(
+        self, updates: Sequence[Sequence[PackedBatch]], stage: Stage
+    ) -> list[list[Tensor]] | None:
+        if stage.objective.kl_coef == 0:
+            return None
+        assert self.reference is not None
+        with self.policy.borrowed_weights(self.reference):
+            return [[self._logprob(batch, stage) for batch in batches] for batches in updates]

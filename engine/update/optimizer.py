@@ -1,0 +1,127 @@
+"""AdamW with float32 masters: the step happens in float32, the parameter receives the rounded result in place.
+
+At a learning rate of 1e-6 a bf16 weight changes by less than its own spacing in almost every step; only the master
+remembers. Float32 (and, in tests, float64) parameters are their own masters.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from isomorph.engine.config import OptimConfig
+from isomorph.engine.types import RunFailed
+
+
+class MasterAdamW:
+    """Owns masters, moments and the gradient accumulators of ``parameters``.
+
+    A bf16 parameter's gradient is added into a float32 accumulator as soon as autograd has made it, so micro-batches do not
+    round each other away.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], config: OptimConfig) -> None:
+        self.parameters = dict(parameters)
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        self.adamw = torch.optim.AdamW(
+            list(self.masters.values()),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(_accumulator(self.masters[name]))
+            for name, p in self.parameters.items()
+            if self.masters[name] is not p
+        ]
+
+    def configure(self, config: OptimConfig) -> None:
+        """Another stage's constants, with the moments carried over."""
+        for group in self.adamw.param_groups:
+            group.update(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, *, lr: float, clip_norm: float) -> float:
+        """One step; returns the norm of the gradient before clipping. Raises RunFailed where it is not finite: nothing has changed then."""
+        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), clip_norm).item()
+        if not math.isfinite(norm):
+            raise RunFailed(
+                f"the gradient's norm is {norm}: the weights are unchanged; lower the learning rate or look at the rewards"
+            )
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        rounded = [
+            (p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p
+        ]
+        if rounded:
+            torch._foreach_copy_([p for p, _ in rounded], [master for _, master in rounded])
+        return norm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Masters and moments by name, for a checkpoint."""
+        tensors = {f"master/{name}": m for name, m in self.masters.items() if m is not self.parameters[name]}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                master.copy_(tensors[f"master/{name}"])
+            state = {
+                key: tensors[f"{key}/{name}"].clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}/{name}" in tensors
+            }
+            if state:
+                self.adamw.state[master] = {
+                    k: v if k == "step" else v.to(master.device) for k, v in state.items()
+                }
+
+    @torch.no_grad()
+    def adopt_parameters(self) -> None:
+        """The masters take over parameters that somebody else has written, rounded as they are."""
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                self.masters[name].copy_(parameter)
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Of the step after ``step`` completed ones of a stage of ``num_steps``: linear warm-up, then the schedule."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    done = step / num_steps
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        config.schedule
+    ]
+    floor = 1.0 if config.schedule == "constant" else config.final_lr_frac
+    return config.lr * warm * (floor + (1 - floor) * shape)
+
+
+def _master(parameter: Parameter) -> Tensor:
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    return parameter.detach().float().clone()
+
+
+def _accumulator(master: Tensor):  # type: ignore[no-untyped-def]
+    def accumulate(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return accumulate

@@ -1,0 +1,148 @@
+"""Groups -> packed micro-batches. The one place where tokens are shifted against their targets.
+
+A group is packed as [P][R1]..[RG], without padding, its prompt once. The last token of a response is only ever a
+target, so it does not go through the decoder. A group above the token budget is split between responses, and its
+prompt then stands in each part; gradients do not depend on how the step is cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.config import ObjectiveConfig, UserError
+from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout
+from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.kernels.packing import assign_groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Update:
+    """What one optimizer step learns from. The denominators count every response drawn, also those left out below."""
+
+    batches: tuple[PackedBatch, ...]
+    num_loss_tok: int
+    num_seqs: int
+    num_dropped_tok: int  # sampler log-probability not finite
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some responses of one group, with their advantages."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    advantages: tuple[float, ...]
+
+    @property
+    def num_tok(self) -> int:
+        return len(self.prompt.token_ids) + sum(len(r.token_ids) - 1 for r in self.rollouts)
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    max_tok: int,
+    prompts_per_update: int | None,
+    objective: ObjectiveConfig,
+    device: torch.device,
+) -> list[Update]:
+    """One Update for every ``prompts_per_update`` groups, in order; each cut into micro-batches of at most ``max_tok`` tokens."""
+    per_update = prompts_per_update or len(groups)
+    chunks = [groups[i : i + per_update] for i in range(0, len(groups), per_update)]
+    return [_update(chunk, max_tok, objective, device) for chunk in chunks]
+
+
+def _update(
+    groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device
+) -> Update:
+    trained = [part for group in groups for part in _parts(group, max_tok, objective)]
+    bins = assign_groups([part.num_tok for part in trained], max_tok)
+    packed = [_pack_parts([trained[i] for i in members], device) for members in bins]
+    counted = [
+        r
+        for g in groups
+        for r, a in zip(g.rollouts, g.advantages, strict=True)
+        if objective.name != "rft" or a
+    ]
+    return Update(
+        batches=tuple(batch for batch, _ in packed),
+        num_loss_tok=sum(len(r.token_ids) for r in counted),
+        num_seqs=len(counted),
+        num_dropped_tok=sum(dropped for _, dropped in packed),
+    )
+
+
+def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[_Part]:
+    """The group's responses that have a gradient, cut so that each part fits the budget."""
+    parts: list[_Part] = []
+    room = 0
+    for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
+        if advantage == 0 and objective.drops_flat_groups:
+            continue
+        size = len(rollout.token_ids) - 1
+        if size > room:
+            room = max_tok - len(group.prompt.token_ids)
+            if size > room:
+                raise UserError(
+                    f"batch.max_tok={max_tok} cannot hold prompt {group.prompt.prompt_id} with one response: "
+                    f"{len(group.prompt.token_ids)} + {size} tokens; raise it, or lower sampling.max_new_tok"
+                )
+            parts.append(_Part(group.prompt, (), ()))
+        room -= size
+        last = parts[-1]
+        parts[-1] = _Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage))
+    return parts
+
+
+def _pack_parts(parts: Sequence[_Part], device: torch.device) -> tuple[PackedBatch, int]:
+    token_ids: list[Tensor] = []
+    row_index: list[Tensor] = []
+    start = 0
+    for part in parts:
+        prompt_end = start + len(part.prompt.token_ids)
+        token_ids.append(torch.tensor(part.prompt.token_ids))
+        start = prompt_end
+        for rollout in part.rollouts:
+            inner = rollout.token_ids[:-1]
+            token_ids.append(inner)
+            # the first token is predicted by the prompt's last row, every other by the token before it
+            row_index.append(
+                torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + len(inner))])
+            )
+            start += len(inner)
+    rollouts = [r for part in parts for r in part.rollouts]
+    lens = torch.tensor([len(r.token_ids) for r in rollouts])
+    rows, targets = torch.cat(row_index), torch.cat([r.token_ids for r in rollouts])
+    seq_id = torch.arange(len(rollouts)).repeat_interleave(lens)
+    sampler_logprob = _sampler_logprob(rollouts)
+    layout = PackedLayout.from_groups(
+        [len(part.prompt.token_ids) for part in parts],
+        [[len(r.token_ids) - 1 for r in part.rollouts] for part in parts],
+    ).to(device)
+    num_dropped = 0
+    if sampler_logprob is not None:
+        is_finite = sampler_logprob.isfinite()
+        num_dropped = int((~is_finite).sum())
+        rows, targets, seq_id, sampler_logprob = (
+            x[is_finite] for x in (rows, targets, seq_id, sampler_logprob)
+        )
+    batch = PackedBatch(
+        token_ids=torch.cat(token_ids).to(device),
+        positions=layout.positions,
+        layout=layout,
+        row_index=rows.to(device),
+        target_ids=targets.to(device),
+        seq_id=seq_id.to(device),
+        sampler_logprob=None if sampler_logprob is None else sampler_logprob.to(device),
+        advantage=torch.tensor([a for part in parts for a in part.advantages]).to(device),
+    )
+    return batch, num_dropped
+
+
+def _sampler_logprob(rollouts: Sequence[Rollout]) -> Tensor | None:
+    known = [r.sampler_logprob for r in rollouts if r.sampler_logprob is not None]
+    if known and len(known) != len(rollouts):
+        raise ValueError("either all rollouts of a batch carry the sampler's log-probability or none does")
+    return torch.cat(known) if known else None
