@@ -1,4 +1,4 @@
-# What kernels/csrc/ builds. Called from the op files only, after their checks; arrays are CPU tensors, contiguous.
+# What kernels/csrc/ builds. Called by the op files alone, after their checks; tensors are on the CPU.
 from torch import Tensor
 
 def assign_groups(cost: Tensor, max_tok: int, bin: Tensor) -> None: ...

@@ -99,8 +99,8 @@ def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale:
     for group, (start, end) in enumerate(itertools.pairwise(offsets)):
         if end - start == 1:
             raise ValueError(
-                f"group {group} has one response: baseline {baseline!r} with scale {scale!r} compares responses of "
-                "a group; sample at least 2 (samples_per_prompt >= 2), or take baseline 'none' without scale 'std'"
+                f"group {group} has one response, and baseline {baseline!r} with scale {scale!r} compares "
+                "responses of a group; take samples_per_prompt >= 2, or baseline 'none' without scale 'std'"
             )
     return offsets
 
@@ -127,9 +127,10 @@ def group_advantage(
 
     reward [S] float32 or float64, group_offsets [P + 1] int32 or int64, ascending from 0 to S.
     baseline: "mean" of the group, "leave_one_out" mean of the others, "none".
-    scale: "std" divides by the group's standard deviation (n - 1) + EPS; "batch" subtracts the mean of all S and
-    divides by their standard deviation + EPS (REINFORCE++); "none". Where all values are equal the result is exactly 0.
-    Raises ValueError for a reward that is not finite, and for a group of one where the baseline or scale compares.
+    scale: "std" divides by the group's standard deviation (n - 1) + EPS; "batch" subtracts the mean of all S
+    and divides by their standard deviation + EPS (REINFORCE++); "none". Where all values
+    compared are equal the result is exactly 0.
+    Raises ValueError for a reward that is not finite, and a group of one where baseline or scale compares.
     """
     if backend.choose("group_advantage", reward_S.device) == "reference":
         return group_advantage_ref(reward_S, group_offsets, baseline=baseline, scale=scale)
@@ -145,8 +146,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates [T] and returns [T] (advantage + value), sequence by sequence.
 
-    reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T. The value after
-    a sequence's last token is 0. Raises ValueError for numbers that are not finite, and gamma or lam outside 0..1.
+    reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T.
+    The value after a sequence's last token is 0.
+    Raises ValueError for numbers that are not finite, and for gamma or lam outside 0..1.
     """
     if backend.choose("gae", reward_T.device) == "reference":
         return gae_ref(reward_T, value_T, cu_seqlens, gamma=gamma, lam=lam)

@@ -6,7 +6,7 @@
     reference   plain PyTorch: the specification of every op      anywhere
 
 ``ISOMORPH_BACKEND=reference`` (or ``using("reference")``) takes that body wherever an op has it;
-``ISOMORPH_BACKEND=decode_attention=torch,gae=reference`` chooses op by op, and an op without that body is an error.
+``ISOMORPH_BACKEND=decode_attention=torch,gae=reference`` chooses op by op; an op that lacks it is an error.
 ``table(device)`` says what runs: it belongs in a run's record.
 """
 
@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 
 try:
-    from isomorph.kernels import _native  # type: ignore[attr-defined]
+    from isomorph.kernels import _native
 
     _native_module: ModuleType | None = _native
     _native_reason = ""

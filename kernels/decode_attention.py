@@ -1,10 +1,11 @@
-"""Attention of one new token per sequence against its cached keys and values; for sampling, without gradients.
+"""Attention of one new token per sequence against its cached keys and values; for sampling, no gradients.
 
 Sequences come as P prompts with G rows each. A row sees the prompt's entries and its own, under one softmax:
 
     out[p, g] = softmax([q . k_prompt[p, :prompt_len[p]], q . k_own[p, g, :own_len[p, g]]]) [v_prompt; v_own]
 
-A prompt's keys and values are stored once and read once for its G rows: one [G * H / K, D] x [D, L] product per KV head.
+A prompt's keys and values are stored once and read once for its G rows: one [G * H / K, D] x [D, L] product
+per KV head.
 """
 
 import math
@@ -159,9 +160,9 @@ def decode_attention(
 ) -> Tensor:
     """[P, G, H, D] attention of one new token per row over its prompt's and its own cached keys and values.
 
-    Lengths are int64, prompt_len in 1..L, own_len in 0..L; what lies beyond a length does not matter, NaN included.
-    The new token's own key and value must already be in ``k_own`` and counted. Views with stride 1 in the last
-    dimension cost no copy: pass the cache sliced to the longest live length. H is a multiple of K. No gradients.
+    Lengths are int64, prompt_len in 1..L, own_len in 0..L; what lies beyond does not matter, be it NaN.
+    The new token's own key and value must be in ``k_own`` already, and counted. Views with stride 1 in the
+    last dimension cost no copy: pass the cache sliced to the longest live length. H is a multiple of K.
     Raises ValueError or TypeError for shapes, dtypes and lengths that do not fit.
     """
     operands = (q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG)

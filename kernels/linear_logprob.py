@@ -1,12 +1,13 @@
 """Log-probability, entropy and log-sum-exp of target tokens, straight from hidden rows and the unembedding.
 
     z[i, v] = (hidden[row[i]] . weight[v] + bias[v]) / temperature
-    lse     = log sum_v exp(z[v])          logprob = z[y] - lse          entropy = lse - sum_v p[v] z[v]
-    d logprob / d z[v] = (v == y) - p[v]   d entropy / d z[v] = -p[v] (log p[v] + entropy)   d lse / d z[v] = p[v]
+    lse     = log sum_v exp(z[v])      d lse     / d z[v] = p[v]
+    logprob = z[y] - lse               d logprob / d z[v] = (v == y) - p[v]
+    entropy = lse - sum_v p[v] z[v]    d entropy / d z[v] = -p[v] (log p[v] + entropy)
 
 Logits exist for one chunk of rows at a time. ``linear_logprob`` makes them again in its backward (4 GEMMs);
 ``linear_loss`` asks the loss for its derivative while a chunk's logits are still there (3 GEMMs).
-Logits are float32 and accumulated in float32 whatever the inputs are: bfloat16 logits cost up to 7 % on a ratio.
+Logits are float32, accumulated in float32, whatever the inputs: bfloat16 logits cost up to 7 % on a ratio.
 """
 
 import math
@@ -269,7 +270,7 @@ class _LinearLogprob(torch.autograd.Function):
         target_ids_N: Tensor,
         row_index_N: Tensor | None,
         temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N)
         ctx.temperature = temperature
         head = _head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
@@ -330,8 +331,8 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_loss was differentiated twice; its gradients are handed out once, to keep one copy of "
-                "them. Call it again, or use linear_logprob, which recomputes"
+                "linear_loss was differentiated twice; its gradients are handed out once, to keep one copy. "
+                "Call it again, or use linear_logprob, which recomputes"
             )
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
@@ -364,12 +365,12 @@ def linear_logprob(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
 ) -> TokenStats:
-    """Log-probability, entropy and LSE, each [N], of ``target_ids_N`` under softmax((hidden @ weight.T + bias) / T).
+    """Log-probability, entropy, LSE, each [N], of targets under softmax((hidden @ weight.T + bias) / T).
 
-    hidden [T, D] and weight [V, D] share a floating-point dtype; target_ids [N] int64 in 0..V-1; row_index [N]
-    int64 says which hidden row predicts target i (default: row i), and a row may be read many times: its gradient
-    is the sum over its targets. Differentiable once, through all three, in hidden, weight and bias. Peak memory
-    beside the gradients: two buffers of about 32 MiB. N = 0 gives empty stats.
+    hidden [T, D] and weight [V, D] share a floating-point dtype; target_ids [N] int64 in 0..V-1; row_index
+    [N] int64 says which hidden row predicts target i (default: row i); a row may be read many times, its
+    gradient is the sum over its targets. Differentiable once, through all three, in hidden, weight and bias.
+    Peak memory beside the gradients: two buffers of about 32 MiB. N = 0 gives empty stats.
     Raises ValueError or TypeError for shapes, dtypes, ids out of range, and a temperature that is not > 0.
     """
     if backend.choose("linear_logprob", hidden_TD.device) == "reference":
@@ -400,11 +401,12 @@ def linear_loss(
 ) -> Tensor:
     """Scalar loss of the target tokens; its gradients are made on the way, chunk by chunk, with 3 GEMMs.
 
-    ``loss_of(stats, rows)`` is called once for each slice of exactly ``chunk_rows`` rows (the last may be shorter),
-    in order, with grad enabled on stats that are leaves; the loss is the sum. It must return a scalar, and
-    whatever else it reads counts as constant. A loss that couples tokens needs them in one slice.
-    Peak memory beside the gradients: two buffers of [chunk_rows, V] float32. The arguments are ``linear_logprob``'s.
-    The result can be differentiated once; a second backward raises RuntimeError. N = 0 gives 0 and zero gradients.
+    ``loss_of(stats, rows)`` is called once for each slice of exactly ``chunk_rows`` rows (the last may be
+    shorter), in order, with grad enabled on stats that are leaves; the loss is the sum. It must return a
+    scalar; whatever else it reads counts as constant. A loss that couples tokens needs them in one slice.
+    The other arguments are ``linear_logprob``'s. N = 0 gives 0 and zero gradients.
+    Peak memory beside the gradients: two buffers of [chunk_rows, V] float32.
+    The result can be differentiated once; a second backward raises RuntimeError.
     """
     if backend.choose("linear_loss", hidden_TD.device) == "reference":
         return linear_loss_ref(

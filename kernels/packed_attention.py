@@ -1,8 +1,8 @@
 """Attention over packed segments; the prompt of a group stands once and is computed once.
 
 Packed order is [P][R1]..[RG] per group, groups one after the other. Key k is visible to query q iff
-``k <= q < vis_end[segment of k]``: a prompt is seen by itself and by all responses of its group, a response by
-itself alone; both causally.
+``k <= q < vis_end[segment of k]``: a prompt is seen by itself and by all responses of its group, a response
+by itself alone; both causally.
 
 On the CPU, by ATen's flash attention, in two parts that are merged by log-sum-exp:
 
@@ -10,7 +10,7 @@ On the CPU, by ATen's flash attention, in two parts that are merged by log-sum-e
     cross   all responses of a group on its prompt's keys, full   o2, l2
     merge   l = logaddexp(l1, l2)     o = exp(l1 - l) o1 + exp(l2 - l) o2
 
-The backward of each part, given the merged o and l, is exact: a weight is exp(score - l) wherever its key lives.
+The backward of each part, given the merged o and l, is exact: a weight is exp(score - l) wherever its key is.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class _Pair(NamedTuple):
 
 
 class _Ranges(NamedTuple):
-    """B ranges of packed rows as a [B, L] batch: views for one range, padded with each range's last row for more."""
+    """B ranges of packed rows as a [B, L] batch: one range is a view, more are padded with last rows."""
 
     rows: slice | Tensor  # of the packed rows, in order
     num_ranges: int
@@ -129,8 +129,8 @@ class PackedLayout:
     ) -> "PackedLayout":
         """Layout of groups of these lengths, in tokens. A group without responses is a plain sequence.
 
-        Zero-length prompts and responses are legal. Raises ValueError for a negative length or unequal numbers of
-        prompts and groups, TypeError for a length that is not an int.
+        Zero-length prompts and responses are legal. Raises ValueError for a negative length or unequal
+        numbers of prompts and groups, TypeError for a length that is not an int.
         """
         _check_lens(prompt_lens, response_lens_per_group)
         groups = [
@@ -179,8 +179,8 @@ class PackedLayout:
 def _check_lens(prompt_lens: Sequence[int], response_lens_per_group: Sequence[Sequence[int]]) -> None:
     if len(prompt_lens) != len(response_lens_per_group):
         raise ValueError(
-            f"prompt_lens and response_lens_per_group must have one entry per group, got {len(prompt_lens)} and "
-            f"{len(response_lens_per_group)}"
+            "prompt_lens and response_lens_per_group must have one entry per group, got "
+            f"{len(prompt_lens)} and {len(response_lens_per_group)}"
         )
     for length in itertools.chain(prompt_lens, *response_lens_per_group):
         if not isinstance(length, int):
@@ -376,8 +376,9 @@ def packed_attention(
 ) -> Tensor:
     """[T, H, D] attention of packed tokens; a response sees its prompt and itself, a prompt itself, causally.
 
-    q [T, H, D], k and v [T, K, D] of one floating-point dtype, rotary positions (``layout.positions``) already
-    applied; H is a multiple of K (grouped-query attention). scale defaults to D ** -0.5. Differentiable once.
+    q [T, H, D], k and v [T, K, D] of one floating-point dtype, rotary embedding (at ``layout.positions``)
+    already applied; H is a multiple of K (grouped-query attention). scale defaults to D ** -0.5.
+    Differentiable once.
     Raises ValueError or TypeError for shapes and dtypes that do not fit each other or the layout.
     """
     if backend.choose("packed_attention", q_THD.device) == "reference":

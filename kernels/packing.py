@@ -3,7 +3,6 @@
 Ragged rows: values one after the other, and offsets [n + 1]; row i is values[offsets[i] : offsets[i + 1]].
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -69,15 +68,16 @@ def _check_costs(cost_tok: Sequence[int], max_tok: int) -> None:
             raise ValueError(f"costs must be >= 0 tokens, got {cost} for group {group}")
         if cost > max_tok:
             raise ValueError(
-                f"group {group} has {cost} tokens, more than a micro-batch's {max_tok}: a group stays whole, so "
-                "raise the token budget, or shorten prompts, responses or samples_per_prompt"
+                f"group {group} has {cost} tokens, more than a micro-batch's {max_tok}, and groups stay "
+                "whole: raise the token budget, or lower prompt length, response length or samples_per_prompt"
             )
 
 
 def _check_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> None:
     if value.ndim != 1 or value.requires_grad:
         raise ValueError(
-            f"value must be [n] without gradient, got {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            "value must be [n] and need no gradient, got "
+            f"{tuple(value.shape)}, requires_grad={value.requires_grad}"
         )
     for name, ids in (("offsets", offsets), ("row_ids", row_ids)):
         if ids.ndim != 1 or ids.dtype != torch.int64 or ids.device != value.device:
@@ -98,10 +98,10 @@ def _check_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> None:
 
 # -- public
 def assign_groups(cost_tok: Sequence[int], max_tok: int) -> list[list[int]]:
-    """Whole groups into micro-batches of at most ``max_tok`` tokens: few of them, evenly filled, deterministic.
+    """Whole groups into micro-batches of at most ``max_tok`` tokens: few, evenly filled, deterministic.
 
-    ``cost_tok[g]`` is the tokens of group g. Groups ascend within a micro-batch, micro-batches by first group.
-    The number is the least for which heaviest-first into the lightest bin fits, at most first-fit-decreasing's.
+    ``cost_tok[g]`` is the tokens of group g. Groups ascend in a micro-batch, micro-batches by first group.
+    Their number is the least for which heaviest-first into the lightest fits, at most first-fit-decreasing's.
     Raises ValueError for a group above max_tok.
     """
     if backend.choose("assign_groups") == "reference":
@@ -145,8 +145,8 @@ def take_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> tuple[Tensor
     _check_ragged(value, offsets, row_ids)
     taken = offsets_of(offsets.diff()[row_ids])
     out = value.new_empty(int(taken[-1]))
+    value_bytes, out_bytes = value.contiguous().view(torch.uint8), out.view(torch.uint8)
     backend.native().take_ragged(
-        value.contiguous().view(torch.uint8), offsets.contiguous(), value.element_size(), row_ids.contiguous(),
-        out.view(torch.uint8),
-    )  # fmt: skip
+        value_bytes, offsets.contiguous(), value.element_size(), row_ids.contiguous(), out_bytes
+    )
     return out, taken
