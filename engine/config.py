@@ -228,7 +228,17 @@ STAGE_TABLES = ("objective", "optim", "batch", "sampling")
 
 
 def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
-    """The recipe at ``path`` with ``section.key=value`` overrides, as a checked, frozen ``schema``. Raises UserError."""
+    """The recipe at ``path`` with ``section.key=value`` overrides, as a checked, frozen ``schema``. Raises UserError.
+
+    ``extends = "other.toml"`` lays the recipe over another one: tables are merged, everything else is replaced.
+    """
+    tables = _read_toml(path)
+    for text in overrides:
+        _override(tables, text)
+    return check_tables(_stages_resolved(tables), schema, where=str(path))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -239,9 +249,20 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
         raise UserError(f"{path}: the recipe cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    for text in overrides:
-        _override(tables, text)
-    return check_tables(_stages_resolved(tables), schema, where=str(path))
+    base = tables.pop("extends", None)
+    if base is None:
+        return tables
+    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
+        raise UserError(f"{path}: extends must name another recipe beside this one, got {base!r}")
+    return _merged(_read_toml(path.parent / base), tables)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(under[key], value) if isinstance(value, dict) and isinstance(under.get(key), dict) else value
+        for key, value in over.items()
+    }
+    return {**under, **both}
 
 
 def check_tables(tables: dict[str, Any], schema: type[C], *, where: str) -> C:
