@@ -1,0 +1,298 @@
+"""Verifiable rewards: a response is worth 1.0 or 0.0. What the model wrote never raises and never hangs.
+
+Asynchronous-planning answers are judged on the spot, in bounded time. Mathematics and physics run SymPy on
+what the model wrote, so they are always judged in worker processes that are killed at a deadline.
+"""
+
+import atexit
+import functools
+import importlib
+import importlib.util
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import TimeoutError as DeadlineExceeded
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.popen_spawn_posix import Popen
+from typing import Any, Protocol, Self
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from isomorph.curriculum.task import FAMILIES, Task
+from isomorph.curriculum.tasks.duration import Interval, parse_duration, parse_timedeltas
+
+DEADLINE_S = 5.0
+MAX_ANSWER_CHARS = 2_000  # of mathematics and physics; longer answers are wrong
+
+_OPEN, _CLOSE = "<answer>", "</answer>"
+
+
+class HasPayload(Protocol):
+    """What the pool needs of a prompt: the task that it asks."""
+
+    @property
+    def payload(self) -> Any: ...
+
+
+def judge(family: str, response: str, answer: str | float) -> float:
+    """1.0 if the last ``<answer>...</answer>`` of ``response`` gives ``answer``, else 0.0.
+
+    family: "async_plan" (answer: a duration, an interval ``[datetime.timedelta(..), datetime.timedelta(..)]``,
+    or a number), "math" (LaTeX, SymPy's notation or text) or "physics" (a value with a unit). Mathematics and
+    physics run in one worker process that this module keeps, and kills after DEADLINE_S seconds; ``JudgePool``
+    has several. No response makes it raise.
+
+    Raises:
+        ValueError: an unknown family, or an accepted answer that cannot be read.
+        ImportError: mathematics or physics without the extra [math].
+    """
+    _check_family(family)
+    if family == "async_plan":
+        return _judge_plan(response, answer)
+    return _shared_pool().judge(family, response, answer)
+
+
+class JudgePool:
+    """Judges prompts whose payload is a ``Task``; mathematics and physics have ``deadline_s`` a response.
+
+    Satisfies the engine's Judge protocol. Workers start with the first response that needs one, by spawning,
+    without importing the caller's main module; ``close`` leaves none behind. ``num_timeouts`` counts responses
+    cut off at the deadline, ``num_crashes`` those that took their worker down; both are worth 0.0.
+    """
+
+    def __init__(self, *, max_workers: int | None = None, deadline_s: float = DEADLINE_S) -> None:
+        if max_workers is not None and max_workers < 1:
+            raise ValueError(f"max_workers must be at least 1, got {max_workers}")
+        if not (deadline_s > 0 and math.isfinite(deadline_s)):
+            raise ValueError(f"deadline_s must be a positive number of seconds, got {deadline_s}")
+        self.max_workers = max_workers or min(4, os.cpu_count() or 1)
+        self.deadline_s = deadline_s
+        self.num_timeouts = 0
+        self.num_crashes = 0
+        self._pool: ProcessPool | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, prompts: Sequence[HasPayload], texts: Sequence[str]) -> list[float]:
+        """One reward for each (prompt, text) pair.
+
+        Raises:
+            TypeError: a prompt's payload is not a Task.
+            ValueError: not as many prompts as texts; a task with an unknown family or an unreadable answer.
+        """
+        started = [self._start(_task_of(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+        return [got if isinstance(got, float) else self._finish(got) for got in started]
+
+    def judge(self, family: str, response: str, answer: str | float) -> float:
+        """``isomorph.curriculum.judge.judge`` with this pool's workers and deadline."""
+        _check_family(family)
+        if family == "async_plan":
+            return _judge_plan(response, answer)
+        got = self._schedule(family, response, answer)
+        return got if isinstance(got, float) else self._finish(got)
+
+    def close(self) -> None:
+        """Kills the workers and waits for them. The pool can be used again afterwards."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()
+            pool.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self, task: Task, text: str) -> float | ProcessFuture:
+        _check_family(task.family)
+        if task.family == "async_plan":
+            return _judge_plan(text, task.answer)
+        return self._schedule(task.family, text, task.answer)
+
+    def _schedule(self, family: str, response: str, answer: str | float) -> float | ProcessFuture:
+        stated = last_answer(response)
+        if stated is None or len(stated) > MAX_ANSWER_CHARS:
+            return 0.0
+        return self._workers().schedule(_grade, args=(family, stated, str(answer)), timeout=self.deadline_s)
+
+    def _finish(self, future: ProcessFuture) -> float:
+        try:
+            return future.result()
+        except DeadlineExceeded:
+            self.num_timeouts += 1
+        except ProcessExpired:
+            self.num_crashes += 1
+        return 0.0
+
+    def _workers(self) -> ProcessPool:
+        with self._lock:
+            if self._pool is None:
+                _require_math_extra()
+                self._pool = ProcessPool(
+                    max_workers=self.max_workers, initializer=_prepare_worker, context=_CleanSpawnContext()
+                )
+            return self._pool
+
+
+def last_answer(response: str) -> str | None:
+    """What stands in the last ``<answer>...</answer>``, stripped; None where there is none. Linear time."""
+    found, position = None, 0
+    while (end := response.find(_CLOSE, position)) >= 0:
+        start = response.rfind(_OPEN, position, end)
+        if start >= 0:
+            found = (start + len(_OPEN), end)
+        position = end + len(_CLOSE)
+    return response[slice(*found)].strip() if found else None
+
+
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
+
+
+def _task_of(prompt: HasPayload) -> Task:
+    if not isinstance(prompt.payload, Task):
+        raise TypeError(
+            f"a prompt to judge must carry a Task as its payload, got {type(prompt.payload).__name__}"
+        )
+    return prompt.payload
+
+
+def _judge_plan(response: str, answer: str | float) -> float:
+    gold = _plan_answer(answer if isinstance(answer, str) else str(_checked_number(answer)))
+    stated = last_answer(response)
+    if stated is None:
+        return 0.0
+    if isinstance(gold, Interval):
+        duration = parse_duration(stated)
+        return float(duration is not None and duration.meets(gold))
+    return float(_same_number(stated, str(answer).strip(), gold))
+
+
+def _checked_number(answer: float) -> float:
+    if isinstance(answer, bool) or not isinstance(answer, int | float):
+        raise ValueError(f"an accepted answer must be text or a number, got {type(answer).__name__}")
+    return answer
+
+
+@functools.lru_cache(maxsize=65_536)
+def _plan_answer(text: str) -> Interval | float:
+    """The accepted answer: an interval of seconds, or a bare number."""
+    if "timedelta" in text:
+        return parse_timedeltas(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = None
+    if number is not None and math.isfinite(number):
+        return number
+    duration = parse_duration(text)
+    if duration is None:
+        raise ValueError(
+            f"an accepted answer must be a finite number, a duration such as '20 min', or "
+            f"'[datetime.timedelta(...), datetime.timedelta(...)]', got {text[:200]!r}"
+        )
+    return duration
+
+
+def _same_number(stated: str, gold_text: str, gold: float) -> bool:
+    if stated == gold_text:
+        return True
+    if len(stated) > MAX_ANSWER_CHARS:
+        return False
+    try:
+        return float(stated) == gold
+    except ValueError:
+        return False
+
+
+# What follows runs in a worker process.
+
+
+def _grade(family: str, stated: str, gold: str) -> float:
+    """The reward of a mathematics or physics answer; raises ValueError where ``gold`` cannot be read."""
+    if not gold.strip():
+        raise ValueError("an accepted answer must not be empty")
+    same = _same_physics if family == "physics" else _same_mathematics
+    return float(same(stated, gold))
+
+
+def _same_physics(stated: str, gold: str) -> bool:
+    from isomorph.curriculum.tasks.quantity import parse_quantity, same_quantity
+
+    expected = parse_quantity(gold)
+    if expected is None:
+        raise ValueError(f"an accepted answer in physics must be a value with a unit, got {gold[:200]!r}")
+    if expected.value.free_symbols:
+        return _same_mathematics(stated, gold)
+    got = parse_quantity(stated)
+    return got is not None and same_quantity(expected, got)
+
+
+def _same_mathematics(stated: str, gold: str) -> bool:
+    from isomorph.curriculum.tasks.mathematics import same_expression
+
+    return same_expression(stated, gold)
+
+
+def _prepare_worker() -> None:
+    """Imports once what judging needs: no response pays for it out of its seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes the pool
+    warnings.simplefilter("ignore")
+    logging.getLogger("math_verify").setLevel(
+        logging.CRITICAL
+    )  # says that it has no timeout; the pool has one
+    importlib.import_module("isomorph.curriculum.tasks.mathematics")
+    importlib.import_module("isomorph.curriculum.tasks.quantity")
+
+
+# How workers start.
+
+
+def _require_math_extra() -> None:
+    missing = [name for name in ("math_verify", "pint") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"judging mathematics and physics needs {' and '.join(missing)}: pip install 'isomorph[math]'"
+        )
+
+
+@functools.cache
+def _shared_pool() -> JudgePool:
+    pool = JudgePool(max_workers=1)
+    atexit.register(pool.close)
+    return pool
+
+
+_MAIN_LOCK = threading.Lock()
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """A spawned child imports its parent's main module: torch with it, or a script that has no guard."""
+    with _MAIN_LOCK:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _CleanSpawnProcess(SpawnProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Popen:
+        with _without_main_module():
+            return Popen(process_obj)
+
+
+class _CleanSpawnContext(SpawnContext):
+    Process = _CleanSpawnProcess

@@ -1,0 +1,148 @@
+"""Physical quantities as people and models write them: a value, perhaps a power of ten, and a unit.
+
+Values are compared in the unit of the accepted answer. The tolerance is one unit in the last digit that the
+accepted answer states, but never less than 1 % and never more than 10 % of it.
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import pint
+import sympy
+
+from isomorph.curriculum.tasks.formula import NotAFormula, parse_formula
+
+MAX_CHARS = 300
+MIN_TOLERANCE, MAX_TOLERANCE = 0.01, 0.1
+MAX_UNIT_CHARS = 60
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+# In this order: spaces and wrappers first, so that what they hold is seen by the rest.
+_LATEX = (
+    (re.compile(r"\\(?:mathrm|text|rm|boxed|left|right)(?![a-z])|\\[,; !]|[$~]"), " "),
+    (re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), lambda m: f"^{m.group().translate(_SUPERSCRIPTS)}"),
+    (re.compile(r"\\d?frac ?\{([^{}]{0,80})\} ?\{([^{}]{0,80})\}"), r"((\1)/(\2))"),
+    (re.compile(r"\\sqrt ?\{([^{}]{0,80})\}"), r"sqrt(\1)"),
+    (re.compile(r"(?:\^? ?\{? ?\\circ ?\}?|°) ?(?=[CF]\b)"), " deg"),
+    (re.compile(r"\^? ?\{? ?\\circ ?\}?|°"), " degree"),
+    (re.compile(r"\\mu(?![a-z]) ?|μ"), "µ"),
+    (re.compile(r"\\(?:Omega|ohm)(?![a-z])|Ω"), "ohm"),
+    (re.compile(r"\\(?:cdot|times)(?![a-z])|[×·]"), "*"),
+    (re.compile(r"\\(?=pi(?![a-z])|%)"), ""),
+    (re.compile(r"[−–]"), "-"),
+    (re.compile(r"[{}]"), " "),
+    (re.compile(r"\^ ?"), "**"),
+    (re.compile(r"µ +"), "µ"),
+)
+_DECIMAL = (
+    r"(?P<sign>[-+]?) ?(?P<digits>\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE](?P<exponent>[-+]?\d{1,3}))?"
+)
+_POWER = r"(?: ?[*x]? ?10 ?\*\* ?\(? ?(?P<power>[-+]?\d{1,3}) ?\)?| 1[eE](?P<factor>[-+]?\d{1,3}))?"
+_HEAD = re.compile(rf"{_DECIMAL}{_POWER}(?![\d.])", re.ASCII)
+
+_UNIT_NAMES = {
+    "unitless": "",
+    "dimensionless": "",
+    "none": "",
+    "rads": "radian",
+    "light-years": "light_year",
+    "light-year": "light_year",
+    "light years": "light_year",
+}
+_HARMLESS_UNIT = re.compile(r"(?!.*\*\* ?[-+(]? ?\d{3})(?!.*\*\*.*\*\*.*\*\*.*\*\*.*\*\*)[^\[\]\\]*")
+
+
+class Quantity(NamedTuple):
+    value: Any  # a SymPy number or formula
+    unit: str  # "" where there is none
+    tolerance: float  # relative
+
+
+def parse_quantity(text: str) -> Quantity | None:
+    """The quantity that ``text`` states, or None."""
+    if len(text) > MAX_CHARS:
+        return None
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    text = " ".join(text.split()).rpartition("=")[2].strip()
+    for read in (_read_formula, _read_decimal, _read_formula_with_unit):
+        quantity = read(text)
+        if quantity is not None and len(quantity.unit) <= MAX_UNIT_CHARS:
+            return quantity
+    return None
+
+
+def same_quantity(gold: Quantity, answer: Quantity) -> bool:
+    """Whether ``answer`` is ``gold``, a number, within its tolerance, units converted."""
+    if not (gold.value.is_real and answer.value.is_real):
+        return False
+    expected, got = float(gold.value), float(answer.value)
+    if gold.unit != answer.unit:
+        converted = _convert(got, answer.unit, gold.unit)
+        if converted is None:
+            return False
+        got = converted
+    return abs(got - expected) <= (gold.tolerance * abs(expected) or MIN_TOLERANCE)
+
+
+def _read_formula(text: str) -> Quantity | None:
+    try:
+        value = parse_formula(text)
+    except NotAFormula:
+        return None
+    if not isinstance(value, sympy.Expr):
+        return None
+    decimal = _HEAD.fullmatch(text)
+    return _from_head(decimal, "") if decimal else Quantity(value, "", MIN_TOLERANCE)
+
+
+def _read_decimal(text: str) -> Quantity | None:
+    match = _HEAD.match(text)
+    if match is None or text[match.end() :].lstrip()[:1] in ("*", "/", "+", "(", ","):
+        return None
+    return _from_head(match, text[match.end() :])
+
+
+def _read_formula_with_unit(text: str) -> Quantity | None:
+    formula, _, unit = text.rpartition(" ")
+    quantity = _read_formula(formula)
+    return quantity and quantity._replace(unit=_unit_name(unit))
+
+
+def _from_head(match: re.Match[str], unit: str) -> Quantity:
+    digits = match["digits"]
+    exponent = sum(int(match[name] or 0) for name in ("exponent", "power", "factor"))
+    mantissa = sympy.Rational(digits)
+    value = mantissa * sympy.Integer(10) ** exponent * (-1 if match["sign"] == "-" else 1)
+    last_digit = 10.0 ** -len(digits.partition(".")[2])
+    relative = last_digit / float(mantissa) if mantissa else 0.0
+    return Quantity(value, _unit_name(unit), min(max(relative, MIN_TOLERANCE), MAX_TOLERANCE))
+
+
+def _unit_name(text: str) -> str:
+    text = text.strip().rstrip(".,")
+    return _UNIT_NAMES.get(text.lower(), text)
+
+
+@functools.cache
+def _registry() -> pint.UnitRegistry:
+    return pint.UnitRegistry()
+
+
+def _convert(value: float, unit: str, wanted: str) -> float | None:
+    if not (_HARMLESS_UNIT.fullmatch(unit) and _HARMLESS_UNIT.fullmatch(wanted)):
+        return None
+    try:
+        quantity = _registry().Quantity(value, _parse_unit(unit))
+        return float(quantity.to(_parse_unit(wanted)).magnitude)
+    except (pint.PintError, ArithmeticError, AttributeError, TypeError, ValueError, AssertionError):
+        return None  # no unit that pint knows, or one of another dimension
+
+
+def _parse_unit(text: str) -> Any:
+    registry = _registry()
+    try:
+        return registry.parse_units(text)
+    except pint.UndefinedUnitError:
+        return registry.parse_units(text.lower())
