@@ -44,10 +44,10 @@ class HasPayload(Protocol):
 def judge(family: str, response: str, answer: str | float) -> float:
     """1.0 if the last ``<answer>...</answer>`` of ``response`` gives ``answer``, else 0.0.
 
-    family: "async_plan" (answer: a duration, an interval ``[datetime.timedelta(..), datetime.timedelta(..)]``,
-    or a number), "math" (LaTeX, SymPy's notation or text) or "physics" (a value with a unit). Mathematics and
-    physics run in one worker process that this module keeps, and kills after DEADLINE_S seconds; ``JudgePool``
-    has several. No response makes it raise.
+    family: "async_plan" (answer: a duration, ``[datetime.timedelta(..), datetime.timedelta(..)]``, or a number),
+    "math" (LaTeX, SymPy's notation or text) or "physics" (a value with a unit). Mathematics and physics run in
+    one worker process that this module keeps, and kills after DEADLINE_S seconds; ``JudgePool`` has several.
+    No response makes it raise.
 
     Raises:
         ValueError: an unknown family, or an accepted answer that cannot be read.
@@ -64,7 +64,7 @@ class JudgePool:
 
     Satisfies the engine's Judge protocol. Workers start with the first response that needs one, by spawning,
     without importing the caller's main module; ``close`` leaves none behind. ``num_timeouts`` counts responses
-    cut off at the deadline, ``num_crashes`` those that took their worker down; both are worth 0.0.
+    cut off at the deadline, ``num_crashes`` those that took their worker down: both are worth 0.0.
     """
 
     def __init__(self, *, max_workers: int | None = None, deadline_s: float = DEADLINE_S) -> None:

@@ -31,10 +31,10 @@ def same_expression(stated: str, gold: str) -> bool:
 
 
 def _neutral(expression: Any, imaginary: bool) -> Any:
-    """Symbols with one set of assumptions, for the two parsers differ; i is I where I is expected."""
+    """Symbols with one set of assumptions, in the lower case that math-verify gives them."""
     if not isinstance(expression, sympy.Basic | sympy.MatrixBase):
         return expression
-    neutral = {s: sympy.Symbol(s.name, real=True) for s in expression.atoms(sympy.Symbol)}
+    neutral = {s: sympy.Symbol(s.name.lower(), real=True) for s in expression.atoms(sympy.Symbol)}
     if imaginary:
         neutral |= {s: sympy.I for s in neutral if s.name == "i"}
     return expression.xreplace(neutral)
