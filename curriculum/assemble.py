@@ -1,4 +1,4 @@
-"""From a recipe to a crew at work, and from its end to what a run leaves behind. Knows the engine and the curriculum, and wires them."""
+"""From a recipe to a crew at work, and from its end to what a run leaves behind: engine and curriculum, wired."""
 
 import contextlib
 import importlib.metadata
@@ -98,9 +98,7 @@ def open_policy(recipe: Recipe) -> Policy:
     if recipe.model.tiny is not None:
         for name, data in recipe.data.items():
             if not isinstance(data, GeneratedData):
-                raise UserError(
-                    f"a tiny model knows only generated words: [data.{name}] must be of kind 'async_plan'"
-                )
+                raise UserError(f"a tiny model knows only generated words: [data.{name}] must be of kind 'async_plan'")
             words |= set(vocabulary(data.difficulty))
     return load_policy(recipe.model, vocabulary=sorted(words), seed=recipe.run.seed, device=device)
 
@@ -161,9 +159,7 @@ def _restored(policy: Policy, log: RunLog) -> tuple[RunState, dict[str, torch.Te
     root = log.folder / "checkpoints"
     newest = latest_checkpoint(root)
     if newest is None:
-        raise UserError(
-            f"{root} holds no complete checkpoint: start the run again with isomorph train RECIPE"
-        )
+        raise UserError(f"{root} holds no complete checkpoint: start the run again with isomorph train RECIPE")
     state, weights, learned = load_checkpoint(newest)
     policy.overwrite([weights[name] for name in policy.named_parameters()])
     log.cut_after(state.step)
@@ -180,8 +176,7 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
         "wall_s": state.totals.get("wall_s", 0.0),
         "tokens": {key: value for key, value in state.totals.items() if key.endswith("_tok")},
         "accuracy": {
-            when: {name: result["rate"] for name, result in results.items()}
-            for when, results in accuracy.items()
+            when: {name: result["rate"] for name, result in results.items()} for when, results in accuracy.items()
         },
         "intervals": accuracy,
         "floor": crew.source.floor(),

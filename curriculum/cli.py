@@ -49,12 +49,8 @@ def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe, for example curriculum/recipes/quickstart.toml")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, as often as needed")
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option("--run", help="Folder of the run; default runs/RECIPE-TIME")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Folder of the run; default runs/RECIPE-TIME")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder")] = None,
 ) -> None:
     """Train a model by a recipe, or go on with an interrupted run."""
@@ -67,9 +63,7 @@ def train(
         )
     if resume is not None:
         if run is not None or overrides:
-            raise UserError(
-                "--resume goes on with the run as it was: --run and overrides cannot be given with it"
-            )
+            raise UserError("--resume goes on with the run as it was: --run and overrides cannot be given with it")
         loaded, folder = check_tables(_run_json(resume)["recipe"], Recipe, where=f"{resume}/run.json"), resume
     else:
         assert recipe is not None

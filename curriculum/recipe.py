@@ -78,9 +78,7 @@ class Recipe(EngineConfig):
             for part in stage.mixture:
                 self._check_source(part.data, part.representation, f"stage {stage.name!r}")
                 if part.representation in HELD_OUT:
-                    raise ValueError(
-                        f"stage {stage.name!r}: {part.representation!r} is only ever evaluated on"
-                    )
+                    raise ValueError(f"stage {stage.name!r}: {part.representation!r} is only ever evaluated on")
         for representation in self.eval.representations:
             self._check_source(self.eval.data, representation, "eval")
         return self

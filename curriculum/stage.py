@@ -1,7 +1,7 @@
 """The curriculum: which stage is on, what it asks, when it is over, and what was known at its boundaries.
 
 Satisfies the engine's ``PromptSource``. Its whole memory is one small JSON object: every random choice is made by a
-generator seeded with (run seed, prompt number), so a resumed run asks exactly what the uninterrupted one would have asked.
+generator seeded with (run seed, prompt number), so a resumed run asks what the uninterrupted one would have asked.
 """
 
 import os
@@ -28,9 +28,7 @@ class Curriculum:
     def __init__(self, recipe: Recipe, text: TextCodec) -> None:
         self.recipe = recipe
         self.text = text
-        self.files = {
-            name: TaskFiles(data, text) for name, data in recipe.data.items() if isinstance(data, JsonlData)
-        }
+        self.files = {name: TaskFiles(data, text) for name, data in recipe.data.items() if isinstance(data, JsonlData)}
         self.stage_index = 0
         self.steps_done = 0  # of the present stage
         self.next_prompt_id = 0
@@ -67,7 +65,7 @@ class Curriculum:
             self.recent_rewards = []
 
     def exam(self) -> Exam | None:
-        """Due after every stage, and before the first one where that is not supervised: an untrained policy knows nothing."""
+        """Due after every stage, and before the first one unless that is supervised: an untrained policy knows nothing."""
         label = self.recipe.stage[self.stage_index - 1].name if self.stage_index else START
         is_due = self.steps_done == 0 and label not in {exam["label"] for exam in self.exams}
         if not is_due or (label == START and self.recipe.stage[0].objective.is_supervised):
@@ -91,7 +89,7 @@ class Curriculum:
         return f"exam after {exam.label}: " + "  ".join(parts)
 
     def floor(self) -> dict[str, float | None]:
-        """Share of the exam's questions that doing one step after the other would answer rightly; None where nobody knows."""
+        """Share of the exam's questions that doing one step after the other answers rightly; None where unknown."""
         known: dict[str, list[float]] = {}
         for prompt in self._questions():
             task: Task = prompt.payload
@@ -140,9 +138,9 @@ class Curriculum:
 
     def _why_over(self, stage: StageRecipe) -> str | None:
         mastery = stage.mastery
-        if mastery and len(self.recent_rewards) == mastery.window:
-            if sum(self.recent_rewards) / mastery.window >= mastery.pass_rate:
-                return "mastery"
+        is_full = mastery is not None and len(self.recent_rewards) == mastery.window
+        if mastery and is_full and sum(self.recent_rewards) / mastery.window >= mastery.pass_rate:
+            return "mastery"
         return "steps" if self.steps_done == stage.steps else None
 
     def _next_prompt(self) -> Prompt:
@@ -156,9 +154,7 @@ class Curriculum:
     def _task(self, part: Ingredient, rng: random.Random) -> Task:
         data = self.recipe.data[part.data]
         if isinstance(data, GeneratedData):
-            return make_task(
-                rng, data.difficulty, part.representation, split="train", naive_rate=part.naive_rate
-            )
+            return make_task(rng, data.difficulty, part.representation, split="train", naive_rate=part.naive_rate)
         key = f"{part.data}:{part.representation}"
         position = self.positions.get(key, 0)
         self.positions[key] = position + 1
@@ -199,9 +195,7 @@ class TaskFiles:
         train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
         self.num_too_long: dict[str, int] = {}
         self.training = {name: self._short_enough(name, tasks, data, text) for name, tasks in train.items()}
-        self.held_out = {
-            name: self._short_enough(name, tasks, data, text) for name, tasks in held_out.items()
-        }
+        self.held_out = {name: self._short_enough(name, tasks, data, text) for name, tasks in held_out.items()}
 
     def training_task(self, representation: str, position: int, seed: int) -> Task:
         """Row ``position`` of an endless sequence of passes, each in an order of its own."""
@@ -223,7 +217,5 @@ class TaskFiles:
 def _expanded(path: str) -> str:
     expanded = os.path.expanduser(os.path.expandvars(path))
     if "$" in expanded:
-        raise UserError(
-            f"data file {path!r}: set the environment variable it names to the folder that holds the file"
-        )
+        raise UserError(f"data file {path!r}: set the environment variable it names to the folder that holds the file")
     return expanded

@@ -1,7 +1,7 @@
 """The configuration: frozen, checked once, never written again.
 
 A recipe is one TOML file. Top-level tables are defaults; a stage may override any of ``objective``, ``optim``,
-``batch`` and ``sampling``. What a user can get wrong is refused here, with the nearest valid key or the valid range.
+``batch`` and ``sampling``. What a user can get wrong is refused here, with the nearest valid key or range.
 """
 
 import difflib
@@ -106,13 +106,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(baseline="mean", scale="std", aggregation="sequence", clip_low=0.2, clip_high=0.2),
     "dr_grpo": dict(baseline="mean", scale="none", aggregation="constant", clip_low=0.2, clip_high=0.2),
     "dapo": dict(baseline="mean", scale="std", aggregation="token", clip_low=0.2, clip_high=0.28),
-    "gspo": dict(
-        baseline="mean", scale="std", aggregation="sequence", clip_low=3e-4, clip_high=4e-4, ratio="sequence"
-    ),
+    "gspo": dict(baseline="mean", scale="std", aggregation="sequence", clip_low=3e-4, clip_high=4e-4, ratio="sequence"),
     "cispo": dict(baseline="mean", scale="std", aggregation="token", clip_low=1.0, clip_high=0.28),
-    "rloo": dict(
-        baseline="leave_one_out", scale="none", aggregation="constant", clip_low=None, clip_high=None
-    ),
+    "rloo": dict(baseline="leave_one_out", scale="none", aggregation="constant", clip_low=None, clip_high=None),
     "reinforce_pp": dict(baseline="none", scale="batch", aggregation="token", clip_low=0.2, clip_high=0.2),
     "sft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
     "rft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
@@ -130,9 +126,7 @@ class ObjectiveConfig(Section):
     clip_low: float | None = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; None: not clipped
     clip_high: float | None = Field(0.2, gt=0)  # ratio <= 1 + clip_high
     kl_coef: float = Field(0.0, ge=0)
-    kl: Literal["k1", "k2", "k3"] = (
-        "k3"  # estimator of KL(policy || reference); k1 is taken off the advantage
-    )
+    kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of KL(policy || reference); k1 is taken off the advantage
     entropy_coef: float = Field(0.0, ge=0)
     tis: Literal["off", "token", "sequence"] = "off"  # importance weight trainer / sampler
     tis_mode: Literal["truncate", "mask"] = (

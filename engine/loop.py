@@ -47,7 +47,10 @@ class Crew:
 
 
 def train(crew: Crew, state: RunState) -> RunState:
-    """From ``state`` to the end of the last stage. Raises RunFailed, or KeyboardInterrupt after a requested stop; then a checkpoint is there."""
+    """From ``state`` to the end of the last stage.
+
+    Raises RunFailed, or KeyboardInterrupt after a requested stop: then a checkpoint has been written.
+    """
     while True:
         if exam := crew.source.exam():
             sit(crew, state, exam)
@@ -91,9 +94,7 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
     source.observe(groups)
     state = _advanced(state, source, prompts, rollouts, stats, log.step_seconds())
-    log.write_step(
-        _row(state, stage, stage_step, groups, stats, publication, log), _line(state, groups, stats, log)
-    )
+    log.write_step(_row(state, stage, stage_step, groups, stats, publication, log), _line(state, groups, stats, log))
     if state.step % crew.config.completions_every == 0:
         log.write_completions(f"step-{state.step:08d}", _completions(groups, texts))
     return state
@@ -124,9 +125,7 @@ def save(crew: Crew, state: RunState) -> Path:
     weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}
     state = dataclasses.replace(state, source=crew.source.state_dict())
     tensors = crew.learner.state_tensors()
-    return save_checkpoint(
-        crew.log.folder / "checkpoints", state, weights, tensors, keep=crew.config.keep_checkpoints
-    )
+    return save_checkpoint(crew.log.folder / "checkpoints", state, weights, tensors, keep=crew.config.keep_checkpoints)
 
 
 def _sampling(crew: Crew, stage: Stage) -> Sampling:
@@ -226,7 +225,8 @@ def _line(state: RunState, groups: Sequence[Group], stats: StepStats, log: RunLo
     flat = sum(len(set(g.rewards)) == 1 for g in groups)
     return (
         f"step {state.step:4d} {state.stage:<12} reward {sum(rewards) / len(rewards):.3f}  flat {flat}/{len(groups)}  "
-        f"entropy {stats.entropy:.3f}  grad {stats.grad_norm:.2f}  drift {stats.drift_max:.1e}  clip {stats.clip_frac:.1%}  "
+        f"entropy {stats.entropy:.3f}  grad {stats.grad_norm:.2f}  drift {stats.drift_max:.1e}  "
+        f"clip {stats.clip_frac:.1%}  "
         f"{num_tok / log.step_seconds():6.0f} tok/s  gen {log.times['generate']:.2f}s  update {log.times['update']:.2f}s  "
         f"publish {log.times['publish']:.2f}s"
     )

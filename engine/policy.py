@@ -1,10 +1,11 @@
 """The model being trained, and its tokenizer. The only file that imports transformers.
 
-A policy is a stack of decoder layers of the Llama family (Llama, Mistral, Qwen2, Qwen3 and what shares their modules). The
-layers are transformers' own; we drive them ourselves, so that the one thing that differs between training on packed
-groups and decoding token by token, the attention, is a function handed in from outside:
+A policy is a stack of decoder layers of the Llama family: Llama, Mistral, Qwen2, Qwen3. The layers are transformers'
+own; we drive them ourselves, so that the one thing that differs between training on packed groups and decoding token
+by token, the attention, is a function handed in from outside:
 
-    hidden = policy.trunk(token_ids, positions, attend)       attend(layer, q_BHTd, k_BKTd, v_BKTd, scale) -> [B, T, H, d]
+    hidden = policy.trunk(token_ids, positions, attend)
+    attend(layer, q_BHTd, k_BKTd, v_BKTd, scale) -> [B, T, H, d]
 """
 
 import contextlib
@@ -74,9 +75,7 @@ class Policy:
 
     def __init__(self, model: Any, text: TextCodec) -> None:
         _refuse_what_we_cannot_train(model.config)
-        self.model = model.eval().requires_grad_(
-            True
-        )  # eval: these decoders have no dropout, and nothing else differs
+        self.model = model.eval().requires_grad_(True)  # eval: these decoders have no dropout, and nothing else differs
         self.config = model.config
         self.text = text
 
@@ -99,10 +98,7 @@ class Policy:
 
     @property
     def head_dim(self) -> int:
-        return (
-            getattr(self.config, "head_dim", None)
-            or self.config.hidden_size // self.config.num_attention_heads
-        )
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     @property
     def max_tok(self) -> int:
@@ -153,9 +149,7 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """As transformers and vLLM load it. The copies undo any sharing of storage, which the format cannot express."""
-        state = {
-            name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.named_parameters().items()
-        }
+        state = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.named_parameters().items()}
         self.model.save_pretrained(folder, state_dict=state)
         self.text.tokenizer.save_pretrained(folder)
 
@@ -169,16 +163,12 @@ def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, de
     folder, gguf = _locate(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
-        loader_options = (
-            dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
-        )
+        loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="isomorph", **loader_options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"model.path: no model could be loaded from {config.path!r}: {_first_line(error)}"
-        ) from error
+        raise UserError(f"model.path: no model could be loaded from {config.path!r}: {_first_line(error)}") from error
     model.config._attn_implementation = "isomorph"
     text = TextCodec(tokenizer, chat_template=config.chat_template, stop_ids=_stop_ids(model, tokenizer))
     return Policy(model.to(device), text)
@@ -206,9 +196,7 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
-    return Policy(
-        model.to(device), TextCodec(tokenizer, chat_template=False, stop_ids=_stop_ids(model, tokenizer))
-    )
+    return Policy(model.to(device), TextCodec(tokenizer, chat_template=False, stop_ids=_stop_ids(model, tokenizer)))
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -219,13 +207,9 @@ def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     table = {word: index for index, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(table, unk_token=UNK))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
-    inner.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])]
-    )
+    inner.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])])
     inner.decoder = decoders.WordPiece(prefix="", cleanup=False)  # joins with spaces
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNK
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNK)
 
 
 def _locate(path: str) -> tuple[str, dict[str, str]]:
@@ -236,9 +220,7 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
         return str(file.parent), {"gguf_file": file.name}
     looks_local = path.startswith((".", "/", "~")) or file.exists()
     if looks_local and not (file / "config.json").is_file():
-        raise UserError(
-            f"model.path: {file} must be a folder with a config.json, a .gguf file, or a hub name"
-        )
+        raise UserError(f"model.path: {file} must be a folder with a config.json, a .gguf file, or a hub name")
     return str(file) if looks_local else path, {}
 
 
@@ -249,25 +231,19 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     ids = [tokenizer.eos_token_id, *configured]
     ids = list(dict.fromkeys(i for i in ids if i is not None))
     if not ids:
-        raise UserError(
-            "the model names no end-of-sequence token: set eos_token_id in its generation_config.json"
-        )
+        raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")
     return ids
 
 
 def _refuse_what_we_cannot_train(config: Any) -> None:
     if config.model_type not in SUPPORTED:
-        raise UserError(
-            f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
-        )
+        raise UserError(f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window):
         raise UserError("sliding-window attention is not supported: packed attention sees the whole prompt")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
-        raise UserError(
-            f"rope_type {rope_type!r} is not supported: its angles depend on the batch's longest sequence"
-        )
+        raise UserError(f"rope_type {rope_type!r} is not supported: its angles depend on the batch's longest sequence")
     if getattr(config, "attention_dropout", 0.0):
         raise UserError(f"attention_dropout must be 0, got {config.attention_dropout}")
 

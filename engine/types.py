@@ -39,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How responses are drawn. Temperature only: under top-k, top-p or min-p the log-probability would be another policy's."""
+    """How responses are drawn. Temperature only: top-k, top-p or min-p would sample from another policy than is scored."""
 
     temperature: float  # 0 is greedy, for evaluation: such rollouts carry no log-probability
     max_new_tok: int
@@ -133,9 +133,7 @@ class RunState:
     num_updates: int = 0  # completed optimizer steps
     policy_version: int = 0
     stage: str = ""
-    source: dict[str, Any] = field(
-        default_factory=dict
-    )  # the prompt source's own state, its random numbers included
+    source: dict[str, Any] = field(default_factory=dict)  # the prompt source's own state, its random numbers included
     totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens
 
 

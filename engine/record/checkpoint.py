@@ -25,7 +25,10 @@ FORMAT = 1
 def save_checkpoint(
     root: Path, state: RunState, weights: dict[str, Tensor], learner: dict[str, Tensor], *, keep: int
 ) -> Path:
-    """``root``/step-N, atomically; of the older ones ``keep - 1`` stay. Raises RunFailed where the disk refuses, and leaves what was there."""
+    """``root``/step-N, atomically; of the older ones ``keep - 1`` stay.
+
+    Raises RunFailed where the disk refuses, and leaves what was there.
+    """
     final = root / f"step-{state.step:08d}"
     partial = root / f".partial-{state.step:08d}"
     try:

@@ -72,9 +72,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar where there is one."""
-        (self._progress.console if self._progress else self.console).print(
-            text, highlight=False, soft_wrap=True
-        )
+        (self._progress.console if self._progress else self.console).print(text, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:

@@ -36,11 +36,9 @@ class BuiltinSampler:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """``samples_per_prompt`` rollouts a prompt, in the order of the prompts. Raises UserError for one that cannot fit."""
+        """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for a prompt that cannot fit."""
         self._refuse_too_long(prompts, sampling)
-        by_length = sorted(
-            range(len(prompts)), key=lambda i: len(prompts[i].token_ids)
-        )  # less padding in a wave
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # less padding in a wave
         per_wave = max(1, self.max_seqs // sampling.samples_per_prompt)
         drawn: dict[int, list[Rollout]] = {}
         for start in range(0, len(by_length), per_wave):

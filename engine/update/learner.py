@@ -1,8 +1,8 @@
 """Packed rollouts -> gradient -> step.
 
-An optimizer step goes through its micro-batches one after the other; every micro-batch adds its share of one loss, whose
-denominator was counted over all of them before. Log-probabilities of the old policy are computed only where the policy can have moved
-since it drew the responses: on the first update of a rollout they equal the present ones.
+An optimizer step goes through its micro-batches one after the other; every one adds its share of a single loss, whose
+denominator was counted over all of them before. Log-probabilities of the old policy are computed only where the policy
+can have moved since it drew the responses: on the first update of a rollout they equal the present ones.
 """
 
 from collections.abc import Sequence
@@ -151,24 +151,23 @@ class Learner:
             token = loss_of_tokens(stage.objective, stats, part)
             weighted = part.weight * token.loss
             seen.append(stats.logprob.detach())
-            tally.add(
-                len(part.weight), loss=weighted, clipped=token.is_clipped, entropy=stats.entropy, kl=token.kl
-            )
+            tally.add(len(part.weight), loss=weighted, clipped=token.is_clipped, entropy=stats.entropy, kl=token.kl)
             return weighted.sum()
 
         hidden_TD = self.policy.hidden(batch)
-        where = dict(row_index_N=batch.row_index, temperature=stage.sampling.temperature)
+        head = (hidden_TD, self.policy.unembedding, batch.target_ids)
+        row_index, temperature = batch.row_index, stage.sampling.temperature
         if stage.objective.is_per_token:
-            loss = linear_loss(hidden_TD, self.policy.unembedding, batch.target_ids, loss_of, **where)  # type: ignore[arg-type]
+            loss = linear_loss(*head, loss_of, row_index_N=row_index, temperature=temperature)
         else:  # a token's coefficient depends on its whole sequence, so no chunk can be finished by itself
-            stats = linear_logprob(hidden_TD, self.policy.unembedding, batch.target_ids, **where)  # type: ignore[arg-type]
+            stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature)
             loss = loss_of(stats, slice(0, batch.num_loss_tok))
         loss.backward()
         logprob = torch.cat(seen)
         if not logprob.isfinite().all():
             raise RunFailed(
-                f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy has "
-                f"diverged; resume from an earlier checkpoint with a lower learning rate"
+                f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy "
+                f"has diverged; resume from an earlier checkpoint with a lower learning rate"
             )
         return logprob
 
@@ -182,9 +181,7 @@ class Learner:
             temperature=stage.sampling.temperature,
         ).logprob
 
-    def _reference_logprobs(
-        self, updates: Sequence[Sequence[PackedBatch]], stage: Stage
-    ) -> list[list[Tensor]] | None:
+    def _reference_logprobs(self, updates: Sequence[Sequence[PackedBatch]], stage: Stage) -> list[list[Tensor]] | None:
         if stage.objective.kl_coef == 0:
             return None
         assert self.reference is not None

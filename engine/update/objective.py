@@ -1,11 +1,11 @@
-"""The losses, on what is known of each predicted token. Plain PyTorch on [N]; no model, no batch, no denominators made here.
+"""The losses, on what is known of each predicted token: plain PyTorch on [N].
 
-    r   = exp(logprob - old_logprob)       of a token, or for ratio = "sequence" its mean over the sequence in the exponent
-    rho = exp(old_logprob - sampler_logprob)                       truncated importance weight between sampler and trainer
+    r      = exp(logprob - old_logprob)           of a token; for ratio = "sequence" the mean over its sequence, in the exponent
+    rho    = exp(old_logprob - sampler_logprob)   importance weight between sampler and trainer, truncated
     loss_i = w_i * (rho_i * surrogate_i + kl_coef * KL_i - entropy_coef * H_i)
 
-The weights w come from one denominator for the whole optimizer step, an argument, so that the gradient does not depend on how the
-step is cut into micro-batches.
+The weights w come from one denominator for the whole optimizer step, an argument, so that the gradient does not depend
+on how the step is cut into micro-batches.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,7 @@ class Rows:
     weight: Tensor  # [n] float32, of ``token_weight``
     advantage: Tensor  # [n] float32
     seq_id: Tensor  # [n] int64
-    old_logprob: (
-        Tensor | None
-    )  # [n]; None: the policy as it is, so the ratio is 1 and carries only the gradient
+    old_logprob: Tensor | None  # [n]; None: the policy as it is, so the ratio is 1 and carries only the gradient
     ref_logprob: Tensor | None  # [n]; needed where kl_coef > 0
     sampler_logprob: Tensor | None  # [n]; needed for truncated importance sampling
 
@@ -64,7 +62,7 @@ def token_weight(
     num_step_seqs: int,
     max_new_tok: int,
 ) -> Tensor:
-    """[n] float32. ``num_loss_tok`` and ``num_step_seqs`` count the whole optimizer step, over all micro-batches and ranks.
+    """[n] float32. ``num_loss_tok`` and ``num_step_seqs`` count the whole optimizer step, over all micro-batches.
 
     token: 1 / tokens. sequence: 1 / (sequences * tokens of its sequence). constant: 1 / (sequences * max_new_tok).
     """
@@ -87,9 +85,7 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) ->
     kl = torch.full_like(old, torch.nan)
     if rows.ref_logprob is not None:
         kl = kl_estimate(objective.kl, stats.logprob, rows.ref_logprob)
-        if (
-            objective.kl == "k1"
-        ):  # its gradient as a loss is zero in expectation, so it is a cost of the token instead
+        if objective.kl == "k1":  # its gradient as a loss is zero in expectation, so it is a cost of the token instead
             advantage = advantage - objective.kl_coef * (old - rows.ref_logprob)
     surrogate = {"cispo": cispo, "rloo": importance_weighted}.get(objective.name, clipped)
     loss, is_clipped = surrogate(
@@ -105,9 +101,7 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) ->
     return TokenLoss(loss=loss, is_clipped=is_clipped, kl=kl.detach())
 
 
-def clipped(
-    objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor
-) -> tuple[Tensor, Tensor]:
+def clipped(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r) A): GRPO, Dr. GRPO, DAPO, GSPO and REINFORCE++ differ in advantage, ratio, clip and weights."""
     if objective.clip_low is None or objective.clip_high is None:
         return importance_weighted(objective, ratio, logprob, advantage)
@@ -116,9 +110,7 @@ def clipped(
     return -torch.minimum(ratio * advantage, bounded * advantage), is_clipped.detach()
 
 
-def cispo(
-    objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor
-) -> tuple[Tensor, Tensor]:
+def cispo(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
     """-sg(clip(r)) A logprob: the clip bounds a token's weight and never takes its gradient away."""
     low = 0.0 if objective.clip_low is None else 1 - objective.clip_low
     high = torch.inf if objective.clip_high is None else 1 + objective.clip_high
@@ -143,10 +135,8 @@ def kl_estimate(kind: str, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
     return log_ratio.expm1() - log_ratio
 
 
-def sampler_correction(
-    objective: ObjectiveConfig, old: Tensor, sampler_logprob: Tensor, seq_id: Tensor
-) -> Tensor:
-    """[n] importance weight trainer / sampler, of the token or of its whole sequence, truncated or masked at the cap."""
+def sampler_correction(objective: ObjectiveConfig, old: Tensor, sampler_logprob: Tensor, seq_id: Tensor) -> Tensor:
+    """[n] weight trainer / sampler, of the token or of its whole sequence, truncated or masked at the cap."""
     log_weight = (old - sampler_logprob).detach()
     if objective.tis == "sequence":
         log_weight = _per_sequence(log_weight, seq_id)[seq_id]

@@ -18,8 +18,8 @@ from isomorph.engine.types import RunFailed
 class MasterAdamW:
     """Owns masters, moments and the gradient accumulators of ``parameters``.
 
-    A bf16 parameter's gradient is added into a float32 accumulator as soon as autograd has made it, so micro-batches do not
-    round each other away.
+    A bf16 parameter's gradient is added into a float32 accumulator as soon as autograd has made it, so micro-batches
+    do not round each other away.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], config: OptimConfig) -> None:
@@ -53,18 +53,20 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, *, lr: float, clip_norm: float) -> float:
-        """One step; returns the norm of the gradient before clipping. Raises RunFailed where it is not finite: nothing has changed then."""
+        """One step; returns the norm of the gradient before clipping.
+
+        Raises RunFailed where the norm is not finite: nothing has changed then.
+        """
         norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), clip_norm).item()
         if not math.isfinite(norm):
             raise RunFailed(
-                f"the gradient's norm is {norm}: the weights are unchanged; lower the learning rate or look at the rewards"
+                f"the gradient's norm is {norm}: the weights are unchanged; "
+                "lower the learning rate or look at the rewards"
             )
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        rounded = [
-            (p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p
-        ]
+        rounded = [(p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p]
         if rounded:
             torch._foreach_copy_([p for p, _ in rounded], [master for _, master in rounded])
         return norm
@@ -88,9 +90,7 @@ class MasterAdamW:
                 if f"{key}/{name}" in tensors
             }
             if state:
-                self.adamw.state[master] = {
-                    k: v if k == "step" else v.to(master.device) for k, v in state.items()
-                }
+                self.adamw.state[master] = {k: v if k == "step" else v.to(master.device) for k, v in state.items()}
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:
@@ -104,9 +104,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """Of the step after ``step`` completed ones of a stage of ``num_steps``: linear warm-up, then the schedule."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     done = step / num_steps
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
-        config.schedule
-    ]
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
     floor = 1.0 if config.schedule == "constant" else config.final_lr_frac
     return config.lr * warm * (floor + (1 - floor) * shape)
 

@@ -48,24 +48,17 @@ def pack(
     objective: ObjectiveConfig,
     device: torch.device,
 ) -> list[Update]:
-    """One Update for every ``prompts_per_update`` groups, in order; each cut into micro-batches of at most ``max_tok`` tokens."""
+    """One Update for every ``prompts_per_update`` groups, in order, cut into micro-batches of at most ``max_tok`` tokens."""
     per_update = prompts_per_update or len(groups)
     chunks = [groups[i : i + per_update] for i in range(0, len(groups), per_update)]
     return [_update(chunk, max_tok, objective, device) for chunk in chunks]
 
 
-def _update(
-    groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device
-) -> Update:
+def _update(groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device) -> Update:
     trained = [part for group in groups for part in _parts(group, max_tok, objective)]
     bins = assign_groups([part.num_tok for part in trained], max_tok)
     packed = [_pack_parts([trained[i] for i in members], device) for members in bins]
-    counted = [
-        r
-        for g in groups
-        for r, a in zip(g.rollouts, g.advantages, strict=True)
-        if objective.name != "rft" or a
-    ]
+    counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
     return Update(
         batches=tuple(batch for batch, _ in packed),
         num_loss_tok=sum(len(r.token_ids) for r in counted),
@@ -108,9 +101,7 @@ def _pack_parts(parts: Sequence[_Part], device: torch.device) -> tuple[PackedBat
             inner = rollout.token_ids[:-1]
             token_ids.append(inner)
             # the first token is predicted by the prompt's last row, every other by the token before it
-            row_index.append(
-                torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + len(inner))])
-            )
+            row_index.append(torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + len(inner))]))
             start += len(inner)
     rollouts = [r for part in parts for r in part.rollouts]
     lens = torch.tensor([len(r.token_ids) for r in rollouts])
@@ -125,9 +116,7 @@ def _pack_parts(parts: Sequence[_Part], device: torch.device) -> tuple[PackedBat
     if sampler_logprob is not None:
         is_finite = sampler_logprob.isfinite()
         num_dropped = int((~is_finite).sum())
-        rows, targets, seq_id, sampler_logprob = (
-            x[is_finite] for x in (rows, targets, seq_id, sampler_logprob)
-        )
+        rows, targets, seq_id, sampler_logprob = (x[is_finite] for x in (rows, targets, seq_id, sampler_logprob))
     batch = PackedBatch(
         token_ids=torch.cat(token_ids).to(device),
         positions=layout.positions,

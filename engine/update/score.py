@@ -29,9 +29,7 @@ def score(
     repeated = [prompt for prompt in prompts for _ in range(size)]
     rewards = judge(repeated, texts)
     if len(rewards) != len(rollouts):
-        raise RunFailed(
-            f"the judge must return one reward a response: got {len(rewards)} for {len(rollouts)}"
-        )
+        raise RunFailed(f"the judge must return one reward a response: got {len(rewards)} for {len(rollouts)}")
     offsets = torch.arange(0, len(rollouts) + 1, size)
     advantages = group_advantage(
         torch.tensor(rewards, dtype=torch.float32),
