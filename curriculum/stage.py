@@ -65,7 +65,7 @@ class Curriculum:
             self.recent_rewards = []
 
     def exam(self) -> Exam | None:
-        """Due after every stage, and before the first one unless that is supervised: an untrained policy knows nothing."""
+        """Due after every stage; before the first one only where that is not supervised."""
         label = self.recipe.stage[self.stage_index - 1].name if self.stage_index else START
         is_due = self.steps_done == 0 and label not in {exam["label"] for exam in self.exams}
         if not is_due or (label == START and self.recipe.stage[0].objective.is_supervised):

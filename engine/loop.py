@@ -227,8 +227,8 @@ def _line(state: RunState, groups: Sequence[Group], stats: StepStats, log: RunLo
         f"step {state.step:4d} {state.stage:<12} reward {sum(rewards) / len(rewards):.3f}  flat {flat}/{len(groups)}  "
         f"entropy {stats.entropy:.3f}  grad {stats.grad_norm:.2f}  drift {stats.drift_max:.1e}  "
         f"clip {stats.clip_frac:.1%}  "
-        f"{num_tok / log.step_seconds():6.0f} tok/s  gen {log.times['generate']:.2f}s  update {log.times['update']:.2f}s  "
-        f"publish {log.times['publish']:.2f}s"
+        f"{num_tok / log.step_seconds():6.0f} tok/s  gen {log.times['generate']:.2f}s  "
+        f"update {log.times['update']:.2f}s  publish {log.times['publish']:.2f}s"
     )
 
 

@@ -22,7 +22,7 @@ os.environ.setdefault(
 )  # its thread pool does not survive the fork of a judge's worker
 
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -208,7 +208,7 @@ def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(table, unk_token=UNK))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     inner.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])])
-    inner.decoder = decoders.WordPiece(prefix="", cleanup=False)  # joins with spaces
+    # no decoder: tokens are then joined with spaces
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNK)
 
 

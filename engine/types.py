@@ -39,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How responses are drawn. Temperature only: top-k, top-p or min-p would sample from another policy than is scored."""
+    """How responses are drawn. Temperature only: top-k or top-p would sample from another policy than is scored."""
 
     temperature: float  # 0 is greedy, for evaluation: such rollouts carry no log-probability
     max_new_tok: int

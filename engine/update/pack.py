@@ -48,7 +48,7 @@ def pack(
     objective: ObjectiveConfig,
     device: torch.device,
 ) -> list[Update]:
-    """One Update for every ``prompts_per_update`` groups, in order, cut into micro-batches of at most ``max_tok`` tokens."""
+    """One Update for every ``prompts_per_update`` groups, in order; micro-batches hold at most ``max_tok`` tokens."""
     per_update = prompts_per_update or len(groups)
     chunks = [groups[i : i + per_update] for i in range(0, len(groups), per_update)]
     return [_update(chunk, max_tok, objective, device) for chunk in chunks]
