@@ -37,9 +37,7 @@ def group_advantage_ref(
 def _one_group(reward_G: Tensor, baseline: Baseline, scale: Scale) -> Tensor:
     is_flat = bool((reward_G == reward_G[0]).all()) if len(reward_G) else True
     if is_flat and (baseline != "none" or scale == "std"):
-        return torch.zeros_like(
-            reward_G
-        )  # exactly: a rounded mean would leave dust, and dust over eps is a gradient
+        return torch.zeros_like(reward_G)  # exactly: a rounded mean would leave dust, and dust over eps is a gradient
     advantage_G = reward_G
     if baseline == "mean":
         advantage_G = reward_G - reward_G.mean()
@@ -82,9 +80,7 @@ def _check_finite(name: str, value: Tensor) -> None:
     bad = (~torch.isfinite(value)).nonzero()
     if len(bad):
         first = int(bad[0])
-        raise ValueError(
-            f"{name} must be finite, got {float(value[first])} at index {first} ({len(bad)} in all)"
-        )
+        raise ValueError(f"{name} must be finite, got {float(value[first])} at index {first} ({len(bad)} in all)")
 
 
 def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> list[int]:
@@ -141,9 +137,7 @@ def group_advantage(
     return out_S
 
 
-def gae(
-    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates [T] and returns [T] (advantage + value), sequence by sequence.
 
     reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T.

@@ -72,16 +72,14 @@ def native() -> ModuleType:
 
 def choose(op: str, device: torch.device | str = "cpu") -> str:
     """Name of the body that ``op`` runs on ``device``. Raises ValueError for a choice that cannot be met."""
-    bodies = _bodies(op, torch.device(device).type)
+    here = bodies(op, torch.device(device).type)
     request = _override.get() or os.environ.get(ENVIRONMENT, "")
     everywhere, per_op = _parse(request)
-    if op in per_op and per_op[op] not in bodies:
-        raise ValueError(
-            f"{ENVIRONMENT} asks for {op}={per_op[op]}, but on {device} {op} has: {', '.join(bodies)}"
-        )
+    if op in per_op and per_op[op] not in here:
+        raise ValueError(f"{ENVIRONMENT} asks for {op}={per_op[op]}, but on {device} {op} has: {', '.join(here)}")
     if op in per_op:
         return per_op[op]
-    return everywhere if everywhere in bodies else bodies[0]
+    return everywhere if everywhere in here else here[0]
 
 
 def table(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -100,11 +98,12 @@ def using(request: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def _bodies(op: str, device_type: str) -> tuple[str, ...]:
+def bodies(op: str, device_type: str) -> tuple[str, ...]:
+    """The bodies that can run ``op`` on such a device here, preferred first; "reference" is always the last."""
     if op not in OPS:
         raise ValueError(f"no op is called {op!r}; there are: {', '.join(OPS)}")
-    bodies = (*BODIES.get(device_type, {}).get(op, ()), "reference")
-    return bodies if native_available() else tuple(body for body in bodies if body != "native")
+    names = (*BODIES.get(device_type, {}).get(op, ()), "reference")
+    return names if native_available() else tuple(name for name in names if name != "native")
 
 
 @functools.cache

@@ -29,9 +29,7 @@ def decode_attention_ref(
     scale: float | None = None,
 ) -> Tensor:
     """What ``decode_attention`` computes, one row at a time."""
-    scale = _check(
-        q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG, scale
-    )
+    scale = _check(q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG, scale)
     num_prompts, num_rows, num_heads, _ = q_PGHD.shape
     repeats = num_heads // k_prompt_PKLD.shape[1]
     out_PGHD = torch.empty_like(q_PGHD)
@@ -56,6 +54,11 @@ def _check(
     own_len_PG: Tensor,
     scale: float | None,
 ) -> float:
+    if q_PGHD.ndim != 4 or k_prompt_PKLD.ndim != 4 or k_own_PGKLD.ndim != 5:
+        raise ValueError(
+            "q must be [P, G, H, D], k_prompt [P, K, L, D] and k_own [P, G, K, L, D], got "
+            f"{tuple(q_PGHD.shape)}, {tuple(k_prompt_PKLD.shape)} and {tuple(k_own_PGKLD.shape)}"
+        )
     num_prompts, num_rows, num_heads, dim = q_PGHD.shape
     num_kv_heads, prompt_room, own_room = k_prompt_PKLD.shape[1], k_prompt_PKLD.shape[2], k_own_PGKLD.shape[3]
     expected = {
@@ -68,15 +71,11 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must be {shape} beside q {tuple(q_PGHD.shape)}, got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must be {shape} beside q {tuple(q_PGHD.shape)}, got {tuple(tensor.shape)}")
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     if any(x.dtype != q_PGHD.dtype for x in (k_prompt_PKLD, v_prompt_PKLD, k_own_PGKLD, v_own_PGKLD)):
-        raise TypeError(
-            f"keys and values must have the dtype of q, {q_PGHD.dtype}; cast the cache or the query"
-        )
+        raise TypeError(f"keys and values must have the dtype of q, {q_PGHD.dtype}; cast the cache or the query")
     _check_lens("prompt_len", prompt_len_P, 1, prompt_room)
     _check_lens("own_len", own_len_PG, 0, own_room)
     return dim**-0.5 if scale is None else scale
@@ -125,9 +124,7 @@ def _decode(
     out_PGKrD = _weigh(prompt_prob, v_prompt_PKLD, own_prob, v_own_PGKLD)
     if not math.isfinite(float(out_PGKrD.sum())):  # weight 0 times garbage that is not finite is not 0
         v_prompt_PKLD = v_prompt_PKLD.masked_fill(_beyond(prompt_len_P, prompt_room)[:, None, :, None], 0)
-        v_own_PGKLD = v_own_PGKLD.masked_fill(
-            _beyond(own_len_PG, k_own_PGKLD.shape[3])[:, :, None, :, None], 0
-        )
+        v_own_PGKLD = v_own_PGKLD.masked_fill(_beyond(own_len_PG, k_own_PGKLD.shape[3])[:, :, None, :, None], 0)
         out_PGKrD = _weigh(prompt_prob, v_prompt_PKLD, own_prob, v_own_PGKLD)
     return out_PGKrD.view(num_prompts, num_rows, num_heads, dim)
 
@@ -137,9 +134,7 @@ def _beyond(lens: Tensor, room: int) -> Tensor:
     return torch.arange(room, device=lens.device) >= lens[..., None]
 
 
-def _weigh(
-    prompt_prob_PKgL: Tensor, v_prompt_PKLD: Tensor, own_prob_PGKrL: Tensor, v_own_PGKLD: Tensor
-) -> Tensor:
+def _weigh(prompt_prob_PKgL: Tensor, v_prompt_PKLD: Tensor, own_prob_PGKrL: Tensor, v_own_PGKLD: Tensor) -> Tensor:
     out_PGKrD = own_prob_PGKrL @ v_own_PGKLD
     num_prompts, num_rows, num_kv_heads, repeats, dim = out_PGKrD.shape
     from_prompt = prompt_prob_PKgL @ v_prompt_PKLD

@@ -105,6 +105,8 @@ def _check(
     num_vocab = weight_VD.shape[0]
     if bias_V is not None and bias_V.shape != (num_vocab,):
         raise ValueError(f"bias must be [V={num_vocab}], got {tuple(bias_V.shape)}")
+    if bias_V is not None and not torch.isfinite(bias_V).all():
+        raise ValueError("bias must be finite; to forbid a token, leave its row out of the unembedding")
     _check_ids("target_ids", target_ids_N, num_vocab, "V")
     num_rows = hidden_TD.shape[0]
     if row_index_N is not None:
@@ -146,9 +148,7 @@ class _Head(NamedTuple):
 
     def hidden_rows(self, rows: slice) -> Tensor:
         hidden_TD = self.hidden_TD
-        hidden_nD = (
-            hidden_TD[rows] if self.row_index_N is None else hidden_TD.index_select(0, self.row_index_N[rows])
-        )
+        hidden_nD = hidden_TD[rows] if self.row_index_N is None else hidden_TD.index_select(0, self.row_index_N[rows])
         return hidden_nD.to(self.weight_VD.dtype)
 
 
@@ -341,9 +341,7 @@ class _LinearLoss(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
-def _loss_and_grads(
-    loss_of: LossOf, stats: TokenStats, rows: slice
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _loss_and_grads(loss_of: LossOf, stats: TokenStats, rows: slice) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     leaves = TokenStats(*(stat.detach().requires_grad_() for stat in stats))
     with torch.enable_grad():
         loss = loss_of(leaves, rows)
@@ -383,9 +381,7 @@ def linear_logprob(
             temperature=temperature,
         )
     _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
-    return TokenStats(
-        *_LinearLogprob.apply(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, temperature)
-    )
+    return TokenStats(*_LinearLogprob.apply(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, temperature))
 
 
 def linear_loss(

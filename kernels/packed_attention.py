@@ -30,12 +30,8 @@ from isomorph.kernels.packing import consecutive
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-ALONE_SCORES = (
-    128 * 128
-)  # a pair of ranges with that many scores gets a call of its own, on views, without padding
-MAX_PADDING = (
-    1.35  # padded scores over real ones in a batch of ranges; more calls cost more than this padding
-)
+ALONE_SCORES = 128 * 128  # a pair of ranges with that many scores gets a call of its own, on views, without padding
+MAX_PADDING = 1.35  # padded scores over real ones in a batch of ranges; more calls cost more than this padding
 
 
 # -- where everything lies
@@ -86,9 +82,7 @@ class _Ranges(NamedTuple):
         if isinstance(self.rows, slice):
             into[self.rows] += self.strip(x)
         else:
-            into.index_add_(
-                0, self.rows, self.strip(x)
-            )  # rows are distinct: the order of addition cannot matter
+            into.index_add_(0, self.rows, self.strip(x))  # rows are distinct: the order of addition cannot matter
 
 
 class _Batch(NamedTuple):
@@ -133,10 +127,7 @@ class PackedLayout:
         numbers of prompts and groups, TypeError for a length that is not an int.
         """
         _check_lens(prompt_lens, response_lens_per_group)
-        groups = [
-            (prompt, *responses)
-            for prompt, responses in zip(prompt_lens, response_lens_per_group, strict=True)
-        ]
+        groups = [(prompt, *responses) for prompt, responses in zip(prompt_lens, response_lens_per_group, strict=True)]
         group_offsets = tuple(itertools.accumulate(map(sum, groups), initial=0))
         segment_lens = list(itertools.chain.from_iterable(groups))
         cu_seqlens = list(itertools.accumulate(segment_lens, initial=0))
@@ -146,9 +137,7 @@ class PackedLayout:
             group_offsets[g + 1] if prompt else end
             for g, prompt, end in zip(segment_group, is_prompt, cu_seqlens[1:], strict=True)
         ]
-        first_position = [
-            0 if prompt else groups[g][0] for g, prompt in zip(segment_group, is_prompt, strict=True)
-        ]
+        first_position = [0 if prompt else groups[g][0] for g, prompt in zip(segment_group, is_prompt, strict=True)]
         return cls(
             prompt_lens=tuple(prompt_lens),
             response_lens=tuple(group[1:] for group in groups),
@@ -212,11 +201,7 @@ def _bucket(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
             continue
         grown_q, grown_k = max(max_q, pair.num_q), max(max_k, pair.num_k)
         padded = grown_q * grown_k * (len(buckets[-1]) + 1) if buckets else 0
-        if (
-            not buckets
-            or num_scores >= ALONE_SCORES
-            or padded > MAX_PADDING * (num_real + num_scores) + ALONE_SCORES
-        ):
+        if not buckets or num_scores >= ALONE_SCORES or padded > MAX_PADDING * (num_real + num_scores) + ALONE_SCORES:
             buckets.append([])
             num_real, grown_q, grown_k = 0, pair.num_q, pair.num_k
         buckets[-1].append(pair)
@@ -278,9 +263,7 @@ def _check(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     if not q_THD.is_floating_point() or not q_THD.dtype == k_TKD.dtype == v_TKD.dtype:
-        raise TypeError(
-            f"q, k, v must have one floating-point dtype, got {q_THD.dtype}, {k_TKD.dtype}, {v_TKD.dtype}"
-        )
+        raise TypeError(f"q, k, v must have one floating-point dtype, got {q_THD.dtype}, {k_TKD.dtype}, {v_TKD.dtype}")
     scale = q_THD.shape[2] ** -0.5 if scale is None else scale
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be > 0 and finite, got {scale}")
@@ -308,9 +291,7 @@ class _FlashMerged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TKD, v_TKD, out_THD, lse_TH = ctx.saved_tensors
-        grads = tuple(
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD)
-        )
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD))
         for batch in (*ctx.plan.own, *ctx.plan.cross):
             queries, keys = batch.queries, batch.keys
             parts = _flash_backward(
@@ -331,9 +312,7 @@ class _FlashMerged(torch.autograd.Function):
         return *grads, None, None
 
 
-def _attend(
-    batch: _Batch, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(batch: _Batch, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, H, L, D] and LSE [B, H, L]; values on padded queries are meaningless."""
     return _flash(
         batch.queries.gather(q_THD),

@@ -76,24 +76,16 @@ def _check_costs(cost_tok: Sequence[int], max_tok: int) -> None:
 def _check_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> None:
     if value.ndim != 1 or value.requires_grad:
         raise ValueError(
-            "value must be [n] and need no gradient, got "
-            f"{tuple(value.shape)}, requires_grad={value.requires_grad}"
+            f"value must be [n] and need no gradient, got {tuple(value.shape)}, requires_grad={value.requires_grad}"
         )
     for name, ids in (("offsets", offsets), ("row_ids", row_ids)):
         if ids.ndim != 1 or ids.dtype != torch.int64 or ids.device != value.device:
             raise TypeError(f"{name} must be int64 [n] on {value.device}, got {ids.dtype} {tuple(ids.shape)}")
-    if (
-        len(offsets) < 1
-        or int(offsets[0]) != 0
-        or int(offsets[-1]) != len(value)
-        or bool((offsets.diff() < 0).any())
-    ):
+    if len(offsets) < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(value) or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets must ascend from 0 to {len(value)}, the number of values")
     num_rows = len(offsets) - 1
     if len(row_ids) and not (int(row_ids.min()) >= 0 and int(row_ids.max()) < num_rows):
-        raise ValueError(
-            f"row_ids must lie in 0..{num_rows - 1}, got {int(row_ids.min())}..{int(row_ids.max())}"
-        )
+        raise ValueError(f"row_ids must lie in 0..{num_rows - 1}, got {int(row_ids.min())}..{int(row_ids.max())}")
 
 
 # -- public

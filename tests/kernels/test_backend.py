@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from isomorph.kernels import backend
+from isomorph.kernels import linear_logprob as linear_logprob_file
+from isomorph.kernels.advantage import group_advantage
+from isomorph.kernels.linear_logprob import linear_logprob
+
+needs_native = pytest.mark.skipif(not backend.native_available(), reason=backend.native_reason())
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
+
+
+def test_the_table_names_a_body_for_every_op() -> None:
+    for device in ("cpu", "cuda", "meta"):
+        table = backend.table(device)
+        assert set(table) == set(backend.OPS)
+        assert set(table.values()) <= set(backend.NAMES)
+    assert backend.table("cpu")["packed_attention"] == "torch"
+    assert backend.table("meta") == dict.fromkeys(backend.OPS, "reference")
+
+
+@needs_native
+def test_native_is_preferred_on_the_cpu_where_it_exists() -> None:
+    assert backend.table("cpu")["group_advantage"] == "native"
+    assert backend.native_reason() == ""
+
+
+def test_a_machine_without_the_module_says_so_and_uses_other_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_native_module", None)
+    monkeypatch.setattr(backend, "_native_reason", "it was not built")
+    backend._parse.cache_clear()
+    assert not backend.native_available()
+    assert "native" not in backend.table("cpu").values()
+    assert group_advantage(torch.tensor([1.0, 0.0]), torch.tensor([0, 2]), scale="none").tolist() == [0.5, -0.5]
+    with pytest.raises(ValueError, match="native bodies were asked for, but it was not built"):
+        backend.using("native").__enter__()
+
+
+@pytest.mark.parametrize("how", ["environment", "block"])
+def test_a_plain_name_takes_that_body_wherever_it_exists(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "environment":
+        monkeypatch.setenv(backend.ENVIRONMENT, "reference")
+        assert set(backend.table("cpu").values()) == {"reference"}
+    else:
+        with backend.using("reference"):
+            assert set(backend.table("cpu").values()) == {"reference"}
+    with backend.using("torch"):
+        assert backend.choose("decode_attention", "cpu") == "torch"
+
+
+def test_single_ops_are_chosen_by_name_and_the_block_outranks_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(backend.ENVIRONMENT, "gae=reference, decode_attention=torch")
+    assert backend.choose("gae", "cpu") == "reference"
+    assert backend.choose("linear_loss", "cpu") == "torch"
+    with backend.using("linear_loss=reference"):
+        assert backend.choose("linear_loss", "cpu") == "reference"
+        assert backend.choose("gae", "cpu") != "reference" or not backend.native_available()
+    assert backend.choose("linear_loss", "cpu") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("fastest", "must name one of triton, native, torch, reference, got 'fastest'"),
+        ("triton", "the Triton bodies are not written yet"),
+        ("linear_loss=triton", "the Triton bodies are not written yet"),
+        ("attention=torch", "names an op 'attention'; there are: linear_logprob"),
+        ("gae=torch", "asks for gae=torch, but on cpu gae has:"),
+    ],
+)
+def test_a_choice_that_cannot_be_met_is_refused(request_: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.ENVIRONMENT, request_)
+    with pytest.raises(ValueError, match=message):
+        backend.choose("gae", "cpu")
+
+
+def test_an_unknown_op_is_refused() -> None:
+    with pytest.raises(ValueError, match="no op is called 'softmax'"):
+        backend.choose("softmax", "cpu")
+
+
+def test_the_chosen_body_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(linear_logprob_file, "linear_logprob_ref", absent)
+    operands = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 1])
+    linear_logprob(*operands)
+    with backend.using("reference"), pytest.raises(AssertionError, match="the reference ran"):
+        linear_logprob(*operands)
