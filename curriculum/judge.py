@@ -44,10 +44,10 @@ class HasPayload(Protocol):
 def judge(family: str, response: str, answer: str | float) -> float:
     """1.0 if the last ``<answer>...</answer>`` of ``response`` gives ``answer``, else 0.0.
 
-    family: "async_plan" (answer: a duration, ``[datetime.timedelta(..), datetime.timedelta(..)]``, or a number),
-    "math" (LaTeX, SymPy's notation or text) or "physics" (a value with a unit). Mathematics and physics run in
-    one worker process that this module keeps, and kills after DEADLINE_S seconds; ``JudgePool`` has several.
-    No response makes it raise.
+    family: "async_plan" (the answer is a duration, ``[datetime.timedelta(..), datetime.timedelta(..)]``, or a
+    number), "math" (LaTeX, SymPy's notation or text) or "physics" (a value with a unit). Mathematics and physics
+    run in one worker process that this module keeps, and kills after DEADLINE_S seconds; ``JudgePool`` has
+    several. No response makes it raise.
 
     Raises:
         ValueError: an unknown family, or an accepted answer that cannot be read.
@@ -63,8 +63,8 @@ class JudgePool:
     """Judges prompts whose payload is a ``Task``; mathematics and physics have ``deadline_s`` a response.
 
     Satisfies the engine's Judge protocol. Workers start with the first response that needs one, by spawning,
-    without importing the caller's main module; ``close`` leaves none behind. ``num_timeouts`` counts responses
-    cut off at the deadline, ``num_crashes`` those that took their worker down: both are worth 0.0.
+    without importing the caller's main module; ``close`` leaves none behind. ``num_timeouts`` counts
+    responses cut off at the deadline, ``num_crashes`` those that took their worker down: both are worth 0.0.
     """
 
     def __init__(self, *, max_workers: int | None = None, deadline_s: float = DEADLINE_S) -> None:
@@ -118,10 +118,11 @@ class JudgePool:
         return self._schedule(task.family, text, task.answer)
 
     def _schedule(self, family: str, response: str, answer: str | float) -> float | ProcessFuture:
-        stated = last_answer(response)
+        check_answer(family, answer)
+        stated, text = last_answer(response), _answer_text(answer)
         if stated is None or len(stated) > MAX_ANSWER_CHARS:
             return 0.0
-        return self._workers().schedule(_grade, args=(family, stated, str(answer)), timeout=self.deadline_s)
+        return self._workers().schedule(_grade, args=(family, stated, text), timeout=self.deadline_s)
 
     def _finish(self, future: ProcessFuture) -> float:
         try:
@@ -160,27 +161,35 @@ def _check_family(family: str) -> None:
 
 def _task_of(prompt: HasPayload) -> Task:
     if not isinstance(prompt.payload, Task):
-        raise TypeError(
-            f"a prompt to judge must carry a Task as its payload, got {type(prompt.payload).__name__}"
-        )
+        raise TypeError(f"a prompt to judge must carry a Task as its payload, got {type(prompt.payload).__name__}")
     return prompt.payload
 
 
+def check_answer(family: str, answer: str | float) -> None:
+    """Raises ValueError where ``judge`` would for this accepted answer; physics answers only for being empty."""
+    _check_family(family)
+    if family == "async_plan":
+        _plan_answer(_answer_text(answer))
+    elif not _answer_text(answer):
+        raise ValueError("an accepted answer must not be empty")
+
+
 def _judge_plan(response: str, answer: str | float) -> float:
-    gold = _plan_answer(answer if isinstance(answer, str) else str(_checked_number(answer)))
+    text = _answer_text(answer)
+    gold = _plan_answer(text)
     stated = last_answer(response)
     if stated is None:
         return 0.0
     if isinstance(gold, Interval):
         duration = parse_duration(stated)
         return float(duration is not None and duration.meets(gold))
-    return float(_same_number(stated, str(answer).strip(), gold))
+    return float(_same_number(stated, text, gold))
 
 
-def _checked_number(answer: float) -> float:
-    if isinstance(answer, bool) or not isinstance(answer, int | float):
+def _answer_text(answer: str | float) -> str:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"an accepted answer must be text or a number, got {type(answer).__name__}")
-    return answer
+    return str(answer).strip()
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -219,8 +228,6 @@ def _same_number(stated: str, gold_text: str, gold: float) -> bool:
 
 def _grade(family: str, stated: str, gold: str) -> float:
     """The reward of a mathematics or physics answer; raises ValueError where ``gold`` cannot be read."""
-    if not gold.strip():
-        raise ValueError("an accepted answer must not be empty")
     same = _same_physics if family == "physics" else _same_mathematics
     return float(same(stated, gold))
 
@@ -247,9 +254,7 @@ def _prepare_worker() -> None:
     """Imports once what judging needs: no response pays for it out of its seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes the pool
     warnings.simplefilter("ignore")
-    logging.getLogger("math_verify").setLevel(
-        logging.CRITICAL
-    )  # says that it has no timeout; the pool has one
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # says that it has no timeout; the pool has one
     importlib.import_module("isomorph.curriculum.tasks.mathematics")
     importlib.import_module("isomorph.curriculum.tasks.quantity")
 

@@ -75,10 +75,7 @@ class TransferMatrix:
 
     def __str__(self) -> str:
         """A text table, one line per row."""
-        body = [
-            [row, *(_shown(self.cell(row, column)) for column in self.evaluated_on)]
-            for row in self.trained_on
-        ]
+        body = [[row, *(_shown(self.cell(row, column)) for column in self.evaluated_on)] for row in self.trained_on]
         return _aligned([["trained on \\ evaluated on", *self.evaluated_on], *body])
 
 
@@ -105,7 +102,5 @@ def _shown(accuracy: Accuracy | None) -> str:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    return "\n".join(lines)
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)

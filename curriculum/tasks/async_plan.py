@@ -93,9 +93,7 @@ def demonstration(procedure: Procedure, representation: str, difficulty: Difficu
     working = Working(
         names=[str(j + 1) for j in range(procedure.num_steps)],
         amounts=procedure.amounts,
-        written=[
-            None if d.unit == procedure.unit else with_unit(d.value, d.unit) for d in procedure.durations
-        ],
+        written=[None if d.unit == procedure.unit else with_unit(d.value, d.unit) for d in procedure.durations],
         predecessors=procedure.predecessors,
         unit=procedure.unit,
         noun="step" if representation in ("natural", "table") else "node",

@@ -28,7 +28,7 @@ _SPELLINGS = {
     "month": "m mo mos month months",
     "year": "y yr yrs year years",
 }
-_UNITS = {word: unit for unit, words in _SPELLINGS.items() for word in words.split()}
+UNIT_OF_WORD = {word: unit for unit, words in _SPELLINGS.items() for word in words.split()}
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -70,7 +70,8 @@ def parse_duration(text: str) -> Interval | None:
     if any(pattern.search(numbers.text) for pattern in _REFUSED):
         return None
     parts = [_interval(numbers.values[int(k)], unit) for k, unit in _PART.findall(numbers.text)]
-    return Interval(sum(p.low for p in parts), sum(p.high for p in parts)) if parts else None
+    zero = Fraction(0)
+    return Interval(sum((p.low for p in parts), zero), sum((p.high for p in parts), zero)) if parts else None
 
 
 _DELTA = re.compile(r"(?:datetime\.)?timedelta\(([a-z0-9=, -]{0,80})\)", re.ASCII)
@@ -132,7 +133,7 @@ class _Ambiguous(Exception):
 
 
 # Patterns over texts in which every number is #k, an index into the numbers' values, and spaces are single.
-_UNIT_WORD = "(" + "|".join(sorted(_UNITS, key=len, reverse=True)) + ")"
+_UNIT_WORD = "(" + "|".join(sorted(UNIT_OF_WORD, key=len, reverse=True)) + ")"
 _U = _UNIT_WORD + "(?![a-z])"
 _SHARE = "(half|quarters?)"
 _MANY = r"(?:(an?|#\d+) )"
@@ -227,5 +228,5 @@ class _Numbers:
 
 
 def _interval(value: Fraction, unit_word: str) -> Interval:
-    low, high = UNIT_SECONDS[_UNITS[unit_word]]
+    low, high = UNIT_SECONDS[UNIT_OF_WORD[unit_word]]
     return Interval(value * low, value * high)

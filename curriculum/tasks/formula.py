@@ -58,9 +58,7 @@ def parse_formula(text: str) -> Any:
         NotAFormula: anything else, among them formulas that are too long, too deep or have huge powers.
     """
     if len(text) > MAX_CHARS or _depth(text) > MAX_DEPTH:
-        raise NotAFormula(
-            f"a formula has at most {MAX_CHARS} characters and {MAX_DEPTH} brackets in each other"
-        )
+        raise NotAFormula(f"a formula has at most {MAX_CHARS} characters and {MAX_DEPTH} brackets in each other")
     try:
         return _read(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:

@@ -7,9 +7,11 @@ Amounts are durations in one common unit (int, or Decimal where the data has fra
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from fractions import Fraction
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
 
-Amount = int | Decimal
+Amount = TypeVar("Amount", int, Decimal, Fraction)
 Predecessors = Sequence[Sequence[int]]
 Style = Literal["compact", "sentences"]
 
@@ -35,17 +37,15 @@ def finish_times(amounts: Sequence[Amount], predecessors: Predecessors) -> list[
     """When each step is finished if it starts as soon as it may; the maximum is the longest path."""
     finish: dict[int, Amount] = {}
     for j in topological_order(predecessors):
-        finish[j] = max((finish[i] for i in predecessors[j]), default=0) + amounts[j]
+        before = [finish[i] for i in predecessors[j]]
+        finish[j] = max(before) + amounts[j] if before else amounts[j]
     return [finish[j] for j in range(len(amounts))]
 
 
 def sequential_finish_times(amounts: Sequence[Amount], predecessors: Predecessors) -> list[Amount]:
     """When each step is finished if they are done one after the other; the maximum is the sum."""
-    finish: dict[int, Amount] = {}
-    clock: Amount = 0
-    for j in topological_order(predecessors):
-        clock = clock + amounts[j]
-        finish[j] = clock
+    order = topological_order(predecessors)
+    finish = dict(zip(order, accumulate(amounts[j] for j in order), strict=True))
     return [finish[j] for j in range(len(amounts))]
 
 
@@ -54,7 +54,7 @@ class Working:
     """All that a worked solution speaks of."""
 
     names: Sequence[str]  # of the steps, as the question calls them
-    amounts: Sequence[Amount]
+    amounts: Sequence[int] | Sequence[Decimal]
     written: Sequence[str | None]  # the duration as the question has it, where that is not the amount itself
     predecessors: Predecessors
     unit: str  # of the amounts; "" for bare numbers
@@ -67,11 +67,9 @@ def worked_solution(working: Working, *, style: Style, naive: bool) -> str:
     ``naive`` lists the same predecessors, but starts every step only when the one before it is finished.
     """
     times = sequential_finish_times if naive else finish_times
-    finish = times(working.amounts, working.predecessors)
-    lines = []
+    finish: list[Any] = times(working.amounts, working.predecessors)
     write = _compact_line if style == "compact" else _sentence
-    for j in topological_order(working.predecessors):
-        lines.append(write(working, finish, j))
+    lines = [write(working, finish, j) for j in topological_order(working.predecessors)]
     answer = f"<answer>{with_unit(max(finish), working.unit)}</answer>"
     if style == "compact":
         return f"<think>{'; '.join(lines)}</think> {answer}"
@@ -79,28 +77,39 @@ def worked_solution(working: Working, *, style: Style, naive: bool) -> str:
     return "\n".join([*lines, last, answer])
 
 
-def with_unit(amount: Amount, unit: str) -> str:
+def with_unit(amount: int | Decimal, unit: str) -> str:
     """``1 hour``, ``2 hours``, ``20 min``, or the bare number where there is no unit."""
     plural = "s" if amount != 1 and unit not in ("", "sec", "min") else ""
-    return f"{amount} {unit}{plural}".rstrip()
+    return f"{_shown(amount)} {unit}{plural}".rstrip()
 
 
-def _compact_line(working: Working, finish: Sequence[Amount], j: int) -> str:
+def _shown(amount: int | Decimal) -> str:
+    """Without an exponent or trailing zeros: 518400, 4.5."""
+    return str(amount) if isinstance(amount, int) else f"{amount.normalize():f}"
+
+
+def _compact_line(working: Working, finish: Sequence[Any], j: int) -> str:
     amount, written = working.amounts[j], working.written[j]
-    known = " ".join(f"{working.names[i]} {finish[i]}" for i in working.predecessors[j])
-    conversion = f"{written} = {amount}, " if written else ""
+    known = " ".join(f"{working.names[i]} {_shown(finish[i])}" for i in working.predecessors[j])
+    conversion = f"{written} = {_shown(amount)}, " if written else ""
     arrow = f"{known} > " if known else ""
-    return f"{working.names[j]}: {conversion}{arrow}{finish[j] - amount} + {amount} = {finish[j]}"
+    return f"{working.names[j]}: {conversion}{arrow}{_addition(amount, finish[j])}{_shown(finish[j])}"
 
 
-def _sentence(working: Working, finish: Sequence[Amount], j: int) -> str:
-    amount, written, noun = working.amounts[j], working.written[j], working.noun
-    name = f"{noun.capitalize()} {working.names[j]}"
-    takes = f"{written} = {with_unit(amount, working.unit)}" if written else with_unit(amount, working.unit)
-    known = " and ".join(
-        f"{noun} {working.names[i]} (finished at {finish[i]})" for i in working.predecessors[j]
+def _sentence(working: Working, finish: Sequence[Any], j: int) -> str:
+    noun, unit = working.noun, working.unit
+    takes = with_unit(working.amounts[j], unit)
+    if working.written[j]:
+        takes = f"{working.written[j]} = {takes}"
+    names = [f"{noun} {working.names[i]} (finished at {_shown(finish[i])})" for i in working.predecessors[j]]
+    after = " and ".join(names) or f"no other {noun}"
+    start = _shown(finish[j] - working.amounts[j])
+    total = f"{_addition(working.amounts[j], finish[j])}{with_unit(finish[j], unit)}"
+    return (
+        f"{noun.capitalize()} {working.names[j]} takes {takes} and comes after {after}: "
+        f"it starts at {start} and is finished at {total}."
     )
-    after = f"comes after {known}" if known else f"comes after no other {noun}"
-    start = finish[j] - amount
-    total = f"{start} + {amount} = {with_unit(finish[j], working.unit)}"
-    return f"{name} takes {takes} and {after}: it starts at {start} and is finished at {total}."
+
+
+def _addition(amount: Any, finish: Any) -> str:
+    return f"{_shown(finish - amount)} + {_shown(amount)} = "

@@ -13,9 +13,7 @@ _PYTHON = re.compile(r"\*|\b(?:sqrt|oo|pi|I|Interval|Union|Matrix|FiniteSet|Eq|N
 _BASE = re.compile(r"_\{?\d")  # 1103_6: digits in base six, which LaTeX parsers read as 1103
 _NAMED = re.compile(r"\\[a-zA-Z]+\{[a-zA-Z ]{0,40}\}")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_SIGNS = str.maketrans(
-    {"∞": r"\infty ", "∪": r"\cup ", "π": r"\pi ", "−": "-", "×": r"\times ", "·": r"\cdot "}
-)
+_SIGNS = str.maketrans({"∞": r"\infty ", "∪": r"\cup ", "π": r"\pi ", "−": "-", "×": r"\times ", "·": r"\cdot "})
 
 
 def same_expression(stated: str, gold: str) -> bool:

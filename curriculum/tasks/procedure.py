@@ -4,7 +4,6 @@ A procedure is the thing that all representations write down; its key tells two 
 steps are numbered, worded or measured, and decides which split it belongs to.
 """
 
-import hashlib
 import random
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
@@ -12,7 +11,8 @@ from typing import Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isomorph.curriculum.task import DataError, Split
-from isomorph.curriculum.tasks.longest_path import Style, finish_times, topological_order
+from isomorph.curriculum.tasks.canonical import canonical_key
+from isomorph.curriculum.tasks.longest_path import Style, finish_times
 from isomorph.curriculum.tasks.wording import MAX_STEPS, SCENARIOS, TERSE_ACTIVITIES
 
 # A month or a year has no fixed length, so the generator stops at weeks: its answers are exact.
@@ -56,9 +56,7 @@ class Difficulty(BaseModel):
         if self.min_width > self.max_steps:
             raise ValueError(f"min_width must be at most max_steps, got {self.min_width} > {self.max_steps}")
         if self.form == "terse" and self.demonstration != "compact":
-            raise ValueError(
-                'form = "terse" needs demonstration = "compact": sentences are not in its vocabulary'
-            )
+            raise ValueError('form = "terse" needs demonstration = "compact": sentences are not in its vocabulary')
         return self
 
 
@@ -111,24 +109,8 @@ class Procedure:
 
     @property
     def key(self) -> str:
-        """Equal for procedures that are one and the same up to the numbering of their steps.
-
-        Colours are refined over durations in seconds and the transitive closure of the order, so that neither
-        a unit nor a redundant edge makes a new procedure. Different procedures with equal colours would share
-        a split, which is harmless.
-        """
-        ancestors = _ancestors(self.predecessors)
-        colours = [_digest(d.seconds) for d in self.durations]
-        for _ in self.durations:
-            colours = [
-                _digest(
-                    colours[j],
-                    sorted(colours[i] for i in ancestors[j]),
-                    sorted(colours[k] for k, above in enumerate(ancestors) if j in above),
-                )
-                for j in range(self.num_steps)
-            ]
-        return _digest(sorted(colours))
+        """Equal for procedures that are the same up to the numbering of steps, units and redundant edges."""
+        return canonical_key([d.seconds for d in self.durations], self.predecessors)
 
     @property
     def split(self) -> Split:
@@ -146,12 +128,17 @@ def draw(rng: random.Random, difficulty: Difficulty, *, split: Split) -> Procedu
         raise ValueError(f'split must be "train" or "eval", got {split!r}')
     for _ in range(MAX_DRAWS):
         procedure = _draw(rng, difficulty)
-        if difficulty.min_width <= procedure.width <= difficulty.max_width and procedure.split == split:
+        if _wide_enough(procedure, difficulty) and procedure.split == split:
             return procedure
     raise DataError(
         f"the difficulty must allow procedures for the {split} split, got none in {MAX_DRAWS} draws with "
         f"{difficulty}; widen the width, the edge probability, the predecessors or the durations"
     )
+
+
+def _wide_enough(procedure: Procedure, difficulty: Difficulty) -> bool:
+    any_width = difficulty.min_width == 1 and difficulty.max_width >= difficulty.max_steps
+    return any_width or difficulty.min_width <= procedure.width <= difficulty.max_width
 
 
 def _draw(rng: random.Random, difficulty: Difficulty) -> Procedure:
@@ -187,14 +174,3 @@ def _renumber(predecessors: list[list[int]], new: list[int]) -> list[list[int]]:
     for j, before in enumerate(predecessors):
         renumbered[new[j]] = sorted(new[i] for i in before)
     return renumbered
-
-
-def _ancestors(predecessors: tuple[tuple[int, ...], ...]) -> list[set[int]]:
-    above: list[set[int]] = [set() for _ in predecessors]
-    for j in topological_order(predecessors):
-        above[j] = set(predecessors[j]).union(*(above[i] for i in predecessors[j]))
-    return above
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -35,9 +35,7 @@ _LATEX = (
     (re.compile(r"\^ ?"), "**"),
     (re.compile(r"µ +"), "µ"),
 )
-_DECIMAL = (
-    r"(?P<sign>[-+]?) ?(?P<digits>\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE](?P<exponent>[-+]?\d{1,3}))?"
-)
+_DECIMAL = r"(?P<sign>[-+]?) ?(?P<digits>\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE](?P<exponent>[-+]?\d{1,3}))?"
 _POWER = r"(?: ?[*x]? ?10 ?\*\* ?\(? ?(?P<power>[-+]?\d{1,3}) ?\)?| 1[eE](?P<factor>[-+]?\d{1,3}))?"
 _HEAD = re.compile(rf"{_DECIMAL}{_POWER}(?![\d.])", re.ASCII)
 

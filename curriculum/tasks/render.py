@@ -121,9 +121,7 @@ def _code(procedure: Procedure) -> str:
         rows="\n".join(rows),
         unit=procedure.unit,
     )
-    return _blocks(
-        [wording.CODE_INTRO], ["```python", program, "```"], [wording.CODE_QUESTION, _instruction()]
-    )
+    return _blocks([wording.CODE_INTRO], ["```python", program, "```"], [wording.CODE_QUESTION, _instruction()])
 
 
 def _table_terse(procedure: Procedure) -> str:
@@ -184,9 +182,7 @@ def _bare(procedure: Procedure, duration: Duration) -> str:
 
 def _weight(procedure: Procedure, i: int) -> str:
     duration = procedure.durations[i]
-    return (
-        str(duration.value) if _common_unit(procedure) else f"{duration.value} * {_singular(duration.unit)}"
-    )
+    return str(duration.value) if _common_unit(procedure) else f"{duration.value} * {_singular(duration.unit)}"
 
 
 def _constants(procedure: Procedure) -> str:

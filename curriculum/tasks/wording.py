@@ -17,9 +17,7 @@ TERSE_ACTIVITIES = _list(
     "rinse beans|plate food"
 )
 
-TERSE_INTROS = _list(
-    "To cook dinner you must do these steps:|Here are the tasks of a recipe:|Plan this meal:"
-)
+TERSE_INTROS = _list("To cook dinner you must do these steps:|Here are the tasks of a recipe:|Plan this meal:")
 TERSE_STEPS = _list(
     "Step {number}. {activity} ({spelled}).|Step {number}. {activity} takes {time}.|Step {number}. "
     "{activity}, {spelled}."
@@ -61,8 +59,7 @@ QUESTIONS = _list(
 )
 
 GRAPH_INTRO = (
-    "Here is a directed acyclic graph. The adjacency list gives, for every node, the nodes that come after "
-    "it:"
+    "Here is a directed acyclic graph. The adjacency list gives, for every node, the nodes that come after it:"
 )
 GRAPH_TIMES = "Passing through a node takes this long:"
 GRAPH_QUESTION = (
@@ -73,12 +70,8 @@ GRAPH_QUESTION = (
 CODE_INTRO = "Read this Python program:"
 CODE_QUESTION = "What does the program print?"
 
-TABLE_INTRO = (
-    "The table lists the steps of a plan, the time each one takes, and the steps that must be finished first:"
-)
-TABLE_QUESTION = (
-    "Steps may run at the same time. How long does the plan take if every step starts as early as it can?"
-)
+TABLE_INTRO = "The table lists the steps of a plan, the time each one takes, and the steps that must be finished first:"
+TABLE_QUESTION = "Steps may run at the same time. How long does the plan take if every step starts as early as it can?"
 
 INSTRUCTION = (
     "Reason step by step, then write the final result between <answer> and </answer>, for example "

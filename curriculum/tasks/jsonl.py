@@ -1,0 +1,145 @@
+"""Reads the paper's JSON Lines as they are: one object a line with the keys ``question`` and ``answer``."""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from isomorph.curriculum.judge import check_answer
+from isomorph.curriculum.task import FAMILIES, DataError, Task
+from isomorph.curriculum.tasks.asynchow import (
+    demonstrate_plan,
+    demonstrate_question,
+    naive_total,
+    parse_question,
+    plan_key,
+    solve_question,
+)
+
+__all__ = ["demonstrate_question", "read_rows", "solve_question", "split_rows"]
+
+MAX_ROW_CHARS = 1_000_000
+
+
+def read_rows(path: str | PathLike[str], family: str, representation: str) -> list[Task]:
+    """The tasks of a file, in its order. The key is the number of the first row with the same procedure.
+
+    Asynchronous-planning rows carry a demonstration and the naive answer; two of them are the same procedure if
+    they differ in words and numbering alone. Other rows are the same if their questions are.
+
+    Raises:
+        ValueError: an unknown family.
+        DataError: the file cannot be read, is empty, or has a broken row: file, line and defect are named.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
+    first_rows: dict[str, int] = {}
+    tasks = []
+    for i, line in enumerate(_lines(path)):
+        try:
+            task = _task(line, family, representation)
+        except DataError as error:
+            raise DataError(f"{path}, line {i + 1}: {error}") from error
+        tasks.append(replace(task, key=str(first_rows.setdefault(task.key, i))))
+    return tasks
+
+
+def split_rows(
+    rows: Mapping[str, list[Task]], *, eval_share: float, seed: int
+) -> tuple[dict[str, list[Task]], dict[str, list[Task]]]:
+    """Training and held-out tasks of each representation; row i of all files is one procedure.
+
+    No procedure, in whatever form, is on both sides: rows that have a key in common stay together.
+
+    Raises:
+        ValueError: eval_share is not between 0 and 1.
+        DataError: the files differ in their number of rows, or the share leaves one side empty.
+    """
+    if not 0 < eval_share < 1:
+        raise ValueError(f"eval_share must be between 0 and 1, got {eval_share}")
+    counts = {name: len(tasks) for name, tasks in rows.items()}
+    if len(set(counts.values())) != 1:
+        raise DataError(f"row i of all files must be one procedure, got files of {counts} rows")
+    procedures = _procedures(list(rows.values()))
+    names = sorted(set(procedures))
+    num_held_out = round(eval_share * len(names))
+    if not 0 < num_held_out < len(names):
+        raise DataError(f"eval_share = {eval_share} of {len(names)} procedures leaves a side empty; change it")
+    held_out = set(random.Random(seed).sample(names, num_held_out))
+
+    def side(wanted: bool) -> dict[str, list[Task]]:
+        return {
+            name: [t for t, p in zip(tasks, procedures, strict=True) if (p in held_out) == wanted]
+            for name, tasks in rows.items()
+        }
+
+    return side(False), side(True)
+
+
+def _procedures(files: list[list[Task]]) -> list[int]:
+    """For each row the number of the first row that it is joined to by keys, directly or over other rows."""
+    first = list(range(len(files[0])))
+
+    def root(i: int) -> int:
+        while first[i] != i:
+            i = first[i]
+        return i
+
+    for tasks in files:
+        seen: dict[str, int] = {}
+        for i, task in enumerate(tasks):
+            one, other = sorted((root(i), root(seen.setdefault(task.key, i))))
+            first[other] = one
+    return [root(i) for i in range(len(first))]
+
+
+def _lines(path: str | PathLike[str]) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: must be a readable file of JSON Lines in UTF-8: {error}") from error
+    if lines == [""]:
+        raise DataError(f"{path}: must hold at least one row, is empty")
+    return lines
+
+
+def _task(line: str, family: str, representation: str) -> Task:
+    question, answer = _question_and_answer(line)
+    try:
+        check_answer(family, answer)
+    except ValueError as error:
+        raise DataError(f"answer: {error}") from error
+    task = Task(family=family, representation=representation, question=question, answer=answer, key=question)
+    if family != "async_plan":
+        return task
+    plan = parse_question(question, representation)
+    return replace(task, key=plan_key(plan), demonstration=demonstrate_plan(plan), naive_answer=naive_total(plan))
+
+
+def _question_and_answer(line: str) -> tuple[str, str]:
+    record = _record(line)
+    question, answer = (record.get(name) for name in ("question", "answer"))
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"question must be text, got {_brief(question)}")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise DataError(f"answer must be text or a number, got {_brief(answer)}")
+    return question, str(answer)
+
+
+def _record(line: str) -> dict[str, Any]:
+    if len(line) > MAX_ROW_CHARS:
+        raise DataError(f"a row has at most {MAX_ROW_CHARS} characters, got {len(line)}")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"must be a JSON object, got {line[:80]!r}: {error}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"must be a JSON object, got {_brief(record)}")
+    return record
+
+
+def _brief(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:80]
