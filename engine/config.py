@@ -7,8 +7,7 @@ A recipe is one TOML file. Top-level tables are defaults; a stage may override a
 import difflib
 import tomllib
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -73,7 +72,7 @@ class SamplerConfig(Section):
 
 
 class SamplingConfig(Section):
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     max_new_tok: int = Field(72, ge=1)
     samples_per_prompt: int = Field(8, ge=1)
 
@@ -88,7 +87,7 @@ class BatchConfig(Section):
 class OptimConfig(Section):
     """AdamW with float32 masters."""
 
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr_frac: float = Field(0.1, ge=0, le=1)  # where linear and cosine end
     warmup_steps: int = Field(0, ge=0)
@@ -97,8 +96,16 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)  # of the whole gradient
 
+    @model_validator(mode="after")
+    def _betas_decay(self) -> "OptimConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in 0 <= beta < 1, got {self.betas}")
+        return self
+
 
 ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "sft", "rft"]
+
+DEFAULT_OBJECTIVE: ObjectiveName = "dapo"
 
 # What the name stands for; a recipe may override every line. Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783,
 # DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, RLOO 2402.14740, REINFORCE++ 2501.03262, STaR 2203.14465.
@@ -118,7 +125,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ObjectiveConfig(Section):
     """A loss by its name, and every choice the name stands for."""
 
-    name: ObjectiveName = "dapo"
+    name: ObjectiveName = DEFAULT_OBJECTIVE
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     scale: Literal["std", "none", "batch"] = "std"
     aggregation: Literal["token", "sequence", "constant"] = "token"
@@ -139,7 +146,8 @@ class ObjectiveConfig(Section):
     def _fill_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {**PRESETS.get(data.get("name", "dapo"), {}), **data}
+        name = data.get("name", DEFAULT_OBJECTIVE)
+        return {**(PRESETS.get(name, {}) if isinstance(name, str) else {}), **data}
 
     @model_validator(mode="after")
     def _consistent(self) -> "ObjectiveConfig":
@@ -174,7 +182,7 @@ class ObjectiveConfig(Section):
 class Stage(Section):
     """What the engine has to know of a stage: how to draw, what to minimise, and what to keep from the stage before."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w .-]*$")  # names files, too
     steps: int = Field(ge=1)  # at most; the schedule of the learning rate runs over them
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
@@ -191,6 +199,11 @@ class Stage(Section):
         if relative and self.sampling.samples_per_prompt < 2:
             raise ValueError(
                 f"{self.objective.name} compares the responses of a group: samples_per_prompt must be >= 2, "
+                f"got {self.sampling.samples_per_prompt}"
+            )
+        if self.objective.is_supervised and self.sampling.samples_per_prompt != 1:
+            raise ValueError(
+                f"{self.objective.name} learns from one demonstration a prompt: samples_per_prompt must be 1, "
                 f"got {self.sampling.samples_per_prompt}"
             )
         if self.batch.prompts_per_update and self.batch.prompts % self.batch.prompts_per_update:
@@ -232,7 +245,7 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
     return check_tables(_stages_resolved(tables), schema, where=str(path))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -246,9 +259,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
     base = tables.pop("extends", None)
     if base is None:
         return tables
-    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
-        raise UserError(f"{path}: extends must name another recipe beside this one, got {base!r}")
-    return _merged(_read_toml(path.parent / base), tables)
+    chain = (*extended_by, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
+        raise UserError(f"{path}: extends must name another recipe, and not in a circle, got {base!r}")
+    return _merged(_read_toml(path.parent / base, chain), tables)
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -278,6 +292,8 @@ def _override(tables: dict[str, Any], text: str) -> None:
         node = _child(node, name, text)
     if isinstance(node, list):
         raise UserError(f"override {text!r}: name a stage by its number, for example stage.0.steps=10")
+    if not isinstance(node, dict):
+        raise UserError(f"override {text!r}: {parents[-1]} is a value, it has no key {leaf!r}")
     node[leaf] = _toml_value(value.strip())
 
 
@@ -286,8 +302,9 @@ def _child(node: Any, name: str, text: str) -> Any:
         return node.setdefault(name, {})
     if isinstance(node, list) and name.isdigit() and int(name) < len(node):
         return node[int(name)]
-    choices = f"0 to {len(node) - 1}" if isinstance(node, list) else "no deeper table"
-    raise UserError(f"override {text!r}: {name!r} must be {choices}")
+    if isinstance(node, list):
+        raise UserError(f"override {text!r}: {name!r} must be a number from 0 to {len(node) - 1}")
+    raise UserError(f"override {text!r}: there is no table around {name!r}, only the value {node!r}")
 
 
 def _toml_value(text: str) -> Any:
@@ -300,10 +317,10 @@ def _toml_value(text: str) -> Any:
 def _stages_resolved(tables: dict[str, Any]) -> dict[str, Any]:
     """The top-level objective, optim, batch and sampling tables, laid under those of each stage."""
     defaults = {name: tables.get(name, {}) for name in STAGE_TABLES}
+    rest = {key: value for key, value in tables.items() if key not in STAGE_TABLES}
     stages = tables.get("stage")
     if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):
-        return tables
-    rest = {key: value for key, value in tables.items() if key not in STAGE_TABLES}
+        return rest
     return {**rest, "stage": [{**stage, **_layered(defaults, stage)} for stage in stages]}
 
 
@@ -315,7 +332,7 @@ def _layered(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
             layered[name] = own or table
             continue
         # another objective's name brings its own preset, not the default objective's choices
-        renamed = name == "objective" and "name" in own and own["name"] != table.get("name")
+        renamed = name == "objective" and "name" in own and own["name"] != table.get("name", DEFAULT_OBJECTIVE)
         layered[name] = dict(own) if renamed else {**table, **own}
     return layered
 
@@ -333,21 +350,20 @@ def _explain(schema: type[BaseModel], defect: Any) -> str:
 
 
 def _nearest(schema: type[BaseModel], loc: tuple[Any, ...]) -> str:
-    node: Any = schema
+    models: list[type[BaseModel]] = [schema]
     for part in loc[:-1]:
-        node = (
-            _model_in(node.model_fields[part].annotation)
-            if isinstance(part, str) and part in node.model_fields
-            else node
-        )
-    keys = sorted(node.model_fields)
+        inside = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        tagged = [m for m in models if any(get_args(f.annotation) == (part,) for f in m.model_fields.values())]
+        if inside:
+            models = [model for annotation in inside for model in _models_in(annotation)]
+        elif tagged:  # one of several kinds of table, told apart by a key
+            models = tagged
+    keys = sorted({key for model in models for key in model.model_fields})
     near = difflib.get_close_matches(str(loc[-1]), keys, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(keys)}"
 
 
-def _model_in(annotation: Any) -> Any:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, list, tuple):
-        return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
-    return None
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
