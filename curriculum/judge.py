@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import os
+import resource
 import signal
 import sys
 import threading
@@ -29,7 +30,8 @@ from isomorph.curriculum.task import FAMILIES, Task
 from isomorph.curriculum.tasks.duration import Interval, parse_duration, parse_timedeltas
 
 DEADLINE_S = 5.0
-MAX_ANSWER_CHARS = 2_000  # of mathematics and physics; longer answers are wrong
+MAX_ANSWER_CHARS = 2_000  # of mathematics, physics and numbers; longer answers are wrong
+MAX_WORKER_BYTES = 4 << 30  # address space: what a formula may make SymPy allocate
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 
@@ -63,8 +65,9 @@ class JudgePool:
     """Judges prompts whose payload is a ``Task``; mathematics and physics have ``deadline_s`` a response.
 
     Satisfies the engine's Judge protocol. Workers start with the first response that needs one, by spawning,
-    without importing the caller's main module; ``close`` leaves none behind. ``num_timeouts`` counts
-    responses cut off at the deadline, ``num_crashes`` those that took their worker down: both are worth 0.0.
+    without importing the caller's main module; ``close`` leaves none behind. ``num_timeouts`` counts responses
+    cut off at the deadline, ``num_crashes`` those that took their worker down, ``num_errors`` those on which
+    SymPy, math-verify or pint failed: all are worth 0.0.
     """
 
     def __init__(self, *, max_workers: int | None = None, deadline_s: float = DEADLINE_S) -> None:
@@ -76,6 +79,7 @@ class JudgePool:
         self.deadline_s = deadline_s
         self.num_timeouts = 0
         self.num_crashes = 0
+        self.num_errors = 0
         self._pool: ProcessPool | None = None
         self._lock = threading.Lock()
 
@@ -122,11 +126,14 @@ class JudgePool:
         stated, text = last_answer(response), _answer_text(answer)
         if stated is None or len(stated) > MAX_ANSWER_CHARS:
             return 0.0
-        return self._workers().schedule(_grade, args=(family, stated, text), timeout=self.deadline_s)
+        args = (family, stated, text, 2 * self.deadline_s)
+        return self._workers().schedule(_grade, args=args, timeout=self.deadline_s)
 
     def _finish(self, future: ProcessFuture) -> float:
         try:
-            return future.result()
+            reward: float | None = future.result()
+            self.num_errors += reward is None
+            return reward or 0.0
         except DeadlineExceeded:
             self.num_timeouts += 1
         except ProcessExpired:
@@ -226,10 +233,27 @@ def _same_number(stated: str, gold_text: str, gold: float) -> bool:
 # What follows runs in a worker process.
 
 
-def _grade(family: str, stated: str, gold: str) -> float:
-    """The reward of a mathematics or physics answer; raises ValueError where ``gold`` cannot be read."""
-    same = _same_physics if family == "physics" else _same_mathematics
-    return float(same(stated, gold))
+class GoldUnreadable(ValueError):
+    """An accepted answer that the judge cannot read."""
+
+
+def _grade(family: str, stated: str, gold: str, limit_s: float) -> float | None:
+    """The reward of a mathematics or physics answer; None where the libraries failed on it.
+
+    The worker ends after ``limit_s`` even if nobody is left to kill it.
+
+    Raises:
+        ValueError: ``gold`` cannot be read.
+    """
+    signal.setitimer(signal.ITIMER_REAL, limit_s)  # SIGALRM's default action: it ends C code, too
+    try:
+        return float(_same_physics(stated, gold) if family == "physics" else _same_mathematics(stated, gold))
+    except GoldUnreadable:
+        raise
+    except Exception:  # SymPy, pint and their parsers raise nearly anything on hostile text; it is counted
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _same_physics(stated: str, gold: str) -> bool:
@@ -237,7 +261,7 @@ def _same_physics(stated: str, gold: str) -> bool:
 
     expected = parse_quantity(gold)
     if expected is None:
-        raise ValueError(f"an accepted answer in physics must be a value with a unit, got {gold[:200]!r}")
+        raise GoldUnreadable(f"an accepted answer in physics must be a value with a unit, got {gold[:200]!r}")
     if expected.value.free_symbols:
         return _same_mathematics(stated, gold)
     got = parse_quantity(stated)
@@ -253,6 +277,7 @@ def _same_mathematics(stated: str, gold: str) -> bool:
 def _prepare_worker() -> None:
     """Imports once what judging needs: no response pays for it out of its seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes the pool
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     warnings.simplefilter("ignore")
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # says that it has no timeout; the pool has one
     importlib.import_module("isomorph.curriculum.tasks.mathematics")

@@ -57,7 +57,7 @@ def parse_formula(text: str) -> Any:
     Raises:
         NotAFormula: anything else, among them formulas that are too long, too deep or have huge powers.
     """
-    if len(text) > MAX_CHARS or _depth(text) > MAX_DEPTH:
+    if len(text) > MAX_CHARS or nesting(text) > MAX_DEPTH:
         raise NotAFormula(f"a formula has at most {MAX_CHARS} characters and {MAX_DEPTH} brackets in each other")
     try:
         return _read(ast.parse(text.strip(), mode="eval").body)
@@ -65,7 +65,8 @@ def parse_formula(text: str) -> Any:
         raise NotAFormula(f"{text[:80]!r}: {error}") from error
 
 
-def _depth(text: str) -> int:
+def nesting(text: str) -> int:
+    """How many brackets are open at once at most."""
     depth = deepest = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

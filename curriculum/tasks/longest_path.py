@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from heapq import heappop, heappush
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
@@ -22,14 +23,22 @@ def topological_order(predecessors: Predecessors) -> list[int]:
     Raises:
         ValueError: the graph has a cycle.
     """
+    left = [len(before) for before in predecessors]
+    after: list[list[int]] = [[] for _ in predecessors]
+    for j, before in enumerate(predecessors):
+        for i in before:
+            after[i].append(j)
+    ready = [j for j, n in enumerate(left) if n == 0]  # ascending, so it is a heap
     order: list[int] = []
-    left = set(range(len(predecessors)))
-    while left:
-        ready = min((j for j in left if left.isdisjoint(predecessors[j])), default=None)
-        if ready is None:
-            raise ValueError(f"steps must not wait for each other in a circle, got one among {sorted(left)}")
-        order.append(ready)
-        left.remove(ready)
+    while ready:
+        order.append(heappop(ready))
+        for j in after[order[-1]]:
+            left[j] -= 1
+            if left[j] == 0:
+                heappush(ready, j)
+    if len(order) < len(left):
+        circle = sorted(set(range(len(left))) - set(order))
+        raise ValueError(f"steps must not wait for each other in a circle, got one among steps {circle[:20]}")
     return order
 
 
