@@ -90,7 +90,7 @@ class MasterAdamW:
                 if f"{key}/{name}" in tensors
             }
             if state:
-                self.adamw.state[master] = {k: v if k == "step" else v.to(master.device) for k, v in state.items()}
+                self.adamw.state[master] = {key: value.to(master.device) for key, value in state.items()}
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:

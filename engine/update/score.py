@@ -18,21 +18,28 @@ def score(
 ) -> tuple[list[Group], list[str]]:
     """The rollouts grouped by prompt, judged, with advantages; and the texts that were judged, in their order.
 
-    ``rollouts`` hold the same number of responses for each prompt, in the order of the prompts.
+    ``rollouts`` hold the same number of responses for each prompt, in the order of the prompts. Raises RunFailed for
+    a judge that does not return one finite reward a response.
     """
     size, rest = divmod(len(rollouts), len(prompts))
     if rest or size == 0:
         raise ValueError(
             f"every prompt must have the same number of rollouts, got {len(rollouts)} for {len(prompts)} prompts"
         )
-    texts = [decode(r.token_ids.tolist()) for r in rollouts]
     repeated = [prompt for prompt in prompts for _ in range(size)]
+    if any(r.prompt_id != prompt.prompt_id for prompt, r in zip(repeated, rollouts, strict=True)):
+        raise ValueError("rollouts must stand in the order of their prompts, all of a prompt side by side")
+    texts = [decode(r.token_ids.tolist()) for r in rollouts]
     rewards = judge(repeated, texts)
     if len(rewards) != len(rollouts):
         raise RunFailed(f"the judge must return one reward a response: got {len(rewards)} for {len(rollouts)}")
+    reward_S = torch.tensor(rewards, dtype=torch.float32)
+    if not reward_S.isfinite().all():
+        first = int((~reward_S.isfinite()).nonzero()[0])
+        raise RunFailed(f"rewards must be finite in float32: the judge gave {rewards[first]} for {texts[first]!r}")
     offsets = torch.arange(0, len(rollouts) + 1, size)
     advantages = group_advantage(
-        torch.tensor(rewards, dtype=torch.float32),
+        reward_S,
         offsets,
         baseline=objective.baseline,
         scale=objective.scale,

@@ -1,0 +1,110 @@
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from isomorph.engine.config import ObjectiveConfig
+from isomorph.engine.types import Prompt, Rollout, RunFailed
+from isomorph.engine.update.score import score
+
+
+def prompt(prompt_id: int) -> Prompt:
+    return Prompt(prompt_id=prompt_id, token_ids=(1, prompt_id), task="t", representation="natural", payload=None)
+
+
+def rollout(prompt_id: int, sample: int) -> Rollout:
+    return Rollout(
+        prompt_id=prompt_id,
+        sample=sample,
+        token_ids=torch.tensor([10 * prompt_id + sample, 3]),
+        sampler_logprob=torch.tensor([-1.0, -1.0]),
+        finish="stop",
+        policy_version=0,
+    )
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return " ".join(map(str, token_ids))
+
+
+class Rewards:
+    """A judge that hands out what it was given, and remembers what it was asked."""
+
+    def __init__(self, *rewards: float) -> None:
+        self.rewards = rewards
+        self.asked: list[tuple[int, str]] = []
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        self.asked = [(p.prompt_id, text) for p, text in zip(prompts, texts, strict=True)]
+        return list(self.rewards)
+
+
+PROMPTS = [prompt(4), prompt(2)]
+ROLLOUTS = [rollout(4, 0), rollout(4, 1), rollout(4, 2), rollout(2, 0), rollout(2, 1), rollout(2, 2)]
+
+
+def advantages(judge: Rewards, **objective: str) -> list[tuple[float, ...]]:
+    groups, _ = score(PROMPTS, ROLLOUTS, judge, decode, ObjectiveConfig.model_validate(objective))
+    return [g.advantages for g in groups]
+
+
+def test_each_response_is_judged_with_its_own_prompt() -> None:
+    judge = Rewards(1, 0, 0, 0, 1, 1)
+    groups, texts = score(PROMPTS, ROLLOUTS, judge, decode, ObjectiveConfig())
+    assert judge.asked == [(4, "40 3"), (4, "41 3"), (4, "42 3"), (2, "20 3"), (2, "21 3"), (2, "22 3")]
+    assert texts == [text for _, text in judge.asked]
+    assert [g.prompt.prompt_id for g in groups] == [4, 2]
+    assert [g.rewards for g in groups] == [(1, 0, 0), (0, 1, 1)]
+    assert all(r.prompt_id == g.prompt.prompt_id for g in groups for r in g.rollouts)
+
+
+def test_advantages_are_the_formulas_of_the_papers() -> None:
+    std = math.sqrt(1 / 3)  # of (1, 0, 0), with n - 1
+    grpo = advantages(Rewards(1, 0, 0, 0, 1, 1), name="grpo")
+    assert grpo[0] == pytest.approx([(2 / 3) / (std + 1e-4), -(1 / 3) / (std + 1e-4), -(1 / 3) / (std + 1e-4)])
+    dr_grpo = advantages(Rewards(1, 0, 0, 0, 1, 1), name="dr_grpo")
+    assert dr_grpo[1] == pytest.approx([-2 / 3, 1 / 3, 1 / 3])
+    rloo = advantages(Rewards(1, 0, 0, 0, 1, 1), name="rloo")
+    assert rloo[0] == pytest.approx([1.0, -0.5, -0.5])
+    over_all = advantages(Rewards(1, 0, 0, 0, 1, 1), name="reinforce_pp")
+    half = 0.5 / (math.sqrt(6 * 0.25 / 5) + 1e-4)
+    assert over_all[0] == pytest.approx([half, -half, -half])
+    assert advantages(Rewards(1, 0, 0, 0, 0.5, 1), name="sft") == [(1, 0, 0), (0, 0.5, 1)]
+
+
+def test_a_group_without_variance_has_advantage_zero_exactly() -> None:
+    for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"):
+        assert advantages(Rewards(0.1, 0.1, 0.1, 1, 0, 0), name=name)[0] == (0, 0, 0)
+    assert advantages(Rewards(*[0.1] * 6), name="reinforce_pp") == [(0, 0, 0), (0, 0, 0)]
+
+
+def test_a_group_of_one_is_refused_where_responses_are_compared() -> None:
+    alone = [rollout(4, 0), rollout(2, 0)]
+    with pytest.raises(ValueError, match="one response"):
+        score(PROMPTS, alone, Rewards(1, 0), decode, ObjectiveConfig(name="grpo"))
+    groups, _ = score(PROMPTS, alone, Rewards(1, 0), decode, ObjectiveConfig(name="rft"))
+    assert [g.advantages for g in groups] == [(1,), (0,)]
+
+
+@pytest.mark.parametrize("rollouts", [ROLLOUTS[:5], []])
+def test_prompts_with_different_numbers_of_rollouts_are_refused(rollouts: list[Rollout]) -> None:
+    with pytest.raises(ValueError, match="same number of rollouts"):
+        score(PROMPTS, rollouts, Rewards(), decode, ObjectiveConfig())
+
+
+def test_rollouts_in_another_order_than_their_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="order"):
+        score(PROMPTS, ROLLOUTS[3:] + ROLLOUTS[:3], Rewards(*[0] * 6), decode, ObjectiveConfig())
+
+
+@pytest.mark.parametrize("rewards", [(1, 0, 0, 0, 1), (1, 0, 0, 0, 1, 1, 0), ()])
+def test_a_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(rewards: tuple[float, ...]) -> None:
+    with pytest.raises(RunFailed, match="one reward a response"):
+        score(PROMPTS, ROLLOUTS, Rewards(*rewards), decode, ObjectiveConfig())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
+def test_a_reward_that_is_not_finite_in_float32_ends_the_run(bad: float) -> None:
+    with pytest.raises(RunFailed, match="finite"):
+        score(PROMPTS, ROLLOUTS, Rewards(1, 0, bad, 0, 1, 1), decode, ObjectiveConfig())
