@@ -19,11 +19,15 @@ from isomorph.kernels.packing import assign_groups
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Update:
-    """What one optimizer step learns from. The denominators count every response drawn, also those left out below."""
+    """What one optimizer step learns from.
+
+    The denominators count every response drawn, also one whose gradient is known to be zero and that is left out of the
+    batches; a dropped token is as if it had not been predicted.
+    """
 
     batches: tuple[PackedBatch, ...]
     num_loss_tok: int
-    num_seqs: int
+    num_seqs: int  # with at least one token that counts
     num_dropped_tok: int  # sampler log-probability not finite
 
 
@@ -57,25 +61,27 @@ def pack(
 def _update(groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device) -> Update:
     trained = [part for group in groups for part in _parts(group, max_tok, objective)]
     bins = assign_groups([part.num_tok for part in trained], max_tok)
-    packed = [_pack_parts([trained[i] for i in members], device) for members in bins]
     counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
+    num_known = [_num_known(r) for r in counted]
     return Update(
-        batches=tuple(batch for batch, _ in packed),
-        num_loss_tok=sum(len(r.token_ids) for r in counted),
-        num_seqs=len(counted),
-        num_dropped_tok=sum(dropped for _, dropped in packed),
+        batches=tuple(_pack_parts([trained[i] for i in members], device) for members in bins),
+        num_loss_tok=sum(num_known),
+        num_seqs=sum(num > 0 for num in num_known),
+        num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
     )
 
 
 def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[_Part]:
     """The group's responses that have a gradient, cut so that each part fits the budget."""
     parts: list[_Part] = []
-    room = 0
+    room = -1  # even a response without inner tokens needs a prompt before it
     for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
-        if advantage == 0 and objective.drops_flat_groups:
+        if min(len(group.prompt.token_ids), len(rollout.token_ids)) == 0:
+            raise ValueError(f"prompt {group.prompt.prompt_id} and its responses must hold at least one token each")
+        if _num_known(rollout) == 0 or (advantage == 0 and objective.drops_flat_groups):
             continue
         size = len(rollout.token_ids) - 1
-        if size > room:
+        if not parts or size > room:
             room = max_tok - len(group.prompt.token_ids)
             if size > room:
                 raise UserError(
@@ -89,7 +95,7 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[_Part
     return parts
 
 
-def _pack_parts(parts: Sequence[_Part], device: torch.device) -> tuple[PackedBatch, int]:
+def _pack_parts(parts: Sequence[_Part], device: torch.device) -> PackedBatch:
     token_ids: list[Tensor] = []
     row_index: list[Tensor] = []
     start = 0
@@ -112,12 +118,10 @@ def _pack_parts(parts: Sequence[_Part], device: torch.device) -> tuple[PackedBat
         [len(part.prompt.token_ids) for part in parts],
         [[len(r.token_ids) - 1 for r in part.rollouts] for part in parts],
     ).to(device)
-    num_dropped = 0
     if sampler_logprob is not None:
         is_finite = sampler_logprob.isfinite()
-        num_dropped = int((~is_finite).sum())
         rows, targets, seq_id, sampler_logprob = (x[is_finite] for x in (rows, targets, seq_id, sampler_logprob))
-    batch = PackedBatch(
+    return PackedBatch(
         token_ids=torch.cat(token_ids).to(device),
         positions=layout.positions,
         layout=layout,
@@ -127,7 +131,12 @@ def _pack_parts(parts: Sequence[_Part], device: torch.device) -> tuple[PackedBat
         sampler_logprob=None if sampler_logprob is None else sampler_logprob.to(device),
         advantage=torch.tensor([a for part in parts for a in part.advantages]).to(device),
     )
-    return batch, num_dropped
+
+
+def _num_known(rollout: Rollout) -> int:
+    """Tokens that can be trained: what the sampler could not give a log-probability to cannot be corrected for."""
+    logprob = rollout.sampler_logprob
+    return len(rollout.token_ids) if logprob is None else int(logprob.isfinite().sum())
 
 
 def _sampler_logprob(rollouts: Sequence[Rollout]) -> Tensor | None:
