@@ -17,7 +17,7 @@ from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.engine.config import UserError
 from isomorph.engine.loop import Crew, train
-from isomorph.engine.policy import Policy, load_policy
+from isomorph.engine.policy import Policy, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import RunLog
 from isomorph.engine.rollout.builtin import BuiltinSampler
@@ -93,6 +93,7 @@ def _crew_at_work(
 
 def open_policy(recipe: Recipe) -> Policy:
     """The recipe's model on this machine's device."""
+    silence_loaders()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words: set[str] = set()
     if recipe.model.tiny is not None:

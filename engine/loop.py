@@ -4,6 +4,7 @@ Who does each part is decided outside and handed in as a ``Crew``. Nothing here 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,13 +224,16 @@ def _line(state: RunState, groups: Sequence[Group], stats: StepStats, log: RunLo
     rewards = [r for g in groups for r in g.rewards]
     num_tok = sum(len(r.token_ids) for g in groups for r in g.rollouts)
     flat = sum(len(set(g.rewards)) == 1 for g in groups)
-    return (
-        f"step {state.step:4d} {state.stage:<12} reward {sum(rewards) / len(rewards):.3f}  flat {flat}/{len(groups)}  "
-        f"entropy {stats.entropy:.3f}  grad {stats.grad_norm:.2f}  drift {stats.drift_max:.1e}  "
-        f"clip {stats.clip_frac:.1%}  "
-        f"{num_tok / log.step_seconds():6.0f} tok/s  gen {log.times['generate']:.2f}s  "
-        f"update {log.times['update']:.2f}s  publish {log.times['publish']:.2f}s"
-    )
+    parts = [
+        f"step {state.step:4d} {state.stage:<10}",
+        f"reward {sum(rewards) / len(rewards):.3f}",
+        f"flat {flat}/{len(groups)}",
+        "no update" if stats.num_updates == 0 else f"entropy {stats.entropy:.3f}  grad {stats.grad_norm:.2f}",
+        "" if math.isnan(stats.drift_max) else f"drift {stats.drift_max:.0e}  clip {stats.clip_frac:.1%}",
+        f"{num_tok / log.step_seconds():.0f} tok/s",
+        *(f"{phase} {log.times[phase]:.2f}s" for phase in ("publish", "generate", "update")),
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 def _completions(groups: Sequence[Group], texts: Sequence[str]) -> list[Row]:

@@ -154,6 +154,11 @@ class Policy:
         self.text.tokenizer.save_pretrained(folder)
 
 
+def silence_loaders() -> None:
+    """No progress bars of transformers between the lines of a run; its warnings stay."""
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, device: torch.device) -> Policy:
     """The policy that the recipe names. ``vocabulary``: the words of a tiny model. Raises UserError."""
     dtype = getattr(torch, config.dtype)

@@ -1,6 +1,6 @@
 """The losses, on what is known of each predicted token: plain PyTorch on [N].
 
-    r      = exp(logprob - old_logprob)           of a token; ratio = "sequence": mean over its sequence, in the exponent
+    r      = exp(logprob - old_logprob)           of a token; ratio = "sequence": its mean over the sequence, in exp
     rho    = exp(old_logprob - sampler_logprob)   importance weight between sampler and trainer, truncated
     loss_i = w_i * (rho_i * surrogate_i + kl_coef * KL_i - entropy_coef * H_i)
 

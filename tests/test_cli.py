@@ -1,0 +1,209 @@
+"""The command line as a user meets it: a whole run, a killed one that goes on, and every kind of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
+SMOKE = RECIPES / "smoke.toml"
+ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
+UNTIMED = ("time/", "wall_s")
+
+
+def isomorph(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*ISOMORPH, *map(str, arguments)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def step_rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
+
+
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a user gets for a wrong input."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    done = isomorph("train", SMOKE, "--run", "whole", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "floor" in done.stdout
+    return folder / "whole"
+
+
+def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["steps"] == 88
+    assert set(summary["accuracy"]) == {"before", "after"}
+    assert set(summary["accuracy"]["after"]) == {"natural", "graph", "code", "table"}
+    assert [stage["name"] for stage in summary["stages"]] == ["warm-up", "symbols", "words"]
+    assert len(summary["weights_sha256"]) == 64 and summary["wall_s"] > 0
+    described = json.loads((whole_run / "run.json").read_text())
+    assert described["recipe"]["stage"][2]["objective"]["clip_high"] == 0.28  # resolved, presets filled in
+    assert described["versions"]["torch"] and described["backends"]
+    assert [row["step"] for row in step_rows(whole_run)] == list(range(1, 89))
+    assert (whole_run / "report" / "report.html").is_file()
+    assert list((whole_run / "completions").glob("step-*.jsonl"))
+
+
+def test_the_saved_model_loads_in_transformers(whole_run: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(whole_run / "model")
+    model = AutoModelForCausalLM.from_pretrained(whole_run / "model")
+    with torch.no_grad():
+        logits = model(**tokenizer("Step 1", return_tensors="pt", return_token_type_ids=False)).logits
+    assert logits.shape[-1] == len(tokenizer) and logits.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*ISOMORPH, "train", str(SMOKE), "--run", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    steps = run / "steps.jsonl"
+    deadline = time.monotonic() + 300
+    # after the checkpoint of step 84, which stands at the end of the stage with a reference policy and two updates a step
+    while not (steps.is_file() and len(steps.read_text().splitlines()) >= 86):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "summary.json").exists()
+
+    resumed = isomorph("train", "--resume", run, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert step_rows(run) == step_rows(whole_run)
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
+    assert one["weights_sha256"] == other["weights_sha256"]
+    assert one["exams"] == other["exams"] and one["tokens"] == other["tokens"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        [*ISOMORPH, "train", str(SMOKE), "--run", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    steps = run / "steps.jsonl"
+    deadline = time.monotonic() + 300
+    while not (steps.is_file() and len(steps.read_text().splitlines()) >= 82):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "--resume" in out
+    last = len(steps.read_text().splitlines())
+    assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+    assert isomorph("train", "--resume", run, cwd=tmp_path).returncode == 0
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
+    assert one["weights_sha256"] == other["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.sede=1", "did you mean 'seed'"),
+        ("stage.0.optim.learning_rate=1", "unknown key"),
+        ("stage.1.sampling.samples_per_prompt=1", "samples_per_prompt must be >= 2"),
+        ("stage.1.sampling.temperature=0", "greater than 0"),
+        ("sampling.top_p=0.9", "unknown key"),
+        ("stage.1.objective.name=ppo", "'grpo'"),
+        ("eval.data=nothing", "no [data.nothing]"),
+        ("stage.9.steps=1", "must be 0 to 2"),
+        ("stage.1.mixture=[{data='plans',representation='table'}]", "only ever evaluated on"),
+        ("model.path=somewhere", "exactly one of model.path and model.tiny"),
+        ("stage.0.sampling.max_new_tok=10", "the demonstration of prompt"),
+        ("stage.1.sampling.max_new_tok=250", "positions for 256"),
+        ("stage.1.batch.max_tok=60", "cannot hold prompt"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str, tmp_path: Path) -> None:
+    quick = ("stage.0.steps=1",)
+    assert expected in error_line(isomorph("train", SMOKE, *quick, override, "--run", "x", cwd=tmp_path))
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    assert "no such recipe" in error_line(isomorph("train", "nowhere.toml", cwd=tmp_path))
+
+
+def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    assert "No such option" in error_line(isomorph("train", SMOKE, "--folder", "x", cwd=tmp_path))
+
+
+def test_a_used_run_folder_is_not_overwritten(whole_run: Path) -> None:
+    before = (whole_run / "steps.jsonl").read_bytes()
+    assert "is not empty" in error_line(isomorph("train", SMOKE, "--run", whole_run, cwd=whole_run.parent))
+    assert (whole_run / "steps.jsonl").read_bytes() == before
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert "must be the folder of a run" in error_line(isomorph("train", "--resume", tmp_path, cwd=tmp_path))
+
+
+def recipe_for_files(folder: Path, rows: str, model: str) -> Path:
+    (folder / "graph.jsonl").write_text(rows)
+    recipe = folder / "files.toml"
+    recipe.write_text(
+        f'[model]\npath = "{model}"\n'
+        '[data.rows]\nkind = "jsonl"\nfamily = "async_plan"\nfiles = { graph = "$ROWS/graph.jsonl" }\n'
+        '[[stage]]\nname = "only"\nsteps = 1\nmixture = [{ data = "rows", representation = "graph" }]\n'
+        '[eval]\ndata = "rows"\nrepresentations = ["graph"]\n'
+    )
+    return recipe
+
+
+def test_an_unreadable_model_folder_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_for_files(tmp_path, "", str(tmp_path / "model"))
+    assert "must be a folder with a config.json" in error_line(isomorph("train", recipe, cwd=tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    assert "no model could be loaded" in error_line(isomorph("train", recipe, cwd=tmp_path))
+
+
+def test_a_broken_row_is_named_by_file_and_line(whole_run: Path, tmp_path: Path) -> None:
+    good = '{"question": "q", "answer": "[datetime.timedelta(days=1), datetime.timedelta(days=1)]"}\n'
+    recipe = recipe_for_files(tmp_path, good + '{"question": "q"\n', str(whole_run / "model"))
+    message = error_line(isomorph("train", recipe, cwd=tmp_path, ROWS=str(tmp_path)))
+    assert "graph.jsonl" in message and "2" in message
+    assert "environment variable" in error_line(isomorph("train", recipe, cwd=tmp_path))
+
+
+def test_a_full_disk_ends_the_run_with_code_1_and_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the full disk: it comes up in the middle of writing, as there."""
+    limited = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from isomorph.engine.record import checkpoint; save = checkpoint.save_checkpoint\n"
+        "def tight(root, state, *a, **k):\n"
+        "    if state.step == 84: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "    return save(root, state, *a, **k)\n"
+        "from isomorph.engine import loop; loop.save_checkpoint = tight\n"
+        "from isomorph.curriculum.cli import main; main()"
+    )
+    command = [sys.executable, "-c", limited, "train", str(SMOKE), "--run", "full"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr and "step-00000042" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000042"]
+    resumed = isomorph("train", "--resume", tmp_path / "full", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
