@@ -77,6 +77,8 @@ def _crew_at_work(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume:
             log.write_json("run.json", describe_run(recipe, policy, curriculum))
+        for fallback in fallbacks(policy.device):
+            log.say(f"warning: {fallback}")
         crew = Crew(
             policy=policy,
             sampler=sampler,
@@ -132,6 +134,7 @@ def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum) -> dict
         "machine": describe_machine(),
         "sampler": recipe.sampler.kind,
         "backends": backend.table(policy.device),
+        "fallbacks": fallbacks(policy.device),
         "model": {
             "type": policy.config.model_type,
             "parameters": sum(p.numel() for p in policy.named_parameters().values()),
@@ -140,6 +143,16 @@ def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum) -> dict
         },
         "rows_left_out": {name: files.num_too_long for name, files in curriculum.files.items()},
     }
+
+
+def fallbacks(device: torch.device) -> list[str]:
+    """What runs slower here than it could, each with its cost and the way back."""
+    found = []
+    if not backend.native_available():
+        found.append(f"packing, advantages and decoding run their slower PyTorch bodies: {backend.native_reason()}")
+    if device.type == "cuda":
+        found.append("no Triton kernels exist yet: ops run their PyTorch bodies on the GPU")
+    return found
 
 
 def describe_machine() -> dict[str, Any]:
