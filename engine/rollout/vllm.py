@@ -1,0 +1,415 @@
+"""The vLLM sampler: ``vllm.LLM`` in the trainer's process. The only file that imports vllm.
+
+vLLM starts with random weights; every weight that it ever computes with was published from the policy. Two ways:
+
+    shared   vLLM's fused tensors are the storage and the policy's parameters view them: publishing moves 0 bytes.
+             Start the sampler before the learner, so that nothing holds on to the policy's earlier storage.
+    copy     vLLM has tensors of its own; publishing copies every parameter.
+
+On the CPU vLLM multiplies with packed copies of its weights and throws the originals away. With "copy" the packs are
+made anew at each publish, tensor by tensor. With "shared" nothing is packed, which costs decoding speed.
+"""
+
+import contextlib
+import copy
+import hashlib
+import importlib
+import logging
+import os
+import random
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.policy import Policy
+from isomorph.engine.rollout.weights import Standing, combine_hashes, split_rows, standings, tensor_hash
+from isomorph.engine.types import Finish, Prompt, Publication, Rollout, RunFailed, Sampling
+
+OLDEST, NEWEST = (0, 24), (0, 32)  # vLLM versions whose insides we know; run on the newest only
+KV_RELEASE = (0, 32)  # the first that gives back its KV memory and keeps its weights
+LEAST_TEMPERATURE = 0.01  # vLLM silently raises what is lower
+CPU_BLOCK_TOK = 32  # of the KV cache: whole blocks of a prompt are shared by its responses; vLLM's own 128 shares less
+
+
+def start_vllm(policy: Policy, config: SamplerConfig, seed: int) -> "VllmSampler":
+    """Starts vLLM in this process, on the policy's device.
+
+    With ``config.publish = "shared"`` the policy's parameters become views of vLLM's tensors: build the optimizer
+    afterwards. ``config.memory_frac`` is, on a GPU, vLLM's share of the whole memory; on the CPU the share of the RAM
+    for weights and KV, of which no more is taken than ``max_seqs`` sequences of ``max_model_len`` tokens can fill.
+    Sequences are limited to the model's own positions where ``max_model_len`` is above them.
+    Raises UserError where vLLM is missing or cannot do exactly what is asked.
+    """
+    version = _import_vllm(policy.device)
+    _refuse_what_is_not_exact(policy, version)
+    return VllmSampler(policy, config, seed=seed)
+
+
+class VllmSampler:
+    """Samples by vLLM. Made by ``start_vllm``. The same seed, weights and prompts give the same rollouts."""
+
+    def __init__(self, policy: Policy, config: SamplerConfig, *, seed: int) -> None:
+        self.policy = policy
+        self.policy_version = 0
+        self.max_model_len = min(config.max_model_len, policy.max_tok)
+        is_shared = config.publish == "shared"
+        with _trainer_state_kept(), _unpacked_cpu_weights() if is_shared else contextlib.nullcontext():
+            self.llm = _start_engine(policy, config, self.max_model_len, seed)
+        self.model = _model_of(self.llm)
+        self._weights = _Shared(self.model, policy) if is_shared else _Copied(self.model, policy)
+        self.publish(0)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked."""
+        self._refuse(prompts, sampling)
+        self._forget_prefixes()  # what ran before must not change a bit
+        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        params = [_sampling_params(prompt, sampling) for prompt in prompts]
+        with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):  # vLLM draws from the global generator too
+            results = self.llm.generate(requests, params, use_tqdm=False)
+        samples = range(sampling.samples_per_prompt)
+        return [
+            self._rollout(prompt, sample, result, sampling)
+            for prompt, result in zip(prompts, results, strict=True)
+            for sample in samples
+        ]
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """On a GPU the KV cache's memory is given back while open, and taken again afterwards; weights stay.
+
+        On the CPU vLLM can give nothing back: its KV cache stays.
+        """
+        if self.policy.device.type != "cuda" or _vllm_version() < KV_RELEASE:
+            yield
+            return
+        self.llm.sleep(level=0)  # levels 1 and 2 would move the weights away
+        self.llm.release_kv_cache_memory()
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()  # what the learner cached is what the KV needs
+            self.llm.wake_up(tags=["kv_cache"])
+            self.llm.wake_up(tags=["scheduling"])
+
+    def publish(self, version: int) -> Publication:
+        """From now on sample from the policy's present weights."""
+        num_bytes = self._weights.publish()
+        self._forget_prefixes()
+        self.policy_version = version
+        return Publication(version=version, num_bytes=num_bytes, fingerprint=self.fingerprint())
+
+    def fingerprint(self) -> str:
+        """Of vLLM's weights, cut into the policy's tensors.
+
+        Where vLLM keeps nothing but a packed copy: of the tensor that the copy was made of.
+        """
+        return combine_hashes(self._weights.hashes())
+
+    def close(self) -> None:
+        """Ends vLLM. The policy keeps its weights, shared ones too."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.model, self._weights
+        cleanup_dist_env_and_memory()
+
+    def _refuse(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"sampling.temperature must be 0 or >= {LEAST_TEMPERATURE} with vLLM, got {sampling.temperature}"
+            )
+        longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tok
+        if longest > self.max_model_len:
+            raise UserError(
+                f"the longest prompt and sampling.max_new_tok={sampling.max_new_tok} make {longest} tokens, vLLM was "
+                f"started for {self.max_model_len}: raise sampler.max_model_len (the model has positions for "
+                f"{self.policy.max_tok}), lower max_new_tok or leave long prompts out"
+            )
+
+    def _forget_prefixes(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RunFailed("vLLM refuses to forget cached prompts: some of its requests have not ended")
+
+    def _rollout(self, prompt: Prompt, sample: int, result: Any, sampling: Sampling) -> Rollout:
+        is_greedy = sampling.temperature == 0
+        drawn = result.outputs[0 if is_greedy else sample]
+        if drawn.finish_reason not in ("stop", "length"):
+            raise RunFailed(f"vLLM ended a response by {drawn.finish_reason!r} (prompt {prompt.prompt_id})")
+        finish: Finish = drawn.finish_reason
+        logprob = None
+        if not is_greedy:
+            logprob = torch.tensor(drawn.logprobs.logprobs, dtype=torch.float32)
+            assert len(logprob) == len(drawn.token_ids), (len(logprob), len(drawn.token_ids))
+        return Rollout(
+            prompt_id=prompt.prompt_id,
+            sample=sample,
+            token_ids=torch.tensor(drawn.token_ids, dtype=torch.int64),
+            sampler_logprob=logprob,
+            finish=finish,
+            policy_version=self.policy_version,
+        )
+
+
+# -- whose storage
+class _Shared:
+    """The policy's parameters view vLLM's tensors."""
+
+    def __init__(self, model: Any, policy: Policy) -> None:
+        self.views, packs = _pair(model, policy)
+        assert not packs, packs
+        for name, parameter in policy.named_parameters().items():
+            view = self.views[name]
+            if view.dtype != parameter.dtype or view.device != parameter.device:
+                raise UserError(
+                    f'sampler.publish = "shared" needs one dtype and device; {name} is {parameter.dtype} on '
+                    f'{parameter.device}, in vLLM {view.dtype} on {view.device}: use publish = "copy"'
+                )
+            view.copy_(parameter.detach())
+            parameter.data = view  # the same Parameter: whoever holds it goes on
+
+    def publish(self) -> int:
+        return 0
+
+    def hashes(self) -> dict[str, str]:
+        return {name: tensor_hash(view) for name, view in self.views.items()}
+
+
+class _Pack(NamedTuple):
+    """A module whose weight exists as a packed copy only."""
+
+    module: Any
+    standing: Standing
+
+
+class _Copied:
+    """vLLM has its own tensors, and on the CPU packed copies of them."""
+
+    def __init__(self, model: Any, policy: Policy) -> None:
+        self.policy = policy
+        self.views, self.packs = _pair(model, policy)
+        self.pack_hashes: dict[str, str] = {}
+        embedding = model.model.embed_tokens
+        if embedding is not model.lm_head and hasattr(embedding, "cpu_linear"):
+            embedding.cpu_linear = torch.nn.functional.linear  # looked up, never multiplied: its pack is a waste
+        packed = {id(pack.module) for pack in self.packs}
+        # these keep their weight, and possibly a pack of it: the unembedding
+        self.half_packed = [m for m in model.modules() if hasattr(m, "cpu_linear") and id(m) not in packed]
+
+    @torch.no_grad()
+    def publish(self) -> int:
+        parameters = {name: p.detach() for name, p in self.policy.named_parameters().items()}
+        torch._foreach_copy_(list(self.views.values()), [parameters[name] for name in self.views])
+        for pack in self.packs:
+            self._pack_again(pack, [parameters[name] for name in pack.standing.parts])
+        for module in self.half_packed:
+            module.quant_method.process_weights_after_loading(module)
+        return sum(p.nbytes for p in parameters.values())
+
+    def hashes(self) -> dict[str, str]:
+        own = self.policy.named_parameters()
+        # a bias may be held in float32 beside packed bfloat16 weights: the same number
+        return {**self.pack_hashes, **{name: tensor_hash(v.to(own[name].dtype)) for name, v in self.views.items()}}
+
+    def _pack_again(self, pack: _Pack, parts: list[Tensor]) -> None:
+        whole = torch.cat(parts)
+        pack.module.weight = torch.nn.Parameter(whole, requires_grad=False)
+        views = split_rows(whole, pack.standing, {name: len(p) for name, p in zip(pack.standing.parts, parts, strict=True)})
+        self.pack_hashes.update({name: tensor_hash(view) for name, view in views.items()})
+        pack.module.quant_method.process_weights_after_loading(pack.module)  # leaves an empty weight behind
+
+
+def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
+    """For each of the policy's tensors its view in vLLM's, or the module that packed it. Raises UserError."""
+    theirs = dict(model.named_parameters())
+    num_rows = {name: len(p) for name, p in policy.named_parameters().items()}
+    wanted = standings(num_rows)
+    if {standing.name for standing in wanted} != set(theirs):
+        differing = sorted({standing.name for standing in wanted} ^ set(theirs))
+        raise UserError(
+            f"vLLM's {type(model).__name__} and the trainer's {type(policy.model).__name__} name their weights "
+            f"differently ({', '.join(differing[:4])}, ..): sample with sampler.kind = \"builtin\""
+        )
+    views: dict[str, Tensor] = {}
+    packs: list[_Pack] = []
+    for standing in wanted:
+        tensor = theirs[standing.name].detach()
+        if tensor.numel() == 0:
+            packs.append(_Pack(model.get_submodule(standing.name.rpartition(".")[0]), standing))
+            continue
+        tensor[sum(num_rows[part] for part in standing.parts) :].zero_()  # padding
+        views.update(split_rows(tensor, standing, num_rows))
+    return views, packs
+
+
+# -- starting
+def _import_vllm(device: torch.device) -> tuple[int, int]:
+    """Its version. Nothing of vLLM is imported before."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level)  # vLLM itself does so too late for its first lines
+    try:
+        with _trainer_state_kept():
+            importlib.import_module("vllm")
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        how = 'pip install "isomorph[vllm]"'
+        if device.type == "cpu":
+            how = 'pip install "isomorph[cpu]", then pip uninstall torchvision torchaudio torchcodec (their builds do not '
+            how += "load beside a CPU torch)"
+        raise UserError(f'sampler.kind = "vllm" needs vLLM: {how}') from error
+    return _vllm_version()
+
+
+def _vllm_version() -> tuple[int, int]:
+    import vllm
+
+    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _refuse_what_is_not_exact(policy: Policy, version: tuple[int, int]) -> None:
+    from vllm.platforms import current_platform
+
+    if not OLDEST <= version <= NEWEST:
+        known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+        raise UserError(f"vLLM must be of version {known}, got {version[0]}.{version[1]}: its insides may have changed")
+    if current_platform.device_type != policy.device.type:
+        raise UserError(
+            f"the policy is on {policy.device.type}, the installed vLLM is built for {current_platform.device_type}: "
+            "install the other build"
+        )
+    if getattr(policy.config, "quantization_config", None) is not None:
+        raise UserError("vLLM's quantised weights cannot hold the trainer's: load the model without quantisation")
+    if torch.distributed.is_initialized():
+        raise UserError("vLLM needs a process group of its own and there is one already: one process, one vLLM")
+
+
+def _start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, seed: int) -> Any:
+    import vllm
+
+    is_cpu = policy.device.type == "cpu"
+    model_config = copy.deepcopy(policy.config)
+    model_config.architectures = [type(policy.model).__name__]
+    options: dict[str, Any] = {"gpu_memory_utilization": config.memory_frac}
+    if is_cpu:
+        kv_bytes = _cpu_kv_bytes(policy, config, max_model_len)
+        options = {"enforce_eager": True, "block_size": CPU_BLOCK_TOK, "kv_cache_memory_bytes": kv_bytes}
+    elif _vllm_version() >= KV_RELEASE:
+        options["enable_sleep_mode"] = True
+    with tempfile.TemporaryDirectory(prefix="isomorph-vllm-") as folder:
+        model_config.save_pretrained(folder)
+        return vllm.LLM(
+            model=folder,
+            load_format="dummy",  # the weights are published afterwards
+            dtype=str(policy.dtype).removeprefix("torch."),
+            skip_tokenizer_init=True,  # token ids go in and come out
+            generation_config="vllm",  # sampling is what the request says and nothing else
+            logprobs_mode="processed_logprobs",  # at the sampling temperature
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_seqs,
+            seed=seed,
+            **options,
+        )
+
+
+def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> int:
+    """The KV cache's size on the CPU, where vLLM would otherwise take the trainer's own memory for its."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    per_tok = 2 * policy.config.num_hidden_layers * policy.num_kv_heads * policy.head_dim * policy.dtype.itemsize
+    per_seq = per_tok * (-(-max_model_len // CPU_BLOCK_TOK) + 1) * CPU_BLOCK_TOK  # one block stays empty
+    weights = sum(p.nbytes for p in policy.named_parameters().values())
+    allowed = int(config.memory_frac * memory.total) - weights
+    if allowed < per_seq:
+        raise UserError(
+            f"sampler.memory_frac={config.memory_frac} of {memory.total / 2**30:.1f} GiB must hold the weights "
+            f"({weights / 2**30:.2f} GiB) and the KV of one sequence of {max_model_len} tokens ({per_seq / 2**30:.2f} GiB): "
+            "raise it or lower sampler.max_model_len"
+        )
+    wanted = min(allowed, per_seq * config.max_seqs)
+    if wanted > memory.available:
+        raise UserError(
+            f"sampler.memory_frac={config.memory_frac} asks for {wanted / 2**30:.1f} GiB of KV, "
+            f"{memory.available / 2**30:.1f} GiB are free: lower memory_frac, max_model_len or max_seqs"
+        )
+    return wanted
+
+
+def _model_of(llm: Any) -> Any:
+    found: list[Any] = []
+    llm.apply_model(found.append)
+    (model,) = found
+    return model
+
+
+def _sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+
+    shared = dict(max_tokens=sampling.max_new_tok, stop_token_ids=list(sampling.stop_ids), detokenize=False)
+    if sampling.temperature == 0:
+        return SamplingParams(temperature=0.0, **shared)
+    return SamplingParams(
+        temperature=sampling.temperature,
+        n=sampling.samples_per_prompt,
+        seed=_seed_of(sampling.seed, prompt.prompt_id),  # vLLM adds the sample's number
+        logprobs=0,  # of the drawn token alone
+        flat_logprobs=True,  # no Python object a token
+        **shared,
+    )
+
+
+def _seed_of(seed: int, prompt_id: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+# -- what vLLM must not do to its host
+@contextlib.contextmanager
+def _trainer_state_kept() -> Iterator[None]:
+    """Import and start reseed every generator of the process, set its threads to one and lock that setting."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, at vLLM
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(num_threads)
+
+
+@contextlib.contextmanager
+def _unpacked_cpu_weights() -> Iterator[None]:
+    """While open, layers of vLLM's CPU build multiply with the weight itself and pack nothing.
+
+    The one thing of vLLM that is replaced: it has no option for it. Versions are checked by ``start_vllm``.
+    """
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = _keep_weight
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = original
+
+
+def _keep_weight(layer: Any, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+def _cuda_devices(device: torch.device) -> list[int]:
+    return [torch.cuda.current_device()] if device.type == "cuda" else []

@@ -1,0 +1,233 @@
+"""Whose weights are they: where the trainer's tensors stand in the sampler's, and the proof that both hold the same.
+
+A sampler such as vLLM keeps several of the trainer's tensors one below the other in one tensor of its own:
+
+    q_proj, k_proj, v_proj -> qkv_proj          gate_proj, up_proj -> gate_up_proj          (weights and biases)
+
+Every other tensor stands alone under the trainer's name; the embedding may have padding below its last row.
+
+After each publish ``check_publication`` compares fingerprints of both sides, and has the trainer score a few tokens
+that the sampler drew. The fingerprint sees a tensor that was left behind by a single bit. The probe sees what a
+fingerprint cannot: a sampler that computes with a copy it made of its weights earlier.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.policy import Policy
+from isomorph.engine.types import PackedBatch, Prompt, Publication, Rollout, RunFailed, Sampler, Sampling
+from isomorph.kernels.linear_logprob import linear_logprob
+from isomorph.kernels.packed_attention import PackedLayout
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
+
+PROBE_TOK, PROBE_SAMPLES, PROBE_PROMPT_TOK = 8, 2, 64
+_BLOCK = 16  # 8-byte words; the order within a block of a fingerprint is not seen
+_UNSEEN = (1 << 64) - 1
+
+
+# -- where a tensor stands
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One tensor of the sampler, and the trainer's tensors that stand in it, one below the other."""
+
+    name: str  # in the sampler
+    parts: tuple[str, ...]  # in the trainer, top to bottom
+
+
+def standings(names: Iterable[str]) -> list[Standing]:
+    """Which tensor of the sampler holds which of the trainer's ``names``. Raises ValueError where a part is missing."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_sampler_name(name), []).append(name)
+    return [Standing(name, _in_order(name, parts)) for name, parts in found.items()]
+
+
+def split_rows(whole: Tensor, standing: Standing, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """Views of ``whole``, one for each part. Padding below the last row is legal where one part stands alone.
+
+    Raises ValueError where the rows do not fit.
+    """
+    wanted = sum(num_rows[part] for part in standing.parts)
+    is_padded = len(standing.parts) == 1 and whole.shape[0] > wanted
+    if whole.shape[0] != wanted and not is_padded:
+        raise ValueError(f"{standing.name} must have the {wanted} rows of {', '.join(standing.parts)}, got {whole.shape[0]}")
+    views, start = {}, 0
+    for part in standing.parts:
+        views[part] = whole[start : start + num_rows[part]]
+        start += num_rows[part]
+    return views
+
+
+def _sampler_name(name: str) -> str:
+    *above, module, kind = name.split(".")
+    return ".".join([*above, _FUSED_INTO.get(module, module), kind])
+
+
+def _in_order(name: str, parts: list[str]) -> tuple[str, ...]:
+    whole = name.split(".")[-2]
+    if whole not in FUSED:
+        return tuple(parts)
+    by_module = {part.split(".")[-2]: part for part in parts}
+    if missing := [module for module in FUSED[whole] if module not in by_module]:
+        raise ValueError(f"{name} is made of {', '.join(FUSED[whole])}; the trainer has no {', '.join(missing)}")
+    return tuple(by_module[module] for module in FUSED[whole])
+
+
+# -- fingerprint
+def fingerprint(named: Mapping[str, Tensor]) -> str:
+    """32 hex digits of the names, shapes, dtypes and bits of all tensors; one pass over memory, whatever the device."""
+    return combine_hashes({name: tensor_hash(tensor) for name, tensor in named.items()})
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Of one tensor's shape, dtype and bits; swapped rows are seen, and every single bit.
+
+    Blocks of 8-byte words are added up, and the sums weighted by 1, 3, 5, .., all modulo 2**64: a change of one word
+    is multiplied by an odd number and cannot vanish.
+    """
+    flat = tensor.detach().reshape(-1)
+    size = flat.element_size()
+    per_block = _BLOCK * 8 // size
+    whole = flat.numel() // per_block * per_block
+    total = _weighted_sum(flat[:whole].view(-1, per_block), 1) if whole else 0
+    if whole < flat.numel():
+        rest = torch.zeros(per_block, dtype=flat.dtype, device=flat.device)
+        rest[: flat.numel() - whole] = flat[whole:]
+        total += _weighted_sum(rest[None], 2 * (whole // per_block) + 1)
+    return f"{tuple(tensor.shape)} {tensor.dtype} {total & _UNSEEN:016x}"
+
+
+def combine_hashes(hashes: Mapping[str, str]) -> str:
+    """The fingerprint of tensors whose ``tensor_hash`` is known."""
+    text = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> int:
+    is_aligned = blocks_BW.storage_offset() * blocks_BW.element_size() % 8 == 0
+    words_BW = (blocks_BW if is_aligned else blocks_BW.clone()).view(torch.int64)
+    sums_B = words_BW.sum(1)
+    weights_B = torch.arange(first_weight, first_weight + 2 * sums_B.numel(), 2, device=sums_B.device)
+    return int((sums_B * weights_B).sum())
+
+
+# -- drift
+# Largest |trainer - sampler| log-probability of a sampled token that rounding alone explains, nats. Measured with
+# vLLM 0.32 on SmolLM2-135M: see benchmarks/results/publish.jsonl, written by benchmarks/bench_publish.py.
+MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 2.0}
+
+
+def check_drift(drift: float, dtype: torch.dtype, max_drift: float | None) -> None:
+    """Raises RunFailed where ``drift`` is above ``max_drift`` (None: of the dtype). NaN, nothing measured, passes."""
+    limit = MAX_DRIFT[dtype] if max_drift is None else max_drift
+    if drift > limit:
+        raise RunFailed(
+            f"the sampler's log-probability of a sampled token and the trainer's differ by {drift:.2e}, more than "
+            f"{limit:.0e} (run.max_drift; by default what rounding in {_short(dtype)} explains): the sampler does not "
+            "compute with the trainer's weights, or not the trainer's function"
+        )
+
+
+@torch.no_grad()
+def trainer_logprob(
+    policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, temperature: float
+) -> list[Tensor]:
+    """For each rollout [n] float32 on the CPU: its tokens' log-probabilities as the trainer computes them, nats.
+
+    ``rollouts`` stand as ``Sampler.generate`` returns them for ``prompts``.
+    """
+    batch = _pack(prompts, rollouts, policy.device)
+    stats = linear_logprob(
+        policy.hidden(batch),
+        policy.unembedding,
+        batch.target_ids,
+        row_index_N=batch.row_index,
+        temperature=temperature,
+    )
+    return list(stats.logprob.float().cpu().split([len(r.token_ids) for r in rollouts]))
+
+
+def _pack(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], device: torch.device) -> PackedBatch:
+    per_prompt = len(rollouts) // len(prompts)
+    groups = [rollouts[i : i + per_prompt] for i in range(0, len(rollouts), per_prompt)]
+    tokens: list[int] = []
+    rows: list[int] = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        tokens += prompt.token_ids
+        last_prompt_row = len(tokens) - 1
+        for rollout in group:
+            rows += [last_prompt_row, *range(len(tokens), len(tokens) + len(rollout.token_ids) - 1)]
+            tokens += rollout.token_ids[:-1].tolist()
+    layout = PackedLayout.from_groups(
+        [len(p.token_ids) for p in prompts], [[len(r.token_ids) - 1 for r in group] for group in groups]
+    ).to(device)
+    seq_lens = torch.tensor([len(r.token_ids) for r in rollouts])
+    return PackedBatch(
+        token_ids=torch.tensor(tokens, device=device),
+        positions=layout.positions,
+        layout=layout,
+        row_index=torch.tensor(rows, device=device),
+        target_ids=torch.cat([r.token_ids for r in rollouts]).to(device),
+        seq_id=torch.repeat_interleave(seq_lens).to(device),
+        sampler_logprob=None,
+        advantage=torch.zeros(len(rollouts), device=device),
+    )
+
+
+# -- tripwire
+def check_publication(
+    policy: Policy, sampler: Sampler, publication: Publication, probe_prompt: Prompt, max_drift: float | None
+) -> None:
+    """Proves that ``sampler`` samples from ``policy`` as it is now, or raises RunFailed.
+
+    Three things must hold: the sampler's version is the published one; both sides have one fingerprint (a sampler
+    without weights of its own publishes ""); and a few tokens, drawn by the sampler after the beginning of
+    ``probe_prompt``, get the same log-probabilities from the trainer. ``max_drift``: nats; None: by dtype.
+    """
+    if sampler.policy_version != publication.version:
+        raise RunFailed(f"published version {publication.version}, but the sampler says {sampler.policy_version}")
+    if publication.fingerprint:
+        own = fingerprint(policy.named_parameters())
+        if own != publication.fingerprint:
+            raise RunFailed(
+                f"after publishing version {publication.version} the sampler's weights have fingerprint "
+                f"{publication.fingerprint}, the trainer's {own}: responses would come from stale weights"
+            )
+    drift = probe_drift(policy, sampler, probe_prompt)
+    if not math.isfinite(drift):
+        raise RunFailed(f"after publishing version {publication.version} a probe's log-probabilities are not finite")
+    check_drift(drift, policy.dtype, max_drift)
+
+
+def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> float:
+    """Largest |trainer - sampler| log-probability over a few tokens that the sampler draws, nats."""
+    num_tok = max(1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK))  # fits wherever the prompt does
+    probe = Prompt(
+        prompt_id=-1,
+        token_ids=prompt.token_ids[:num_tok],
+        task=prompt.task,
+        representation=prompt.representation,
+        payload=None,
+    )
+    sampling = Sampling(
+        temperature=1.0,
+        max_new_tok=PROBE_TOK,
+        samples_per_prompt=PROBE_SAMPLES,
+        stop_ids=policy.text.stop_ids,
+        seed=0,
+    )
+    rollouts = sampler.generate([probe], sampling)
+    trainer = torch.cat(trainer_logprob(policy, [probe], rollouts, temperature=sampling.temperature))
+    drawn = [r.sampler_logprob for r in rollouts if r.sampler_logprob is not None]
+    return float((trainer - torch.cat(drawn)).abs().max())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
