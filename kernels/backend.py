@@ -37,7 +37,7 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_logprob": ("torch",),
         "linear_loss": ("torch",),
         "packed_attention": ("torch",),
-        "decode_attention": ("torch",),
+        "decode_attention": ("native", "torch"),
         "group_advantage": ("native",),
         "gae": ("native",),
         "assign_groups": ("native",),

@@ -141,6 +141,27 @@ def _weigh(prompt_prob_PKgL: Tensor, v_prompt_PKLD: Tensor, own_prob_PGKrL: Tens
     return out_PGKrD.add_(from_prompt.view(num_prompts, num_kv_heads, num_rows, repeats, dim).transpose(1, 2))
 
 
+# -- native body
+def _decode_native(
+    q_PGHD: Tensor,
+    k_prompt_PKLD: Tensor,
+    v_prompt_PKLD: Tensor,
+    prompt_len_P: Tensor,
+    k_own_PGKLD: Tensor,
+    v_own_PGKLD: Tensor,
+    own_len_PG: Tensor,
+    scale: float,
+) -> Tensor:
+    out_PGHD = torch.empty(q_PGHD.shape, dtype=q_PGHD.dtype)
+    q, k_prompt, v_prompt, k_own, v_own = (
+        x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
+        for x in (q_PGHD, k_prompt_PKLD, v_prompt_PKLD, k_own_PGKLD, v_own_PGKLD)
+    )
+    lens = prompt_len_P.contiguous(), own_len_PG.contiguous()
+    backend.native().decode_attention(q, k_prompt, v_prompt, lens[0], k_own, v_own, lens[1], scale, out_PGHD)
+    return out_PGHD
+
+
 # -- public op
 def decode_attention(
     q_PGHD: Tensor,
@@ -161,8 +182,9 @@ def decode_attention(
     Raises ValueError or TypeError for shapes, dtypes and lengths that do not fit.
     """
     operands = (q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG)
-    if backend.choose("decode_attention", q_PGHD.device) == "reference":
+    body = backend.choose("decode_attention", q_PGHD.device)
+    if body == "reference":
         return decode_attention_ref(*operands, scale=scale)
     scale = _check(*operands, scale)
     with torch.no_grad():
-        return _decode(*operands, scale)
+        return _decode_native(*operands, scale) if body == "native" else _decode(*operands, scale)

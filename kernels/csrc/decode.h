@@ -1,0 +1,50 @@
+// One task of decode attention: some rows of one group, one KV head. The specification is kernels/decode_attention.py.
+// Compiled once per instruction set; nothing here may come from the C++ library, whose inline functions the linker
+// would share between instruction sets.
+#pragma once
+
+#include <stdint.h>
+
+namespace isomorph {
+
+enum class Storage { kFloat32, kFloat64, kBFloat16 };
+
+struct Rows {
+    const void* data;
+    int64_t stride;  // in elements, from one entry to the next
+    int64_t len;
+};
+
+struct DecodeTask {
+    int64_t num_rows;  // of the group
+    int64_t repeats;   // query heads per KV head
+    int64_t dim;
+    double scale;
+    const void* q;  // [num_rows, repeats, dim], rows row_stride apart, heads head_stride
+    int64_t q_row_stride, q_head_stride;
+    void* out;  // likewise
+    int64_t out_row_stride, out_head_stride;
+    Rows prompt_k, prompt_v;
+    const Rows* own_k;  // [num_rows]
+    const Rows* own_v;
+    void* scratch;
+};
+
+using DecodeFn = void (*)(const DecodeTask&);
+
+// Bytes of scratch that a task of this size needs at most.
+inline int64_t decode_scratch_bytes(int64_t num_queries, int64_t dim, int64_t prompt_len, int64_t own_len) {
+    const int64_t queries = (num_queries + 7) / 8 * 8, width = (dim + 7) / 8 * 8;
+    const int64_t copied = prompt_len > own_len ? prompt_len : own_len;
+    const int64_t items = 3 * queries * width + queries + (prompt_len + own_len) * queries + copied * width;
+    return items * static_cast<int64_t>(sizeof(double));
+}
+
+namespace baseline {
+DecodeFn decode_fn(Storage storage);
+}
+namespace avx2 {
+DecodeFn decode_fn(Storage storage);
+}
+
+}  // namespace isomorph
