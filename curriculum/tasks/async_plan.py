@@ -16,6 +16,7 @@ from isomorph.curriculum.tasks.render import (
     HELD_OUT,
     REPRESENTATIONS,
     TERSE_SYNTAX,
+    TERSE_SYNTAX_OF_UNITS,
     TRAINED,
     check_representation,
     render,
@@ -131,7 +132,8 @@ def _words(difficulty: Difficulty) -> set[str]:
         *wording.TERSE_EDGES[:k],
         *wording.TERSE_QUESTIONS[:k],
         *(write(n, unit) for n in (1, 2) for unit in difficulty.units for write in (with_unit, spelled)),
-        *TERSE_SYNTAX,
+        TERSE_SYNTAX,
+        TERSE_SYNTAX_OF_UNITS if len(difficulty.units) > 1 else "",
         "<think>1: 1 > 0 + 1 = 1; 2</think> <answer></answer>",
     ]
     text = re.sub(r"\{[a-z]+\}", " ", " ".join(patterns))

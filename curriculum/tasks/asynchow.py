@@ -4,6 +4,7 @@ The paper: "Can Large Language Models Generalize Procedures Across Representatio
 """
 
 import ast
+import functools
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -236,7 +237,8 @@ def _plan(
     )
 
 
-def _interval(text: Any) -> Interval:
+@functools.lru_cache(maxsize=4096)
+def _interval(text: str) -> Interval:
     interval = parse_duration(text)
     if interval is None:
         raise DataError(f"must be a duration such as '2 hours', got {text!r}")
@@ -267,12 +269,13 @@ def _unitless(plan: Plan) -> _Amounts:
 
 
 _PART = re.compile(r"(\d{1,9}) ([a-z]+)")
+_PARTS = re.compile(rf"{_PART.pattern}(?: {_PART.pattern})*")
 
 
 def _in_one_unit(durations: Sequence[str]) -> _Amounts:
     """Whole amounts in the largest unit that fits all durations, and the durations whose text is in another."""
     parts = [[(int(n), _short_unit(word)) for n, word in _PART.findall(text)] for text in durations]
-    if not all(parts):
+    if not all(map(_PARTS.fullmatch, durations)):
         raise DataError(f"durations must be such as '2 hours' or '8 days 8 hours', got {list(durations)}")
     seconds = [sum(n * _NOMINAL[unit] for n, unit in row) for row in parts]
     smallest = min(_NOMINAL[unit] for row in parts for _, unit in row)

@@ -17,12 +17,9 @@ REPRESENTATIONS = TRAINED + HELD_OUT
 
 _SPELLED = {"sec": "second", "min": "minute"}
 
-# All that the terse graph, code and table forms hold beside numbers and units.
-TERSE_SYNTAX = (
-    "graph = {1: [2, 3]} durations = {1: 5} time?",
-    "adj = {1: [(2, 5), (0, 5 * hour)]} print(longest_path(adj))",
-    "step, time, after",
-)
+# All that the terse graph, code and table forms hold beside numbers and units; the second line with several units.
+TERSE_SYNTAX = "graph = {1: [2, 3]} time? print(longest_path()) [(2, 5)] step, after"
+TERSE_SYNTAX_OF_UNITS = "durations adj *"
 
 
 def check_representation(representation: str) -> None:
