@@ -132,6 +132,7 @@ class Learner:
             num_loss_tok=update.num_loss_tok,
             num_step_seqs=update.num_seqs,
             max_new_tok=stage.sampling.max_new_tok,
+            dtype=torch.promote_types(self.policy.dtype, torch.float32),
         )
         return Rows(
             weight=weight,

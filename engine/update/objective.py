@@ -23,7 +23,7 @@ MAX_LOG_RATIO = 20.0  # beyond it exp() would carry no information; value and gr
 class Rows:
     """What is known of n predicted tokens, aligned to targets. ``slice`` keeps whole columns together."""
 
-    weight: Tensor  # [n] float32, of ``token_weight``
+    weight: Tensor  # [n] of ``token_weight``, in the dtype of the log-probabilities
     advantage: Tensor  # [n] float32
     seq_id: Tensor  # [n] int64
     old_logprob: Tensor | None  # [n]; None: the policy as it is, so the ratio is 1 and carries only the gradient
@@ -61,17 +61,18 @@ def token_weight(
     num_loss_tok: int,
     num_step_seqs: int,
     max_new_tok: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """[n] float32. ``num_loss_tok`` and ``num_step_seqs`` count the whole optimizer step, over all micro-batches.
+    """[n] of ``dtype``. ``num_loss_tok`` and ``num_step_seqs`` count the whole optimizer step, over all micro-batches.
 
     token: 1 / tokens. sequence: 1 / (sequences * tokens of its sequence). constant: 1 / (sequences * max_new_tok).
     """
     if objective.aggregation == "token":
-        return torch.full(seq_id.shape, 1.0 / num_loss_tok, device=seq_id.device)
+        return torch.full(seq_id.shape, 1.0 / num_loss_tok, dtype=dtype, device=seq_id.device)
     if objective.aggregation == "constant":
-        return torch.full(seq_id.shape, 1.0 / (num_step_seqs * max_new_tok), device=seq_id.device)
+        return torch.full(seq_id.shape, 1.0 / (num_step_seqs * max_new_tok), dtype=dtype, device=seq_id.device)
     len_S = torch.bincount(seq_id, minlength=num_seqs)
-    return 1.0 / (num_step_seqs * len_S[seq_id].float())
+    return 1.0 / (num_step_seqs * len_S[seq_id].to(dtype))
 
 
 def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) -> TokenLoss:
