@@ -8,7 +8,7 @@ import sympy
 
 from isomorph.curriculum.tasks.formula import MAX_DEPTH, NotAFormula, nesting, parse_formula
 
-_SPACING = re.compile(r"\\[,;! ]|\\(?:left|right)(?![a-z])|[\s${}]")
+_SPACING = re.compile(r"\\[,;! $]|\\(?:left|right)(?![a-z])|[\s${}]")
 _PYTHON = re.compile(r"\*|\b(?:sqrt|oo|pi|I|Interval|Union|Matrix|FiniteSet|Eq|Ne|sin|cos|tan|log|exp)\b")
 _BASE = re.compile(r"_\{?\d")  # 1103_6: digits in base six, which LaTeX parsers read as 1103
 _NAMED = re.compile(r"\\[a-zA-Z]+\{[a-zA-Z ]{0,40}\}")
@@ -43,15 +43,22 @@ def _plain(text: str) -> str:
 
 
 def _expressions(text: str) -> list[Any]:
-    """What the text can be read as: one object in SymPy's notation, else what math-verify makes of it."""
-    text = text.strip()
-    if _PYTHON.search(text) and "\\" not in text:
-        try:
-            return [parse_formula(text)]
-        except NotAFormula:
-            pass
-    text = text.translate(_SIGNS)
+    """What the text can be read as: an object in SymPy's notation, or what math-verify makes of it."""
+    text = text.replace(r"\$", "").replace(r"\!", "").strip()
+    if _PYTHON.search(text) and (formula := _formula(text)):
+        return formula
+    read = math_verify.parse(_as_latex(text.translate(_SIGNS)), parsing_timeout=None)
+    return read if any(isinstance(e, sympy.Basic | sympy.MatrixBase) for e in read) else _formula(text) or read
+
+
+def _formula(text: str) -> list[Any]:
+    try:
+        return [parse_formula(text)]
+    except NotAFormula:
+        return []
+
+
+def _as_latex(text: str) -> str:
+    """Marked as mathematics, unless it is so already or has words, among which math-verify finds the expression."""
     marked = any(mark in text for mark in ("$", r"\(", r"\[", r"\boxed"))
-    if not marked and not _WORD.search(_NAMED.sub("", text)):
-        text = f"${text}$"
-    return math_verify.parse(text, parsing_timeout=None)
+    return text if marked or _WORD.search(_NAMED.sub("", text)) else f"${text}$"

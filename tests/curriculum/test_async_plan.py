@@ -50,7 +50,8 @@ def _seconds(text: str) -> int:
 
 
 def _read_natural(text: str) -> Plan:
-    times, edges = {}, set()
+    times: dict[int, int] = {}
+    edges: set[tuple[int, int]] = set()
     duration = r"(\d+ (?:sec|min|second|minute|hour|day|week)s?)"
     for number, time in re.findall(rf"Step (\d+)[.:]? (?!must|can)[a-z -]*?[^\n.]*?{duration}", text):
         times.setdefault(int(number), _seconds(time))
@@ -94,7 +95,8 @@ def _read_code(text: str) -> Plan:
         printed = re.search(r"print\(.*, '(\w+)'\)", text)
         assert printed
         unit = 1 if " * " in text else SECONDS[printed[1]]
-    times, edges = {}, set()
+    times: dict[int, int] = {}
+    edges: set[tuple[int, int]] = set()
     for name, row in re.findall(r"(\d+): \[(.*?)\]", text):
         for to, weight in re.findall(r"\(([\w']+), ([\d a-z*]+)\)", row):
             factor, _, word = weight.partition(" * ")
@@ -105,7 +107,8 @@ def _read_code(text: str) -> Plan:
 
 
 def _read_table(text: str) -> Plan:
-    times, edges = {}, set()
+    times: dict[int, int] = {}
+    edges: set[tuple[int, int]] = set()
     for row in text.splitlines():
         terse = re.fullmatch(r"(\d+), (.+?), \[(.*)\]", row)
         full = re.fullmatch(r"\| (\d+) \| .* \| (.*) \| (.*) \|", row)
