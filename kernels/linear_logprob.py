@@ -7,29 +7,27 @@
 
 Logits exist for one chunk of rows at a time. ``linear_logprob`` makes them again in its backward (4 GEMMs);
 ``linear_loss`` asks the loss for its derivative while a chunk's logits are still there (3 GEMMs).
-Logits are float32, accumulated in float32, whatever the inputs: bfloat16 logits cost up to 7 % on a ratio.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import backend
-
-CHUNK_BYTES = 32 * 2**20  # of logits at a time where the caller does not say how many rows
-
-
-class TokenStats(NamedTuple):
-    """Facts about N target tokens, each [N], nats; float32, or float64 when the inputs are float64."""
-
-    logprob: Tensor
-    entropy: Tensor
-    lse: Tensor
-
+from isomorph.kernels.linear_chunks import (
+    Gradients,
+    TokenStats,
+    compute_chunk,
+    default_chunk_rows,
+    dlogits,
+    make_buffers,
+    make_head,
+    row_chunks,
+)
 
 LossOf = Callable[[TokenStats, slice], Tensor]
 
@@ -74,7 +72,7 @@ def linear_loss_ref(
         hidden_TD, weight_VD, target_ids_N, row_index_N=row_index_N, bias_V=bias_V, temperature=temperature
     )
     loss = stats.logprob.new_zeros(()) + 0 * stats.logprob.sum()
-    for rows in _row_chunks(len(target_ids_N), chunk_rows):
+    for rows in row_chunks(len(target_ids_N), chunk_rows):
         loss = loss + loss_of(TokenStats(*(stat[rows] for stat in stats)), rows)
     return loss
 
@@ -135,130 +133,6 @@ def _check_chunk_rows(chunk_rows: int) -> None:
         raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
 
 
-# -- one chunk of rows
-class _Head(NamedTuple):
-    """The operands of one call, in the dtype the GEMMs run in."""
-
-    hidden_TD: Tensor
-    weight_VD: Tensor
-    target_ids_N: Tensor
-    row_index_N: Tensor | None
-    bias_V: Tensor | None
-    temperature: float
-
-    def hidden_rows(self, rows: slice) -> Tensor:
-        hidden_TD = self.hidden_TD
-        hidden_nD = hidden_TD[rows] if self.row_index_N is None else hidden_TD.index_select(0, self.row_index_N[rows])
-        return hidden_nD.to(self.weight_VD.dtype)
-
-
-class _Chunk(NamedTuple):
-    hidden_nD: Tensor
-    shifted_nV: Tensor  # z - max(z)
-    exp_nV: Tensor  # exp of that
-    exp_sum_n: Tensor
-    stats: TokenStats
-
-
-def _head(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_N: Tensor,
-    row_index_N: Tensor | None,
-    bias_V: Tensor | None,
-    temperature: float,
-) -> _Head:
-    # Upcast once per call: no CPU GEMM takes bfloat16 and returns float32.
-    dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-    bias_V = None if bias_V is None else bias_V.to(dtype) / temperature
-    return _Head(hidden_TD, weight_VD.to(dtype), target_ids_N, row_index_N, bias_V, temperature)
-
-
-def _row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    for start in range(0, num_rows, chunk_rows):
-        yield slice(start, min(start + chunk_rows, num_rows))
-
-
-def _default_chunk_rows(weight_VD: Tensor) -> int:
-    return max(1, CHUNK_BYTES // (weight_VD.shape[0] * weight_VD.element_size()))
-
-
-def _buffers(head: _Head, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    num_rows = min(chunk_rows, len(head.target_ids_N))
-    shape = (num_rows, head.weight_VD.shape[0])
-    return head.weight_VD.new_empty(shape), head.weight_VD.new_empty(shape)
-
-
-def _chunk(head: _Head, rows: slice, buffers: tuple[Tensor, Tensor]) -> _Chunk:
-    num_rows = rows.stop - rows.start
-    logits_nV, exp_nV = (buffer[:num_rows] for buffer in buffers)
-    hidden_nD = head.hidden_rows(rows)
-    inv_temperature = 1.0 / head.temperature
-    if head.bias_V is None:
-        # beta = 0: what the buffer holds is not read
-        torch.addmm(logits_nV, hidden_nD, head.weight_VD.T, beta=0, alpha=inv_temperature, out=logits_nV)
-    else:
-        torch.addmm(head.bias_V, hidden_nD, head.weight_VD.T, alpha=inv_temperature, out=logits_nV)
-    max_n1 = logits_nV.amax(1, keepdim=True)
-    shifted_nV = logits_nV.sub_(max_n1)
-    torch.exp(shifted_nV, out=exp_nV)
-    exp_sum_n = exp_nV.sum(1)
-    log_sum_n = exp_sum_n.log()
-    target_n = shifted_nV.gather(1, head.target_ids_N[rows, None])[:, 0]
-    weighted_n = torch.bmm(exp_nV[:, None, :], shifted_nV[:, :, None])[:, 0, 0]  # a dot per row, no temporary
-    stats = TokenStats(target_n - log_sum_n, log_sum_n - weighted_n / exp_sum_n, max_n1[:, 0] + log_sum_n)
-    return _Chunk(hidden_nD, shifted_nV, exp_nV, exp_sum_n, stats)
-
-
-def _dlogits(head: _Head, rows: slice, chunk: _Chunk, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """d loss / d z of the chunk, written over ``exp_nV`` (and ``shifted_nV``)."""
-    dlogprob_n, dentropy_n, dlse_n = grads
-    prob_scale_n = torch.zeros_like(chunk.exp_sum_n)
-    if dlogprob_n is not None:
-        prob_scale_n = prob_scale_n - dlogprob_n
-    if dlse_n is not None:
-        prob_scale_n = prob_scale_n + dlse_n
-    if dentropy_n is None:
-        dlogits_nV = chunk.exp_nV.mul_((prob_scale_n / chunk.exp_sum_n)[:, None])
-    else:
-        # -p (log p + H) with log p = shifted - log_sum
-        offset_n = chunk.stats.entropy - chunk.exp_sum_n.log()
-        factor_nV = chunk.shifted_nV.add_(offset_n[:, None]).mul_((-dentropy_n / chunk.exp_sum_n)[:, None])
-        factor_nV.add_((prob_scale_n / chunk.exp_sum_n)[:, None])
-        dlogits_nV = chunk.exp_nV.mul_(factor_nV)
-    if dlogprob_n is not None:
-        dlogits_nV.scatter_add_(1, head.target_ids_N[rows, None], dlogprob_n[:, None])
-    return dlogits_nV
-
-
-class _Gradients:
-    """Sums of one call's gradients, float32 (float64 for float64); ``None`` where nobody asked."""
-
-    def __init__(self, head: _Head, needs: tuple[bool, bool, bool]) -> None:
-        new_zeros = head.weight_VD.new_zeros
-        self.hidden_TD = new_zeros(head.hidden_TD.shape) if needs[0] else None
-        self.weight_VD = new_zeros(head.weight_VD.shape) if needs[1] else None
-        self.bias_V = new_zeros(head.weight_VD.shape[0]) if needs[2] else None
-
-    def add(self, head: _Head, rows: slice, hidden_nD: Tensor, dlogits_nV: Tensor) -> None:
-        inv_temperature = 1.0 / head.temperature
-        if self.hidden_TD is not None:
-            dhidden_nD = torch.mm(dlogits_nV, head.weight_VD).mul_(inv_temperature)
-            if head.row_index_N is None:
-                self.hidden_TD[rows] = dhidden_nD
-            else:
-                # On the CPU index_add_ adds in index order: the same bits each time.
-                self.hidden_TD.index_add_(0, head.row_index_N[rows], dhidden_nD)
-        if self.weight_VD is not None:
-            self.weight_VD.addmm_(dlogits_nV.T, hidden_nD, alpha=inv_temperature)
-        if self.bias_V is not None:
-            self.bias_V.add_(dlogits_nV.sum(0), alpha=inv_temperature)
-
-    def cast(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
-        sums = (self.hidden_TD, self.weight_VD, self.bias_V)
-        return tuple(None if s is None else s.to(dtype) for s, dtype in zip(sums, dtypes, strict=True))
-
-
 # -- autograd
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
@@ -273,12 +147,13 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N)
         ctx.temperature = temperature
-        head = _head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
-        chunk_rows = _default_chunk_rows(head.weight_VD)
-        buffers = _buffers(head, chunk_rows)
+        ctx.set_materialize_grads(False)  # a stat that nobody differentiates costs no pass over the logits
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
+        chunk_rows = default_chunk_rows(head.weight_VD)
+        buffers = make_buffers(head, chunk_rows)
         out = TokenStats(*(head.weight_VD.new_empty(len(target_ids_N)) for _ in TokenStats._fields))
-        for rows in _row_chunks(len(target_ids_N), chunk_rows):
-            for whole, part in zip(out, _chunk(head, rows, buffers).stats, strict=True):
+        for rows in row_chunks(len(target_ids_N), chunk_rows):
+            for whole, part in zip(out, compute_chunk(head, rows, buffers).stats, strict=True):
                 whole[rows] = part
         return tuple(out)
 
@@ -286,14 +161,14 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N = ctx.saved_tensors
-        head = _head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature)
-        gradients = _Gradients(head, ctx.needs_input_grad[:3])
-        chunk_rows = _default_chunk_rows(head.weight_VD)
-        buffers = _buffers(head, chunk_rows)
-        for rows in _row_chunks(len(target_ids_N), chunk_rows):
-            chunk = _chunk(head, rows, buffers)
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature)
+        gradients = Gradients(head, ctx.needs_input_grad[:3])
+        chunk_rows = default_chunk_rows(head.weight_VD)
+        buffers = make_buffers(head, chunk_rows)
+        for rows in row_chunks(len(target_ids_N), chunk_rows):
+            chunk = compute_chunk(head, rows, buffers)
             grads_n = tuple(None if grad is None else grad[rows] for grad in grads_N)
-            gradients.add(head, rows, chunk.hidden_nD, _dlogits(head, rows, chunk, grads_n))
+            gradients.add(head, rows, chunk.hidden_nD, dlogits(head, rows, chunk, grads_n))
         dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return *gradients.cast(dtypes), None, None, None
 
@@ -312,16 +187,16 @@ class _LinearLoss(torch.autograd.Function):
         chunk_rows: int,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
-        head = _head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
-        gradients = _Gradients(head, needs)
-        buffers = _buffers(head, chunk_rows)
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
+        gradients = Gradients(head, needs)
+        buffers = make_buffers(head, chunk_rows)
         loss = head.weight_VD.new_zeros(())
-        for rows in _row_chunks(len(target_ids_N), chunk_rows):
-            chunk = _chunk(head, rows, buffers)
+        for rows in row_chunks(len(target_ids_N), chunk_rows):
+            chunk = compute_chunk(head, rows, buffers)
             chunk_loss, grads_n = _loss_and_grads(loss_of, chunk.stats, rows)
             loss += chunk_loss
             if any(needs):
-                gradients.add(head, rows, chunk.hidden_nD, _dlogits(head, rows, chunk, grads_n))
+                gradients.add(head, rows, chunk.hidden_nD, dlogits(head, rows, chunk, grads_n))
         dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.gradients = gradients.cast(dtypes)
         return loss

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isomorph.kernels import linear_logprob as op
+from isomorph.kernels import linear_chunks
 from isomorph.kernels.linear_logprob import (
+    LossOf,
     TokenStats,
     linear_logprob,
     linear_logprob_ref,
@@ -92,7 +93,7 @@ SHAPES = [  # rows, D, V, targets: one of everything, V = 1, V off any block siz
 def test_linear_logprob_equals_reference_and_truth_in_float64(
     shape: tuple[int, int, int, int], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op, "CHUNK_BYTES", 3 * shape[2] * 8)  # three rows a chunk
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 3 * shape[2] * 8)  # three rows a chunk
     hidden, weight, bias, targets, row_index = _problem(*shape)
     kwargs = dict(row_index_N=row_index, bias_V=bias, temperature=temperature)
     ours = linear_logprob(hidden, weight, targets, **kwargs)
@@ -111,7 +112,7 @@ def test_linear_logprob_equals_reference_and_truth_in_float64(
 @pytest.mark.parametrize("chunk_rows", [1, 3, 8192])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_loss_equals_reference_and_truth_in_float64(
-    shape: tuple[int, int, int, int], chunk_rows: int, loss_of: op.LossOf
+    shape: tuple[int, int, int, int], chunk_rows: int, loss_of: LossOf
 ) -> None:
     hidden, weight, bias, targets, row_index = _problem(*shape)
     kwargs = dict(row_index_N=row_index, bias_V=bias, temperature=0.7)
@@ -294,7 +295,7 @@ def test_linear_logprob_takes_four_gemms_and_one_without_gradients() -> None:
 
 def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, targets, row_index = _problem(30, 2, 100, 512)
-    monkeypatch.setattr(op, "CHUNK_BYTES", 16 * 100 * 8)
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 16 * 100 * 8)
     with _LargestTensor() as largest:
         linear_loss(hidden, weight, targets, _wavy_loss, row_index_N=row_index, chunk_rows=16).backward()
         linear_logprob(hidden, weight, targets, row_index_N=row_index, bias_V=bias).entropy.sum().backward()

@@ -171,12 +171,13 @@ def test_layout_moves_its_tensors() -> None:
 
 
 @pytest.mark.parametrize("groups", [GROUPS["unequal lengths, padded together"], GROUPS["equal lengths"]])
-def test_a_broken_group_poisons_no_other(groups: Groups) -> None:
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_a_broken_group_poisons_no_other(groups: Groups, group: int) -> None:
     layout = PackedLayout.from_groups(*groups)
     q, k, v, dout = _qkv(layout.num_tok, 2, 1, 8, torch.float32)
     clean = packed_attention(q, k, v, layout)
     clean_grads = torch.autograd.grad(clean, (q, k, v), dout)
-    start, end = layout.group_offsets[1:3]
+    start, end = layout.group_offsets[group : group + 2]
     others = torch.cat([torch.arange(start), torch.arange(end, layout.num_tok)])
     with torch.no_grad():
         for x in (q, k, v):
