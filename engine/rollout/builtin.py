@@ -37,9 +37,9 @@ class BuiltinSampler:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for a prompt that cannot fit."""
-        self._refuse_too_long(prompts, sampling)
+        self._refuse_what_cannot_fit(prompts, sampling)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # less padding in a wave
-        per_wave = max(1, self.max_seqs // sampling.samples_per_prompt)
+        per_wave = self.max_seqs // sampling.samples_per_prompt
         drawn: dict[int, list[Rollout]] = {}
         for start in range(0, len(by_length), per_wave):
             wave = by_length[start : start + per_wave]
@@ -54,8 +54,18 @@ class BuiltinSampler:
         self.policy_version = version
         return Publication(version=version, num_bytes=0, fingerprint="")
 
-    def _refuse_too_long(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tok
+    def _refuse_what_cannot_fit(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        lens = [len(p.token_ids) for p in prompts]
+        if 0 in lens:
+            raise ValueError(
+                f"a prompt must hold at least one token, prompt {prompts[lens.index(0)].prompt_id} has none"
+            )
+        if sampling.samples_per_prompt > self.max_seqs:
+            raise UserError(
+                f"the responses of a prompt are decoded together: sampler.max_seqs must be >= "
+                f"samples_per_prompt={sampling.samples_per_prompt}, got {self.max_seqs}"
+            )
+        longest = max(lens, default=0) + sampling.max_new_tok
         if longest > self.policy.max_tok:
             raise UserError(
                 f"the longest prompt and sampling.max_new_tok={sampling.max_new_tok} make {longest} tokens, the model "
@@ -167,11 +177,16 @@ class _Cache:
             self.own_v = [_doubled(v) for v in self.own_v]
 
     def compact(self, is_live_B: Tensor) -> Tensor:
-        """Drops finished rows as far as the rectangle [P, G] allows; returns the kept rows, [P' * G'] indices."""
+        """Drops finished rows as far as the rectangle [P, G] allows; returns the kept rows, [P' * G'] indices.
+
+        Drops none where the rectangle would hardly shrink: a copy of all keys and values would win nothing.
+        """
         group = self.own_k[0].shape[1]
         is_live_PG = is_live_B.view(-1, group)
         prompts = is_live_PG.any(1).nonzero()[:, 0]
         width = int(is_live_PG.sum(1).max())
+        if len(prompts) * width > LIVE_SHARE * len(is_live_B):
+            return torch.arange(len(is_live_B), device=is_live_B.device)
         # living rows first; the rectangle is filled up with finished rows of the same prompt
         order_PG = is_live_PG[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :width]
         for entries in (self.own_k, self.own_v):
