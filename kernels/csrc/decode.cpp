@@ -18,17 +18,9 @@ using Lens = nb::ndarray<const int64_t, nb::device::cpu, nb::c_contig>;
 
 constexpr int64_t kQueriesPerTask = 32;
 
-bool has_avx2() {
-#if defined(ISOMORPH_HAS_AVX2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return false;
-#endif
-}
-
 DecodeFn decode_fn(Storage storage) {
 #if defined(ISOMORPH_HAS_AVX2)
-    if (has_avx2()) return avx2::decode_fn(storage);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::decode_fn(storage);
 #endif
     return baseline::decode_fn(storage);
 }
