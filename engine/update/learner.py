@@ -20,6 +20,10 @@ from isomorph.engine.update.pack import Update
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
 
 
+CPU_CHUNK_BYTES = 64 * 2**20  # of logits at a time: beyond it they leave the caches and only cost memory
+CUDA_CHUNK_ROWS = 8192  # below it the weight gradient's read and write weigh more than its GEMM
+
+
 @dataclass(slots=True)
 class Tally:
     """Sums over the predicted tokens of a step, on the device until read."""
@@ -159,7 +163,8 @@ class Learner:
         head = (hidden_TD, self.policy.unembedding, batch.target_ids)
         row_index, temperature = batch.row_index, stage.sampling.temperature
         if stage.objective.is_per_token:
-            loss = linear_loss(*head, loss_of, row_index_N=row_index, temperature=temperature)
+            chunk_rows = _chunk_rows(self.policy)
+            loss = linear_loss(*head, loss_of, row_index_N=row_index, temperature=temperature, chunk_rows=chunk_rows)
         else:  # a token's coefficient depends on its whole sequence, so no chunk can be finished by itself
             stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature)
             loss = loss_of(stats, slice(0, batch.num_loss_tok))
@@ -188,3 +193,10 @@ class Learner:
         assert self.reference is not None
         with self.policy.borrowed_weights(self.reference):
             return [[self._logprob(batch, stage) for batch in batches] for batches in updates]
+
+
+def _chunk_rows(policy: Policy) -> int:
+    if policy.device.type == "cuda":
+        return CUDA_CHUNK_ROWS
+    num_vocab = policy.unembedding.shape[0]
+    return max(1, CPU_CHUNK_BYTES // (4 * num_vocab))
