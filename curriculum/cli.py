@@ -17,9 +17,10 @@ from rich.table import Table
 
 from isomorph.curriculum.task import DataError
 from isomorph.engine.config import UserError, check_tables, load_recipe
-from isomorph.engine.types import RunFailed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+data = typer.Typer(no_args_is_help=True, help="Make tasks, and look at files of tasks.")
+app.add_typer(data, name="data")
 console = Console()
 
 
@@ -35,7 +36,11 @@ def main() -> None:
         sys.exit(130)
     except typer.TyperException as error:
         _fail(error.format_message(), 2)
-    except RunFailed as error:
+    except RuntimeError as error:
+        from isomorph.engine.types import RunFailed  # imports PyTorch, for which --help does not wait
+
+        if not isinstance(error, RunFailed):
+            raise
         _fail(str(error), 1)
 
 
@@ -77,6 +82,92 @@ def train(
             console.print(f"interrupted; go on with: isomorph train --resume {folder}", highlight=False)
             raise
     _print_summary(summary, folder)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Run folder, model folder, .gguf or hub name")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="FAMILY:REPRESENTATION[=FILE], as often as needed; default: the run's [eval]"),
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option("--prompts", help="Per representation; default: the run's, or 100")
+    ] = None,
+    max_new_tok: Annotated[
+        int | None, typer.Option("--max-new-tok", help="Of one response; default: the run's, or 512")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")] = False,
+) -> None:
+    """Greedy accuracy of a model or a run, per representation, with 95 % intervals."""
+    import json
+
+    from isomorph.curriculum.evaluate import evaluate, show_scores
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    result = evaluate(target, data or [], prompts=prompts, max_new_tok=max_new_tok, say=say)
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        show_scores(result, console)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the page; default RUN/report, report for several runs")
+    ] = None,
+) -> None:
+    """One HTML page and its pictures: what a run did, or how several compare."""
+    from isomorph.curriculum.report import write_report
+
+    page = write_report(runs, out or (runs[0] / "report" if len(runs) == 1 else Path("report")))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@data.command("make")
+def make_data(
+    representation: Annotated[
+        list[str] | None, typer.Option("--representation", help="As often as needed; default: all")
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", help="Per representation")] = 10,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    split: Annotated[str, typer.Option("--split", help="train or eval: no procedure is in both")] = "train",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Difficulty, key=value, for example max_steps=8")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File; default: the standard output")] = None,
+) -> None:
+    """Write asynchronous-planning tasks as JSON Lines; for a recipe's files, one representation a file."""
+    from isomorph.curriculum.data import make_rows, parse_difficulty, write_rows
+
+    difficulty = parse_difficulty(settings or [])
+    write_rows(make_rows(representation or [], prompts, difficulty, seed=seed, split=split), out)
+
+
+@data.command("inspect")
+def inspect_data(
+    file: Annotated[Path, typer.Argument(help="JSON Lines with the keys question and answer")],
+    family: Annotated[str, typer.Option("--family", help="async_plan, math or physics")],
+    representation: Annotated[str, typer.Option("--representation", help="natural, graph, code, ...")],
+) -> None:
+    """Check a file of tasks: broken rows, lengths, duplicates, answers that our solver does not find, samples."""
+    from isomorph.curriculum.data import inspect_file, show_inspection
+
+    show_inspection(inspect_file(file, family, representation), file, console)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has and lacks, and what to do about it."""
+    from isomorph.curriculum.doctor import examine, is_sound, show_findings
+
+    findings = examine()
+    show_findings(findings, console)
+    raise typer.Exit(0 if is_sound(findings) else 1)
 
 
 class _Stop:

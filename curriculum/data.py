@@ -1,0 +1,194 @@
+"""``isomorph data``: makes JSON Lines of tasks, and looks at such files."""
+
+import json
+import os
+import random
+import statistics
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from isomorph.curriculum.judge import judge
+from isomorph.curriculum.task import FAMILIES, Split, Task
+from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, make_task
+from isomorph.curriculum.tasks.jsonl import read_rows
+from isomorph.engine.config import Section, UserError, check_tables
+
+NUM_SAMPLES = 3
+MAX_LISTED = 10
+
+
+def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
+    """Task i is one and the same procedure in every representation. With the seed of a recipe's [eval]: its exam."""
+    rngs = (random.Random(f"{seed}:{i}") for i in range(num_tasks))
+    return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
+
+
+def parse_difficulty(settings: Sequence[str]) -> Difficulty:
+    """From ``key=value`` texts, values written as in a recipe. Raises UserError, with the nearest key."""
+    tables: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set must read key=value, for example --set max_steps=8; got {setting!r}")
+        tables[key.strip()] = _toml_value(value.strip())
+    return check_tables({"difficulty": tables}, _Settings, where="--set").difficulty
+
+
+class _Settings(Section):
+    difficulty: Difficulty
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+
+
+def make_rows(
+    representations: Sequence[str], num_tasks: int, difficulty: Difficulty, *, seed: int, split: str
+) -> list[str]:
+    """Lines of JSON with the paper's keys ``question`` and ``answer``, and representation, key, demonstration and
+    naive_answer; one representation after the other (none named: all), row i of each the same procedure.
+
+    Raises:
+        UserError: an unknown representation or split, or fewer than one task.
+        DataError: the difficulty allows no procedure.
+    """
+    if unknown := [name for name in representations if name not in REPRESENTATIONS]:
+        raise UserError(f"--representation must be one of {', '.join(REPRESENTATIONS)}, got {unknown[0]!r}")
+    if num_tasks < 1:
+        raise UserError(f"--prompts must be at least 1, got {num_tasks}")
+    names = representations or REPRESENTATIONS
+    part = _checked_split(split)
+    return [_row(task) for name in names for task in draw_tasks(difficulty, name, num_tasks, seed=seed, split=part)]
+
+
+def _checked_split(split: str) -> Split:
+    if split == "train":
+        return "train"
+    if split == "eval":
+        return "eval"
+    raise UserError(f"--split must be train or eval, got {split!r}")
+
+
+def _row(task: Task) -> str:
+    row = {
+        "question": task.question,
+        "answer": task.answer,
+        "representation": task.representation,
+        "key": task.key,
+        "demonstration": task.demonstration,
+        "naive_answer": task.naive_answer,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_rows(rows: Sequence[str], out: Path | None) -> None:
+    """Writes to ``out``, or to the standard output without one. Raises UserError where the file cannot be written."""
+    if out is None:
+        _print_rows(rows)
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: must be a file that can be written: {error}") from error
+
+
+def _print_rows(rows: Sequence[str]) -> None:
+    try:
+        sys.stdout.writelines(rows)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever reads, such as head, has seen enough; Python would complain when it flushes once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a file of tasks holds. Rows are numbered from 1."""
+
+    tasks: tuple[Task, ...]
+    duplicates: tuple[int, ...]  # rows whose question stood in an earlier row
+    contradictions: tuple[int, ...]  # of these, rows with another answer than the earlier row
+    unsolved: tuple[int, ...] | None  # rows whose demonstration, the solver's, misses the answer; None: no solver
+
+    @property
+    def num_procedures(self) -> int:
+        return len({task.key for task in self.tasks})
+
+
+def inspect_file(file: Path, family: str, representation: str) -> Inspection:
+    """Reads and checks a file of JSON Lines.
+
+    Raises:
+        UserError: an unknown family.
+        DataError: the file cannot be read, is empty, or has a broken row: file, line and defect are named.
+    """
+    if family not in FAMILIES:
+        raise UserError(f"--family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    tasks = read_rows(file, family, representation)
+    answers: dict[str, str] = {}
+    duplicates, contradictions = [], []
+    for number, task in enumerate(tasks, 1):
+        if task.question in answers:
+            duplicates.append(number)
+        if answers.setdefault(task.question, task.answer) != task.answer:
+            contradictions.append(number)
+    return Inspection(
+        tasks=tuple(tasks),
+        duplicates=tuple(duplicates),
+        contradictions=tuple(contradictions),
+        unsolved=_unsolved(tasks) if family == "async_plan" else None,
+    )
+
+
+def _unsolved(tasks: Sequence[Task]) -> tuple[int, ...]:
+    rewards = (judge(task.family, task.demonstration or "", task.answer) for task in tasks)
+    return tuple(number for number, reward in enumerate(rewards, 1) if reward == 0)
+
+
+def show_inspection(inspection: Inspection, file: Path, console: Console) -> None:
+    """Counts, lengths and a few rows, for people."""
+    tasks = inspection.tasks
+    console.print(f"{file}: {len(tasks)} rows, {inspection.num_procedures} different procedures", highlight=False)
+    console.print(_lengths(tasks))
+    console.print(f"repeated questions: {_listed(inspection.duplicates)}", highlight=False)
+    console.print(f"of these with another answer: {_listed(inspection.contradictions)}", highlight=False)
+    if inspection.unsolved is not None:
+        share = 1 - len(inspection.unsolved) / len(tasks)
+        console.print(f"answers that the longest-path solver finds: {share:.2%}", highlight=False)
+        console.print(f"answers that it does not find: {_listed(inspection.unsolved)}", highlight=False)
+    for task in tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]:
+        console.rule(style="dim")
+        console.print(Text(f"{task.question}\n\nanswer: {task.answer}"))
+
+
+def _lengths(tasks: Sequence[Task]) -> Table:
+    table = Table("characters", "shortest", "median", "longest")
+    texts = {
+        "question": [task.question for task in tasks],
+        "answer": [task.answer for task in tasks],
+        "demonstration": [task.demonstration for task in tasks if task.demonstration is not None],
+    }
+    for name, found in texts.items():
+        if found:
+            lengths = sorted(map(len, found))
+            table.add_row(name, str(lengths[0]), f"{statistics.median(lengths):.0f}", str(lengths[-1]))
+    return table
+
+
+def _listed(rows: Sequence[int]) -> str:
+    if not rows:
+        return "none"
+    more = ", ..." if len(rows) > MAX_LISTED else ""
+    return f"{len(rows)} (rows {', '.join(map(str, rows[:MAX_LISTED]))}{more})"

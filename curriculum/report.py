@@ -1,0 +1,339 @@
+"""One HTML page that stands alone, and its pictures as PNG files: what one run did, or how several compare."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from isomorph.curriculum import figures
+from isomorph.curriculum.run_record import (
+    ExamResult,
+    RunRecord,
+    Span,
+    read_completions,
+    read_run,
+    series,
+    trained_on,
+)
+from isomorph.curriculum.transfer import Accuracy, Evaluation, TransferMatrix, transfer_matrix
+from isomorph.engine.config import UserError
+from isomorph.engine.record.runlog import Row
+
+PAGE = "report.html"
+MAX_SAMPLE_CHARS = 1_200
+TOKENS_OF_PHASE = {"generate": "tok/response", "judge": "tok/response", "pack": "tok/trunk", "update": "tok/trunk"}
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Writes ``out``/report.html and its PNGs; returns the page's path. The page loads nothing from anywhere.
+
+    Raises:
+        UserError: no run is given, one is not a run folder or has no step yet, or ``out`` cannot be written.
+    """
+    if not runs:
+        raise UserError("a report needs at least one run folder, got none")
+    records = [read_run(run) for run in runs]
+    names = _names(records)
+    album = _Album(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        body = _comparison(records, names, album) if len(records) > 1 else ""
+        body += "".join(
+            _section(record, name, album, prefix=f"{i}-" if len(records) > 1 else "")
+            for i, (record, name) in enumerate(zip(records, names, strict=True), 1)
+        )
+        page = out / PAGE
+        page.write_text(_page(", ".join(names), body), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: the report cannot be written there: {error}") from error
+    return page
+
+
+class _Album:
+    """Saves figures as PNG files and hands them back as HTML with the picture inside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, name: str, figure: Figure, caption: str) -> str:
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)  # draws once; savefig draws twice
+        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        alt = html.escape(caption)
+        return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>\n'
+
+
+def _names(records: Sequence[RunRecord]) -> list[str]:
+    """The folders' names; with their paths where two are the same."""
+    names = [record.name for record in records]
+    return [str(r.folder) if names.count(r.name) > 1 else r.name for r in records]
+
+
+def _comparison(records: Sequence[RunRecord], names: Sequence[str], album: _Album) -> str:
+    parts = ["<h2>Comparison</h2>", _runs_table(records, names)]
+    unfinished = [name for record, name in zip(records, names, strict=True) if not record.is_done]
+    if unfinished:
+        parts.append(_note(f"Not finished, so their last exam stands for them: {', '.join(unfinished)}"))
+    matrix = _matrix_of_runs(records, names)
+    if matrix.trained_on:
+        parts.append("<h3>Transfer matrix</h3>" + _matrix_table(matrix))
+        caption = "Accuracy by what was trained on (rows) and evaluated on (columns), with 95 % intervals."
+        parts.append(album.add("transfer", figures.transfer_picture(matrix), caption))
+        parts.append(_note("Runs that differ in nothing but the seed are pooled into one row."))
+    if any(not span.stage.objective.is_supervised for record in records for span in record.spans):
+        caption = "Mean reward per step, moving average; one colour a run."
+        parts.append(album.add("compare-reward", figures.compare_rewards(records, names), caption))
+    if any(record.exams for record in records):
+        caption = "Greedy accuracy at each run's exams; one colour a run."
+        parts.append(album.add("compare-accuracy", figures.compare_accuracy(records, names), caption))
+    return "\n".join(parts)
+
+
+def _runs_table(records: Sequence[RunRecord], names: Sequence[str]) -> str:
+    rows = [
+        [
+            name,
+            trained_on(record.recipe.stage),
+            str(record.recipe.run.seed),
+            record.status,
+            str(record.rows[-1]["step"]),
+        ]
+        for record, name in zip(records, names, strict=True)
+    ]
+    return _table(["run", "trained on", "seed", "status", "steps"], rows)
+
+
+def _matrix_of_runs(records: Sequence[RunRecord], names: Sequence[str]) -> TransferMatrix:
+    """A row for each condition: the last exam of every run."""
+    conditions: dict[str, str] = {}  # recipe without its seed -> label of the row
+    evaluations: list[Evaluation] = []
+    for record, name in zip(records, names, strict=True):
+        if not record.exams:
+            continue
+        label = trained_on([span.stage for span in record.spans if span.last <= record.exams[-1].step])
+        unique = f"{label} ({name})" if label in conditions.values() else label
+        label = conditions.setdefault(f"{_condition(record)} {record.exams[-1].label}", unique)
+        evaluations += _evaluations(label, record.exams[-1])
+    return transfer_matrix(evaluations)
+
+
+def _condition(record: RunRecord) -> str:
+    return record.recipe.model_copy(update={"run": record.recipe.run.model_copy(update={"seed": 0})}).model_dump_json()
+
+
+def _matrix_of_exams(record: RunRecord) -> TransferMatrix:
+    """A row for each exam of one run: what it had been trained on by then."""
+    return transfer_matrix(
+        evaluation
+        for exam in record.exams
+        for evaluation in _evaluations(
+            trained_on([span.stage for span in record.spans if span.last <= exam.step]), exam
+        )
+    )
+
+
+def _evaluations(label: str, exam: ExamResult) -> list[Evaluation]:
+    return [Evaluation(trained_on=label, evaluated_on=name, accuracy=a) for name, a in exam.accuracy.items()]
+
+
+def _matrix_table(matrix: TransferMatrix) -> str:
+    cells = [
+        [row, *(_accuracy(matrix.cell(row, column)) for column in matrix.evaluated_on)] for row in matrix.trained_on
+    ]
+    return _table(["trained on \\ evaluated on", *matrix.evaluated_on], cells)
+
+
+def _section(record: RunRecord, name: str, album: _Album, *, prefix: str) -> str:
+    parts = [f"<h2>{html.escape(name)}</h2>", _status(record), *map(_note, record.notes), _facts(record)]
+    parts += ["<h3>Accuracy</h3>", _accuracy_table(record)]
+    if record.exams:
+        caption = "Greedy accuracy on held-out questions at each boundary between stages."
+        parts.append(album.add(f"{prefix}exams", figures.exam_accuracy(record), caption))
+    if len(record.exams) > 1:
+        matrix = _matrix_of_exams(record)
+        parts.append("<h4>What carried over: trained on so far, evaluated on</h4>" + _matrix_table(matrix))
+        caption = "Accuracy by what this run had been trained on (rows) and evaluated on (columns)."
+        parts.append(album.add(f"{prefix}transfer", figures.transfer_picture(matrix), caption))
+    parts.append("<h3>Learning</h3>")
+    caption = "Reward per step and representation; dashed lines are boundaries between stages."
+    parts.append(album.add(f"{prefix}reward", figures.learning(record), caption))
+    caption = "Health of the run; dashed lines are boundaries between stages, gaps are steps without an update."
+    parts.append(album.add(f"{prefix}health", figures.health(record), caption))
+    parts.append("<h3>Anatomy of a step</h3>" + _anatomy_table(record))
+    caption = "Seconds per phase; exams and checkpoints are not counted."
+    parts.append(album.add(f"{prefix}anatomy", figures.anatomy(record), caption))
+    parts.append("<h3>Samples</h3>" + _samples(record))
+    return "\n".join(parts)
+
+
+def _status(record: RunRecord) -> str:
+    total = sum(stage.steps for stage in record.recipe.stage)
+    last = record.rows[-1]
+    if record.is_done:
+        return f"<p>Done: {last['step']} steps.</p>"
+    reason = (record.summary or {}).get("reason")
+    why = f" ({html.escape(reason)})" if reason else ""
+    return (
+        f'<p class="warning">This run is {html.escape(record.status)}{why}: step {last["step"]} of at most {total}, '
+        f"in stage {html.escape(last['stage'])}. What follows is its state so far.</p>"
+    )
+
+
+def _facts(record: RunRecord) -> str:
+    described = record.described
+    model, machine = described["model"], described["machine"]
+    device = ", ".join(machine["gpus"]) or f"{machine['cores']} cores, {machine['cpu_capability']}"
+    ended = {entry["name"]: entry["ended_by"] for entry in (record.summary or {}).get("stages", [])}
+    stages = (f"{s.stage.name}: {len(s.rows)} steps of {s.stage.objective.name}{_end(s, ended)}" for s in record.spans)
+    versions = " ".join(f"{name} {version}" for name, version in described["versions"].items())
+    rows = [
+        ["model", f"{model['type']}, {model['parameters']:,} parameters, {model['dtype']}"],
+        ["machine", f"{device}, {machine['memory_gib']} GiB, {machine['threads']} threads"],
+        ["sampler", described["sampler"]],
+        ["seed", str(described["seed"])],
+        ["stages", "; ".join(stages)],
+        ["time in steps", f"{record.rows[-1]['wall_s']:,.0f} s"],
+        ["versions", versions],
+    ]
+    if record.is_done:
+        assert record.summary is not None
+        rows.append(["weights", f"sha256 {record.summary['weights_sha256'][:16]}..."])
+    return _table(["", ""], rows, css="facts")
+
+
+def _end(span: Span, ended: dict[str, str]) -> str:
+    return " (mastery)" if ended.get(span.stage.name) == "mastery" else ""
+
+
+def _accuracy_table(record: RunRecord) -> str:
+    before, latest = record.before, record.latest
+    if before is None and latest is None:
+        return _note("No exam has been taken yet.")
+    names = list(dict.fromkeys(name for exam in (before, latest) if exam for name in exam.accuracy))
+    rows = [_accuracy_row(name, before, latest, record.floor.get(name)) for name in names]
+    after = "after" if record.is_done else "so far"
+    head = ["representation", _column("before", before), _column(after, latest), "change", "floor", "questions"]
+    note = "Intervals are 95 % (Wilson). Floor: doing one step after the other, without a plan."
+    return _table(head, rows) + _note(note)
+
+
+def _column(title: str, exam: ExamResult | None) -> str:
+    return f"{title} ({exam.label})" if exam else title
+
+
+def _accuracy_row(name: str, before: ExamResult | None, latest: ExamResult | None, floor: float | None) -> list[str]:
+    first = before.accuracy.get(name) if before else None
+    last = latest.accuracy.get(name) if latest else None
+    change = f"{100 * (last.rate - first.rate):+.1f} points" if first and last else "-"
+    asked = last or first
+    return [
+        name,
+        _accuracy(first),
+        _accuracy(last),
+        change,
+        "-" if floor is None else f"{floor:.1%}",
+        "-" if asked is None else str(asked.n),
+    ]
+
+
+def _accuracy(accuracy: Accuracy | None) -> str:
+    return "-" if accuracy is None else str(accuracy)
+
+
+def _anatomy_table(record: RunRecord) -> str:
+    rows = [row for span in record.spans for row in _anatomy_rows(span)]
+    return _table(["stage", "phase", "seconds", "share", "s/step", "tokens/s"], rows) + _note(
+        "Tokens: responses for generate and judge, everything that went through the decoder for pack and update. "
+        "In supervised stages nothing is generated: the responses are demonstrations."
+    )
+
+
+def _anatomy_rows(span: Span) -> list[list[str]]:
+    seconds = {phase: float(values.sum()) for phase, values in figures.phase_seconds(span.rows).items()}
+    total = float(series(span.rows, "time/step_s").sum())
+    rows = [
+        ["", phase, f"{spent:.2f}", f"{spent / total:.1%}", f"{spent / len(span.rows):.3f}", _speed(span, phase, spent)]
+        for phase, spent in seconds.items()
+    ]
+    rows.append(["", "step", f"{total:.2f}", "100.0%", f"{total / len(span.rows):.3f}", ""])
+    rows[0][0] = f"{span.stage.name} ({len(span.rows)} steps)"
+    return rows
+
+
+def _speed(span: Span, phase: str, seconds: float) -> str:
+    is_demonstrated = phase == "generate" and span.stage.objective.is_supervised
+    if phase not in TOKENS_OF_PHASE or is_demonstrated:
+        return "-"
+    num_tok = float(np.nansum(series(span.rows, TOKENS_OF_PHASE[phase])))
+    return f"{num_tok / seconds:,.0f}" if num_tok > 0 and seconds > 0 else "-"
+
+
+def _samples(record: RunRecord) -> str:
+    """Of the last exam and of the last written step: for each representation a right and a wrong response."""
+    files = [record.folder / "completions" / f"exam-{exam.label}.jsonl" for exam in record.exams[-1:]]
+    files += sorted((record.folder / "completions").glob("step-*.jsonl"))[-1:]
+    parts = [part for file in files for part in _samples_of(file)]
+    return "".join(parts) if parts else _note("Nothing has been written to completions/ yet.")
+
+
+def _samples_of(file: Path) -> Iterable[str]:
+    first: dict[tuple[str, bool], Row] = {}
+    for row in read_completions(file) or ():
+        first.setdefault((row["representation"], row["reward"] > 0), row)
+    if first:
+        yield f"<h4>{html.escape(file.stem)}</h4>"
+    for (representation, _), row in sorted(first.items(), key=lambda item: (item[0][0], not item[0][1])):
+        summary = f"{html.escape(representation)}, reward {row['reward']:g}"
+        asked = f"<pre class='prompt'>{_cut(row['prompt'])}</pre>" if "prompt" in row else ""
+        yield f"<details open><summary>{summary}</summary>{asked}<pre>{_cut(row['text'])}</pre></details>"
+
+
+def _cut(text: str) -> str:
+    left = len(text) - MAX_SAMPLE_CHARS
+    return html.escape(text[:MAX_SAMPLE_CHARS]) + (f" ... ({left} more characters)" if left > 0 else "")
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, css: str = "numbers") -> str:
+    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="{css}">{top}<tbody>{body}</tbody></table></div>\n'
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 2px solid #ddd; }
+h3 { font-size: 1.1rem; margin-top: 1.8rem; } h4 { font-size: 1rem; margin-bottom: .3rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top; }
+table.numbers th, table.numbers td { text-align: right; white-space: nowrap; }
+table.numbers th:first-child, table.numbers td:first-child { text-align: left; }
+table.facts td:first-child { color: #666; white-space: nowrap; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption, .note { color: #666; font-size: .85rem; }
+.warning { background: #fff3cd; padding: .6rem .8rem; border-left: 4px solid #e0a800; }
+pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem;
+  margin: .3rem 0; }
+pre.prompt { background: #eef4fb; } summary { cursor: pointer; font-size: .9rem; }
+"""
+
+
+def _page(title: str, body: str) -> str:
+    shown = html.escape(title)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>isomorph: {shown}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>isomorph: {shown}</h1>\n{body}\n</body>\n</html>\n"
+    )

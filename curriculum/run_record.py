@@ -1,0 +1,235 @@
+"""What a run folder tells, read back: finished or not, and whatever a lost process left half written."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isomorph.curriculum.recipe import Recipe, StageRecipe
+from isomorph.curriculum.transfer import Accuracy
+from isomorph.engine.config import UserError, check_tables
+from isomorph.engine.record.checkpoint import latest_checkpoint
+from isomorph.engine.record.runlog import Row, read_steps
+
+START = "start"  # the exam before the first stage, as in stage.py, whose imports would cost a report ten seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExamResult:
+    """Greedy accuracy at one boundary."""
+
+    label: str  # the stage it follows; "start" before the first
+    step: int  # completed steps at that moment
+    accuracy: dict[str, Accuracy]  # representation -> result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """The rows of one stage: ``first`` and ``last`` step, both included."""
+
+    stage: StageRecipe
+    first: int
+    last: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run folder."""
+
+    name: str
+    folder: Path
+    described: dict[str, Any]  # run.json
+    recipe: Recipe
+    rows: tuple[Row, ...]  # of steps.jsonl, at least one
+    spans: tuple[Span, ...]  # in order; only stages that have rows
+    exams: tuple[ExamResult, ...]  # in order
+    floor: dict[str, float | None]  # what doing one step after the other would get; {} where not known yet
+    summary: dict[str, Any] | None  # None: the run has not ended
+    notes: tuple[str, ...]  # what could not be read, in sentences
+
+    @property
+    def status(self) -> str:
+        return "unfinished" if self.summary is None else str(self.summary["status"])
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == "done"
+
+    @property
+    def before(self) -> ExamResult | None:
+        """After the supervised warm-up, or at the start without one: where reinforcement sets in."""
+        return next((exam for exam in self.exams if exam.label == _warm_up_end(self.recipe)), None)
+
+    @property
+    def latest(self) -> ExamResult | None:
+        """The last exam, where one came after ``before``."""
+        return self.exams[-1] if self.exams and self.exams[-1] != self.before else None
+
+    @property
+    def representations(self) -> tuple[str, ...]:
+        """All that the recipe trains or evaluates on."""
+        trained = (part.representation for stage in self.recipe.stage for part in stage.mixture)
+        return tuple(dict.fromkeys((*self.recipe.eval.representations, *trained)))
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of ``folder``.
+
+    Raises:
+        UserError: it is not a run folder, it holds no step yet, or a file in it is broken.
+    """
+    described = read_run_json(folder)
+    recipe = check_tables(described["recipe"], Recipe, where=f"{folder}/run.json")
+    rows, notes = _rows(folder)
+    spans = _spans(recipe, rows, folder)
+    exams, exam_notes = _exams(folder, spans)
+    summary = read_summary(folder)
+    return RunRecord(
+        name=folder.resolve().name,
+        folder=folder,
+        described=described,
+        recipe=recipe,
+        rows=rows,
+        spans=spans,
+        exams=exams,
+        floor=_floor(folder, summary),
+        summary=summary,
+        notes=(*notes, *exam_notes),
+    )
+
+
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """run.json. Raises UserError where ``folder`` is not the folder of a run."""
+    described = _json_object(folder / "run.json", f"{folder} must be the folder of a run, with a run.json")
+    if not isinstance(described.get("recipe"), dict):
+        raise UserError(f"{folder}/run.json must hold the run's recipe, which it lacks: name another run")
+    return described
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json; None before the run has ended. Raises UserError where it is broken."""
+    file = folder / "summary.json"
+    if not file.exists():
+        return None
+    summary = _json_object(file, f"{file} must be the summary of a run")
+    if "status" not in summary:
+        raise UserError(f"{file} must be the summary of a run, with a status; got {sorted(summary)}")
+    return summary
+
+
+def series(rows: Sequence[Row], key: str) -> np.ndarray:
+    """[len(rows)] float64 of one column; NaN where a row lacks it or nothing was measured."""
+    values = (row.get(key) for row in rows)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def trained_on(stages: Sequence[StageRecipe]) -> str:
+    """``sft graph+natural -> graph -> natural``: what the stages trained on, in order; ``nothing`` for none."""
+    return " -> ".join(_ingredients(stage) for stage in stages) or "nothing"
+
+
+def _ingredients(stage: StageRecipe) -> str:
+    names = "+".join(sorted({part.representation for part in stage.mixture}))
+    return f"{stage.objective.name} {names}" if stage.objective.name in ("sft", "rft") else names
+
+
+def _warm_up_end(recipe: Recipe) -> str:
+    label = START
+    for stage in recipe.stage:
+        if not stage.objective.is_supervised:
+            break
+        label = stage.name
+    return label
+
+
+def _rows(folder: Path) -> tuple[tuple[Row, ...], list[str]]:
+    file = folder / "steps.jsonl"
+    try:
+        num_lines = sum(1 for line in file.read_text().splitlines() if line.strip())
+        rows = read_steps(folder)
+    except FileNotFoundError:
+        num_lines, rows = 0, []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} must be a readable file of JSON Lines: {error}") from error
+    if not rows:
+        raise UserError(f"{folder} holds no completed step yet: wait for the first row of steps.jsonl")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"step", "stage", "time/step_s"} <= row.keys():
+            raise UserError(f"{file}, line {number}: must be one step's row, got {str(row)[:80]}")
+    lost = num_lines - len(rows)
+    notes = [f"steps.jsonl: {lost} row(s) from line {len(rows) + 1} on cannot be read and are left out"] if lost else []
+    return tuple(rows), notes
+
+
+def _spans(recipe: Recipe, rows: Sequence[Row], folder: Path) -> tuple[Span, ...]:
+    by_name: dict[str, list[Row]] = {stage.name: [] for stage in recipe.stage}
+    for row in rows:
+        if row["stage"] not in by_name:
+            raise UserError(
+                f"{folder}/steps.jsonl, step {row['step']}: stage {row['stage']!r} is not in the recipe of run.json: "
+                "the two files must be of one run"
+            )
+        by_name[row["stage"]].append(row)
+    return tuple(
+        Span(stage=stage, first=own[0]["step"], last=own[-1]["step"], rows=tuple(own))
+        for stage in recipe.stage
+        if (own := by_name[stage.name])
+    )
+
+
+def _exams(folder: Path, spans: Sequence[Span]) -> tuple[tuple[ExamResult, ...], list[str]]:
+    ends = {START: spans[0].first - 1, **{span.stage.name: span.last for span in spans}}
+    exams, notes = [], []
+    for label, step in ends.items():
+        file = folder / "completions" / f"exam-{label}.jsonl"
+        if not file.is_file():
+            continue
+        answers = read_completions(file)
+        if answers is None:
+            notes.append(f"completions/{file.name} is half written and left out")
+        else:
+            exams.append(ExamResult(label=label, step=step, accuracy=_graded(answers)))
+    return tuple(exams), notes
+
+
+def read_completions(file: Path) -> list[Row] | None:
+    """The rows of a file under completions/; None where it is not whole."""
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    is_whole = all(isinstance(row, dict) and {"representation", "text", "reward"} <= row.keys() for row in rows)
+    return rows if rows and is_whole else None
+
+
+def _graded(answers: Sequence[Row]) -> dict[str, Accuracy]:
+    rewards: dict[str, list[float]] = {}
+    for row in answers:
+        rewards.setdefault(row["representation"], []).append(row["reward"])
+    return {name: Accuracy.of(int(sum(got)), len(got)) for name, got in rewards.items()}
+
+
+def _floor(folder: Path, summary: dict[str, Any] | None) -> dict[str, float | None]:
+    """From the summary, or else from the last exam that a checkpoint remembers."""
+    if summary is not None and "floor" in summary:
+        return dict(summary["floor"])
+    newest = latest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        return {}
+    state = _json_object(newest / "state.json", f"{newest} must be a readable checkpoint")
+    exams = state.get("source", {}).get("exams", [])
+    return dict(exams[-1]["floor"]) if exams else {}
+
+
+def _json_object(file: Path, must: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{must}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{must}: {file} holds {type(value).__name__} instead of an object")
+    return value
