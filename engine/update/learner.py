@@ -19,7 +19,6 @@ from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.pack import Update
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
 
-
 CPU_CHUNK_BYTES = 64 * 2**20  # of logits at a time: beyond it they leave the caches and only cost memory
 CUDA_CHUNK_ROWS = 8192  # below it the weight gradient's read and write weigh more than its GEMM
 

@@ -1,0 +1,193 @@
+"""Stages, their ends, their exams, and a memory that fits into JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.stage import Curriculum
+from isomorph.engine.config import UserError, check_tables, load_recipe
+from isomorph.engine.policy import TextCodec, word_tokenizer
+from isomorph.engine.types import Group, Prompt, Rollout
+
+RECIPES = Path(__file__).parents[2] / "curriculum" / "recipes"
+PLANS = {"kind": "async_plan", "difficulty": {"form": "terse", "demonstration": "compact"}}
+ONE_TOKEN = torch.tensor([0])
+
+
+def stage(name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "steps": 3,
+        "batch": {"prompts": 4},
+        "mixture": [{"data": "plans", "representation": "graph"}],
+        **changes,
+    }
+
+
+def supervised(name: str, **changes: Any) -> dict[str, Any]:
+    return stage(name, objective={"name": "sft"}, sampling={"samples_per_prompt": 1}, **changes)
+
+
+def curriculum(*stages: dict[str, Any], **changes: Any) -> Curriculum:
+    tables = {
+        "model": {"tiny": {}},
+        "data": {"plans": PLANS},
+        "stage": list(stages),
+        "eval": {"data": "plans", "representations": ["natural", "table"], "prompts": 5},
+        **changes,
+    }
+    recipe = check_tables(tables, Recipe, where="test")
+    text = TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[1])
+    return Curriculum(recipe, text)
+
+
+def group(prompt: Prompt, *rewards: float) -> Group:
+    rollouts = tuple(
+        Rollout(
+            prompt_id=prompt.prompt_id,
+            sample=i,
+            token_ids=ONE_TOKEN,
+            sampler_logprob=None,
+            finish="stop",
+            policy_version=0,
+        )
+        for i in range(len(rewards))
+    )
+    return Group(prompt=prompt, rollouts=rollouts, rewards=rewards, advantages=rewards)
+
+
+def do_step(source: Curriculum, reward: float = 0.0) -> list[str]:
+    """One step; the questions that were asked."""
+    present = source.stage()
+    assert present is not None
+    prompts = source.take(present.batch.prompts)
+    source.observe([group(p, reward, reward) for p in prompts])
+    return [p.payload.question for p in prompts]
+
+
+def sit(source: Curriculum, reward: float) -> str:
+    exam = source.exam()
+    assert exam is not None
+    source.grade(exam, [reward] * len(exam.prompts))
+    return exam.label
+
+
+def test_stages_follow_one_another_and_end_by_steps() -> None:
+    source = curriculum(stage("one"), stage("two"))
+    names = []
+    while (present := source.stage()) is not None:
+        names.append(present.name)
+        do_step(source)
+    assert names == ["one"] * 3 + ["two"] * 3
+    assert source.finished == [
+        {"name": "one", "steps": 3, "ended_by": "steps"},
+        {"name": "two", "steps": 3, "ended_by": "steps"},
+    ]
+
+
+def test_mastery_is_the_mean_of_the_last_steps() -> None:
+    source = curriculum(stage("one", steps=9, mastery={"pass_rate": 0.8, "window": 3}))
+    for reward in (0.0, 1.0, 1.0):
+        do_step(source, reward)
+    assert source.stage() is not None  # mean 0.67
+    do_step(source, 0.5)
+    assert source.stage() is None and source.finished[0] == {"name": "one", "steps": 4, "ended_by": "mastery"}
+
+
+def test_exams_stand_at_the_boundaries_only_once() -> None:
+    source = curriculum(supervised("warm-up"), stage("one"), stage("two"))
+    labels = []
+    while True:
+        if source.exam() is not None:
+            labels.append(sit(source, 1.0))
+            assert source.exam() is None
+        if source.stage() is None:
+            break
+        do_step(source)
+    assert labels == ["warm-up", "one", "two"]
+
+
+def test_without_a_warm_up_the_first_exam_comes_before_everything() -> None:
+    source = curriculum(stage("one"))
+    assert sit(source, 0.0) == "start"
+    for _ in range(3):
+        do_step(source)
+    sit(source, 1.0)
+    accuracy = source.accuracy()
+    assert accuracy["before"]["natural"]["rate"] == 0 and accuracy["after"]["table"]["rate"] == 1
+
+
+def test_before_means_after_the_last_leading_supervised_stage() -> None:
+    source = curriculum(supervised("warm-up"), supervised("more"), stage("one"))
+    for reward in (0.2, 0.4, 1.0):
+        for _ in range(3):
+            do_step(source)
+        sit(source, float(reward > 0.3))
+    assert source.accuracy()["before"]["natural"]["rate"] == 1.0  # of "more", not of "warm-up"
+
+
+def test_training_and_exam_never_share_a_procedure() -> None:
+    source = curriculum(stage("one", steps=100))
+    trained = set()
+    for _ in range(100):
+        present = source.stage()
+        assert present is not None
+        prompts = source.take(present.batch.prompts)
+        trained |= {p.payload.key for p in prompts}
+        source.observe([group(p, 0.0, 1.0) for p in prompts])
+    exam = source.exam()
+    assert exam is not None
+    assert trained.isdisjoint(p.payload.key for p in exam.prompts)
+    by_representation: dict[str, list[str]] = {}
+    for prompt in exam.prompts:
+        by_representation.setdefault(prompt.representation, []).append(prompt.payload.key)
+    assert by_representation["natural"] == by_representation["table"]  # the same procedures in every form
+
+
+def test_a_restored_curriculum_asks_what_the_first_one_would_have_asked() -> None:
+    stages = (stage("one", mastery={"pass_rate": 0.9, "window": 2}), stage("two"))
+    first, second = curriculum(*stages), curriculum(*stages)
+    sit(first, 0.0)
+    do_step(first, 0.5)
+    do_step(first, 0.5)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(4):
+        assert do_step(first, 0.5) == do_step(second, 0.5)
+    assert first.state_dict() == second.state_dict()
+
+
+def test_another_seed_asks_other_questions() -> None:
+    one, two = (curriculum(stage("one"), run={"seed": seed}) for seed in (0, 1))
+    assert do_step(one) != do_step(two)
+
+
+def test_the_floor_counts_chains_whose_naive_answer_is_right() -> None:
+    source = curriculum(stage("one"))
+    exam = source.exam()
+    assert exam is not None
+    right = [p.payload.naive_answer == p.payload.answer for p in exam.prompts if p.representation == "natural"]
+    assert source.floor()["natural"] == sum(right) / len(right)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda p: str(p.relative_to(RECIPES)))
+def test_every_recipe_is_valid(path: Path) -> None:
+    if path.name == "base.toml":
+        with pytest.raises(UserError, match="stage: must be given"):
+            load_recipe(path, [], Recipe)
+        return
+    recipe = load_recipe(path, [], Recipe)
+    assert recipe.stage
+
+
+def test_the_papers_constants_stand_in_its_recipes() -> None:
+    recipe = load_recipe(RECIPES / "paper" / "graph_natural.toml", [], Recipe)
+    assert [s.name for s in recipe.stage] == ["graph", "natural"]
+    for present in recipe.stage:
+        assert (present.batch.prompts, present.sampling.samples_per_prompt) == (512, 16)
+        assert present.batch.prompts_per_update is not None
+        assert present.batch.prompts_per_update * present.sampling.samples_per_prompt == 128
+        assert (present.objective.kl, present.objective.kl_coef, present.optim.lr) == ("k3", 0.01, 1e-6)
