@@ -13,6 +13,7 @@ from rich.console import Console
 
 from isomorph.curriculum.judge import JudgePool
 from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.report import write_report
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.engine.config import UserError
@@ -58,6 +59,7 @@ def run_recipe(
         crew.policy.save(folder / "model")
         summary = _summary(crew, state)
         log.write_json("summary.json", summary)
+        write_report([folder], folder / "report")
         return summary
 
 

@@ -82,6 +82,10 @@ def train(
             console.print(f"interrupted; go on with: isomorph train --resume {folder}", highlight=False)
             raise
     _print_summary(summary, folder)
+    _print_anatomy(folder)
+    console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
+    console.print(f"summary: {folder / 'summary.json'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -236,7 +240,18 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
         )
     console.print(table)
     console.print("floor: doing one step after the other, without a plan", highlight=False)
-    console.print(f"model: {folder / 'model'}    summary: {folder / 'summary.json'}", highlight=False)
+
+
+def _print_anatomy(folder: Path) -> None:
+    from isomorph.curriculum.report import ANATOMY_COLUMNS, step_anatomy
+    from isomorph.curriculum.run_record import read_run
+
+    table = Table(title="anatomy of a step", title_justify="left")
+    for i, column in enumerate(ANATOMY_COLUMNS):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for row in step_anatomy(read_run(folder)):
+        table.add_row(*row, end_section=row[1] == "step")
+    console.print(table)
 
 
 def _fail(message: str, code: int) -> None:

@@ -27,6 +27,7 @@ from isomorph.engine.record.runlog import Row
 PAGE = "report.html"
 MAX_SAMPLE_CHARS = 1_200
 TOKENS_OF_PHASE = {"generate": "tok/response", "judge": "tok/response", "pack": "tok/trunk", "update": "tok/trunk"}
+ANATOMY_COLUMNS = ("stage", "phase", "seconds", "share", "s/step", "tokens/s")
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -246,9 +247,13 @@ def _accuracy(accuracy: Accuracy | None) -> str:
     return "-" if accuracy is None else str(accuracy)
 
 
+def step_anatomy(record: RunRecord) -> list[list[str]]:
+    """Where the seconds of each stage went, a row a phase; the columns are ``ANATOMY_COLUMNS``."""
+    return [row for span in record.spans for row in _anatomy_rows(span)]
+
+
 def _anatomy_table(record: RunRecord) -> str:
-    rows = [row for span in record.spans for row in _anatomy_rows(span)]
-    return _table(["stage", "phase", "seconds", "share", "s/step", "tokens/s"], rows) + _note(
+    return _table(ANATOMY_COLUMNS, step_anatomy(record)) + _note(
         "Tokens: responses for generate and judge, everything that went through the decoder for pack and update. "
         "In supervised stages nothing is generated: the responses are demonstrations."
     )

@@ -75,6 +75,10 @@ class Policy:
 
     def __init__(self, model: Any, text: TextCodec) -> None:
         _refuse_what_we_cannot_train(model.config)
+        if model.config._attn_implementation != "isomorph":  # it would never call ``attend``
+            raise ValueError(
+                f"the model must be made with attn_implementation='isomorph', got {model.config._attn_implementation!r}"
+            )
         self.model = model.eval().requires_grad_(True)  # eval: these decoders have no dropout, and nothing else differs
         self.config = model.config
         self.text = text
@@ -122,8 +126,8 @@ class Policy:
         """[T, D] hidden rows of a packed batch."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            heads_last = (x[0].transpose(0, 1) for x in (q, k, v))
-            return packed_attention(*heads_last, batch.layout, scale=scale)[None]
+            q_THd, k_TKd, v_TKd = (x[0].transpose(0, 1) for x in (q, k, v))
+            return packed_attention(q_THd, k_TKd, v_TKd, batch.layout, scale=scale)[None]
 
         return self.trunk(batch.token_ids[None], batch.positions[None], attend)[0]
 
@@ -169,14 +173,19 @@ def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, de
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
         loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="isomorph", **loader_options
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="isomorph", output_loading_info=True, **loader_options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # on a broken file each of the libraries below raises types of its own
         raise UserError(f"model.path: no model could be loaded from {config.path!r}: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would train random numbers in their place
+        raise UserError(
+            f"model.path: the weights in {config.path!r} lack {len(missing)} tensors of a {model.config.model_type}, "
+            f"the first is {missing[0]}"
+        )
     model.config._attn_implementation = "isomorph"
     text = TextCodec(tokenizer, chat_template=config.chat_template, stop_ids=_stop_ids(model, tokenizer))
-    return Policy(model.to(device), text)
+    return Policy(model.to(device), text)  # type: ignore[arg-type]
 
 
 def build_tiny(

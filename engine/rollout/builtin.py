@@ -217,8 +217,8 @@ def _prefill(policy: Policy, prompts: list[Prompt]) -> tuple[_Cache, Tensor]:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         cache.prompt_k.append(spread(k))
         cache.prompt_v.append(spread(v))
-        heads_last = (x[0].transpose(0, 1) for x in (q, k, v))
-        return packed_attention(*heads_last, layout, scale=scale)[None]
+        q_THd, k_TKd, v_TKd = (x[0].transpose(0, 1) for x in (q, k, v))
+        return packed_attention(q_THd, k_TKd, v_TKd, layout, scale=scale)[None]
 
     hidden_TD = policy.trunk(token_ids_T[None], layout.positions[None], attend)[0]
     return cache, hidden_TD[len_P.cumsum(0) - 1]
