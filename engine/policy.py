@@ -23,7 +23,7 @@ os.environ.setdefault(
 
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isomorph.engine.config import ModelConfig, TinyModel, UserError
@@ -191,9 +191,12 @@ def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, de
 def build_tiny(
     tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Policy:
-    """A small Qwen2 decoder with random weights over a vocabulary of whole words."""
+    """A small Llama decoder with random weights over a vocabulary of whole words.
+
+    Not a Qwen2: to that type transformers gives Qwen's own splitting into words, whatever the tokenizer's file says.
+    """
     tokenizer = word_tokenizer(vocabulary)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=tiny.hidden_size,
         intermediate_size=tiny.intermediate_size,
@@ -201,6 +204,7 @@ def build_tiny(
         num_attention_heads=tiny.num_heads,
         num_key_value_heads=tiny.num_kv_heads,
         max_position_embeddings=tiny.max_tok,
+        attention_bias=True,
         tie_word_embeddings=True,
         initializer_range=0.05,  # at width 128 the usual 0.02 learns more slowly
         pad_token_id=tokenizer.pad_token_id,

@@ -1,0 +1,431 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from isomorph.engine.config import ModelConfig, TinyModel, UserError
+from isomorph.engine.policy import Policy, TextCodec, build_tiny, load_policy, word_tokenizer
+from isomorph.engine.types import PackedBatch
+from isomorph.kernels.packed_attention import PackedLayout
+
+CPU = torch.device("cpu")
+VOCABULARY = ["<answer>", "</answer>", "stir", "take", "minutes", "in", "total", ":", ",", ".", *map(str, range(31))]
+TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_policy(dtype: torch.dtype = torch.float32) -> Policy:
+    return build_tiny(TINY, VOCABULARY, seed=0, dtype=dtype, device=CPU)
+
+
+# -- the decoder, against transformers' own forward
+def config_of(model_type: str, **changes: Any) -> Any:
+    common = dict(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return transformers.AutoConfig.for_model(model_type, **{**common, **changes})
+
+
+FAMILIES: dict[str, Any] = {
+    "llama": dict(),
+    "llama tied": dict(tie_word_embeddings=True),
+    "llama 3": dict(
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500.0,
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        )
+    ),
+    "llama wide heads": dict(head_dim=8, attention_bias=True, mlp_bias=True),
+    "llama one kv head": dict(num_key_value_heads=1),
+    "mistral": dict(sliding_window=None),
+    "mistral wide heads": dict(sliding_window=None, head_dim=8),
+    "qwen2": dict(),
+    "qwen2 tied": dict(tie_word_embeddings=True),
+    "qwen2 yarn": dict(
+        rope_parameters=dict(rope_type="yarn", rope_theta=500.0, factor=2.0, original_max_position_embeddings=32)
+    ),
+    "qwen3": dict(head_dim=8),
+    "qwen3 tied": dict(head_dim=6, tie_word_embeddings=True),
+}
+
+
+def exact_norms(model: Any) -> Any:
+    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
+
+    def forward(norm: Any, x: Tensor) -> Tensor:
+        return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(forward, module)
+    return model
+
+
+def twins(config: Any) -> tuple[Policy, Any]:
+    """A policy, and transformers' own model with its own attention and the same random weights, both float64."""
+    both = [
+        transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), attn_implementation=name, dtype=torch.float64
+        )
+        for name in ("isomorph", "sdpa")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in both[1].parameters():
+        with torch.no_grad():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    both[0].load_state_dict(both[1].state_dict())
+    ours, theirs = (exact_norms(model) for model in both)
+    text = TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[2])
+    return Policy(ours, text), theirs
+
+
+def packed(groups: list[tuple[list[int], list[list[int]]]]) -> PackedBatch:
+    layout = PackedLayout.from_groups([len(p) for p, _ in groups], [[len(r) for r in rs] for _, rs in groups])
+    none = torch.tensor([])
+    return PackedBatch(
+        token_ids=torch.tensor([i for p, rs in groups for part in (p, *rs) for i in part]),
+        positions=layout.positions,
+        layout=layout,
+        row_index=none,
+        target_ids=none,
+        seq_id=none,
+        sampler_logprob=None,
+        advantage=none,
+    )
+
+
+def random_groups() -> list[tuple[list[int], list[list[int]]]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, 40, (length,), generator=generator).tolist()
+
+    return [(ids(7), [ids(4), ids(0), ids(9)]), (ids(1), [ids(3)]), (ids(20), [ids(15), ids(2)]), (ids(5), [])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_rows_of_packed_groups_are_those_of_each_sequence_alone(family: str) -> None:
+    policy, model = twins(config_of(family.split()[0], **FAMILIES[family]))
+    groups = random_groups()
+    hidden_TD = policy.hidden(packed(groups)).detach()
+    start = 0
+    for prompt, responses in groups:
+        prompt_rows = hidden_TD[start : start + len(prompt)]
+        start += len(prompt)
+        for response in responses or [[]]:
+            rows = torch.cat([prompt_rows, hidden_TD[start : start + len(response)]])
+            start += len(response)
+            with torch.no_grad():
+                truth = model.model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+            torch.testing.assert_close(rows, truth, rtol=0, atol=1e-10)
+    assert start == len(hidden_TD)
+    torch.testing.assert_close(policy.unembedding, model.lm_head.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_that_samplers_ask_for_are_the_models(family: str) -> None:
+    policy, _ = twins(config_of(family.split()[0], **FAMILIES[family]))
+    k_proj = policy.named_parameters()["model.layers.0.self_attn.k_proj.weight"]
+    assert policy.num_kv_heads * policy.head_dim == k_proj.shape[0]
+    assert (policy.max_tok, policy.dtype, policy.device) == (64, torch.float64, CPU)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_tied_unembedding_is_one_parameter(is_tied: bool) -> None:
+    policy, _ = twins(config_of("qwen2", tie_word_embeddings=is_tied))
+    names = policy.named_parameters()
+    assert ("lm_head.weight" in names) != is_tied
+    assert (policy.unembedding is names["model.embed_tokens.weight"]) == is_tied
+    assert all(p.requires_grad for p in names.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "named"),
+    [
+        ("gemma2", dict(head_dim=4), "'gemma2'"),
+        ("gpt2", dict(), "'gpt2'"),
+        ("qwen2_moe", dict(), "'qwen2_moe'"),
+        ("mistral", dict(sliding_window=8), "sliding-window"),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding-window"),
+        ("qwen3", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0), "sliding-window"),
+        ("llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "'dynamic'"),
+        ("llama", dict(attention_dropout=0.1), "attention_dropout"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused_by_name(
+    model_type: str, changes: dict[str, Any], named: str
+) -> None:
+    config = config_of(model_type, **changes)
+    model = torch.nn.Module()
+    model.config = config  # type: ignore[assignment]
+    with pytest.raises(UserError, match=named):
+        Policy(model, TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[2]))
+
+
+def test_a_model_with_another_attention_than_ours_is_refused() -> None:
+    _, model = twins(config_of("qwen2"))
+    with pytest.raises(ValueError, match="sdpa"):
+        Policy(model, TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[2]))
+
+
+# -- weights
+def test_a_seed_makes_a_tiny_model_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again = tiny_policy().snapshot(), tiny_policy().snapshot()
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    other = build_tiny(TINY, VOCABULARY, seed=1, dtype=torch.float32, device=CPU).snapshot()
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_borrowed_weights_are_used_and_given_back_bit_for_bit_in_place(dtype: torch.dtype) -> None:
+    policy = tiny_policy(dtype)
+    batch = packed([([4, 5, 6], [[7, 8]])])
+    own = policy.snapshot()
+    places = [p.data_ptr() for p in policy.named_parameters().values()]
+    foreign = [w + 0.5 for w in own]
+    with torch.no_grad():
+        before = policy.hidden(batch)
+        with policy.borrowed_weights(foreign):
+            borrowed = policy.hidden(batch)
+            assert all(torch.equal(a, b) for a, b in zip(policy.snapshot(), foreign, strict=True))
+        assert torch.equal(policy.hidden(batch), before)
+    assert not torch.equal(borrowed, before)
+    assert all(torch.equal(a, b) for a, b in zip(policy.snapshot(), own, strict=True))
+    assert places == [p.data_ptr() for p in policy.named_parameters().values()]
+
+
+def test_borrowed_weights_are_given_back_after_an_error() -> None:
+    policy = tiny_policy()
+    own = policy.snapshot()
+    with pytest.raises(ZeroDivisionError), policy.borrowed_weights([w + 1 for w in own]):
+        1 / 0  # noqa: B018
+    assert all(torch.equal(a, b) for a, b in zip(policy.snapshot(), own, strict=True))
+
+
+# -- on the disk
+def logits(model: Any, token_ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([token_ids])).logits[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_policy_loads_in_transformers_with_the_same_logits(tmp_path: Path, dtype: Any) -> None:
+    policy = tiny_policy(getattr(torch, dtype))
+    policy.save(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == getattr(torch, dtype)
+    assert model.config._attn_implementation != "isomorph"
+    assert "isomorph" not in (tmp_path / "config.json").read_text()
+    ids = [2, 5, 6, 7, 8]
+    with torch.no_grad():
+        ours = policy.hidden(packed([(ids[:2], [ids[2:]])])) @ policy.unembedding.T
+    tolerance = dict(rtol=0, atol=1e-5 if dtype == "float32" else 0.05)
+    torch.testing.assert_close(ours, logits(model, ids), **tolerance)  # type: ignore[arg-type]
+    assert all(torch.equal(p, policy.named_parameters()[name].detach()) for name, p in model.named_parameters())
+
+
+def test_a_saved_policy_loads_again_with_its_tokenizer(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.save(tmp_path)
+    again = load_policy(ModelConfig(path=str(tmp_path)), vocabulary=[], seed=0, device=CPU)
+    assert all(torch.equal(a, b) for a, b in zip(policy.snapshot(), again.snapshot(), strict=True))
+    question = "stir : 5 minutes , take <answer> 30 </answer>"
+    assert again.text.encode_prompt(question) == policy.text.encode_prompt(question)
+    assert again.text.encode_response(question) == policy.text.encode_response(question)
+    assert again.text.decode(again.text.encode_response(question)) == question
+    assert again.text.stop_ids == policy.text.stop_ids
+
+
+def test_a_saved_policy_loads_where_isomorph_is_not_installed(tmp_path: Path) -> None:
+    tiny_policy().save(tmp_path)
+    program = (
+        "import sys, torch, transformers\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer('stir 5', return_tensors='pt')\n"
+        "print(model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > 3)\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, str(tmp_path)], capture_output=True, text=True, env=clean, timeout=120
+    )
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tiny_policy().save(tmp_path)
+    return tmp_path
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_policy(ModelConfig(path=str(path)), vocabulary=[], seed=0, device=CPU)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert "config.json" in refusal(tmp_path)
+    assert "config.json" in refusal(tmp_path / "nowhere")
+    assert "no such file" in refusal(tmp_path / "nowhere.gguf")
+    (tmp_path / "text.gguf").write_text("not a model")
+    assert "text.gguf" in refusal(tmp_path / "text.gguf")
+
+
+def test_broken_files_of_a_model_are_refused(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"garbage" * 100):
+        weights.write_bytes(broken)
+        assert str(saved) in refusal(saved)
+    weights.unlink()
+    assert str(saved) in refusal(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "unheard of"}', "\0"])
+def test_broken_descriptions_of_a_model_are_refused(saved: Path, name: str, content: str) -> None:
+    if name == "tokenizer_config.json" and "model_type" in content:
+        pytest.skip("a key that no tokenizer reads")
+    (saved / name).write_text(content)
+    assert str(saved) in refusal(saved)
+
+
+def test_weights_that_are_missing_from_the_file_are_not_made_up(saved: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(saved)
+
+
+def test_weights_of_another_shape_are_refused(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    assert str(saved) in refusal(saved)
+
+
+def test_a_model_of_another_family_is_refused_when_loaded(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=45, n_embd=8, n_layer=1, n_head=2, n_positions=16, eos_token_id=1)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    word_tokenizer(VOCABULARY).save_pretrained(tmp_path)
+    assert "'gpt2'" in refusal(tmp_path)
+
+
+# -- text
+def test_a_word_a_number_a_tag_and_a_sign_are_one_token_each() -> None:
+    tokenizer = word_tokenizer(VOCABULARY)
+    ids = tokenizer("stir:30minutes,<answer>12</answer>.")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "[BOS]", "stir", ":", "30", "minutes", ",", "<answer>", "12", "</answer>", ".",
+    ]  # fmt: skip
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "stir : 30 minutes , <answer> 12 </answer> ."
+
+
+def test_what_is_not_in_the_vocabulary_is_unknown() -> None:
+    tokenizer = word_tokenizer(VOCABULARY)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("boil 31 Stir ✓ </stir>")["input_ids"])
+    assert tokens == ["[BOS]", "[UNK]", "[UNK]", "[UNK]", "[UNK]", "[UNK]"]
+
+
+def test_a_vocabulary_with_a_word_twice_or_a_special_token_is_refused() -> None:
+    for words in (["a", "a"], ["[PAD]"], ["[EOS]", "b"]):
+        with pytest.raises(ValueError, match="each word once"):
+            word_tokenizer(words)
+
+
+def test_a_response_ends_in_the_stop_token_and_its_text_does_not_show_it() -> None:
+    text = tiny_policy().text
+    ids = text.encode_response("take 5")
+    assert ids[-1] == text.stop_ids[0] and len(ids) == 3
+    assert text.decode(ids) == "take 5"
+    assert text.encode_response("") == (text.stop_ids[0],)
+
+
+def test_the_chat_template_is_used_where_there_is_one_and_it_is_wanted() -> None:
+    tokenizer = word_tokenizer(VOCABULARY)
+    tokenizer.chat_template = (
+        "{% for m in messages %}take {{ m['content'] }} .{% endfor %}{% if add_generation_prompt %} total :{% endif %}"
+    )
+    wanted, unwanted = (TextCodec(tokenizer, chat_template=flag, stop_ids=[1]) for flag in (True, False))
+    assert tokenizer.convert_ids_to_tokens(wanted.encode_prompt("stir 5"))[-6:] == [
+        "take",
+        "stir",
+        "5",
+        ".",
+        "total",
+        ":",
+    ]
+    assert tokenizer.convert_ids_to_tokens(unwanted.encode_prompt("stir 5"))[-2:] == ["stir", "5"]
+
+
+def test_a_model_may_stop_on_more_than_the_tokenizers_end(saved: Path) -> None:
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1, 9]}))
+    again = load_policy(ModelConfig(path=str(saved)), vocabulary=[], seed=0, device=CPU)
+    assert again.text.stop_ids == (1, 7, 9)
+
+
+# -- a real model
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_135m_model_gives_transformers_logits_over_packed_groups(smollm2_folder: Path) -> None:
+    policy = load_policy(ModelConfig(path=str(smollm2_folder)), vocabulary=[], seed=0, device=CPU)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
+    prompt = list(policy.text.encode_prompt("How long does it take to boil an egg and toast bread at once?"))
+    responses = [list(policy.text.encode_response(text)) for text in ("It takes 6 minutes.", "Ten.")]
+    with torch.no_grad():
+        hidden_TD = policy.hidden(packed([(prompt, responses)]))
+    start = len(prompt)
+    for response in responses:
+        rows = torch.cat([hidden_TD[: len(prompt)], hidden_TD[start : start + len(response)]])
+        start += len(response)
+        ours = (rows @ policy.unembedding.T).log_softmax(-1).detach()
+        truth = logits(model, prompt + response).log_softmax(-1)
+        assert (ours - truth).abs().max() < 1e-3  # nats, float32
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_135m_model_speaks_through_its_chat_template(smollm2_folder: Path) -> None:
+    policy = load_policy(ModelConfig(path=str(smollm2_folder)), vocabulary=[], seed=0, device=CPU)
+    ids = policy.text.encode_prompt("Say hello.")
+    assert policy.text.uses_chat_template
+    assert policy.text.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    assert policy.text.decode(policy.text.encode_response("Hello!")) == "Hello!"
