@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from isomorph.engine.config import UserError
 from isomorph.engine.types import RunFailed, RunState
 
 FORMAT = 1
+REPLACED = ".replaced-"  # before the name of a checkpoint while another one of its step takes its place
 
 
 def save_checkpoint(
@@ -38,8 +38,11 @@ def save_checkpoint(
         _write_tensors(partial / "weights.safetensors", weights)
         _write_tensors(partial / "optimizer.safetensors", learner)
         _write_text(partial / "state.json", json.dumps({"format": FORMAT, **dataclasses.asdict(state)}))
+        _sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            replaced = root / f"{REPLACED}{final.name}"
+            shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed here
+            final.rename(replaced)
         partial.rename(final)
         _sync(root)
     except (OSError, SafetensorError) as error:
@@ -49,8 +52,8 @@ def save_checkpoint(
         raise RunFailed(
             f"checkpoint of step {state.step} could not be written under {root}: {error}; {kept}"
         ) from error
-    for old in _complete(root)[:-keep]:
-        shutil.rmtree(old)
+    for old in (*_complete(root)[:-keep], *root.glob(f"{REPLACED}*")):
+        _discard(old)
     return final
 
 
@@ -63,20 +66,30 @@ def latest_checkpoint(root: Path) -> Path | None:
 def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str, Tensor]]:
     """State, weights and learner tensors. Raises UserError where they cannot be read."""
     try:
-        fields: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        fields = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         found = fields.pop("format")
-        if found != FORMAT:
-            raise UserError(f"{folder}: checkpoint format {found}, this version reads {FORMAT}")
-        weights = load_file(folder / "weights.safetensors")
-        return RunState(**fields), weights, load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        if found == FORMAT:
+            weights = load_file(folder / "weights.safetensors")
+            return RunState(**fields), weights, load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: not a readable checkpoint ({error}); delete it to resume from the one before"
         ) from error
+    raise UserError(f"{folder}: checkpoint format {found}, this version reads {FORMAT}")
 
 
 def _complete(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if (path / "state.json").is_file())
+    """Oldest first. A replaced one counts until its successor stands in its place."""
+    folders = (*root.glob(f"{REPLACED}step-*"), *root.glob("step-*"))
+    by_name = {path.name.removeprefix(REPLACED): path for path in folders if (path / "state.json").is_file()}
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def _discard(folder: Path) -> None:
+    """Under another name first: half deleted it must not look like a checkpoint."""
+    gone = folder.with_name(f".partial-{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _remove_partial(root: Path) -> None:
