@@ -418,3 +418,13 @@ def test_topological_order_puts_predecessors_first_and_finds_circles() -> None:
     assert list(pairwise(topological_order([[], [], []]))) == [(0, 1), (1, 2)]
     with pytest.raises(ValueError, match="circle"):
         topological_order([[1], [0], []])
+
+
+def test_constraints_come_in_any_order_and_wording() -> None:
+    procedure = _procedure([1, 2, 3], [(), (0,), (1,)])
+    texts = {render(procedure, "natural", random.Random(i), TERSE) for i in range(200)}
+    for pattern in (*wording.TERSE_INTROS, *wording.TERSE_QUESTIONS):
+        assert any(pattern in text for text in texts)
+    one_wording = TERSE.model_copy(update={"templates": 1})
+    texts = {render(procedure, "natural", random.Random(i), one_wording) for i in range(50)}
+    assert len(texts) == 2  # the two orders of the constraints
