@@ -11,6 +11,7 @@ that the sampler drew. The fingerprint sees a tensor that was left behind by a s
 fingerprint cannot: a sampler that computes with a copy it made of its weights earlier.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import UserError
+from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.policy import Policy
-from isomorph.engine.types import PackedBatch, Prompt, Publication, Rollout, RunFailed, Sampler, Sampling
+from isomorph.engine.types import Prompt, Publication, Rollout, RunFailed, Sampler, Sampling
 from isomorph.kernels.linear_logprob import linear_logprob
-from isomorph.kernels.packed_attention import PackedLayout
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
@@ -209,7 +210,6 @@ def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
         if tensor.numel() == 0:
             packs.append(_Pack(model.get_submodule(standing.name.rpartition(".")[0]), standing))
             continue
-        tensor[sum(num_rows[part] for part in standing.parts) :].zero_()  # padding
         views.update(split_rows(tensor, standing, num_rows))
     return views, packs
 
@@ -239,7 +239,12 @@ def trainer_logprob(
 
     ``rollouts`` stand as ``Sampler.generate`` returns them for ``prompts``.
     """
-    batch = _pack(prompts, rollouts, policy.device)
+    size = len(rollouts) // len(prompts)
+    unscored = [dataclasses.replace(r, sampler_logprob=None) for r in rollouts]  # so that every token is a target
+    parts = [
+        Part(prompt, tuple(unscored[i * size : (i + 1) * size]), (0.0,) * size) for i, prompt in enumerate(prompts)
+    ]
+    batch = pack_parts(parts, policy.device)
     stats = linear_logprob(
         policy.hidden(batch),
         policy.unembedding,
@@ -248,33 +253,6 @@ def trainer_logprob(
         temperature=temperature,
     )
     return list(stats.logprob.float().cpu().split([len(r.token_ids) for r in rollouts]))
-
-
-def _pack(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], device: torch.device) -> PackedBatch:
-    per_prompt = len(rollouts) // len(prompts)
-    groups = [rollouts[i : i + per_prompt] for i in range(0, len(rollouts), per_prompt)]
-    tokens: list[int] = []
-    rows: list[int] = []
-    for prompt, group in zip(prompts, groups, strict=True):
-        tokens += prompt.token_ids
-        last_prompt_row = len(tokens) - 1
-        for rollout in group:
-            rows += [last_prompt_row, *range(len(tokens), len(tokens) + len(rollout.token_ids) - 1)]
-            tokens += rollout.token_ids[:-1].tolist()
-    layout = PackedLayout.from_groups(
-        [len(p.token_ids) for p in prompts], [[len(r.token_ids) - 1 for r in group] for group in groups]
-    ).to(device)
-    seq_lens = torch.tensor([len(r.token_ids) for r in rollouts])
-    return PackedBatch(
-        token_ids=torch.tensor(tokens, device=device),
-        positions=layout.positions,
-        layout=layout,
-        row_index=torch.tensor(rows, device=device),
-        target_ids=torch.cat([r.token_ids for r in rollouts]).to(device),
-        seq_id=torch.repeat_interleave(seq_lens).to(device),
-        sampler_logprob=None,
-        advantage=torch.zeros(len(rollouts), device=device),
-    )
 
 
 # -- tripwire

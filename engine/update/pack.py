@@ -1,19 +1,17 @@
-"""Groups -> packed micro-batches. The one place where tokens are shifted against their targets.
+"""Groups -> updates -> micro-batches within the token budget.
 
-A group is packed as [P][R1]..[RG], without padding, its prompt once. The last token of a response is only ever a
-target, so it does not go through the decoder. A group above the token budget is split between responses, and its
-prompt then stands in each part; gradients do not depend on how the step is cut.
+A group above the budget is split between responses, and its prompt then stands in each part; gradients do not depend on
+how the step is cut.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig, UserError
-from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout
-from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.types import Group, PackedBatch, Rollout
 from isomorph.kernels.packing import assign_groups
 
 
@@ -29,19 +27,6 @@ class Update:
     num_loss_tok: int
     num_seqs: int  # with at least one token that counts
     num_dropped_tok: int  # sampler log-probability not finite
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Some responses of one group, with their advantages."""
-
-    prompt: Prompt
-    rollouts: tuple[Rollout, ...]
-    advantages: tuple[float, ...]
-
-    @property
-    def num_tok(self) -> int:
-        return len(self.prompt.token_ids) + sum(len(r.token_ids) - 1 for r in self.rollouts)
 
 
 def pack(
@@ -64,16 +49,16 @@ def _update(groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, d
     counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
     num_known = [_num_known(r) for r in counted]
     return Update(
-        batches=tuple(_pack_parts([trained[i] for i in members], device) for members in bins),
+        batches=tuple(pack_parts([trained[i] for i in members], device) for members in bins),
         num_loss_tok=sum(num_known),
         num_seqs=sum(num > 0 for num in num_known),
         num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
     )
 
 
-def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[_Part]:
+def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[Part]:
     """The group's responses that have a gradient, cut so that each part fits the budget."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     room = -1  # even a response without inner tokens needs a prompt before it
     for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
         if min(len(group.prompt.token_ids), len(rollout.token_ids)) == 0:
@@ -88,59 +73,14 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[_Part
                     f"batch.max_tok={max_tok} cannot hold prompt {group.prompt.prompt_id} with one response: "
                     f"{len(group.prompt.token_ids)} + {size} tokens; raise it, or lower sampling.max_new_tok"
                 )
-            parts.append(_Part(group.prompt, (), ()))
+            parts.append(Part(group.prompt, (), ()))
         room -= size
         last = parts[-1]
-        parts[-1] = _Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage))
+        parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage))
     return parts
-
-
-def _pack_parts(parts: Sequence[_Part], device: torch.device) -> PackedBatch:
-    token_ids: list[Tensor] = []
-    row_index: list[Tensor] = []
-    start = 0
-    for part in parts:
-        prompt_end = start + len(part.prompt.token_ids)
-        token_ids.append(torch.tensor(part.prompt.token_ids))
-        start = prompt_end
-        for rollout in part.rollouts:
-            inner = rollout.token_ids[:-1]
-            token_ids.append(inner)
-            # the first token is predicted by the prompt's last row, every other by the token before it
-            row_index.append(torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + len(inner))]))
-            start += len(inner)
-    rollouts = [r for part in parts for r in part.rollouts]
-    lens = torch.tensor([len(r.token_ids) for r in rollouts])
-    rows, targets = torch.cat(row_index), torch.cat([r.token_ids for r in rollouts])
-    seq_id = torch.arange(len(rollouts)).repeat_interleave(lens)
-    sampler_logprob = _sampler_logprob(rollouts)
-    layout = PackedLayout.from_groups(
-        [len(part.prompt.token_ids) for part in parts],
-        [[len(r.token_ids) - 1 for r in part.rollouts] for part in parts],
-    ).to(device)
-    if sampler_logprob is not None:
-        is_finite = sampler_logprob.isfinite()
-        rows, targets, seq_id, sampler_logprob = (x[is_finite] for x in (rows, targets, seq_id, sampler_logprob))
-    return PackedBatch(
-        token_ids=torch.cat(token_ids).to(device),
-        positions=layout.positions,
-        layout=layout,
-        row_index=rows.to(device),
-        target_ids=targets.to(device),
-        seq_id=seq_id.to(device),
-        sampler_logprob=None if sampler_logprob is None else sampler_logprob.to(device),
-        advantage=torch.tensor([a for part in parts for a in part.advantages]).to(device),
-    )
 
 
 def _num_known(rollout: Rollout) -> int:
     """Tokens that can be trained: what the sampler could not give a log-probability to cannot be corrected for."""
     logprob = rollout.sampler_logprob
     return len(rollout.token_ids) if logprob is None else int(logprob.isfinite().sum())
-
-
-def _sampler_logprob(rollouts: Sequence[Rollout]) -> Tensor | None:
-    known = [r.sampler_logprob for r in rollouts if r.sampler_logprob is not None]
-    if known and len(known) != len(rollouts):
-        raise ValueError("either all rollouts of a batch carry the sampler's log-probability or none does")
-    return torch.cat(known) if known else None

@@ -1,0 +1,76 @@
+"""The one place where tokens are shifted against their targets.
+
+A group is packed as [P][R1]..[RG], without padding, its prompt once. The last token of a response is only ever a
+target, so it does not go through the decoder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.types import PackedBatch, Prompt, Rollout
+from isomorph.kernels.packed_attention import PackedLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some responses of one group, with their advantages."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    advantages: tuple[float, ...]
+
+    @property
+    def num_tok(self) -> int:
+        return len(self.prompt.token_ids) + sum(len(r.token_ids) - 1 for r in self.rollouts)
+
+
+def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
+    """``parts`` one after the other. A token whose sampler log-probability is not finite is no target.
+
+    Raises ValueError where some rollouts carry the sampler's log-probability and others do not.
+    """
+    token_ids: list[Tensor] = []
+    row_index: list[Tensor] = []
+    start = 0
+    for part in parts:
+        prompt_end = start + len(part.prompt.token_ids)
+        token_ids.append(torch.tensor(part.prompt.token_ids))
+        start = prompt_end
+        for rollout in part.rollouts:
+            inner = rollout.token_ids[:-1]
+            token_ids.append(inner)
+            # the first token is predicted by the prompt's last row, every other by the token before it
+            row_index.append(torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + len(inner))]))
+            start += len(inner)
+    rollouts = [r for part in parts for r in part.rollouts]
+    lens = torch.tensor([len(r.token_ids) for r in rollouts])
+    rows, targets = torch.cat(row_index), torch.cat([r.token_ids for r in rollouts])
+    seq_id = torch.arange(len(rollouts)).repeat_interleave(lens)
+    sampler_logprob = _sampler_logprob(rollouts)
+    layout = PackedLayout.from_groups(
+        [len(part.prompt.token_ids) for part in parts],
+        [[len(r.token_ids) - 1 for r in part.rollouts] for part in parts],
+    ).to(device)
+    if sampler_logprob is not None:
+        is_finite = sampler_logprob.isfinite()
+        rows, targets, seq_id, sampler_logprob = (x[is_finite] for x in (rows, targets, seq_id, sampler_logprob))
+    return PackedBatch(
+        token_ids=torch.cat(token_ids).to(device),
+        positions=layout.positions,
+        layout=layout,
+        row_index=rows.to(device),
+        target_ids=targets.to(device),
+        seq_id=seq_id.to(device),
+        sampler_logprob=None if sampler_logprob is None else sampler_logprob.to(device),
+        advantage=torch.tensor([a for part in parts for a in part.advantages]).to(device),
+    )
+
+
+def _sampler_logprob(rollouts: Sequence[Rollout]) -> Tensor | None:
+    known = [r.sampler_logprob for r in rollouts if r.sampler_logprob is not None]
+    if known and len(known) != len(rollouts):
+        raise ValueError("either all rollouts of a batch carry the sampler's log-probability or none does")
+    return torch.cat(known) if known else None
