@@ -171,7 +171,8 @@ def doctor() -> None:
 
     findings = examine()
     show_findings(findings, console)
-    raise typer.Exit(0 if is_sound(findings) else 1)
+    if not is_sound(findings):
+        sys.exit(1)
 
 
 class _Stop:

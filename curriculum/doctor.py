@@ -9,9 +9,7 @@ import importlib.util
 import os
 import platform
 import shutil
-import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from isomorph.curriculum import machine
 
 State = Literal["ok", "missing", "problem"]
 STYLE_OF: dict[State, str] = {"ok": "green", "missing": "yellow", "problem": "bold red"}
@@ -52,7 +52,6 @@ VARIABLES = {
 }
 MIN_MEMORY_GIB, MIN_DISK_GIB = 2.0, 2.0
 MIN_SHARE = 0.85  # of the processor time that the threads ask for; below it they wait for other processes
-PROBE_S = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,28 +236,18 @@ def _bodies_on(device: str) -> Finding:
 def _threads() -> Finding:
     import torch
 
-    threads, cores = torch.get_num_threads(), _usable_cores()
+    threads, cores = torch.get_num_threads(), machine.usable_cores()
     if threads > cores:
         advice = f"they wait for each other: set OMP_NUM_THREADS={max(1, int(cores))}, or run.threads in the recipe"
         return Finding("threads", "problem", f"{threads} on {cores:g} usable cores", advice)
     return Finding("threads", "ok", f"{threads} on {cores:g} usable cores")
 
 
-def _usable_cores() -> float:
-    """Of the processor, less what affinity or a container's quota takes away."""
-    cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        allowed, period = quota.read_text().split()
-        cores = cores if allowed == "max" else min(cores, int(allowed) / int(period))
-    return cores
-
-
 def _contention() -> Finding:
     """Whether the threads get the processor time that they ask for."""
     import torch
 
-    share, speedup = measure_contention()
+    share, speedup = machine.measure_contention()
     found = (
         f"{torch.get_num_threads()} threads: {share:.0%} of the time they ask for, {speedup:.1f} times as fast as one"
     )
@@ -269,43 +258,9 @@ def _contention() -> Finding:
     return Finding("contention", "ok", found)
 
 
-def measure_contention(seconds: float = PROBE_S) -> tuple[float, float]:
-    """Processor time over wall time per thread in matrix products, and how much faster they are than on one thread.
-
-    OpenMP threads that wait for a descheduled one spin or sleep: either way wall time passes that none of them uses.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone, _ = _products(seconds / 2)
-        torch.set_num_threads(threads)
-        together, share = _products(seconds)
-    finally:
-        torch.set_num_threads(threads)
-    return share / threads, alone / together
-
-
-def _products(seconds: float) -> tuple[float, float]:
-    """Median seconds of one product, and processor seconds per wall second over all of them."""
-    import torch
-
-    a = torch.ones(640, 640)
-    a @ a  # wakes the threads up
-    times: list[float] = []
-    wall, processor = time.perf_counter(), time.process_time()
-    while not times or time.perf_counter() - wall < seconds:
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    share = (time.process_time() - processor) / (time.perf_counter() - wall)
-    return statistics.median(times), share
-
-
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    free = _available_gib()
+    free = machine.available_gib()
     if free is None:
         return Finding("memory", "ok", f"{total:.1f} GiB")
     found = f"{free:.1f} GiB free of {total:.1f} GiB"
@@ -313,19 +268,6 @@ def _memory() -> Finding:
         advice = "even the quickstart wants 2 GiB: end other processes"
         return Finding("memory", "problem", found, advice)
     return Finding("memory", "ok", found)
-
-
-def _available_gib() -> float | None:
-    """What Linux can hand out, less a container's limit; None elsewhere."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) / 2**20
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, (int(text) - int(used.read_text())) / 2**30)
-    return free
 
 
 def _disk() -> Finding:

@@ -3,15 +3,24 @@
 A representation has one colour everywhere. Where several runs share a picture the colours stand for runs instead.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from isomorph.curriculum.drawing import (
+    dot,
+    dress,
+    errorbars,
+    legend,
+    mark_stages,
+    moving_average,
+    new_figure,
+    percent,
+    smoothing_window,
+)
 from isomorph.curriculum.run_record import ExamResult, RunRecord, Span, series
 from isomorph.curriculum.transfer import Accuracy, TransferMatrix
 from isomorph.engine.record.runlog import Row
@@ -23,8 +32,6 @@ RUN_COLOURS = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255",
 RUN_LINES = ("-", "--", ":", "-.")
 PHASES = ("generate", "judge", "pack", "update", "publish", "rest")
 PHASE_COLOURS = ("#4477AA", "#EE6677", "#CCBB44", "#228833", "#AA3377", "#BBBBBB")
-WIDTH_IN = 9.0
-MIN_LABEL_SHARE = 0.09  # of the axis: a narrower stage has its name written slanted
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -40,17 +47,6 @@ def phase_seconds(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     return seconds
 
 
-def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last ``window`` values that are not NaN; NaN where there is none."""
-    known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
-    num = counts[end] - counts[start]
-    return np.where(num > 0, (sums[end] - sums[start]) / np.maximum(num, 1), np.nan)
-
-
 def learning(record: RunRecord) -> Figure:
     """Loss on demonstrations, and reward per representation in the stages of reinforcement."""
     supervised = [span for span in record.spans if span.stage.objective.is_supervised]
@@ -60,19 +56,19 @@ def learning(record: RunRecord) -> Figure:
         parts.append((1.0, lambda ax: _loss(ax, supervised)))
     if reinforced:
         parts.append((2.0, lambda ax: _rewards(ax, record, reinforced)))
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=[share for share, _ in parts])[0]
     for ax, (_, draw) in zip(axes, parts, strict=True):
         draw(ax)
-    _legend(figure)
+    legend(figure)
     return figure
 
 
 def _loss(ax: Axes, spans: Sequence[Span]) -> None:
     for span in spans:
-        ax.plot(series(span.rows, "step"), series(span.rows, "loss"), color="#555555", lw=1.2, marker=_dot(span))
-    _dress(ax, "loss on demonstrations", "nats per token")
-    _mark_stages(ax, spans)
+        ax.plot(series(span.rows, "step"), series(span.rows, "loss"), color="#555555", lw=1.2, marker=dot(span))
+    dress(ax, "loss on demonstrations", "nats per token")
+    mark_stages(ax, spans)
 
 
 def _rewards(ax: Axes, record: RunRecord, spans: Sequence[Span]) -> None:
@@ -82,39 +78,32 @@ def _rewards(ax: Axes, record: RunRecord, spans: Sequence[Span]) -> None:
         steps = series(span.rows, "step")
         for name in dict.fromkeys(part.representation for part in span.stage.mixture):
             reward = series(span.rows, f"reward/{name}")
-            ax.plot(steps, reward, color=colour_of[name], alpha=0.3, lw=0.8, marker=_dot(span), ms=3)
-            smooth = moving_average(reward, _window(len(steps)))
+            ax.plot(steps, reward, color=colour_of[name], alpha=0.3, lw=0.8, marker=dot(span), ms=3)
+            smooth = moving_average(reward, smoothing_window(len(steps)))
             ax.plot(steps, smooth, color=colour_of[name], lw=2, label=None if name in labelled else name)
             labelled.add(name)
-    _dress(ax, "reward per step (thick: moving average)", "mean reward, 0 to 1")
+    dress(ax, "reward per step (thick: moving average)", "mean reward, 0 to 1")
     ax.set_ylim(-0.02, 1.02)
-    _mark_stages(ax, spans)
+    mark_stages(ax, spans)
 
 
 def exam_accuracy(record: RunRecord) -> Figure:
     """Greedy accuracy per representation at each boundary, with intervals and the naive floor."""
-    figure = _figure(3.8)
+    figure = new_figure(3.8)
     ax = figure.subplots()
     names = list(dict.fromkeys(name for exam in record.exams for name in exam.accuracy))
     colour_of = colours(record.representations)
     for i, name in enumerate(names):
         shift = 0.06 * (i - (len(names) - 1) / 2)
         at = [(x + shift, exam.accuracy[name]) for x, exam in enumerate(record.exams) if name in exam.accuracy]
-        _errorbars(ax, at, color=colour_of[name], label=name)
+        errorbars(ax, at, color=colour_of[name], label=name)
     _floors(ax, {name: value for name, value in record.floor.items() if value is not None}, colour_of)
     ax.set_xticks(range(len(record.exams)), [_exam_name(exam) for exam in record.exams])
     ax.set_xlim(-0.4, len(record.exams) - 0.6)
-    _dress(ax, "greedy accuracy at each exam, 95 % intervals", "accuracy", x="")
-    _percent(ax)
-    _legend(figure)
+    dress(ax, "greedy accuracy at each exam, 95 % intervals", "accuracy", x="")
+    percent(ax)
+    legend(figure)
     return figure
-
-
-def _errorbars(ax: Axes, at: Sequence[tuple[float, Accuracy]], **style: Any) -> None:
-    rates = np.array([accuracy.rate for _, accuracy in at])
-    spread = [rates - [a.low for _, a in at], [a.high for _, a in at] - rates]
-    # rounding may leave an end a hair inside the rate
-    ax.errorbar([x for x, _ in at], rates, yerr=np.maximum(spread, 0), marker="o", ms=5, capsize=3, **style)
 
 
 def _floors(ax: Axes, floor: Mapping[str, float], colour_of: Mapping[str, str]) -> None:
@@ -142,7 +131,7 @@ def health(record: RunRecord) -> Figure:
     """Small multiples of what tells a sound run from a sick one; a column that was never measured has no panel."""
     panels = [panel for panel in HEALTH if np.isfinite(series(record.rows, panel[0])).any()]
     num_rows = -(-len(panels) // 2)
-    figure = _figure(1.9 * num_rows)
+    figure = new_figure(1.9 * num_rows)
     axes = list(figure.subplots(num_rows, 2, squeeze=False).flat)
     steps = series(record.rows, "step")
     for ax, (column, title, unit, factor, scale) in zip(axes, panels, strict=False):
@@ -152,8 +141,8 @@ def health(record: RunRecord) -> Figure:
         ax.set_yscale(scale)
         if unit == "%":
             ax.set_ylim(0, 1.05 * max(1.0, ax.get_ylim()[1]))
-        _dress(ax, title, unit, x="")
-        _mark_stages(ax, record.spans, named=False)
+        dress(ax, title, unit, x="")
+        mark_stages(ax, record.spans, named=False)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     for ax in axes[max(0, len(panels) - 2) : len(panels)]:
@@ -163,7 +152,7 @@ def health(record: RunRecord) -> Figure:
 
 def anatomy(record: RunRecord) -> Figure:
     """Stacked seconds per phase over the steps."""
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     ax = figure.subplots()
     steps = series(record.rows, "step")
     seconds = phase_seconds(record.rows)
@@ -171,9 +160,9 @@ def anatomy(record: RunRecord) -> Figure:
         _stacked_bars(ax, steps, seconds)
     else:
         ax.stackplot(steps, *(seconds[phase] for phase in PHASES), labels=PHASES, colors=PHASE_COLOURS, lw=0)
-    _dress(ax, "where the seconds of a step go", "seconds")
-    _mark_stages(ax, record.spans)
-    _legend(figure)
+    dress(ax, "where the seconds of a step go", "seconds")
+    mark_stages(ax, record.spans)
+    legend(figure)
     return figure
 
 
@@ -187,7 +176,7 @@ def _stacked_bars(ax: Axes, steps: np.ndarray, seconds: Mapping[str, np.ndarray]
 def transfer_picture(matrix: TransferMatrix) -> Figure:
     """Trained on x evaluated on: accuracy as colour and in figures."""
     num_rows, num_columns = len(matrix.trained_on), len(matrix.evaluated_on)
-    figure = _figure(1.2 + 0.55 * num_rows)
+    figure = new_figure(1.2 + 0.55 * num_rows)
     ax = figure.subplots()
     cells = [[matrix.cell(row, column) for column in matrix.evaluated_on] for row in matrix.trained_on]
     rates = np.array([[np.nan if cell is None else cell.rate for cell in row] for row in cells])
@@ -216,7 +205,7 @@ def _write_cell(ax: Axes, x: int, y: int, cell: Accuracy | None) -> None:
 
 def compare_rewards(records: Sequence[RunRecord], names: Sequence[str]) -> Figure:
     """Moving average of the mean reward in the stages of reinforcement, one line a run."""
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     ax = figure.subplots()
     for i, (record, name) in enumerate(zip(records, names, strict=True)):
         label: str | None = name
@@ -224,13 +213,13 @@ def compare_rewards(records: Sequence[RunRecord], names: Sequence[str]) -> Figur
             if span.stage.objective.is_supervised:
                 continue
             steps = _reinforced_before(record, span.first - 1) + series(span.rows, "stage_step")
-            smooth = moving_average(series(span.rows, "reward/mean"), _window(len(span.rows)))
-            ax.plot(steps, smooth, label=label, marker=_dot(span), **_run_style(i))
+            smooth = moving_average(series(span.rows, "reward/mean"), smoothing_window(len(span.rows)))
+            ax.plot(steps, smooth, label=label, marker=dot(span), **_run_style(i))
             label = None
-    _dress(ax, "reward per step, moving average (a gap: the next stage)", "mean reward, 0 to 1")
+    dress(ax, "reward per step, moving average (a gap: the next stage)", "mean reward, 0 to 1")
     ax.set_xlabel("step of reinforcement", fontsize=9)
     ax.set_ylim(-0.02, 1.02)
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -238,24 +227,24 @@ def compare_accuracy(records: Sequence[RunRecord], names: Sequence[str]) -> Figu
     """Greedy accuracy over the steps of reinforcement, a panel for each representation, one line a run."""
     panels = list(dict.fromkeys(r for record in records for exam in record.exams for r in exam.accuracy))
     num_rows = -(-len(panels) // 2)
-    figure = _figure(2.6 * num_rows)
+    figure = new_figure(2.6 * num_rows)
     axes = list(figure.subplots(num_rows, 2, squeeze=False, sharey=True).flat)
     for ax, representation in zip(axes, panels, strict=False):
         for i, (record, name) in enumerate(zip(records, names, strict=True)):
             _accuracy_over_steps(ax, record, representation, name, i)
-        _dress(ax, representation, "accuracy")
+        dress(ax, representation, "accuracy")
         ax.set_xlabel("steps of reinforcement", fontsize=9)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    _percent(axes[0])  # they share it
-    _legend(figure)
+    percent(axes[0])  # they share it
+    legend(figure)
     return figure
 
 
 def _accuracy_over_steps(ax: Axes, record: RunRecord, representation: str, name: str, i: int) -> None:
     exams = [exam for exam in record.exams if representation in exam.accuracy]
     at = [(_reinforced_before(record, exam.step), exam.accuracy[representation]) for exam in exams]
-    _errorbars(ax, at, label=name, **_run_style(i))
+    errorbars(ax, at, label=name, **_run_style(i))
 
 
 def _reinforced_before(record: RunRecord, step: int) -> int:
@@ -263,100 +252,8 @@ def _reinforced_before(record: RunRecord, step: int) -> int:
     return sum(len(s.rows) for s in record.spans if s.last <= step and not s.stage.objective.is_supervised)
 
 
-def _run_style(i: int) -> dict[str, str]:
+def _run_style(i: int) -> dict[str, Any]:
     return {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "ls": RUN_LINES[i // len(RUN_COLOURS) % len(RUN_LINES)]}
-
-
-def _figure(height_in: float) -> Figure:
-    return Figure(figsize=(WIDTH_IN, height_in), dpi=110, layout="constrained")
-
-
-def _dress(ax: Axes, title: str, y: str, *, x: str = "step") -> None:
-    ax.set_title(title, fontsize=10, loc="left", pad=16 if x == "step" else 6)
-    ax.set_xlabel(x, fontsize=9)
-    ax.set_ylabel(y, fontsize=9)
-    ax.tick_params(which="both", labelsize=8)
-    ax.grid(axis="y", color="#dddddd", lw=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    if x == "step":
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _percent(ax: Axes) -> None:
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylim(bottom=0)
-
-
-def _mark_stages(ax: Axes, spans: Sequence[Span], *, named: bool = True) -> None:
-    """Bands in alternating grey, named above the axis; a stage's width grows with the root of its steps.
-
-    So a long warm-up does not press the stages after it into a stripe. Inside a stage the axis is linear.
-    """
-    steps, places = _places(spans)
-    ax.set_xscale("function", functions=(lambda s: np.interp(s, steps, places), lambda p: np.interp(p, places, steps)))
-    ax.set_xlim(steps[0], steps[-1])
-    ax.set_xticks(_ticks(spans))
-    for i, span in enumerate(spans):
-        if i % 2:
-            ax.axvspan(span.first - 0.5, span.last + 0.5, color="#f0f0f0", zorder=0)
-        if i:
-            ax.axvline(span.first - 0.5, color="#999999", lw=0.8, ls="--")
-    if named:
-        _name_stages(ax, spans, steps, places)
-
-
-def _places(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """Knots of the axis: steps at which stages begin and end, and where between 0 and 1 they stand."""
-    steps, places = [spans[0].first - 0.5], [0.0]
-    for span in spans:
-        if span.first - 0.5 > steps[-1]:  # steps of another stage lie between
-            steps.append(span.first - 0.5)
-            places.append(places[-1] + 0.2)
-        steps.append(span.last + 0.5)
-        places.append(places[-1] + math.sqrt(span.last - span.first + 1))
-    return np.array(steps), np.array(places) / places[-1]
-
-
-def _ticks(spans: Sequence[Span]) -> list[int]:
-    """The first step of each stage, the middle of a long one, and the last step of all."""
-    middles = [(span.first + span.last) // 2 for span in spans if span.last - span.first > 8]
-    return sorted({*(span.first for span in spans), *middles, spans[-1].last})
-
-
-def _name_stages(ax: Axes, spans: Sequence[Span], steps: np.ndarray, places: np.ndarray) -> None:
-    for span in spans:
-        left, right = np.interp([span.first - 0.5, span.last + 0.5], steps, places)
-        ax.text(
-            (span.first + span.last) / 2,
-            1.01,
-            span.stage.name,
-            transform=ax.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color="#555555",
-            rotation=35 if right - left < MIN_LABEL_SHARE else 0,
-        )
-
-
-def _legend(figure: Figure) -> None:
-    """One for the whole figure, under it."""
-    entries = {
-        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    if entries:
-        labels = sorted(entries, key=lambda label: label.startswith("floor"))
-        handles = [entries[label] for label in labels]
-        figure.legend(handles, labels, loc="outside lower left", ncols=5, fontsize=9, frameon=False)
-
-
-def _window(num_steps: int) -> int:
-    return max(1, min(20, num_steps // 5))
-
-
-def _dot(span: Span) -> str | None:
-    """Short stages show their points; a line alone would hide a stage of one step."""
-    return "." if len(span.rows) <= 40 else None
 
 
 def _exam_name(exam: ExamResult) -> str:

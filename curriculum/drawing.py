@@ -1,0 +1,131 @@
+"""What the pictures of a report have in common: the page's width, titles and axes, stages along the steps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from isomorph.curriculum.run_record import Span
+from isomorph.curriculum.transfer import Accuracy
+
+WIDTH_IN = 9.0
+MIN_LABEL_SHARE = 0.09  # of the axis: a narrower stage has its name written slanted
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last ``window`` values that are not NaN; NaN where there is none."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    num = counts[end] - counts[start]
+    return np.where(num > 0, (sums[end] - sums[start]) / np.maximum(num, 1), np.nan)
+
+
+def errorbars(ax: Axes, at: Sequence[tuple[float, Accuracy]], **style: Any) -> None:
+    """Accuracies at their places on the axis, joined, with their intervals."""
+    rates = np.array([accuracy.rate for _, accuracy in at])
+    spread = [rates - [a.low for _, a in at], [a.high for _, a in at] - rates]
+    # rounding may leave an end a hair inside the rate
+    ax.errorbar([x for x, _ in at], rates, yerr=np.maximum(spread, 0), marker="o", ms=5, capsize=3, **style)
+
+
+def new_figure(height_in: float) -> Figure:
+    """Of the page's width."""
+    return Figure(figsize=(WIDTH_IN, height_in), dpi=110, layout="constrained")
+
+
+def dress(ax: Axes, title: str, y: str, *, x: str = "step") -> None:
+    """Title, labels and a light grid; room under the title for the stages' names where x is the step."""
+    ax.set_title(title, fontsize=10, loc="left", pad=16 if x == "step" else 6)
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
+    ax.tick_params(which="both", labelsize=8)
+    ax.grid(axis="y", color="#dddddd", lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    if x == "step":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def percent(ax: Axes) -> None:
+    """The y axis in percent, from 0 on."""
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_ylim(bottom=0)
+
+
+def mark_stages(ax: Axes, spans: Sequence[Span], *, named: bool = True) -> None:
+    """Bands in alternating grey, named above the axis; a stage's width grows with the root of its steps.
+
+    So a long warm-up does not press the stages after it into a stripe. Inside a stage the axis is linear.
+    """
+    steps, places = _places(spans)
+    ax.set_xscale("function", functions=(lambda s: np.interp(s, steps, places), lambda p: np.interp(p, places, steps)))
+    ax.set_xlim(steps[0], steps[-1])
+    ax.set_xticks(_ticks(spans))
+    for i, span in enumerate(spans):
+        if i % 2:
+            ax.axvspan(span.first - 0.5, span.last + 0.5, color="#f0f0f0", zorder=0)
+        if i:
+            ax.axvline(span.first - 0.5, color="#999999", lw=0.8, ls="--")
+    if named:
+        _name_stages(ax, spans, steps, places)
+
+
+def _places(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """Knots of the axis: steps at which stages begin and end, and where between 0 and 1 they stand."""
+    steps, places = [spans[0].first - 0.5], [0.0]
+    for span in spans:
+        if span.first - 0.5 > steps[-1]:  # steps of another stage lie between
+            steps.append(span.first - 0.5)
+            places.append(places[-1] + 0.2)
+        steps.append(span.last + 0.5)
+        places.append(places[-1] + math.sqrt(span.last - span.first + 1))
+    return np.array(steps), np.array(places) / places[-1]
+
+
+def _ticks(spans: Sequence[Span]) -> list[int]:
+    """The first step of each stage, the middle of a long one, and the last step of all."""
+    middles = [(span.first + span.last) // 2 for span in spans if span.last - span.first > 8]
+    return sorted({*(span.first for span in spans), *middles, spans[-1].last})
+
+
+def _name_stages(ax: Axes, spans: Sequence[Span], steps: np.ndarray, places: np.ndarray) -> None:
+    for span in spans:
+        left, right = np.interp([span.first - 0.5, span.last + 0.5], steps, places)
+        ax.text(
+            (span.first + span.last) / 2,
+            1.01,
+            span.stage.name,
+            transform=ax.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="#555555",
+            rotation=35 if right - left < MIN_LABEL_SHARE else 0,
+        )
+
+
+def legend(figure: Figure) -> None:
+    """One for the whole figure, under it."""
+    entries = {
+        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    if entries:
+        labels = sorted(entries, key=lambda label: label.startswith("floor"))
+        handles = [entries[label] for label in labels]
+        figure.legend(handles, labels, loc="outside lower left", ncols=5, fontsize=9, frameon=False)
+
+
+def smoothing_window(num_steps: int) -> int:
+    """Steps that a moving average goes over: a fifth of them, at most 20."""
+    return max(1, min(20, num_steps // 5))
+
+
+def dot(span: Span) -> str | None:
+    """Short stages show their points; a line alone would hide a stage of one step."""
+    return "." if len(span.rows) <= 40 else None
