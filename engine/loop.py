@@ -63,9 +63,10 @@ def train(crew: Crew, state: RunState) -> RunState:
             crew.learner.enter(stage)
             state = dataclasses.replace(state, stage=stage.name)
         state = step(crew, state, stage)
-        if state.step % crew.config.checkpoint_every == 0 or crew.stop_requested():
+        is_stopping = crew.stop_requested()  # asked once: a request between two questions would find no checkpoint
+        if is_stopping or state.step % crew.config.checkpoint_every == 0:
             save(crew, state)
-        if crew.stop_requested():
+        if is_stopping:
             raise KeyboardInterrupt
 
 

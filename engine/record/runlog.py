@@ -48,31 +48,38 @@ class RunLog:
         return time.perf_counter() - self._started
 
     def write_step(self, row: Row, line: str) -> None:
-        """One row, flushed to the disk's cache, and one line."""
-        try:
-            with (self.folder / "steps.jsonl").open("a") as file:
-                file.write(json.dumps(_jsonable(row)) + "\n")
-        except OSError as error:
-            raise RunFailed(f"steps.jsonl cannot be written in {self.folder}: {error}") from error
+        """One row, flushed to the disk's cache, and one line. Raises RunFailed where the disk refuses."""
+        with self._writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(_jsonable(row)) + "\n")
         self.say(line)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], description=row["stage"])
 
     def write_completions(self, name: str, rows: Sequence[Row]) -> None:
-        """``completions/name.jsonl``: what was answered, with what it was worth."""
+        """``completions/name.jsonl``: what was answered, with what it was worth. Raises RunFailed as above."""
         folder = self.folder / "completions"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
+        with self._writing(f"completions/{name}.jsonl"):
+            folder.mkdir(exist_ok=True)
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """``name`` under the run folder, replaced in one piece."""
+        """``name`` under the run folder, replaced in one piece. Raises RunFailed as above."""
         partial = self.folder / f".{name}"
-        partial.write_text(json.dumps(_jsonable(dict(value)), indent=2) + "\n")
-        os.replace(partial, self.folder / name)
+        with self._writing(name):
+            partial.write_text(json.dumps(_jsonable(dict(value)), indent=2) + "\n")
+            os.replace(partial, self.folder / name)
 
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar where there is one."""
-        (self._progress.console if self._progress else self.console).print(text, highlight=False, soft_wrap=True)
+        console = self._progress.console if self._progress else self.console
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)  # as it is, brackets and all
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFailed(f"{name} cannot be written in {self.folder}: {error}") from error
 
     @contextlib.contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
