@@ -1,0 +1,112 @@
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from isomorph.engine.record.runlog import RunLog, read_steps
+from isomorph.engine.types import RunFailed
+
+
+def make_log(folder: Path, *, terminal: bool = False) -> tuple[RunLog, io.StringIO]:
+    out = io.StringIO()
+    return RunLog(folder, Console(file=out, force_terminal=terminal, width=80)), out
+
+
+def test_a_step_is_one_row_on_the_disk_and_one_line_on_the_console(tmp_path: Path) -> None:
+    log, out = make_log(tmp_path)
+    log.write_step({"step": 1, "stage": "a", "loss": 0.5}, "step 1 reward 0.5")
+    log.write_step({"step": 2, "stage": "a", "loss": 0.25}, "x" * 300)
+    assert read_steps(tmp_path) == [{"step": 1, "stage": "a", "loss": 0.5}, {"step": 2, "stage": "a", "loss": 0.25}]
+    assert out.getvalue().splitlines() == ["step 1 reward 0.5", "x" * 300]
+
+
+def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path)
+    row = {"step": 1, "stage": "a", "kl": math.nan, "deep": {"x": [math.inf, 1.0], "y": (-math.inf, "t", None, True)}}
+    log.write_step(row, "")
+    assert (tmp_path / "steps.jsonl").read_text() == (
+        '{"step": 1, "stage": "a", "kl": null, "deep": {"x": [null, 1.0], "y": [null, "t", null, true]}}\n'
+    )
+
+
+def test_the_console_shows_a_line_as_it_is(tmp_path: Path) -> None:
+    log, out = make_log(tmp_path)
+    log.say("[graph] 12.0% [10.1%, 14.2%] [/answer] :stir: <answer>")
+    assert out.getvalue() == "[graph] 12.0% [10.1%, 14.2%] [/answer] :stir: <answer>\n"
+
+
+def test_lines_are_told_through_the_bar_of_a_terminal_too(tmp_path: Path) -> None:
+    log, out = make_log(tmp_path, terminal=True)
+    with log.progress(done=3, total=10):
+        log.write_step({"step": 4, "stage": "words"}, "step 4")
+        assert "step 4" in out.getvalue()
+    log.say("after")
+    assert "4/10" in out.getvalue() and "words" in out.getvalue()
+
+
+def test_phases_are_timed_and_forgotten_with_the_next_step(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path)
+    log.begin_step()
+    for _ in range(2):
+        with log.time("generate"):
+            time.sleep(0.02)
+    with pytest.raises(ZeroDivisionError), log.time("update"):
+        1 / 0  # noqa: B018
+    assert 0.04 <= log.times["generate"] <= log.step_seconds()
+    assert set(log.times) == {"generate", "update"}
+    log.begin_step()
+    assert log.times == {} and log.step_seconds() < 0.04
+
+
+def test_completions_are_json_lines(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path)
+    rows = [{"text": "zwölf\n\u2028 ✓", "reward": 1.0}, {"text": "", "reward": math.nan}]
+    log.write_completions("step-00000010", rows)
+    lines = (tmp_path / "completions" / "step-00000010.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [rows[0], {"text": "", "reward": None}]
+
+
+def test_a_json_file_is_replaced_in_one_piece(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path)
+    log.write_json("run.json", {"seed": 1})
+    with pytest.raises(TypeError):
+        log.write_json("run.json", {"seed": object()})
+    log.write_json("summary.json", {"x": math.nan})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"seed": 1}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"x": None}
+
+
+def test_a_disk_that_refuses_fails_the_run(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path / "gone")
+    with pytest.raises(RunFailed, match="steps.jsonl cannot be written"):
+        log.write_step({"step": 1, "stage": "a"}, "")
+    with pytest.raises(RunFailed, match="completions/exam.jsonl cannot be written"):
+        log.write_completions("exam", [])
+    with pytest.raises(RunFailed, match="run.json cannot be written"):
+        log.write_json("run.json", {})
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path)
+    for step in range(1, 8):
+        log.write_step({"step": step, "stage": "a"}, "")
+        log.write_completions(f"step-{step:08d}", [])
+    log.write_completions("exam-start", [])
+    with (tmp_path / "steps.jsonl").open("a") as file:
+        file.write('{"step": 8, "sta')  # killed while writing
+    assert [row["step"] for row in read_steps(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    log.cut_after(4)
+    log.write_step({"step": 5, "stage": "a"}, "")
+    assert [row["step"] for row in read_steps(tmp_path)] == [1, 2, 3, 4, 5]
+    names = sorted(p.name for p in (tmp_path / "completions").iterdir())
+    assert names == ["exam-start.jsonl"] + [f"step-{step:08d}.jsonl" for step in range(1, 5)]
+
+
+def test_resuming_before_the_first_row_finds_nothing_to_drop(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path)
+    log.cut_after(0)
+    assert list(tmp_path.iterdir()) == []
