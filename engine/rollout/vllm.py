@@ -283,6 +283,7 @@ def _sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
     always: dict[str, Any] = {
         "max_tokens": sampling.max_new_tok,
         "stop_token_ids": list(sampling.stop_ids),
+        "ignore_eos": True,  # the model's own end counts where stop_ids names it
         "detokenize": False,
     }
     if sampling.temperature == 0:

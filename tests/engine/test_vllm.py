@@ -1,13 +1,17 @@
 """The vLLM sampler against the trainer, in real vLLM: tiny models of each family, and the 135M model by both ways."""
 
+import dataclasses
 import importlib.util
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from isomorph.engine.config import ModelConfig, SamplerConfig, UserError
@@ -103,6 +107,20 @@ def test_what_cannot_be_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         start_vllm(policy, config, 0)
 
 
+@with_vllm
+def test_starting_leaves_the_generators_and_threads_of_the_process_alone() -> None:
+    def state() -> tuple[Any, ...]:
+        threads = (torch.get_num_threads(), torch.set_num_threads)
+        return (*threads, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+    policy = make_policy()
+    before = state()
+    sampler = start_vllm(policy, SamplerConfig(kind="vllm", max_seqs=4), 7)
+    after = state()
+    sampler.close()
+    assert after == before
+
+
 # -- every family, tiny
 @with_vllm
 @pytest.mark.parametrize(
@@ -137,12 +155,22 @@ def test_every_family_agrees_with_the_trainer(
 
 # -- the 135M model
 @pytest.fixture(scope="module", params=["copy", "shared"])
-def pair(request: pytest.FixtureRequest, smollm2_folder: Path) -> Iterator[Pair]:
-    """The policy and vLLM on it. Each test publishes first: the weights are what the test before it left."""
+def started(request: pytest.FixtureRequest, smollm2_folder: Path) -> Iterator[tuple[Policy, VllmSampler, list[Tensor]]]:
+    """The policy, vLLM on it, and the weights as they were: starting takes long, so the tests share it."""
     policy = load_policy(ModelConfig(path=str(smollm2_folder)), vocabulary=[], seed=0, device=CPU)
     sampler = start_vllm(policy, SamplerConfig(kind="vllm", publish=request.param, max_model_len=256, max_seqs=32), 0)
-    yield policy, sampler
+    yield policy, sampler, policy.snapshot()
     sampler.close()
+
+
+@pytest.fixture
+def pair(started: tuple[Policy, VllmSampler, list[Tensor]]) -> Pair:
+    policy, sampler, weights = started
+    policy.overwrite(weights)
+    return policy, sampler
+
+
+only_copied = pytest.mark.parametrize("started", ["copy"], indirect=True, scope="module")
 
 
 def is_shared(sampler: VllmSampler) -> bool:
@@ -231,10 +259,9 @@ def test_a_policy_that_moved_without_a_publication_is_caught(pair: Pair) -> None
 
 
 @with_real_model
+@only_copied
 def test_a_tensor_left_behind_is_caught_by_its_fingerprint(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, sampler = pair
-    if is_shared(sampler):
-        pytest.skip("nothing is carried over, so nothing can be left behind")
     prompt = make_prompts(policy, ["Say a word on rivers."])[0]
     sampler.publish(1)
     take_steps(policy, 1)
@@ -245,10 +272,9 @@ def test_a_tensor_left_behind_is_caught_by_its_fingerprint(pair: Pair, monkeypat
 
 
 @with_real_model
+@only_copied
 def test_a_stale_packed_unembedding_is_caught_by_the_probe(pair: Pair) -> None:
     policy, sampler = pair
-    if is_shared(sampler):
-        pytest.skip("nothing is packed")
     prompt = make_prompts(policy, ["Say a word on rivers."])[0]
     sampler.publish(1)
     stale = sampler.model.lm_head.cpu_linear
@@ -287,8 +313,8 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone
 def test_the_stop_token_is_kept_and_ends_the_response(pair: Pair) -> None:
     policy, sampler = pair
     sampler.publish(1)
-    # the most frequent tokens end a response here, so that both ways of ending come up
-    stop_ids = (*policy.text.stop_ids, *policy.text.tokenizer(" the, of.", add_special_tokens=False)["input_ids"])
+    # a frequent word ends a response too, so that both ways of ending come up
+    stop_ids = (*policy.text.stop_ids, *policy.text.tokenizer(" the", add_special_tokens=False)["input_ids"])
     prompts = make_prompts(policy, ["Tell a story of the sea.", "Tell a story of the sky."])
     rollouts = sampler.generate(prompts, make_sampling(policy, stop_ids=stop_ids, samples_per_prompt=8))
     assert {r.finish for r in rollouts} == {"stop", "length"}
@@ -298,6 +324,21 @@ def test_the_stop_token_is_kept_and_ends_the_response(pair: Pair) -> None:
         assert (last in stop_ids) == (rollout.finish == "stop")
         assert rollout.finish == "stop" or len(rollout.token_ids) == 12
         assert rollout.sampler_logprob is not None and len(rollout.sampler_logprob) == len(rollout.token_ids)
+
+
+@with_real_model
+def test_nothing_but_the_stop_ids_ends_a_response(pair: Pair) -> None:
+    policy, sampler = pair
+    sampler.publish(1)
+    (question,) = make_prompts(policy, ["What is the capital of France?"])
+    answer = policy.text.tokenizer("The capital of France is Paris.", add_special_tokens=False)["input_ids"]
+    answered = dataclasses.replace(question, token_ids=(*question.token_ids, *answer))
+    greedy = make_sampling(policy, temperature=0.0, samples_per_prompt=1)
+    (ended,) = sampler.generate([answered], greedy)
+    assert (ended.token_ids.tolist(), ended.finish) == ([policy.text.stop_ids[0]], "stop")
+    (endless,) = sampler.generate([answered], dataclasses.replace(greedy, stop_ids=()))
+    assert endless.token_ids[0] == policy.text.stop_ids[0]
+    assert (len(endless.token_ids), endless.finish) == (12, "length")
 
 
 @with_real_model
