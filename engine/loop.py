@@ -29,7 +29,7 @@ from isomorph.engine.types import (
 )
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
-from isomorph.engine.update.score import score
+from isomorph.engine.update.score import judged, score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     publish(crew, crew.sampler, state.policy_version, exam.prompts[0])
     rollouts = crew.sampler.generate(exam.prompts, _greedy(crew, exam.max_new_tok))
     texts = [crew.policy.text.decode(r.token_ids.tolist()) for r in rollouts]
-    rewards = crew.judge(exam.prompts, texts)
+    rewards = judged(crew.judge, exam.prompts, texts)
     crew.log.say(crew.source.grade(exam, rewards))
     crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards))
 

@@ -30,16 +30,10 @@ def score(
     if any(r.prompt_id != prompt.prompt_id for prompt, r in zip(repeated, rollouts, strict=True)):
         raise ValueError("rollouts must stand in the order of their prompts, all of a prompt side by side")
     texts = [decode(r.token_ids.tolist()) for r in rollouts]
-    rewards = judge(repeated, texts)
-    if len(rewards) != len(rollouts):
-        raise RunFailed(f"the judge must return one reward a response: got {len(rewards)} for {len(rollouts)}")
-    reward_S = torch.tensor(rewards, dtype=torch.float32)
-    if not reward_S.isfinite().all():
-        first = int((~reward_S.isfinite()).nonzero()[0])
-        raise RunFailed(f"rewards must be finite in float32: the judge gave {rewards[first]} for {texts[first]!r}")
+    rewards = judged(judge, repeated, texts)
     offsets = torch.arange(0, len(rollouts) + 1, size)
     advantages = group_advantage(
-        reward_S,
+        torch.tensor(rewards, dtype=torch.float32),
         offsets,
         baseline=objective.baseline,
         scale=objective.scale,
@@ -54,3 +48,15 @@ def score(
         for i, prompt in enumerate(prompts)
     ]
     return groups, texts
+
+
+def judged(judge: Judge, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """One reward for each (prompt, text) pair. Raises RunFailed where the judge returns anything else."""
+    rewards = judge(prompts, texts)
+    if len(rewards) != len(texts):
+        raise RunFailed(f"the judge must return one reward a response: got {len(rewards)} for {len(texts)}")
+    bad = (~torch.tensor(rewards, dtype=torch.float32).isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise RunFailed(f"rewards must be finite in float32: the judge gave {rewards[first]} for {texts[first]!r}")
+    return rewards

@@ -1,0 +1,367 @@
+"""The whole loop with real parts: decoder, built-in sampler, learner, disk; the judge and the questions are toys."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from isomorph.engine.config import (
+    BatchConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    SamplerConfig,
+    SamplingConfig,
+    Stage,
+    TinyModel,
+)
+from isomorph.engine.loop import Crew, train
+from isomorph.engine.policy import Policy, build_tiny
+from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
+from isomorph.engine.record.runlog import RunLog, read_steps
+from isomorph.engine.rollout.builtin import BuiltinSampler
+from isomorph.engine.rollout.demonstrations import DemonstrationSampler
+from isomorph.engine.types import Exam, Group, Prompt, Publication, RunFailed, RunState
+from isomorph.engine.update.learner import Learner
+
+WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
+QUESTIONS = ("one", "two", "three", "four", "five", "six")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- toys
+class Questions:
+    """Asks "ask <number>" over and over; after each stage an exam."""
+
+    def __init__(self, policy: Policy, *stages: Stage, examines: bool = False) -> None:
+        self.policy, self.stages, self.examines = policy, stages, examines
+        self.stage_index = self.steps_done = self.next_id = 0
+        self.graded: list[tuple[str, list[float]]] = []
+        self.observed: list[list[Group]] = []
+
+    def stage(self) -> Stage | None:
+        return self.stages[self.stage_index] if self.stage_index < len(self.stages) else None
+
+    def stage_step(self) -> int:
+        return self.steps_done
+
+    def take(self, num_prompts: int) -> list[Prompt]:
+        prompts = [self._prompt(self.next_id + i) for i in range(num_prompts)]
+        self.next_id += num_prompts
+        return prompts
+
+    def demonstrate(self, prompt: Prompt) -> str | None:
+        return f"{prompt.payload} gold"
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        self.observed.append(list(groups))
+        self.steps_done += 1
+        stage = self.stage()
+        assert stage is not None
+        if self.steps_done == stage.steps:
+            self.stage_index, self.steps_done = self.stage_index + 1, 0
+
+    def exam(self) -> Exam | None:
+        label = self.stages[self.stage_index - 1].name if self.stage_index else "start"
+        if not self.examines or self.steps_done or label in {name for name, _ in self.graded}:
+            return None
+        return Exam(label=label, prompts=tuple(self._prompt(-1 - i) for i in range(3)), max_new_tok=4)
+
+    def grade(self, exam: Exam, rewards: Sequence[float]) -> str:
+        self.graded.append((exam.label, list(rewards)))
+        return f"exam after {exam.label}: {sum(rewards)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "stage_index": self.stage_index,
+            "steps_done": self.steps_done,
+            "next_id": self.next_id,
+            "graded": list(self.graded),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stage_index, self.steps_done = state["stage_index"], state["steps_done"]
+        self.next_id = state["next_id"]
+        self.graded = [(label, rewards) for label, rewards in state["graded"]]
+
+    def _prompt(self, prompt_id: int) -> Prompt:
+        word = QUESTIONS[prompt_id % len(QUESTIONS)]
+        representation = "graph" if prompt_id % 2 else "natural"
+        ids = self.policy.text.encode_prompt(f"ask {word}")
+        return Prompt(prompt_id=prompt_id, token_ids=ids, task="toy", representation=representation, payload=word)
+
+
+def gold(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    return [float("gold" in text.split()) for text in texts]
+
+
+def make_policy() -> Policy:
+    tiny = TinyModel(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=48, max_tok=32)
+    return build_tiny(tiny, WORDS, seed=0, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def make_stage(name: str = "words", steps: int = 20, objective: str = "dapo", **choices: Any) -> Stage:
+    is_supervised = objective == "sft"
+    return Stage(
+        name=name,
+        steps=steps,
+        objective=ObjectiveConfig(name=objective, **choices.pop("objective_choices", {})),  # type: ignore[arg-type]
+        optim=OptimConfig(lr=3e-3),
+        batch=BatchConfig(prompts=6, max_tok=64),
+        sampling=SamplingConfig(max_new_tok=4, samples_per_prompt=1 if is_supervised else 8),
+        **choices,
+    )
+
+
+def make_crew(
+    folder: Path,
+    *stages: Stage,
+    judge: Any = gold,
+    examines: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
+    sampler_of: Callable[[Policy], Any] = lambda policy: BuiltinSampler(policy, SamplerConfig()),
+    **run: Any,
+) -> Crew:
+    folder.mkdir(exist_ok=True)
+    policy = make_policy()
+    source = Questions(policy, *stages, examines=examines)
+    return Crew(
+        policy=policy,
+        sampler=sampler_of(policy),
+        demonstrations=DemonstrationSampler(policy.text, source.demonstrate),
+        source=source,
+        judge=judge,
+        learner=Learner(policy),
+        log=RunLog(folder, Console(file=io.StringIO())),
+        config=RunConfig(**run),
+        stop_requested=stop_requested,
+    )
+
+
+def sha(crew: Crew) -> str:
+    return weights_sha256(dict(crew.policy.named_parameters()))
+
+
+def source_of(crew: Crew) -> Questions:
+    assert isinstance(crew.source, Questions)
+    return crew.source
+
+
+def console(crew: Crew) -> str:
+    assert isinstance(crew.log.console.file, io.StringIO)
+    return crew.log.console.file.getvalue()
+
+
+# -- learning
+@pytest.mark.parametrize("objective", ["grpo", "gspo", "cispo"])
+def test_reward_rises_within_twenty_steps(tmp_path: Path, objective: str) -> None:
+    crew = make_crew(tmp_path, make_stage(objective=objective))
+    train(crew, RunState())
+    rewards = [row["reward/mean"] for row in read_steps(tmp_path)]
+    assert len(rewards) == 20
+    before, after = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
+    assert before < 0.6
+    assert after > before + 0.3
+
+
+def test_a_run_is_the_same_bit_for_bit_when_run_again(tmp_path: Path) -> None:
+    def once(name: str) -> tuple[str, list[dict[str, Any]]]:
+        stages = (make_stage("a", 3, "sft"), make_stage("b", 4, objective_choices=dict(kl_coef=0.01, tis="token")))
+        crew = make_crew(tmp_path / name, *stages, examines=True)
+        train(crew, RunState())
+        rows = [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "wall"))} for row in read_steps(tmp_path / name)
+        ]
+        return sha(crew), rows
+
+    assert once("first") == once("second")
+
+
+def test_demonstrations_are_learned(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage("warm-up", 30, "sft"), examines=True)
+    train(crew, RunState())
+    losses = [row["loss"] for row in read_steps(tmp_path)]
+    assert losses[-1] < losses[0] / 2
+    assert source_of(crew).graded[-1] == ("warm-up", [1.0, 1.0, 1.0])
+
+
+# -- what a run leaves
+def test_every_step_leaves_a_row_whose_numbers_fit_together(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(steps=3), completions_every=2)
+    state = train(crew, RunState())
+    rows = read_steps(tmp_path)
+    for number, (row, groups) in enumerate(zip(rows, source_of(crew).observed, strict=True), start=1):
+        rewards = [r for g in groups for r in g.rewards]
+        natural = [r for g in groups if g.prompt.representation == "natural" for r in g.rewards]
+        lens = [len(r.token_ids) for g in groups for r in g.rollouts]
+        assert (row["step"], row["stage"], row["stage_step"], row["updates"]) == (number, "words", number, 1)
+        assert row["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
+        assert row["reward/natural"] == pytest.approx(sum(natural) / len(natural))
+        assert row["tok/response"] == sum(lens) == row["tok/loss"]
+        assert row["tok/prompt"] == sum(len(g.prompt.token_ids) for g in groups)
+        assert (row["groups/all"], row["groups/flat"]) == (6, sum(len(set(g.rewards)) == 1 for g in groups))
+        assert 0 < row["entropy"] <= math.log(len(WORDS) + 4)
+        assert row["clip_frac"] == 0 and row["drift/max"] < 1e-5 and row["tok/dropped"] == 0
+        assert row["lr"] == 3e-3 and row["kl"] is None
+        phases = [row[f"time/{phase}_s"] for phase in ("publish", "generate", "judge", "pack", "update")]
+        assert 0 < sum(phases) <= row["time/step_s"]
+        assert {r.policy_version for g in groups for r in g.rollouts} == {number - 1}
+    assert (state.step, state.num_updates, state.policy_version) == (3, 3, 3)
+    assert state.totals["response_tok"] == sum(row["tok/response"] for row in rows)
+    assert len([line for line in console(crew).splitlines() if line.startswith("step ")]) == 3
+    assert [p.name for p in (tmp_path / "completions").iterdir()] == ["step-00000002.jsonl"]
+
+
+def test_completions_stand_beside_their_own_rewards(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(steps=1), completions_every=1)
+    train(crew, RunState())
+    lines = (tmp_path / "completions" / "step-00000001.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 48
+    assert {row["reward"] for row in rows} == {0.0, 1.0}
+    assert all(row["reward"] == float("gold" in row["text"].split()) for row in rows)
+    by_id = {g.prompt.prompt_id: g for g in source_of(crew).observed[0]}
+    assert all(row["advantage"] == by_id[row["prompt_id"]].advantages[row["sample"]] for row in rows)
+
+
+def test_exams_are_sat_before_between_and_after_the_stages_and_graded_once(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage("a", 2), make_stage("b", 1), examines=True)
+    train(crew, RunState())
+    assert [label for label, _ in source_of(crew).graded] == ["start", "a", "b"]
+    names = sorted(p.name for p in (tmp_path / "completions").iterdir())
+    assert names == ["exam-a.jsonl", "exam-b.jsonl", "exam-start.jsonl"]
+    assert "exam after a: " in console(crew)
+
+
+# -- checkpoints, stopping, resuming
+def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9)
+    train(crew, RunState())
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000005"]
+    state, weights, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000005")
+    assert weights_sha256(weights) == sha(crew)
+    assert state.source == source_of(crew).state_dict()
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, asked: int) -> None:
+    """``asked``: the request is there from that question on."""
+    questions: list[int] = []
+
+    def stop_requested() -> bool:
+        questions.append(1)
+        return len(questions) >= asked
+
+    crew = make_crew(tmp_path, make_stage(steps=9), stop_requested=stop_requested, checkpoint_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        train(crew, RunState())
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    state, weights, _ = load_checkpoint(newest)
+    assert state.step == len(read_steps(tmp_path)) == source_of(crew).state_dict()["steps_done"]
+    assert weights_sha256(weights) == sha(crew)
+
+
+STAGES = (
+    make_stage("a", 3, "sft"),
+    make_stage("b", 3, objective_choices=dict(kl_coef=0.05)),
+    make_stage("c", 3, "grpo", objective_choices=dict(kl_coef=0.05), optimizer="carry", reference="keep"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    crew = make_crew(tmp_path_factory.mktemp("whole"), *STAGES, examines=True)
+    train(crew, RunState())
+    return sha(crew)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 8, 9])
+def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
+    tmp_path: Path, whole: str, stop_after: int
+) -> None:
+    first = make_crew(tmp_path, *STAGES, examines=True, stop_requested=_after(tmp_path, stop_after))
+    with pytest.raises(KeyboardInterrupt):
+        train(first, RunState())
+    second = make_crew(tmp_path, *STAGES, examines=True)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    state, weights, tensors = load_checkpoint(newest)
+    assert state.step == stop_after
+    second.policy.overwrite([weights[name] for name in second.policy.named_parameters()])
+    second.source.load_state_dict(state.source)
+    second.learner.restore(next(s for s in STAGES if s.name == state.stage), tensors)
+    assert train(second, state).step == 9
+    assert sha(second) == whole
+    assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, 10))
+    assert [label for label, _ in source_of(second).graded] == ["start", "a", "b", "c"]
+
+
+def _after(folder: Path, num_steps: int) -> Callable[[], bool]:
+    return lambda: len(read_steps(folder)) >= num_steps
+
+
+# -- what ends a run
+def test_a_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(), judge=lambda prompts, texts: gold(prompts, texts)[1:])
+    with pytest.raises(RunFailed, match="one reward a response"):
+        train(crew, RunState())
+
+
+def test_an_exams_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(), judge=lambda prompts, texts: [], examines=True)
+    with pytest.raises(RunFailed, match="one reward a response"):
+        train(crew, RunState())
+
+
+class Stale:
+    """Says that it publishes, and samples from the weights of the beginning."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.frozen = make_policy()
+        self.inner = BuiltinSampler(self.frozen, SamplerConfig())
+        self.policy_version = 0
+        self.generate, self.asleep = self.inner.generate, self.inner.asleep
+
+    def publish(self, version: int) -> Publication:
+        self.policy_version = version
+        return self.inner.publish(version)
+
+
+def test_a_sampler_with_stale_weights_ends_the_run(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(), sampler_of=Stale)
+    with pytest.raises(RunFailed, match="differ by"):
+        train(crew, RunState())
+    assert len(read_steps(tmp_path)) == 1
+
+
+def test_drift_beyond_what_the_run_allows_ends_it(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(), max_drift=1e-12)
+    with pytest.raises(RunFailed, match="differ by"):
+        train(crew, RunState())
+
+
+def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(steps=2), judge=lambda prompts, texts: [0.5] * len(texts))
+    before = sha(crew)
+    state = train(crew, RunState())
+    assert sha(crew) == before
+    assert (state.step, state.num_updates, state.policy_version) == (2, 0, 0)
+    rows = read_steps(tmp_path)
+    assert [(row["groups/flat"], row["updates"], row["loss"], row["publish/bytes"]) for row in rows] == [
+        (6, 0, None, None)
+    ] * 2
