@@ -1,0 +1,171 @@
+"""Imports point one way: kernels <- engine <- curriculum. Read from the syntax trees, nothing is imported."""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("kernels", "engine", "curriculum")  # each may import those before it, and itself
+OURS = "isomorph"
+OF_KERNELS = {"torch", "triton", "numpy"}  # besides the standard library
+ONE_FILE = {"vllm": "engine/rollout/vllm.py", "transformers": "engine/policy.py"}
+APART = ("rollout", "update")  # rooms of the engine that only its loop brings together
+
+
+class Import(NamedTuple):
+    file: str  # relative to the root, with slashes
+    line: int
+    module: str  # "" for a relative import
+    names: tuple[str, ...]  # what is taken from it
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.module or 'a relative import'}"
+
+    def targets(self) -> set[str]:
+        """All modules this may load: ``from a import b`` may mean a.b."""
+        return {self.module, *(f"{self.module}.{name}" for name in self.names)}
+
+    def reaches(self, package: str) -> bool:
+        return any(target == package or target.startswith(f"{package}.") for target in self.targets())
+
+
+def python_files(root: Path, *folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((root / folder).rglob("*.py"))
+
+
+def imports_of(root: Path, *folders: str) -> list[Import]:
+    found = []
+    for path in python_files(root, *folders):
+        file = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=file)):
+            if isinstance(node, ast.Import):
+                found += [Import(file, node.lineno, alias.name, ()) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                module = "" if node.level else str(node.module)
+                found.append(Import(file, node.lineno, module, tuple(alias.name for alias in node.names)))
+            elif _is_dynamic_import(node):
+                assert isinstance(node, ast.Call) and isinstance(node.args[0], ast.Constant)
+                found.append(Import(file, node.lineno, str(node.args[0].value), ()))
+    return found
+
+
+def _is_dynamic_import(node: ast.AST) -> bool:
+    """``importlib.import_module("x")``, ``__import__("x")``."""
+    if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+        return False
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return called in ("import_module", "__import__")
+
+
+def violations(root: Path) -> list[str]:
+    """Every import in the rooms under ``root`` that breaks a rule, as file:line: what."""
+    return [f"{found}: {broken}" for found in imports_of(root, *ROOMS) if (broken := _broken_rule(found))]
+
+
+def _broken_rule(found: Import) -> str | None:
+    room, *inner = found.file.split("/")
+    top = found.module.partition(".")[0]
+    if not found.module:
+        return "imports are absolute"
+    if top in ROOMS:
+        return "the rooms are isomorph.kernels, isomorph.engine, isomorph.curriculum"
+    for other in ROOMS[ROOMS.index(room) + 1 :]:
+        if found.reaches(f"{OURS}.{other}"):
+            return f"{room} knows nothing of {other}"
+    if room == "kernels" and top not in {OURS, *OF_KERNELS, *sys.stdlib_module_names}:
+        return f"kernels import {', '.join(sorted(OF_KERNELS))} and the standard library alone"
+    if top in ONE_FILE and found.file != ONE_FILE[top]:
+        return f"{top} is imported in {ONE_FILE[top]} alone"
+    if room == "engine" and inner[0] in APART:
+        (other,) = set(APART) - {inner[0]}
+        if found.reaches(f"{OURS}.engine.{other}"):
+            return "rollout and update do not know each other"
+    return None
+
+
+def test_imports_point_one_way() -> None:
+    assert violations(ROOT) == []
+
+
+def test_the_rooms_are_read_at_all() -> None:
+    files = {found.file.split("/")[0] for found in imports_of(ROOT, *ROOMS)}
+    assert files == set(ROOMS)
+    for module, file in ONE_FILE.items():
+        if (ROOT / file).exists():
+            assert any(found.file == file and found.module.startswith(module) for found in imports_of(ROOT, "engine"))
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "rule"),
+    [
+        ("kernels/a.py", "from isomorph.engine.types import Prompt", "knows nothing of engine"),
+        ("kernels/a.py", "from isomorph import engine", "knows nothing of engine"),
+        ("kernels/a.py", "import isomorph.curriculum.task", "knows nothing of curriculum"),
+        ("kernels/a.py", "import transformers", "standard library alone"),
+        ("kernels/a.py", "def f():\n    import pydantic", "standard library alone"),
+        ("kernels/csrc/a.py", "import scipy.special", "standard library alone"),
+        ("engine/a.py", "from isomorph.curriculum.stage import Curriculum", "knows nothing of curriculum"),
+        ("engine/a.py", "if True:\n    from isomorph import curriculum as c", "knows nothing of curriculum"),
+        ("engine/a.py", "import kernels.packing", "the rooms are"),
+        ("engine/a.py", "from engine.types import Prompt", "the rooms are"),
+        ("curriculum/a.py", "from curriculum import task", "the rooms are"),
+        ("curriculum/a.py", "import importlib\nimportlib.import_module('kernels')", "the rooms are"),
+        ("curriculum/a.py", "__import__('vllm')", "vllm is imported"),
+        ("curriculum/a.py", "from . import task", "absolute"),
+        ("curriculum/tasks/a.py", "from ..task import Task", "absolute"),
+        ("curriculum/a.py", "import vllm", "vllm is imported"),
+        ("engine/rollout/weights.py", "from vllm import LLM", "vllm is imported"),
+        ("engine/rollout/vllm.py", "import transformers", "transformers is imported"),
+        ("curriculum/a.py", "from transformers.modeling_utils import x", "transformers is imported"),
+        ("engine/rollout/a.py", "from isomorph.engine.update.pack import pack", "do not know each other"),
+        ("engine/update/a.py", "from isomorph.engine import rollout", "do not know each other"),
+    ],
+)
+def test_a_planted_violation_is_caught(tmp_path: Path, file: str, line: str, rule: str) -> None:
+    planted = tmp_path / file
+    planted.parent.mkdir(parents=True)
+    planted.write_text(line + "\n")
+    (found,) = violations(tmp_path)
+    assert found.startswith(f"{file}:") and rule in found
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        (
+            "kernels/a.py",
+            "import numpy as np, torch, math\nfrom triton import language\nfrom isomorph.kernels import b",
+        ),
+        ("engine/a.py", "from isomorph.kernels.packing import x\nimport pydantic, safetensors.torch"),
+        ("engine/loop.py", "from isomorph.engine.rollout import a\nfrom isomorph.engine.update import b"),
+        ("engine/policy.py", "import transformers"),
+        ("engine/rollout/vllm.py", "import vllm\nfrom isomorph.engine.rollout.weights import x"),
+        ("curriculum/a.py", "from isomorph.engine.rollout.vllm import start\nfrom isomorph.kernels import backend"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(tmp_path: Path, file: str, line: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(line + "\n")
+    assert violations(tmp_path) == []
+
+
+def test_nothing_else_in_the_repository_imports_the_rooms_by_their_bare_names() -> None:
+    outside = [f for f in imports_of(ROOT, "tests", "benchmarks") if f.module.partition(".")[0] in ROOMS]
+    assert [str(found) for found in outside] == []
+
+
+def test_no_room_is_a_package_of_its_own() -> None:
+    """Without ``__init__.py`` an installed package called kernels always wins over our folder."""
+    assert [str(p.relative_to(ROOT)) for room in ROOMS for p in (ROOT / room).rglob("__init__.py")] == []
+
+
+def test_kernels_means_somebody_elses_package_or_none() -> None:
+    spec = importlib.util.find_spec("kernels")
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    assert not any(Path(place).resolve().is_relative_to(ROOT) for place in places if place)

@@ -1,0 +1,140 @@
+"""What prose and comments name exists: files, modules and what is in them. Elsewhere that is the first thing to rot."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("kernels", "engine", "curriculum")
+READ = ("README.md", "ARCHITECTURE.md", "pyproject.toml", "CMakeLists.txt", ".ci/run")
+READ_IN = (*ROOMS, "benchmarks")
+KINDS = {".py", ".pyi", ".toml", ".md", ".cpp", ".h", ".txt"}
+
+BEFORE = r"(?<![\w./$-])"
+PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|tests|\.links|\.ci)/[\w./*-]*)")
+TOP_FILE = re.compile(BEFORE + r"((?:[A-Z]{3,}\.md|pyproject\.toml|CMakeLists\.txt))\b")
+MODULE = re.compile(BEFORE + r"(isomorph(?:\.\w+)+)")
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+
+
+class Mention(NamedTuple):
+    file: str
+    line: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.name}"
+
+
+def texts(root: Path) -> Iterator[Path]:
+    yield from (root / name for name in READ if (root / name).is_file())
+    for folder in READ_IN:
+        yield from (p for p in sorted((root / folder).rglob("*")) if p.suffix in KINDS and p.is_file())
+
+
+def mentions(root: Path, *patterns: re.Pattern[str]) -> list[Mention]:
+    found = []
+    for path in texts(root):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            names = [match for pattern in patterns for match in pattern.findall(line)]
+            found += [Mention(path.relative_to(root).as_posix(), number, name.rstrip(".-")) for name in names]
+    return found
+
+
+def missing_paths(root: Path) -> list[str]:
+    named = mentions(root, PATH, TOP_FILE)
+    named += [m for m in mentions(root, LINK) if m.file.endswith(".md")]  # elsewhere the pattern is code
+    return [str(m) for m in named if not _exists(root, m.name) and not _is_written_by(m)]
+
+
+def _is_written_by(m: Mention) -> bool:
+    """A benchmark names the file that it will write."""
+    return m.file.startswith("benchmarks/") and m.name.startswith("benchmarks/results/")
+
+
+def _exists(root: Path, name: str) -> bool:
+    return any(True for _ in root.glob(name)) if "*" in name else (root / name).exists()
+
+
+def missing_modules(root: Path) -> list[str]:
+    named = [m for m in mentions(root, MODULE) if "__" not in m.name]
+    return [str(m) for m in named if not _is_module_or_in_one(root, m.name.split(".")[1:])]
+
+
+def _is_module_or_in_one(root: Path, parts: list[str]) -> bool:
+    place = root
+    for depth, part in enumerate(parts):
+        if (place / part).is_dir():
+            place = place / part
+            continue
+        sources = [f for f in (place / f"{part}.py", place / f"{part}.pyi") if f.is_file()]
+        return bool(sources) and all(name in _defined_in(sources[0]) for name in parts[depth + 1 : depth + 2])
+    return True
+
+
+def _defined_in(source: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_every_path_that_is_named_exists() -> None:
+    assert missing_paths(ROOT) == []
+
+
+def test_every_module_that_is_named_exists_and_holds_what_is_named_in_it() -> None:
+    assert missing_modules(ROOT) == []
+
+
+def test_paths_are_found_where_they_are_known_to_be() -> None:
+    named = {(m.file, m.name) for m in mentions(ROOT, PATH, TOP_FILE, LINK)}
+    assert ("README.md", "curriculum/recipes/quickstart.toml") in named
+    assert ("ARCHITECTURE.md", "engine/update/pack.py") in named
+    assert any(file.startswith("engine/") for file, _ in named)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see `engine/gone.py`.",
+        "# tests/engine/gone.py holds it",
+        "[map](GONE.md)",
+        "[map](engine/gone.py)",
+        "kernels/csrc/*.gone",
+        "read GONE.md first",
+    ],
+)
+def test_a_planted_path_is_caught(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(f"first\n{text}\n")
+    assert missing_paths(tmp_path)[0].startswith("README.md:2: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["isomorph.kernels.gone", "isomorph.kernels.there.gone", "from isomorph.gone.a import b"]
+)
+def test_a_planted_module_is_caught(tmp_path: Path, text: str) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "there.py").write_text("def known() -> None: ...\nCONSTANT = 1\nx: int = 2\n")
+    (tmp_path / "README.md").write_text(text)
+    assert len(missing_modules(tmp_path)) == 1
+
+
+def test_what_exists_is_not_reported(tmp_path: Path) -> None:
+    (tmp_path / "kernels" / "csrc").mkdir(parents=True)
+    (tmp_path / "kernels" / "there.py").write_text("def known() -> None: ...\nCONSTANT = 1\nx: int = 2\n")
+    (tmp_path / "README.md").write_text(
+        "`kernels/`, kernels/there.py. (kernels/csrc/) [x](kernels/*.py) https://a.b/kernels/gone.py [y](https://gone.md)\n"
+        "isomorph.kernels isomorph.kernels.there isomorph.kernels.there.known isomorph.kernels.there.CONSTANT\n"
+        "[z](#section) README.md $HOME/engine/gone.py isomorph.kernels.there.x\n"
+    )
+    assert missing_paths(tmp_path) == []
+    assert missing_modules(tmp_path) == []
