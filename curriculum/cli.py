@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 interrupted, with a checkpoint written.
 """
 
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,9 @@ console = Console()
 
 def main() -> None:
     """The console script."""
+    # OpenMP's threads spin while they wait. Beside another busy process that made two threads ten times slower than one
+    # (2 cores, libgomp); this many turns are enough where the cores are free. Read once, when PyTorch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app(standalone_mode=False)
     except (UserError, DataError) as error:
