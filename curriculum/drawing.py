@@ -14,6 +14,7 @@ from isomorph.curriculum.transfer import Accuracy
 
 WIDTH_IN = 9.0
 MIN_LABEL_SHARE = 0.09  # of the axis: a narrower stage has its name written slanted
+MIN_TICK_SHARE = 0.2  # a wider stage has a tick in its middle
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -66,7 +67,7 @@ def mark_stages(ax: Axes, spans: Sequence[Span], *, named: bool = True) -> None:
     steps, places = _places(spans)
     ax.set_xscale("function", functions=(lambda s: np.interp(s, steps, places), lambda p: np.interp(p, places, steps)))
     ax.set_xlim(steps[0], steps[-1])
-    ax.set_xticks(_ticks(spans))
+    ax.set_xticks(_ticks(spans, steps, places))
     for i, span in enumerate(spans):
         if i % 2:
             ax.axvspan(span.first - 0.5, span.last + 0.5, color="#f0f0f0", zorder=0)
@@ -88,10 +89,13 @@ def _places(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array(places) / places[-1]
 
 
-def _ticks(spans: Sequence[Span]) -> list[int]:
-    """The first step of each stage, the middle of a long one, and the last step of all."""
-    middles = [(span.first + span.last) // 2 for span in spans if span.last - span.first > 8]
-    return sorted({*(span.first for span in spans), *middles, spans[-1].last})
+def _ticks(spans: Sequence[Span], steps: np.ndarray, places: np.ndarray) -> list[int]:
+    """The first step of each stage, the middle of a wide one, and the last step of all."""
+    ticks = {spans[0].first, spans[-1].last}
+    for span in spans:
+        left, right = np.interp([span.first, span.last], steps, places)
+        ticks |= {span.first, (span.first + span.last) // 2} if right - left > MIN_TICK_SHARE else {span.first}
+    return sorted(ticks)
 
 
 def _name_stages(ax: Axes, spans: Sequence[Span], steps: np.ndarray, places: np.ndarray) -> None:

@@ -151,7 +151,8 @@ def _matrix_table(matrix: TransferMatrix) -> str:
 
 
 def _section(record: RunRecord, name: str, album: _Album, *, prefix: str) -> str:
-    parts = [f"<h2>{html.escape(name)}</h2>", _status(record), *map(_note, record.notes), _facts(record)]
+    title = f"<h2>{html.escape(name)}</h2>" if prefix else ""  # of a single run the page's title is enough
+    parts = [title, _status(record), *map(_note, record.notes), _facts(record)]
     parts += ["<h3>Accuracy</h3>", _accuracy_table(record)]
     if record.exams:
         caption = "Greedy accuracy on held-out questions at each boundary between stages."
@@ -195,7 +196,7 @@ def _facts(record: RunRecord) -> str:
     versions = " ".join(f"{name} {version}" for name, version in described["versions"].items())
     rows = [
         ["model", f"{model['type']}, {model['parameters']:,} parameters, {model['dtype']}"],
-        ["machine", f"{device}, {machine['memory_gib']} GiB, {machine['threads']} threads"],
+        ["machine", f"{device}, {machine['memory_gib']} GiB, threads: {machine['threads']}"],
         ["sampler", described["sampler"]],
         ["seed", str(described["seed"])],
         ["stages", "; ".join(stages)],
@@ -310,7 +311,8 @@ def _note(text: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, css: str = "numbers") -> str:
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    # a browser would break a line inside "->"
+    lines = ["".join(f"<td>{html.escape(cell.replace('->', '→'))}</td>" for cell in row) for row in rows]
     top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table class="{css}">{top}<tbody>{body}</tbody></table></div>\n'
@@ -324,7 +326,7 @@ h3 { font-size: 1.1rem; margin-top: 1.8rem; } h4 { font-size: 1rem; margin-botto
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top; }
 table.numbers th, table.numbers td { text-align: right; white-space: nowrap; }
-table.numbers th:first-child, table.numbers td:first-child { text-align: left; }
+table.numbers th:first-child, table.numbers td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
 table.facts td:first-child { color: #666; white-space: nowrap; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption, .note { color: #666; font-size: .85rem; }
 .warning { background: #fff3cd; padding: .6rem .8rem; border-left: 4px solid #e0a800; }

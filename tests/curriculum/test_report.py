@@ -144,8 +144,8 @@ def test_one_run_shows_what_carried_over(page: Path) -> None:
     assert head[1:] == ["natural", "graph", "code", "table"]
     assert [row[0] for row in rows] == [
         "sft graph+natural",
-        "sft graph+natural -> graph",
-        "sft graph+natural -> graph -> code+natural",
+        "sft graph+natural → graph",
+        "sft graph+natural → graph → code+natural",
     ]
 
 
@@ -191,7 +191,7 @@ def test_seeds_are_pooled_and_other_conditions_are_not(finished_run: Path, tmp_p
         runs.append(other)
     page = Page(write_report(runs, tmp_path / "out").read_text())
     head, *rows = page.table("trained on \\ evaluated on")
-    label = "sft graph+natural -> graph -> code+natural"
+    label = "sft graph+natural → graph → code+natural"
     assert [row[0] for row in rows] == [label, f"{label} (slower)"]
     known = summary_of(finished_run)["intervals"]["after"]["natural"]
     assert rows[0][1].split(" ")[0] == rows[1][1].split(" ")[0] == f"{known['rate']:.1%}"
