@@ -1,10 +1,10 @@
 """One GRPO step, ours beside TRL's, in one process and taking turns.
 
-    python benchmarks/bench_step.py --model FOLDER [--steps 3] [--sampler builtin|vllm] [--out benchmarks/results/step.jsonl]
+    python benchmarks/bench_step.py --model FOLDER [--steps 3] [--sampler builtin] [--out benchmarks/results/step.jsonl]
 
-Same model, prompts, reward, group size, length limit, learning rate and dtype. TRL generates through transformers (its default
-without a GPU). A turn is one whole step: generate, judge, update. Reported: the median of the turns after the first, and
-the ratio. Needs the extra [bench].
+Same model, prompts, reward, group size, length limit, learning rate and dtype. TRL generates through transformers, its
+default without a GPU. A turn is one whole step: generate, judge, update. Reported: the median of the turns after the
+first, and the ratio. Needs the extra [bench].
 """
 
 import argparse
@@ -75,7 +75,11 @@ class Ours:
             for i, q in enumerate(texts)
         ]
         sampling = Sampling(
-            temperature=1.0, max_new_tok=MAX_NEW_TOK, samples_per_prompt=GROUP, stop_ids=text.stop_ids, seed=self.version
+            temperature=1.0,
+            max_new_tok=MAX_NEW_TOK,
+            samples_per_prompt=GROUP,
+            stop_ids=text.stop_ids,
+            seed=self.version,
         )
         marks = [time.perf_counter()]
         rollouts = self.sampler.generate(prompts, sampling)

@@ -65,6 +65,7 @@ def train(
     """Train a model by a recipe, or go on with an interrupted run."""
     from isomorph.curriculum.assemble import run_recipe
     from isomorph.curriculum.recipe import Recipe
+    from isomorph.curriculum.run_record import read_run_json
 
     if (recipe is None) == (resume is None):
         raise UserError(
@@ -73,7 +74,7 @@ def train(
     if resume is not None:
         if run is not None or overrides:
             raise UserError("--resume goes on with the run as it was: --run and overrides cannot be given with it")
-        loaded, folder = check_tables(_run_json(resume)["recipe"], Recipe, where=f"{resume}/run.json"), resume
+        loaded, folder = check_tables(read_run_json(resume)["recipe"], Recipe, where=f"{resume}/run.json"), resume
     else:
         assert recipe is not None
         loaded = load_recipe(recipe, overrides or [], Recipe)
@@ -216,16 +217,6 @@ def _new_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: the run folder cannot be made: {error}") from None
     return folder
-
-
-def _run_json(folder: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        described: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} must be the folder of a run, with a run.json: {error}") from None
-    return described
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:

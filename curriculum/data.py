@@ -2,10 +2,8 @@
 
 import json
 import os
-import random
 import statistics
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +15,12 @@ from rich.text import Text
 
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.task import FAMILIES, Split, Task
-from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, make_task
+from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
-from isomorph.engine.config import Section, UserError, check_tables
+from isomorph.engine.config import Section, UserError, check_tables, toml_value
 
 NUM_SAMPLES = 3
 MAX_LISTED = 10
-
-
-def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
-    """Task i is one and the same procedure in every representation. With the seed of a recipe's [eval]: its exam."""
-    rngs = (random.Random(f"{seed}:{i}") for i in range(num_tasks))
-    return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
 
 
 def parse_difficulty(settings: Sequence[str]) -> Difficulty:
@@ -38,19 +30,12 @@ def parse_difficulty(settings: Sequence[str]) -> Difficulty:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set must read key=value, for example --set max_steps=8; got {setting!r}")
-        tables[key.strip()] = _toml_value(value.strip())
+        tables[key.strip()] = toml_value(value.strip())
     return check_tables({"difficulty": tables}, _Settings, where="--set").difficulty
 
 
 class _Settings(Section):
     difficulty: Difficulty
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
 
 
 def make_rows(

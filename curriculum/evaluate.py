@@ -13,13 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import open_policy
-from isomorph.curriculum.data import draw_tasks
 from isomorph.curriculum.judge import JudgePool, judge
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
 from isomorph.curriculum.run_record import read_run_json, read_summary
 from isomorph.curriculum.stage import TaskFiles
 from isomorph.curriculum.task import FAMILIES, Task
-from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty
+from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.transfer import Accuracy
 from isomorph.engine.config import ModelConfig, SamplerConfig, UserError, check_tables

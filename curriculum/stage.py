@@ -12,7 +12,7 @@ from typing import Any
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Recipe, StageRecipe
 from isomorph.curriculum.task import Task
-from isomorph.curriculum.tasks.async_plan import make_task
+from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
 from isomorph.curriculum.transfer import Accuracy
 from isomorph.engine.config import UserError
@@ -173,9 +173,7 @@ class Curriculum:
         data = self.recipe.data[wanted.data]
         if isinstance(data, JsonlData):
             return self.files[wanted.data].held_out[representation][: wanted.prompts]
-        # one generator a question, the same for every representation: all are asked about the same procedures
-        rngs = (random.Random(f"{wanted.seed}:{i}") for i in range(wanted.prompts))
-        return [make_task(rng, data.difficulty, representation, split="eval") for rng in rngs]
+        return draw_tasks(data.difficulty, representation, wanted.prompts, seed=wanted.seed, split="eval")
 
     def _prompt(self, prompt_id: int, task: Task) -> Prompt:
         return Prompt(

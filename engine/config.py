@@ -294,7 +294,7 @@ def _override(tables: dict[str, Any], text: str) -> None:
         raise UserError(f"override {text!r}: name a stage by its number, for example stage.0.steps=10")
     if not isinstance(node, dict):
         raise UserError(f"override {text!r}: {parents[-1]} is a value, it has no key {leaf!r}")
-    node[leaf] = _toml_value(value.strip())
+    node[leaf] = toml_value(value.strip())
 
 
 def _child(node: Any, name: str, text: str) -> Any:
@@ -307,11 +307,12 @@ def _child(node: Any, name: str, text: str) -> Any:
     raise UserError(f"override {text!r}: there is no table around {name!r}, only the value {node!r}")
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """``text`` as TOML writes a value; a bare word is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
+        return text
 
 
 def _stages_resolved(tables: dict[str, Any]) -> dict[str, Any]:

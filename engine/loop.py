@@ -31,6 +31,8 @@ from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
 from isomorph.engine.update.score import judged, score
 
+Decode = Callable[[Sequence[int]], str]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
@@ -98,7 +100,7 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     state = _advanced(state, source, prompts, rollouts, stats, log.step_seconds())
     log.write_step(_row(state, stage, stage_step, groups, stats, publication, log), _line(state, groups, stats, log))
     if state.step % crew.config.completions_every == 0:
-        log.write_completions(f"step-{state.step:08d}", _completions(groups, texts))
+        log.write_completions(f"step-{state.step:08d}", _completions(groups, texts, crew.policy.text.decode))
     return state
 
 
@@ -119,7 +121,7 @@ def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     texts = [crew.policy.text.decode(r.token_ids.tolist()) for r in rollouts]
     rewards = judged(crew.judge, exam.prompts, texts)
     crew.log.say(crew.source.grade(exam, rewards))
-    crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards))
+    crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards, crew.policy.text.decode))
 
 
 def save(crew: Crew, state: RunState) -> Path:
@@ -237,33 +239,26 @@ def _line(state: RunState, groups: Sequence[Group], stats: StepStats, log: RunLo
     return "  ".join(part for part in parts if part)
 
 
-def _completions(groups: Sequence[Group], texts: Sequence[str]) -> list[Row]:
+def _completions(groups: Sequence[Group], texts: Sequence[str], decode: Decode) -> list[Row]:
     rows: list[Row] = []
     for group in groups:
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True):
-            rows.append(
-                {
-                    "prompt_id": group.prompt.prompt_id,
-                    "sample": rollout.sample,
-                    "task": group.prompt.task,
-                    "representation": group.prompt.representation,
-                    "text": texts[len(rows)],
-                    "reward": reward,
-                    "advantage": advantage,
-                    "finish": rollout.finish,
-                }
-            )
+            answered = {"text": texts[len(rows)], "reward": reward, "advantage": advantage, "finish": rollout.finish}
+            rows.append({**_asked(group.prompt, decode), "sample": rollout.sample, **answered})
     return rows
 
 
-def _answers(exam: Exam, texts: Sequence[str], rewards: Sequence[float]) -> list[Row]:
+def _answers(exam: Exam, texts: Sequence[str], rewards: Sequence[float], decode: Decode) -> list[Row]:
     return [
-        {
-            "prompt_id": p.prompt_id,
-            "task": p.task,
-            "representation": p.representation,
-            "text": text,
-            "reward": reward,
-        }
-        for p, text, reward in zip(exam.prompts, texts, rewards, strict=True)
+        {**_asked(prompt, decode), "text": text, "reward": reward}
+        for prompt, text, reward in zip(exam.prompts, texts, rewards, strict=True)
     ]
+
+
+def _asked(prompt: Prompt, decode: Decode) -> Row:
+    return {
+        "prompt_id": prompt.prompt_id,
+        "task": prompt.task,
+        "representation": prompt.representation,
+        "prompt": decode(prompt.token_ids),
+    }

@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> No
     )
     steps = run / "steps.jsonl"
     deadline = time.monotonic() + 300
-    # after the checkpoint of step 84, which stands at the end of the stage with a reference policy and two updates a step
+    # two steps after a checkpoint, which ends the stage with a reference policy and two updates a step
     while not (steps.is_file() and len(steps.read_text().splitlines()) >= 86):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

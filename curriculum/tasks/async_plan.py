@@ -31,6 +31,7 @@ __all__ = [
     "Procedure",
     "demonstration",
     "draw",
+    "draw_tasks",
     "make_task",
     "naive_sum",
     "render",
@@ -82,6 +83,12 @@ def make_task(
         key=procedure.key,
         difficulty=difficulty.model_dump(mode="json"),
     )
+
+
+def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
+    """Task i is one and the same procedure in every representation. With the seed of a recipe's [eval]: its exam."""
+    rngs = (random.Random(f"{seed}:{i}") for i in range(num_tasks))
+    return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
 
 
 def demonstration(procedure: Procedure, representation: str, difficulty: Difficulty, *, naive: bool) -> str:

@@ -27,8 +27,9 @@ MAX_ROW_CHARS = 1_000_000
 def read_rows(path: str | PathLike[str], family: str, representation: str) -> list[Task]:
     """The tasks of a file, in its order. The key is the number of the first row with the same procedure.
 
-    Asynchronous-planning rows carry a demonstration and the naive answer; two of them are the same procedure if
-    they differ in words and numbering alone. Other rows are the same if their questions are.
+    Asynchronous-planning tasks carry a demonstration and the naive answer, derived from questions of the paper's form
+    or, in rows of ``isomorph data make``, which also have a ``key``, written in the row. Two of the paper's rows are
+    the same procedure if they differ in words and numbering alone, other rows if their keys or questions are the same.
 
     Raises:
         ValueError: an unknown family.
@@ -107,7 +108,8 @@ def _lines(path: str | PathLike[str]) -> list[str]:
 
 
 def _task(line: str, family: str, representation: str) -> Task:
-    question, answer = _question_and_answer(line)
+    record = _record(line)
+    question, answer = _question_and_answer(record)
     try:
         check_answer(family, answer)
     except ValueError as error:
@@ -115,12 +117,24 @@ def _task(line: str, family: str, representation: str) -> Task:
     task = Task(family=family, representation=representation, question=question, answer=answer, key=question)
     if family != "async_plan":
         return task
+    if "key" in record:
+        return _with_own_solution(task, record)
     plan = parse_question(question, representation)
     return replace(task, key=plan_key(plan), demonstration=demonstrate_plan(plan), naive_answer=naive_total(plan))
 
 
-def _question_and_answer(line: str) -> tuple[str, str]:
-    record = _record(line)
+def _with_own_solution(task: Task, record: dict[str, Any]) -> Task:
+    """A row of ``isomorph data make`` says itself which procedure it asks about and how that is solved."""
+    if record.get("representation", task.representation) != task.representation:
+        raise DataError(f"must be of the representation {task.representation}, got {_brief(record['representation'])}")
+    own = {name: record.get(name) for name in ("key", "demonstration", "naive_answer")}
+    for name, value in own.items():
+        if not isinstance(value, str) and (value is not None or name == "key"):
+            raise DataError(f"{name} must be text, got {_brief(value)}")
+    return replace(task, **own)
+
+
+def _question_and_answer(record: dict[str, Any]) -> tuple[str, str]:
     question, answer = (record.get(name) for name in ("question", "answer"))
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"question must be text, got {_brief(question)}")

@@ -66,7 +66,7 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[Part]
         if _num_known(rollout) == 0 or (advantage == 0 and objective.drops_flat_groups):
             continue
         size = len(rollout.token_ids) - 1
-        if not parts or size > room:
+        if size > room:
             room = max_tok - len(group.prompt.token_ids)
             if size > room:
                 raise UserError(

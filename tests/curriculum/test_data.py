@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from isomorph.curriculum.data import draw_tasks, inspect_file, make_rows, parse_difficulty, show_inspection, write_rows
+from isomorph.curriculum.data import inspect_file, make_rows, parse_difficulty, show_inspection, write_rows
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.task import DataError
-from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty
+from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
+from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.engine.config import UserError, check_tables
 from isomorph.engine.policy import TextCodec, word_tokenizer
 
@@ -134,6 +135,27 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_made_rows_are_read_back_as_they_were_drawn(representation: str, tmp_path: Path) -> None:
+    write_rows(make_rows([representation], 40, Difficulty(), seed=0, split="train"), tmp_path / "rows.jsonl")
+    tasks = read_rows(tmp_path / "rows.jsonl", "async_plan", representation)
+    drawn = draw_tasks(Difficulty(), representation, 40, seed=0, split="train")
+    for name in ("question", "answer", "representation", "demonstration", "naive_answer"):
+        assert [getattr(task, name) for task in tasks] == [getattr(task, name) for task in drawn]
+    keys = [task.key for task in drawn]
+    assert [task.key for task in tasks] == [str(keys.index(key)) for key in keys]
+    assert inspect_file(tmp_path / "rows.jsonl", "async_plan", representation).unsolved == ()
+
+
+def test_made_rows_of_another_representation_are_refused(tmp_path: Path) -> None:
+    write_rows(make_rows([], 1, Difficulty(), seed=0, split="train"), tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="rows.jsonl, line 2: must be of the representation natural, got 'graph'"):
+        inspect_file(tmp_path / "rows.jsonl", "async_plan", "natural")
+    row = json.loads(make_rows(["graph"], 1, Difficulty(), seed=0, split="train")[0])
+    with pytest.raises(DataError, match="line 1: key must be text, got 7"):
+        inspect_file(written(tmp_path, json.dumps({**row, "key": 7})), "async_plan", "graph")
 
 
 def test_an_inspection_counts_what_is_there(tmp_path: Path) -> None:
