@@ -173,11 +173,12 @@ def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, de
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
         loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="isomorph", output_loading_info=True, **loader_options
         )
     except Exception as error:  # on a broken file each of the libraries below raises types of its own
         raise UserError(f"model.path: no model could be loaded from {config.path!r}: {_first_line(error)}") from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would train random numbers in their place
         raise UserError(
             f"model.path: the weights in {config.path!r} lack {len(missing)} tensors of a {model.config.model_type}, "
@@ -185,7 +186,7 @@ def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, de
         )
     model.config._attn_implementation = "isomorph"
     text = TextCodec(tokenizer, chat_template=config.chat_template, stop_ids=_stop_ids(model, tokenizer))
-    return Policy(model.to(device), text)  # type: ignore[arg-type]
+    return Policy(model.to(device), text)
 
 
 def build_tiny(

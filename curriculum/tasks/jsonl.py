@@ -127,7 +127,7 @@ def _with_own_solution(task: Task, record: dict[str, Any]) -> Task:
     """A row of ``isomorph data make`` says itself which procedure it asks about and how that is solved."""
     if record.get("representation", task.representation) != task.representation:
         raise DataError(f"must be of the representation {task.representation}, got {_brief(record['representation'])}")
-    own = {name: record.get(name) for name in ("key", "demonstration", "naive_answer")}
+    own: dict[str, Any] = {name: record.get(name) for name in ("key", "demonstration", "naive_answer")}
     for name, value in own.items():
         if not isinstance(value, str) and (value is not None or name == "key"):
             raise DataError(f"{name} must be text, got {_brief(value)}")
