@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -123,7 +122,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "versions": {name: version(name) for name in ("torch", "transformers", VLLM)},
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(args),
     }
     for mode in args.modes:
         row = {**common, **measure(policy, mode, args)}
@@ -132,6 +131,13 @@ def main() -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What repeats the row, without this machine's folders."""
+    options = ["--model", Path(args.model).name, "--dtype", args.dtype, "--modes", *args.modes]
+    numbers = ["--seqs", args.seqs, "--new-tok", args.new_tok, "--repeats", args.repeats]
+    return shlex.join(map(str, ["python", "benchmarks/bench_publish.py", *options, *numbers]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ fingerprint cannot: a sampler that computes with a copy it made of its weights e
 """
 
 import dataclasses
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -284,13 +285,7 @@ def check_publication(
 def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> float:
     """Largest |trainer - sampler| log-probability over a few tokens that the sampler draws, nats."""
     num_tok = max(1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK))  # fits wherever the prompt does
-    probe = Prompt(
-        prompt_id=-1,
-        token_ids=prompt.token_ids[:num_tok],
-        task=prompt.task,
-        representation=prompt.representation,
-        payload=None,
-    )
+    probe = dataclasses.replace(prompt, token_ids=prompt.token_ids[:num_tok])
     sampling = Sampling(
         temperature=1.0,
         max_new_tok=PROBE_TOK,
