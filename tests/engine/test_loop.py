@@ -248,13 +248,13 @@ def test_exams_are_sat_before_between_and_after_the_stages_and_graded_once(tmp_p
 
 # -- checkpoints, stopping, resuming
 def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9)
+    crew = make_crew(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, examines=True)
     train(crew, RunState())
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000005"]
     state, weights, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000005")
     assert weights_sha256(weights) == sha(crew)
-    assert state.source == source_of(crew).state_dict()
+    assert state.source == json.loads(json.dumps(source_of(crew).state_dict()))  # the last exam's result included
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3])
@@ -342,17 +342,24 @@ class Stale:
         return self.inner.publish(version)
 
 
-def test_a_sampler_with_stale_weights_ends_the_run(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(), sampler_of=Stale)
+def test_a_sampler_with_stale_weights_ends_the_run_before_it_answers(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        asked.append(len(texts))
+        return gold(prompts, texts)
+
+    crew = make_crew(tmp_path, make_stage(), sampler_of=Stale, judge=judge)
     with pytest.raises(RunFailed, match="differ by"):
         train(crew, RunState())
-    assert len(read_steps(tmp_path)) == 1
+    assert asked == [48]  # the first step, on the weights of the beginning
 
 
 def test_drift_beyond_what_the_run_allows_ends_it(tmp_path: Path) -> None:
     crew = make_crew(tmp_path, make_stage(), max_drift=1e-12)
     with pytest.raises(RunFailed, match="differ by"):
         train(crew, RunState())
+    assert not (tmp_path / "steps.jsonl").exists()  # found in the first step, which published nothing
 
 
 def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_path: Path) -> None:
