@@ -12,7 +12,6 @@ fingerprint cannot: a sampler that computes with a copy it made of its weights e
 """
 
 import dataclasses
-import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
