@@ -23,7 +23,7 @@ from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint
 from isomorph.engine.record.runlog import RunLog
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import RunState, Sampler
+from isomorph.engine.types import RunFailed, RunState, Sampler
 from isomorph.engine.update.learner import Learner
 from isomorph.kernels import backend
 
@@ -54,7 +54,8 @@ def run_recipe(
         try:
             state = train(crew, state)
         except BaseException as error:
-            log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
+            with contextlib.suppress(RunFailed):  # on a full disk the first error is the one to tell
+                log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
         crew.policy.save(folder / "model")
         summary = _summary(crew, state)
@@ -84,7 +85,7 @@ def _crew_at_work(
         crew = Crew(
             policy=policy,
             sampler=sampler,
-            demonstrations=DemonstrationSampler(policy.text, curriculum.demonstrate),
+            demonstrations=DemonstrationSampler(policy.text, curriculum.demonstrate, max_tok=policy.max_tok),
             source=curriculum,
             judge=judges,
             learner=learner,
@@ -179,6 +180,7 @@ def _restored(policy: Policy, log: RunLog) -> tuple[RunState, dict[str, torch.Te
     state, weights, learned = load_checkpoint(newest)
     policy.overwrite([weights[name] for name in policy.named_parameters()])
     log.cut_after(state.step)
+    log.seconds_before = state.totals["wall_s"]
     log.say(f"resuming after step {state.step} from {newest}")
     return state, learned
 
@@ -189,7 +191,7 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
     return {
         "status": "done",
         "steps": state.step,
-        "wall_s": state.totals.get("wall_s", 0.0),
+        "wall_s": crew.log.wall_s(),
         "tokens": {key: value for key, value in state.totals.items() if key.endswith("_tok")},
         "accuracy": {
             when: {name: result["rate"] for name, result in results.items()} for when, results in accuracy.items()

@@ -200,7 +200,7 @@ def _facts(record: RunRecord) -> str:
         ["sampler", described["sampler"]],
         ["seed", str(described["seed"])],
         ["stages", "; ".join(stages)],
-        ["time in steps", f"{record.rows[-1]['wall_s']:,.0f} s"],
+        ["time", f"{record.rows[-1]['wall_s']:,.0f} s"],
         ["versions", versions],
     ]
     if record.is_done:

@@ -165,10 +165,6 @@ class ObjectiveConfig(Section):
         return self.name == "sft"
 
     @property
-    def needs_ratio(self) -> bool:
-        return self.name not in ("sft", "rft")
-
-    @property
     def is_per_token(self) -> bool:
         """A token's loss depends on its own row alone, so that gradients can be made chunk by chunk."""
         return self.ratio == "token" and self.tis != "sequence"

@@ -97,7 +97,7 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
         stats = crew.learner.update(updates, stage, stage_step)
     check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
     source.observe(groups)
-    state = _advanced(state, source, prompts, rollouts, stats, log.step_seconds())
+    state = _advanced(state, source, prompts, rollouts, stats, log.wall_s())
     log.write_step(_row(state, stage, stage_step, groups, stats, publication, log), _line(state, groups, stats, log))
     if state.step % crew.config.completions_every == 0:
         log.write_completions(f"step-{state.step:08d}", _completions(groups, texts, crew.policy.text.decode))
@@ -158,10 +158,9 @@ def _advanced(
     prompts: Sequence[Prompt],
     rollouts: Sequence[Rollout],
     stats: StepStats,
-    seconds: float,
+    wall_s: float,
 ) -> RunState:
     added = {
-        "wall_s": seconds,
         "prompt_tok": sum(len(p.token_ids) for p in prompts),
         "response_tok": sum(len(r.token_ids) for r in rollouts),
         "trunk_tok": stats.num_trunk_tok,
@@ -172,7 +171,7 @@ def _advanced(
         num_updates=state.num_updates + stats.num_updates,
         policy_version=state.policy_version + (stats.num_updates > 0),
         source=source.state_dict(),
-        totals={key: state.totals.get(key, 0) + value for key, value in added.items()},
+        totals={**{key: state.totals.get(key, 0) + value for key, value in added.items()}, "wall_s": wall_s},
     )
 
 

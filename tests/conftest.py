@@ -7,6 +7,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+# before PyTorch is imported: OpenMP's threads must not spin while others wait for the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 
 

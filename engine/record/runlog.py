@@ -27,9 +27,14 @@ class RunLog:
         self.folder = folder
         self.console = console
         self.times: dict[str, float] = {}
-        self._started = time.perf_counter()
+        self.seconds_before = 0.0  # of the run that this one goes on with
+        self._opened = self._started = time.perf_counter()
         self._progress: Progress | None = None
         self._bar: Any = None
+
+    def wall_s(self) -> float:
+        """Seconds of the run so far, exams and checkpoints included; of a resumed run, without what was lost."""
+        return self.seconds_before + time.perf_counter() - self._opened
 
     @contextlib.contextmanager
     def time(self, phase: str) -> Iterator[None]:

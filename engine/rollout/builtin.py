@@ -10,7 +10,7 @@ A token is drawn by inverting the cumulative distribution at one uniform number,
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,10 +80,9 @@ class BuiltinSampler:
         drawn = _Drawn(prompts, sampling, device)
         rows = torch.arange(num_prompts * group, device=device)  # which response each cache row decodes
         hidden_BD = hidden_PD.repeat_interleave(group, 0)
+        logits = _unembedded(policy)
         for position in range(sampling.max_new_tok):
-            next_B, logprob_B = _draw(
-                hidden_BD @ policy.unembedding.T, sampling.temperature, drawn.uniform(rows, position)
-            )
+            next_B, logprob_B = _draw(logits(hidden_BD), sampling.temperature, drawn.uniform(rows, position))
             is_live_B = drawn.append(rows, position, next_B, logprob_B)
             num_live = int(is_live_B.sum())  # the one synchronisation of a round
             if num_live == 0 or position + 1 == sampling.max_new_tok:
@@ -250,6 +249,17 @@ def _advance(policy: Policy, cache: _Cache, token_ids_B: Tensor) -> Tensor:
         return out_PGHd.view(num_prompts * group, 1, q.shape[1], -1)
 
     return policy.trunk(token_ids_B[:, None], positions_B[:, None], attend)[:, 0]
+
+
+def _unembedded(policy: Policy) -> Callable[[Tensor], Tensor]:
+    """Hidden rows [B, D] -> float32 logits [B, V], as the trainer makes them: bf16 logits cost up to 0.07 nats."""
+    weight_DV = policy.unembedding.detach().T
+    if weight_DV.dtype in (torch.float32, torch.float64):
+        return lambda hidden_BD: hidden_BD @ weight_DV
+    if weight_DV.is_cuda:
+        return lambda hidden_BD: torch.mm(hidden_BD, weight_DV, out_dtype=torch.float32)
+    wide_DV = weight_DV.float()
+    return lambda hidden_BD: hidden_BD.float() @ wide_DV
 
 
 def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,11 @@ from isomorph.engine.types import Prompt, Publication, Rollout, Sampling
 
 
 class DemonstrationSampler:
-    """``demonstrate(prompt)`` is the worked response, as text."""
+    """``demonstrate(prompt)`` is the worked response, as text; the model has positions for ``max_tok`` tokens."""
 
-    def __init__(self, text: TextCodec, demonstrate: Callable[[Prompt], str | None]) -> None:
+    def __init__(self, text: TextCodec, demonstrate: Callable[[Prompt], str | None], *, max_tok: int) -> None:
         self.text = text
+        self.max_tok = max_tok
         self.demonstrate = demonstrate
         self.policy_version = 0
 
@@ -51,6 +52,11 @@ class DemonstrationSampler:
             raise UserError(
                 f"the demonstration of prompt {prompt.prompt_id} has {len(token_ids)} tokens: "
                 f"sampling.max_new_tok must be at least that, got {max_new_tok}"
+            )
+        if len(prompt.token_ids) + len(token_ids) > self.max_tok:
+            raise UserError(
+                f"prompt {prompt.prompt_id} and its demonstration make {len(prompt.token_ids)} + {len(token_ids)} "
+                f"tokens, the model has positions for {self.max_tok}: leave long prompts out"
             )
         return Rollout(
             prompt_id=prompt.prompt_id,

@@ -218,7 +218,7 @@ def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
 # Largest |trainer - sampler| log-probability of a sampled token that rounding alone explains, nats. SmolLM2-135M and
 # vLLM 0.32 (benchmarks/bench_publish.py): float32 at most 6e-5 over 1,000 tokens; bfloat16 0.04 in the mean, 0.15 for
 # one token in a hundred, 1.0 at the very most. A stale unembedding was off by 4.0.
-MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 2.0}
+MAX_DRIFT = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2.0}
 
 
 def check_drift(drift: float, dtype: torch.dtype, max_drift: float | None) -> None:

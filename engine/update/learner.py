@@ -50,8 +50,10 @@ class Learner:
 
     def enter(self, stage: Stage) -> None:
         """A new stage begins: its optimizer, and the policy that KL is measured to."""
-        if self.optimizer is None or stage.optimizer == "reset":
+        if self.optimizer is None:
             self._open_optimizer(stage)
+        elif stage.optimizer == "reset":
+            self.optimizer.reset(stage.optim)
         else:
             self.optimizer.configure(stage.optim)
         if stage.objective.kl_coef == 0:

@@ -44,6 +44,11 @@ class MasterAdamW:
         for group in self.adamw.param_groups:
             group.update(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
+    def reset(self, config: OptimConfig) -> None:
+        """Another stage's constants, without the moments. The masters stay: they know more than rounded weights."""
+        self.adamw.state.clear()
+        self.configure(config)
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -91,13 +96,6 @@ class MasterAdamW:
             }
             if state:
                 self.adamw.state[master] = {key: value.to(master.device) for key, value in state.items()}
-
-    @torch.no_grad()
-    def adopt_parameters(self) -> None:
-        """The masters take over parameters that somebody else has written, rounded as they are."""
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                self.masters[name].copy_(parameter)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -18,7 +18,7 @@ def sampling(samples: int = 1, max_new_tok: int = 3) -> Sampling:
 
 
 def sampler() -> DemonstrationSampler:
-    return DemonstrationSampler(TEXT, lambda prompt: prompt.payload)
+    return DemonstrationSampler(TEXT, lambda prompt: prompt.payload, max_tok=6)
 
 
 def test_a_demonstration_is_a_rollout_that_nobody_sampled() -> None:
@@ -48,3 +48,10 @@ def test_a_demonstration_that_is_too_long_is_the_users_error() -> None:
 def test_more_than_one_sample_of_a_demonstration_is_the_users_error() -> None:
     with pytest.raises(UserError, match="must be 1, got 2"):
         sampler().generate([prompt(7, "take")], sampling(samples=2))
+
+
+def test_a_demonstration_beyond_the_models_positions_is_the_users_error() -> None:
+    fits = sampler().generate([prompt(7, "take stir 5")], sampling(max_new_tok=9))
+    assert len(fits[0].token_ids) == 4  # 2 + 4 tokens on 6 positions
+    with pytest.raises(UserError, match="2 [+] 5 tokens, the model has positions for 6"):
+        sampler().generate([prompt(7, "take stir 5 5")], sampling(max_new_tok=9))

@@ -141,7 +141,7 @@ def make_crew(
     return Crew(
         policy=policy,
         sampler=sampler_of(policy),
-        demonstrations=DemonstrationSampler(policy.text, source.demonstrate),
+        demonstrations=DemonstrationSampler(policy.text, source.demonstrate, max_tok=policy.max_tok),
         source=source,
         judge=judge,
         learner=Learner(policy),
