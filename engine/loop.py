@@ -54,6 +54,7 @@ def train(crew: Crew, state: RunState) -> RunState:
 
     Raises RunFailed, or KeyboardInterrupt after a requested stop: then a checkpoint has been written.
     """
+    publish(crew, crew.sampler, state.policy_version, _any_prompt(crew))
     while True:
         if exam := crew.source.exam():
             sit(crew, state, exam)
@@ -80,7 +81,7 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     log.begin_step()
     prompts = source.take(stage.batch.prompts)
     with log.time("publish"):
-        publication = publish(crew, sampler, state.policy_version, prompts[0])
+        publication = bring_up_to_date(crew, sampler, state.policy_version, prompts[0])
     with log.time("generate"):
         rollouts = sampler.generate(prompts, _sampling(crew, stage))
     with log.time("judge"):
@@ -104,10 +105,13 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     return state
 
 
-def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication | None:
-    """Brings the sampler to the policy's version and proves that it is there; None where it already was."""
-    if sampler.policy_version == version:
-        return None
+def bring_up_to_date(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication | None:
+    """Publishes where the sampler is behind; None where it is not."""
+    return None if sampler.policy_version == version else publish(crew, sampler, version, probe)
+
+
+def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication:
+    """Brings the sampler to the policy's present weights, and proves that it is there."""
     publication = sampler.publish(version)
     if sampler is crew.sampler:
         check_publication(crew.policy, sampler, publication, probe, crew.config.max_drift)
@@ -116,7 +120,7 @@ def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Public
 
 def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     """Greedy answers to the exam's questions, judged and taken down."""
-    publish(crew, crew.sampler, state.policy_version, exam.prompts[0])
+    bring_up_to_date(crew, crew.sampler, state.policy_version, exam.prompts[0])
     rollouts = crew.sampler.generate(exam.prompts, _greedy(crew, exam.max_new_tok))
     texts = [crew.policy.text.decode(r.token_ids.tolist()) for r in rollouts]
     rewards = judged(crew.judge, exam.prompts, texts)
@@ -130,6 +134,12 @@ def save(crew: Crew, state: RunState) -> Path:
     state = dataclasses.replace(state, source=crew.source.state_dict())
     tensors = crew.learner.state_tensors()
     return save_checkpoint(crew.log.folder / "checkpoints", state, weights, tensors, keep=crew.config.keep_checkpoints)
+
+
+def _any_prompt(crew: Crew) -> Prompt:
+    """For the first probe, when nobody has asked anything yet."""
+    token_ids = crew.policy.text.encode_prompt("First things first.")
+    return Prompt(prompt_id=0, token_ids=token_ids, task="probe", representation="probe", payload=None)
 
 
 def _sampling(crew: Crew, stage: Stage) -> Sampling:

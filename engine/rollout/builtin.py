@@ -276,6 +276,7 @@ def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor | None) -> tu
     # strictly below the total, so that the found token has a positive probability
     target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
     next_B = torch.searchsorted(cdf_BV, target_B[:, None], right=True)[:, 0]
+    next_B.clamp_(max=z_BV.shape[1] - 1)  # only NaN logits get there; the learner refuses their log-probability
     return next_B, logprob_BV.gather(1, next_B[:, None])[:, 0]
 
 

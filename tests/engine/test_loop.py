@@ -1,5 +1,6 @@
 """The whole loop with real parts: decoder, built-in sampler, learner, disk; the judge and the questions are toys."""
 
+import dataclasses
 import io
 import json
 import math
@@ -27,7 +28,7 @@ from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint
 from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import Exam, Group, Prompt, Publication, RunFailed, RunState
+from isomorph.engine.types import Exam, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
 
 WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
@@ -355,11 +356,41 @@ def test_a_sampler_with_stale_weights_ends_the_run_before_it_answers(tmp_path: P
     assert asked == [48]  # the first step, on the weights of the beginning
 
 
-def test_drift_beyond_what_the_run_allows_ends_it(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(), max_drift=1e-12)
+def test_a_sampler_that_starts_with_other_weights_ends_the_run_before_it_is_asked(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        asked.append(len(texts))
+        return gold(prompts, texts)
+
+    def other_weights(policy: Policy) -> Stale:
+        sampler = Stale(policy)
+        with torch.no_grad():
+            sampler.frozen.unembedding.mul_(1.5)
+        return sampler
+
+    crew = make_crew(tmp_path, make_stage(), sampler_of=other_weights, judge=judge)
     with pytest.raises(RunFailed, match="differ by"):
         train(crew, RunState())
-    assert not (tmp_path / "steps.jsonl").exists()  # found in the first step, which published nothing
+    assert asked == []
+
+
+class Drifting(BuiltinSampler):
+    """Tells the truth of a probe, which is one prompt, and overstates what it draws for a step."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        rollouts = super().generate(prompts, sampling)
+        if len(prompts) == 1:
+            return rollouts
+        assert all(r.sampler_logprob is not None for r in rollouts)
+        return [dataclasses.replace(r, sampler_logprob=r.sampler_logprob + 0.01) for r in rollouts]  # type: ignore[operator]
+
+
+def test_drift_beyond_what_the_run_allows_ends_it(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(), sampler_of=lambda policy: Drifting(policy, SamplerConfig()))
+    with pytest.raises(RunFailed, match="differ by 1.00e-02"):
+        train(crew, RunState())
+    assert not (tmp_path / "steps.jsonl").exists()
 
 
 def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_path: Path) -> None:
