@@ -31,12 +31,13 @@ def main() -> None:
     # (2 cores, libgomp); this many turns are enough where the cores are free. Read once, when PyTorch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        app(standalone_mode=False)
+        # without its standalone mode typer returns the code of an interruption or an Exit instead of ending the process
+        code = app(standalone_mode=False)
+        if code:
+            sys.exit(code)
     except (UserError, DataError) as error:
         _fail(str(error), 2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
+    except typer.Abort:
         sys.exit(130)
     except typer.TyperException as error:
         _fail(error.format_message(), 2)

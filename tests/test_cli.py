@@ -129,7 +129,7 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp
         ("sampling.top_p=0.9", "unknown key"),
         ("stage.1.objective.name=ppo", "'grpo'"),
         ("eval.data=nothing", "no [data.nothing]"),
-        ("stage.9.steps=1", "must be 0 to 2"),
+        ("stage.9.steps=1", "must be a number from 0 to 2"),
         ("stage.1.mixture=[{data='plans',representation='table'}]", "only ever evaluated on"),
         ("model.path=somewhere", "exactly one of model.path and model.tiny"),
         ("stage.0.sampling.max_new_tok=10", "the demonstration of prompt"),
@@ -181,10 +181,11 @@ def test_an_unreadable_model_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_broken_row_is_named_by_file_and_line(whole_run: Path, tmp_path: Path) -> None:
-    good = '{"question": "q", "answer": "[datetime.timedelta(days=1), datetime.timedelta(days=1)]"}\n'
-    recipe = recipe_for_files(tmp_path, good + '{"question": "q"\n', str(whole_run / "model"))
+    good = isomorph("data", "make", "--representation", "graph", "--prompts", "1", cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
+    recipe = recipe_for_files(tmp_path, good.stdout + '{"question": "q"\n', str(whole_run / "model"))
     message = error_line(isomorph("train", recipe, cwd=tmp_path, ROWS=str(tmp_path)))
-    assert "graph.jsonl" in message and "2" in message
+    assert "graph.jsonl, line 2" in message
     assert "environment variable" in error_line(isomorph("train", recipe, cwd=tmp_path))
 
 
