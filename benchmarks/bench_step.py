@@ -139,7 +139,8 @@ def run_interleaved(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         config = GRPOConfig(
             output_dir=scratch,
-            per_device_train_batch_size=GROUP * PROMPTS,
+            per_device_train_batch_size=GROUP * PROMPTS // 2,  # all at once, TRL's activations pass 24 GiB
+            gradient_accumulation_steps=2,
             num_generations=GROUP,
             max_completion_length=MAX_NEW_TOK,
             max_steps=args.steps,
