@@ -21,7 +21,9 @@ from isomorph.engine.config import UserError, check_tables, load_recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Make tasks, and look at files of tasks.")
+kernels = typer.Typer(no_args_is_help=True, help="The GPU kernels, as far as they can be looked at without a GPU.")
 app.add_typer(data, name="data")
+app.add_typer(kernels, name="kernels")
 console = Console()
 
 
@@ -179,6 +181,28 @@ def doctor() -> None:
     show_findings(findings, console)
     if not is_sound(findings):
         sys.exit(1)
+
+
+@kernels.command("compile")
+def compile_kernels(
+    arch: Annotated[list[int] | None, typer.Option("--arch", help="90 is sm_90; repeatable; default: all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table")] = False,
+) -> None:
+    """Compile every GPU kernel in every configuration, without a GPU, and check its machine code."""
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("compiling kernels needs Triton, which is not installed: pip install triton==3.9.0")
+    from isomorph.kernels import aot
+
+    unknown = sorted(set(arch or ()) - set(aot.ARCHS))
+    if unknown:
+        raise UserError(f"--arch must be one of {', '.join(map(str, aot.ARCHS))}, got {unknown[0]}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
+    code = aot.report(arch or aot.ARCHS, as_json=as_json)
+    if code:
+        sys.exit(code)
 
 
 class _Stop:

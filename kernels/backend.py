@@ -1,6 +1,8 @@
 """Which body runs for which tensor. One place, visible, and overridable.
 
-    triton      our GPU kernels                                   on CUDA; none is written yet
+    triton      our GPU kernels                                   on CUDA; with TRITON_INTERPRET=1 anywhere, for tests
+    offset      our GPU kernels, the softmax inside the product   linear_loss on CUDA, if asked for by name
+    varlen      flash attention as PyTorch ships it, merged       packed_attention on CUDA
     native      C++ (isomorph.kernels._native)                    on the CPU
     torch       PyTorch, arranged for speed and memory            where BODIES says so
     reference   plain PyTorch: the specification of every op      anywhere
@@ -11,6 +13,7 @@
 """
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +31,14 @@ except ImportError as error:
     _native_module = None
     _native_reason = f"isomorph.kernels._native was not built ({error}); `pip install .` builds it"
 
-NAMES = ("triton", "native", "torch", "reference")
+NAMES = ("triton", "offset", "varlen", "native", "torch", "reference")
+OUR_TRITON = ("triton", "offset")
 ENVIRONMENT = "ISOMORPH_BACKEND"
 
 # preferred first; every op also has "reference", last
 BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
+        "token_logprob": ("torch",),
         "linear_logprob": ("torch",),
         "linear_loss": ("torch",),
         "packed_attention": ("torch",),
@@ -44,14 +49,30 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "take_ragged": ("native",),
     },
     "cuda": {
-        "linear_logprob": ("torch",),
-        "linear_loss": ("torch",),
+        "token_logprob": ("triton", "torch"),
+        "linear_logprob": ("triton", "torch"),
+        "linear_loss": ("triton", "torch", "offset"),
         "decode_attention": ("torch",),
     },
 }
 OPS = tuple(BODIES["cpu"])
 
 _override: ContextVar[str] = ContextVar("isomorph_backend", default="")
+
+
+@functools.cache
+def triton_reason() -> str:
+    """Why the Triton bodies cannot run here; empty where they can (on CUDA, or interpreted)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with PyTorch's CUDA builds for Linux"
+    if not torch.cuda.is_available() and not interpreting():
+        return "there is no CUDA device; TRITON_INTERPRET=1, set before Python starts, runs them slowly on the CPU"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted, on tensors of any device: for tests, thousands of times slower."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def native_available() -> bool:
@@ -102,8 +123,13 @@ def bodies(op: str, device_type: str) -> tuple[str, ...]:
     """The bodies that can run ``op`` on such a device here, preferred first; "reference" is always the last."""
     if op not in OPS:
         raise ValueError(f"no op is called {op!r}; there are: {', '.join(OPS)}")
-    names = (*BODIES.get(device_type, {}).get(op, ()), "reference")
-    return names if native_available() else tuple(name for name in names if name != "native")
+    names = BODIES.get(device_type, {}).get(op, ())
+    if device_type == "cpu" and interpreting():
+        names = (*names, *(name for name in BODIES["cuda"].get(op, ()) if name in OUR_TRITON))
+    absent = {"native"} if not native_available() else set()
+    if triton_reason():
+        absent.update(OUR_TRITON)
+    return (*(name for name in names if name not in absent), "reference")
 
 
 @functools.cache
@@ -125,7 +151,7 @@ def _parse(request: str) -> tuple[str, dict[str, str]]:
 def _check_name(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"{ENVIRONMENT} must name one of {', '.join(NAMES)}, got {name!r}")
-    if name == "triton":
-        raise ValueError("the Triton bodies are not written yet; take torch or reference on CUDA")
+    if name in OUR_TRITON and triton_reason():
+        raise ValueError(f"Triton bodies were asked for, but {triton_reason()}")
     if name == "native" and not native_available():
         raise ValueError(f"native bodies were asked for, but {_native_reason}")

@@ -1,6 +1,7 @@
 """One chunk of rows of a linear head: its logits, its stats, and what it adds to the gradients.
 
-Logits are float32, accumulated in float32, whatever the inputs: bfloat16 logits cost up to 7 % on a ratio.
+Logits are float32, accumulated in float32, whatever the inputs: bfloat16 logits cost up to 7 % on a ratio. One buffer
+of [chunk, V] holds them; their gradient is written over them.
 """
 
 from collections.abc import Iterator
@@ -9,39 +10,48 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isomorph.kernels import backend
+from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats, stats_dtype
+
 CHUNK_BYTES = 32 * 2**20  # of logits at a time where the caller does not say how many rows
-
-
-class TokenStats(NamedTuple):
-    """Facts about N target tokens, each [N], nats; float32, or float64 when the inputs are float64."""
-
-    logprob: Tensor
-    entropy: Tensor
-    lse: Tensor
+WIDEN_BYTES = 16 * 2**20  # of low-precision weight that is widened at a time, where no GEMM takes it as it is
 
 
 class Head(NamedTuple):
-    """The operands of one call, in the dtype the GEMMs run in."""
+    """The operands of one call."""
 
     hidden_TD: Tensor
     weight_VD: Tensor
     target_ids_N: Tensor
     row_index_N: Tensor | None
-    bias_V: Tensor | None
+    bias_V: Tensor | None  # in the dtype of the stats
     temperature: float
+    rows_body: str  # who makes the stats and the gradient of a row of logits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, stats and sums."""
+        return stats_dtype(self.weight_VD.dtype)
+
+    @property
+    def gemm_takes_bfloat16(self) -> bool:
+        """Whether a GEMM reads bfloat16 and writes float32. No CPU GEMM does; float16 gradients would underflow."""
+        return self.weight_VD.dtype == torch.bfloat16 and self.weight_VD.is_cuda
 
     def hidden_rows(self, rows: slice) -> Tensor:
         hidden_TD = self.hidden_TD
         hidden_nD = hidden_TD[rows] if self.row_index_N is None else hidden_TD.index_select(0, self.row_index_N[rows])
-        return hidden_nD.to(self.weight_VD.dtype)
+        return hidden_nD if self.gemm_takes_bfloat16 else hidden_nD.to(self.dtype)
 
-
-class Chunk(NamedTuple):
-    hidden_nD: Tensor
-    shifted_nV: Tensor  # z - max(z)
-    exp_nV: Tensor  # exp of that
-    exp_sum_n: Tensor
-    stats: TokenStats
+    def weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The unembedding as the GEMMs take it: whole where they can, else a few columns of logits at a time."""
+        num_vocab, dim = self.weight_VD.shape
+        if self.weight_VD.dtype == self.dtype or self.gemm_takes_bfloat16:
+            yield slice(0, num_vocab), self.weight_VD
+            return
+        width = max(1, WIDEN_BYTES // (dim * self.dtype.itemsize))
+        for start in range(0, num_vocab, width):
+            yield slice(start, min(start + width, num_vocab)), self.weight_VD[start : start + width].to(self.dtype)
 
 
 def make_head(
@@ -51,11 +61,11 @@ def make_head(
     row_index_N: Tensor | None,
     bias_V: Tensor | None,
     temperature: float,
+    op: str,
 ) -> Head:
-    # Upcast once per call: no CPU GEMM takes bfloat16 and returns float32.
-    dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-    bias_V = None if bias_V is None else bias_V.to(dtype) / temperature
-    return Head(hidden_TD, weight_VD.to(dtype), target_ids_N, row_index_N, bias_V, temperature)
+    bias_V = None if bias_V is None else bias_V.to(stats_dtype(weight_VD.dtype)).contiguous()
+    rows_body = backend.choose(op, hidden_TD.device)
+    return Head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, rows_body)
 
 
 def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
@@ -63,81 +73,149 @@ def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_rows, num_rows))
 
 
-def default_chunk_rows(weight_VD: Tensor) -> int:
-    return max(1, CHUNK_BYTES // (weight_VD.shape[0] * weight_VD.element_size()))
+def default_chunk_rows(head: Head) -> int:
+    return max(1, CHUNK_BYTES // (head.weight_VD.shape[0] * head.dtype.itemsize))
 
 
-def make_buffers(head: Head, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    num_rows = min(chunk_rows, len(head.target_ids_N))
-    shape = (num_rows, head.weight_VD.shape[0])
-    return head.weight_VD.new_empty(shape), head.weight_VD.new_empty(shape)
+class LogitChunks:
+    """One chunk of logits at a time, in one buffer: made, read by the row pass, then written over by their gradient."""
+
+    def __init__(self, head: Head, chunk_rows: int) -> None:
+        self.head = head
+        num_rows = min(chunk_rows, len(head.target_ids_N))
+        self.buffer = head.weight_VD.new_empty((num_rows, head.weight_VD.shape[0]), dtype=head.dtype)
+        self.inv_temperature = 1.0 / head.temperature
+
+    def load(self, rows: slice) -> None:
+        """The raw logits of these rows, without bias and temperature: the row passes apply both on the way."""
+        self.hidden_nD = self.head.hidden_rows(rows)
+        self.target_n = self.head.target_ids_N[rows]
+        self.logits_nV = self.buffer[: rows.stop - rows.start]
+        for columns, weight_vD in self.head.weight_blocks():
+            _mm(self.hidden_nD, weight_vD.T, self.logits_nV[:, columns])
+
+    def stats(self) -> TokenStats:
+        return row_stats(
+            self.logits_nV,
+            self.target_n,
+            bias_V=self.head.bias_V,
+            inv_temperature=self.inv_temperature,
+            body=self.head.rows_body,
+        )
+
+    def add_gradients(self, rows: slice, stats: TokenStats, grads: RowGrads, into: "Gradients") -> None:
+        """Spends the logits. On CUDA their gradient is bfloat16 if the weights are, in the first half of each row."""
+        out_nV = self.logits_nV
+        if self.head.gemm_takes_bfloat16:
+            out_nV = out_nV.view(torch.bfloat16)[:, : out_nV.shape[1]]
+        row_gradient(
+            self.logits_nV,
+            self.target_n,
+            stats,
+            grads,
+            bias_V=self.head.bias_V,
+            inv_temperature=self.inv_temperature,
+            body=self.head.rows_body,
+            out_nV=out_nV,
+        )
+        into.add(self.head, rows, self.hidden_nD, out_nV)
 
 
-def compute_chunk(head: Head, rows: slice, buffers: tuple[Tensor, Tensor]) -> Chunk:
-    num_rows = rows.stop - rows.start
-    logits_nV, exp_nV = (buffer[:num_rows] for buffer in buffers)
-    hidden_nD = head.hidden_rows(rows)
-    inv_temperature = 1.0 / head.temperature
-    if head.bias_V is None:
-        # beta = 0: what the buffer holds is not read
-        torch.addmm(logits_nV, hidden_nD, head.weight_VD.T, beta=0, alpha=inv_temperature, out=logits_nV)
-    else:
-        torch.addmm(head.bias_V, hidden_nD, head.weight_VD.T, alpha=inv_temperature, out=logits_nV)
-    max_n1 = logits_nV.amax(1, keepdim=True)
-    shifted_nV = logits_nV.sub_(max_n1)
-    torch.exp(shifted_nV, out=exp_nV)
-    exp_sum_n = exp_nV.sum(1)
-    log_sum_n = exp_sum_n.log()
-    target_n = shifted_nV.gather(1, head.target_ids_N[rows, None])[:, 0]
-    weighted_n = torch.bmm(exp_nV[:, None, :], shifted_nV[:, :, None])[:, 0, 0]  # a dot per row, no temporary
-    stats = TokenStats(target_n - log_sum_n, log_sum_n - weighted_n / exp_sum_n, max_n1[:, 0] + log_sum_n)
-    return Chunk(hidden_nD, shifted_nV, exp_nV, exp_sum_n, stats)
+class OffsetChunks:
+    """The same in one pass of ``kernels/gpu/offset.py``: exp(logit - logit of the target) instead of logits."""
 
+    def __init__(self, head: Head, chunk_rows: int) -> None:
+        from isomorph.kernels.gpu import offset
 
-def dlogits(head: Head, rows: slice, chunk: Chunk, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """d loss / d z of the chunk, written over ``exp_nV`` (and ``shifted_nV``)."""
-    dlogprob_n, dentropy_n, dlse_n = grads
-    prob_scale_n = torch.zeros_like(chunk.exp_sum_n)
-    if dlogprob_n is not None:
-        prob_scale_n = prob_scale_n - dlogprob_n
-    if dlse_n is not None:
-        prob_scale_n = prob_scale_n + dlse_n
-    if dentropy_n is None:
-        dlogits_nV = chunk.exp_nV.mul_((prob_scale_n / chunk.exp_sum_n)[:, None])
-    else:
-        # -p (log p + H) with log p = shifted - log_sum
-        offset_n = chunk.stats.entropy - chunk.exp_sum_n.log()
-        factor_nV = chunk.shifted_nV.add_(offset_n[:, None]).mul_((-dentropy_n / chunk.exp_sum_n)[:, None])
-        factor_nV.add_((prob_scale_n / chunk.exp_sum_n)[:, None])
-        dlogits_nV = chunk.exp_nV.mul_(factor_nV)
-    if dlogprob_n is not None:
-        dlogits_nV.scatter_add_(1, head.target_ids_N[rows, None], dlogprob_n[:, None])
-    return dlogits_nV
+        reason = offset.refusal(head.hidden_TD, head.bias_V is not None)
+        if reason:
+            raise ValueError(f"linear_loss=offset was asked for, but {reason}; take linear_loss=triton")
+        self.offset, self.head = offset, head
+        self.weight_VD = head.weight_VD.contiguous()
+        self.buffer = offset.new_buffer(head.weight_VD, min(chunk_rows, len(head.target_ids_N)))
+
+    def load(self, rows: slice) -> None:
+        self.hidden_nD = self.head.hidden_TD[rows]
+        if self.head.row_index_N is not None:
+            self.hidden_nD = self.head.hidden_TD.index_select(0, self.head.row_index_N[rows])
+        self.hidden_nD = self.hidden_nD.contiguous()
+        self.target_n = self.head.target_ids_N[rows]
+        self.exp_nV = self.buffer[: rows.stop - rows.start]
+        self.facts = self.offset.exp_chunk(
+            self.hidden_nD, self.weight_VD, self.target_n, self.head.temperature, self.exp_nV
+        )
+
+    def stats(self) -> TokenStats:
+        return TokenStats(self.facts.logprob, self.facts.entropy, self.facts.lse)
+
+    def add_gradients(self, rows: slice, stats: TokenStats, grads: RowGrads, into: "Gradients") -> None:
+        dlogprob_n, dentropy_n, dlse_n = grads
+        operands = self.target_n, self.head.temperature, self.exp_nV
+        if dlogprob_n is None or dentropy_n is not None or dlse_n is not None:
+            self.offset.whole_gradient_(self.facts, grads, *operands)
+            into.add(self.head, rows, self.hidden_nD, self.exp_nV)
+        else:
+            scale_n1 = self.offset.row_scales(self.facts, dlogprob_n, *operands)[:, None]
+            into.add(self.head, rows, (self.hidden_nD * scale_n1).to(self.hidden_nD.dtype), self.exp_nV, scale_n1)
 
 
 class Gradients:
     """Sums of one call's gradients, float32 (float64 for float64); ``None`` where nobody asked."""
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
-        new_zeros = head.weight_VD.new_zeros
-        self.hidden_TD = new_zeros(head.hidden_TD.shape) if needs[0] else None
-        self.weight_VD = new_zeros(head.weight_VD.shape) if needs[1] else None
-        self.bias_V = new_zeros(head.weight_VD.shape[0]) if needs[2] else None
+        def zeros(shape: tuple[int, ...]) -> Tensor:
+            return head.weight_VD.new_zeros(shape, dtype=head.dtype)
 
-    def add(self, head: Head, rows: slice, hidden_nD: Tensor, dlogits_nV: Tensor) -> None:
-        inv_temperature = 1.0 / head.temperature
+        self.hidden_TD = zeros(head.hidden_TD.shape) if needs[0] else None
+        self.weight_VD = zeros(head.weight_VD.shape) if needs[1] else None
+        self.bias_V = zeros(head.weight_VD.shape[:1]) if needs[2] else None
+
+    def add(
+        self, head: Head, rows: slice, hidden_nD: Tensor, dlogits_nV: Tensor, scale_n1: Tensor | None = None
+    ) -> None:
+        """With ``scale``, the gradient of the logits is scale * dlogits, and hidden is scaled already."""
         if self.hidden_TD is not None:
-            dhidden_nD = torch.mm(dlogits_nV, head.weight_VD).mul_(inv_temperature)
+            dhidden_nD = self.hidden_TD.new_zeros((rows.stop - rows.start, self.hidden_TD.shape[1]))
+            for columns, weight_vD in head.weight_blocks():
+                _addmm(dhidden_nD, dlogits_nV[:, columns], weight_vD)
+            if scale_n1 is not None:
+                dhidden_nD *= scale_n1
             if head.row_index_N is None:
                 self.hidden_TD[rows] = dhidden_nD
             else:
-                # On the CPU index_add_ adds in index order: the same bits each time.
-                self.hidden_TD.index_add_(0, head.row_index_N[rows], dhidden_nD)
+                _add_rows(self.hidden_TD, head.row_index_N[rows], dhidden_nD, head.rows_body)
         if self.weight_VD is not None:
-            self.weight_VD.addmm_(dlogits_nV.T, hidden_nD, alpha=inv_temperature)
+            _addmm(self.weight_VD, dlogits_nV.T, hidden_nD)
         if self.bias_V is not None:
-            self.bias_V.add_(dlogits_nV.sum(0), alpha=inv_temperature)
+            self.bias_V.add_(dlogits_nV.sum(0, dtype=self.bias_V.dtype))
 
     def cast(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
         sums = (self.hidden_TD, self.weight_VD, self.bias_V)
         return tuple(None if s is None else s.to(dtype) for s, dtype in zip(sums, dtypes, strict=True))
+
+
+def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == into.dtype:
+        into.addmm_(left, right)
+    else:
+        torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
+
+
+def _add_rows(into_TD: Tensor, row_index_n: Tensor, rows_nD: Tensor, body: str) -> None:
+    """into[row_index[i]] += rows[i], a row's additions in order of i: the same bits each time."""
+    if body in ("triton", "offset"):
+        from isomorph.kernels.gpu import rows
+
+        rows.add_rows(into_TD, row_index_n, rows_nD)
+    elif into_TD.is_cuda:
+        # index_add_ on CUDA adds in any order; sorting stably and indexing with accumulate does not
+        into_TD.index_put_((row_index_n,), rows_nD, accumulate=True)
+    else:
+        into_TD.index_add_(0, row_index_n, rows_nD)  # on the CPU in index order

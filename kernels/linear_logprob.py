@@ -9,7 +9,6 @@ Logits exist for one chunk of rows at a time. ``linear_logprob`` makes them agai
 ``linear_loss`` asks the loss for its derivative while a chunk's logits are still there (3 GEMMs).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +19,19 @@ from torch.autograd.function import once_differentiable
 from isomorph.kernels import backend
 from isomorph.kernels.linear_chunks import (
     Gradients,
-    TokenStats,
-    compute_chunk,
+    LogitChunks,
+    OffsetChunks,
     default_chunk_rows,
-    dlogits,
-    make_buffers,
     make_head,
     row_chunks,
+)
+from isomorph.kernels.token_logprob import (
+    RowGrads,
+    TokenStats,
+    check_ids,
+    check_temperature,
+    stats_dtype,
+    token_logprob_ref,
 )
 
 LossOf = Callable[[TokenStats, slice], Tensor]
@@ -48,11 +53,7 @@ def linear_logprob_ref(
     logits_NV = hidden_ND.to(compute_dtype) @ weight_VD.to(compute_dtype).T
     if bias_V is not None:
         logits_NV = logits_NV + bias_V.to(compute_dtype)
-    logits_NV = logits_NV / temperature
-    logprob_NV = torch.log_softmax(logits_NV, -1)
-    logprob = logprob_NV.gather(1, target_ids_N[:, None])[:, 0]
-    entropy = -(logprob_NV.exp() * logprob_NV).sum(-1)
-    return TokenStats(logprob, entropy, torch.logsumexp(logits_NV, -1))
+    return token_logprob_ref(logits_NV, target_ids_N, temperature=temperature)
 
 
 def linear_loss_ref(
@@ -96,36 +97,23 @@ def _check(
             f"hidden and weight must have one floating-point dtype, got {hidden_TD.dtype} and "
             f"{weight_VD.dtype}; cast one of them"
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            f"temperature must be > 0 and finite, got {temperature}; a greedy rollout has no log-probability"
-        )
+    check_temperature(temperature)
     num_vocab = weight_VD.shape[0]
     if bias_V is not None and bias_V.shape != (num_vocab,):
         raise ValueError(f"bias must be [V={num_vocab}], got {tuple(bias_V.shape)}")
     if bias_V is not None and not torch.isfinite(bias_V).all():
         raise ValueError("bias must be finite; to forbid a token, leave its row out of the unembedding")
-    _check_ids("target_ids", target_ids_N, num_vocab, "V")
+    check_ids("target_ids", target_ids_N, num_vocab, "V")
     num_rows = hidden_TD.shape[0]
     if row_index_N is not None:
-        _check_ids("row_index", row_index_N, num_rows, "T")
+        check_ids("row_index", row_index_N, num_rows, "T")
         num_rows = row_index_N.shape[0]
     if target_ids_N.shape[0] != num_rows:
         raise ValueError(
             f"target_ids must have one id for each of the {num_rows} rows, got {target_ids_N.shape[0]}; "
             "where several targets read one row, or some rows have none, pass row_index"
         )
-    return torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-
-
-def _check_ids(name: str, ids_N: Tensor, upper: int, upper_name: str) -> None:
-    if ids_N.ndim != 1 or ids_N.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64 [N], got {ids_N.dtype} {tuple(ids_N.shape)}")
-    if ids_N.numel() == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(ids_N))
-    if low < 0 or high >= upper:
-        raise ValueError(f"{name} must lie in 0..{upper - 1} ({upper_name}={upper}), got {low}..{high}")
+    return stats_dtype(hidden_TD.dtype)
 
 
 def _check_chunk_rows(chunk_rows: int) -> None:
@@ -145,30 +133,32 @@ class _LinearLogprob(torch.autograd.Function):
         row_index_N: Tensor | None,
         temperature: float,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)  # a stat that nobody differentiates costs no pass over the logits
-        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
-        chunk_rows = default_chunk_rows(head.weight_VD)
-        buffers = make_buffers(head, chunk_rows)
-        out = TokenStats(*(head.weight_VD.new_empty(len(target_ids_N)) for _ in TokenStats._fields))
+        ctx.set_materialize_grads(False)  # a stat that nobody differentiates costs no work
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_logprob")
+        chunk_rows = default_chunk_rows(head)
+        chunks = LogitChunks(head, chunk_rows)
+        out = TokenStats(*(hidden_TD.new_empty(len(target_ids_N), dtype=head.dtype) for _ in TokenStats._fields))
         for rows in row_chunks(len(target_ids_N), chunk_rows):
-            for whole, part in zip(out, compute_chunk(head, rows, buffers).stats, strict=True):
+            chunks.load(rows)
+            for whole, part in zip(out, chunks.stats(), strict=True):
                 whole[rows] = part
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *out)
+        ctx.temperature = temperature
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N = ctx.saved_tensors
-        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature)
+        hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *stats_N = ctx.saved_tensors
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature, "linear_logprob")
         gradients = Gradients(head, ctx.needs_input_grad[:3])
-        chunk_rows = default_chunk_rows(head.weight_VD)
-        buffers = make_buffers(head, chunk_rows)
+        chunk_rows = default_chunk_rows(head)
+        chunks = LogitChunks(head, chunk_rows)
         for rows in row_chunks(len(target_ids_N), chunk_rows):
-            chunk = compute_chunk(head, rows, buffers)
-            grads_n = tuple(None if grad is None else grad[rows] for grad in grads_N)
-            gradients.add(head, rows, chunk.hidden_nD, dlogits(head, rows, chunk, grads_n))
+            chunks.load(rows)
+            dlogprob_n, dentropy_n, dlse_n = (None if grad is None else grad[rows] for grad in grads_N)
+            stats = TokenStats(*(stat[rows] for stat in stats_N))
+            chunks.add_gradients(rows, stats, (dlogprob_n, dentropy_n, dlse_n), gradients)
         dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return *gradients.cast(dtypes), None, None, None
 
@@ -187,16 +177,17 @@ class _LinearLoss(torch.autograd.Function):
         chunk_rows: int,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
-        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_loss")
         gradients = Gradients(head, needs)
-        buffers = make_buffers(head, chunk_rows)
-        loss = head.weight_VD.new_zeros(())
+        chunks = (OffsetChunks if head.rows_body == "offset" else LogitChunks)(head, chunk_rows)
+        loss = hidden_TD.new_zeros((), dtype=head.dtype)
         for rows in row_chunks(len(target_ids_N), chunk_rows):
-            chunk = compute_chunk(head, rows, buffers)
-            chunk_loss, grads_n = _loss_and_grads(loss_of, chunk.stats, rows)
+            chunks.load(rows)
+            stats = chunks.stats()
+            chunk_loss, grads_n = _loss_and_grads(loss_of, stats, rows)
             loss += chunk_loss
-            if any(needs):
-                gradients.add(head, rows, chunk.hidden_nD, dlogits(head, rows, chunk, grads_n))
+            if any(needs) and any(grad is not None for grad in grads_n):
+                chunks.add_gradients(rows, stats, grads_n, gradients)
         dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.gradients = gradients.cast(dtypes)
         return loss
@@ -216,7 +207,7 @@ class _LinearLoss(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
-def _loss_and_grads(loss_of: LossOf, stats: TokenStats, rows: slice) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _loss_and_grads(loss_of: LossOf, stats: TokenStats, rows: slice) -> tuple[Tensor, RowGrads]:
     leaves = TokenStats(*(stat.detach().requires_grad_() for stat in stats))
     with torch.enable_grad():
         loss = loss_of(leaves, rows)
@@ -225,7 +216,8 @@ def _loss_and_grads(loss_of: LossOf, stats: TokenStats, rows: slice) -> tuple[Te
         raise ValueError(f"loss_of must return a scalar tensor for rows {rows.start}..{rows.stop}, got {got}")
     if not loss.requires_grad:
         return loss, (None, None, None)
-    return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+    dlogprob, dentropy, dlse = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss.detach(), (dlogprob, dentropy, dlse)
 
 
 # -- public ops
@@ -243,7 +235,8 @@ def linear_logprob(
     hidden [T, D] and weight [V, D] share a floating-point dtype; target_ids [N] int64 in 0..V-1; row_index
     [N] int64 says which hidden row predicts target i (default: row i); a row may be read many times, its
     gradient is the sum over its targets. Differentiable once, through all three, in hidden, weight and bias.
-    Peak memory beside the gradients: two buffers of about 32 MiB. N = 0 gives empty stats.
+    Peak memory beside the gradients: one buffer of about 32 MiB, and 16 more where low-precision weights are widened.
+    N = 0 gives empty stats.
     Raises ValueError or TypeError for shapes, dtypes, ids out of range, and a temperature that is not > 0.
     """
     if backend.choose("linear_logprob", hidden_TD.device) == "reference":
@@ -276,7 +269,8 @@ def linear_loss(
     shorter), in order, with grad enabled on stats that are leaves; the loss is the sum. It must return a
     scalar; whatever else it reads counts as constant. A loss that couples tokens needs them in one slice.
     The other arguments are ``linear_logprob``'s. N = 0 gives 0 and zero gradients.
-    Peak memory beside the gradients: two buffers of [chunk_rows, V] float32.
+    Peak memory beside the gradients, which are summed in float32: one buffer of [chunk_rows, V] float32 (on the CPU
+    and for low-precision weights another 16 MiB).
     The result can be differentiated once; a second backward raises RuntimeError.
     """
     if backend.choose("linear_loss", hidden_TD.device) == "reference":

@@ -13,6 +13,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
+if not torch.cuda.is_available():
+    # before Triton is imported: its kernels are interpreted, on the CPU. On a GPU the same tests run the real ones.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:

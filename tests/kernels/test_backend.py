@@ -67,10 +67,8 @@ def test_single_ops_are_chosen_by_name_and_the_block_outranks_the_environment(
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("fastest", "must name one of triton, native, torch, reference, got 'fastest'"),
-        ("triton", "the Triton bodies are not written yet"),
-        ("linear_loss=triton", "the Triton bodies are not written yet"),
-        ("attention=torch", "names an op 'attention'; there are: linear_logprob"),
+        ("fastest", "must name one of triton, offset, varlen, native, torch, reference, got 'fastest'"),
+        ("attention=torch", "names an op 'attention'; there are: token_logprob"),
         ("gae=torch", "asks for gae=torch, but on cpu gae has:"),
     ],
 )
@@ -78,6 +76,26 @@ def test_a_choice_that_cannot_be_met_is_refused(request_: str, message: str, mon
     monkeypatch.setenv(backend.ENVIRONMENT, request_)
     with pytest.raises(ValueError, match=message):
         backend.choose("gae", "cpu")
+
+
+def test_triton_is_refused_where_it_can_neither_run_nor_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "triton_reason", lambda: "there is no CUDA device")
+    backend._parse.cache_clear()
+    assert "triton" not in (*backend.bodies("linear_loss", "cuda"), *backend.bodies("linear_loss", "cpu"))
+    for request in ("triton", "linear_loss=triton"):
+        with pytest.raises(ValueError, match="Triton bodies were asked for, but there is no CUDA device"):
+            backend.using(request).__enter__()
+
+
+def test_an_interpreted_kernel_runs_on_the_cpu_if_asked_and_never_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "triton_reason", lambda: "")
+    assert "triton" in backend.bodies("linear_loss", "cpu")
+    assert backend.choose("linear_loss", "cpu") != "triton"
+    with backend.using("triton"):
+        assert backend.choose("linear_loss", "cpu") == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "triton" not in backend.bodies("linear_loss", "cpu")
 
 
 def test_an_unknown_op_is_refused() -> None:

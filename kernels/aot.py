@@ -1,0 +1,175 @@
+"""Compiles every Triton kernel, in every configuration that ships, for GPUs that are not here.
+
+    python -m isomorph.kernels.aot [--arch 90] [--json]        the same as: isomorph kernels compile
+
+No driver is needed: Triton carries ptxas, cuobjdump and nvdisasm. What is read off the machine code is a gate:
+
+    stack     0 bytes, or what the variant allows with its reason: more is a spill
+    shared    below what a block of that GPU may use; Triton compiles kernels that can never be launched, silently
+    mma       matrix instructions where a dot is meant: HGMMA on sm_90, UTCHMMA on sm_100, HMMA on sm_80 and sm_120
+    atomics   none in the IR: sums would depend on the order in which programs happen to run
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from isomorph.kernels.gpu import offset, rows
+from isomorph.kernels.gpu.variant import ARCHS, SHARED_LIMIT, Variant
+
+FILES = (rows, offset)
+MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What came out of one variant for one GPU."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack: int  # bytes a thread
+    shared: int  # bytes a block
+    instructions: dict[str, int]  # of those in COUNTED that occur
+    compile_s: float
+    failures: tuple[str, ...]  # gates that do not hold; empty is good
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Every configuration that can be launched on such a GPU."""
+    for file in FILES:
+        yield from file.variants(arch)
+
+
+def compile_variant(variant: Variant, arch: int) -> Compiled:
+    """Compile for ``arch`` (90 is sm_90) and look at the machine code. Raises what Triton raises."""
+    started = time.perf_counter()
+    source = ASTSource(
+        fn=variant.kernel,
+        signature={name: variant.signature.get(name, "constexpr") for name in variant.kernel.arg_names},
+        constexprs={(_position(variant, name),): value for name, value in variant.constants.items()},
+        attrs={(_position(variant, name),): [["tt.divisibility", 16]] for name in _aligned(variant)},
+    )
+    options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages, enable_fp_fusion=True)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compile_s = time.perf_counter() - started
+    registers, stack, code = _inspect(made.asm["cubin"])
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}
+    failures = []
+    if stack > variant.stack_allowed:
+        failures.append(f"stack {stack} B > {variant.stack_allowed}")
+    if made.metadata.shared > SHARED_LIMIT[arch]:
+        failures.append(f"shared {made.metadata.shared} B > {SHARED_LIMIT[arch]}")
+    if variant.uses_dot and not counts[MMA[arch]]:
+        failures.append(f"no {MMA[arch]}")
+    if re.search(r"\btt\.atomic", made.asm["ttir"]):
+        failures.append("atomics")
+    return Compiled(
+        kernel=variant.name,
+        arch=arch,
+        registers=registers,
+        stack=stack,
+        shared=made.metadata.shared,
+        instructions={name: count for name, count in counts.items() if count},
+        compile_s=round(compile_s, 3),
+        failures=tuple(failures),
+    )
+
+
+def _position(variant: Variant, name: str) -> int:
+    return variant.kernel.arg_names.index(name)
+
+
+def _aligned(variant: Variant) -> list[str]:
+    """Pointers and sizes that the launcher will find to be multiples of 16, as it does for real shapes."""
+    return [name for name, kind in variant.signature.items() if kind[0] in "*i" and name not in variant.unaligned]
+
+
+def _inspect(cubin: bytes) -> tuple[int, int, str]:
+    """Registers a thread, bytes of stack, and the machine code as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", str(file))
+        code = _tool("nvdisasm", "-c", str(file))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
+    return int(found[1]), int(found[2]), code
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed with code {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_all(archs: Iterable[int] = ARCHS, *, num_processes: int | None = None) -> Iterator[Compiled]:
+    """Every variant for every architecture, in order, on ``num_processes`` (default: one a core)."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 makes kernels that cannot be compiled; unset it before Python starts")
+    jobs = [(arch, index) for arch in archs for index in range(len(list(variants(arch))))]
+    # spawn: a forked child of a process with OpenMP threads can hang
+    with ProcessPoolExecutor(num_processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compile_job, jobs)
+
+
+def _compile_job(job: tuple[int, int]) -> Compiled:
+    arch, index = job
+    return compile_variant(list(variants(arch))[index], arch)
+
+
+def describe(compiled: Compiled) -> str:
+    """One line: the kernel, what it uses, and what is wrong with it."""
+    instructions = " ".join(f"{name} {count}" for name, count in compiled.instructions.items())
+    verdict = "; ".join(compiled.failures) or "ok"
+    return (
+        f"sm_{compiled.arch:<4}{compiled.kernel:<58} {compiled.registers:>4} {compiled.stack:>6} "
+        f"{compiled.shared:>8}  {verdict:<6} {instructions}"
+    )
+
+
+HEADER = f"{'arch':<7}{'kernel':<58} {'regs':>4} {'stack':>6} {'shared':>8}  gate   instructions"
+
+
+def report(archs: Iterable[int], *, as_json: bool) -> int:
+    """Print one line per kernel and architecture; 0 where every gate holds, else 1."""
+    num_bad = num_all = 0
+    if not as_json:
+        print(f"Triton {triton.__version__}\n{HEADER}")
+    for compiled in compile_all(archs):
+        print(json.dumps(dataclasses.asdict(compiled)) if as_json else describe(compiled), flush=True)
+        num_all += 1
+        num_bad += bool(compiled.failures)
+    print(f"{num_all - num_bad} of {num_all} pass", file=sys.stderr)
+    return 1 if num_bad or not num_all else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU and check its machine code")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="repeatable; default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args()
+    return report(args.arch or ARCHS, as_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

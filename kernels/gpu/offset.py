@@ -1,0 +1,444 @@
+"""The unembedding, the softmax and the gradient of its logits in one pass, without a running maximum.
+
+The logit of the target is known before the product: a dot of two rows. With k = z[y] as the offset of a row
+
+    E[v]    = exp(z[v] - k)            one product with an epilogue; stored in the dtype of the weights
+    S       = sum_v E[v]               logprob = -log S
+    W       = sum_v E[v] (z[v] - k)    entropy = log S - W / S
+    dz[v]   = (dlogprob / T) ((v == y) - E[v] / S)
+
+so both gradients of the layer are plain products with E: dX = s (E' W) and dW = E'^T (s X), where s = -dlogprob / (T S)
+and E' is E with E[y] - S in the target's place. E overflows only if the target is 69 nats (2^100) less likely than all
+else together; such rows, and rows that are not finite, ``rescue_kernel`` makes again with their own LSE as offset.
+
+Partial sums are kept per tile of columns and added in ascending order: no atomics, no dependence on the batch.
+It is a body of ``linear_loss`` under the name "offset"; bfloat16 or float32, D a multiple of 8, no bias.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from isomorph.kernels.gpu.variant import Variant
+
+LOG2_E = math.log2(math.e)
+GROUP_M = 8  # row tiles that share a panel of the unembedding while it is in the L2 cache
+RESCUE_ABOVE = 2.0**100
+BLOCK_D = 512
+BLOCK_V = 2048
+
+
+class Tile(NamedTuple):
+    """A launch of ``exp_kernel``. Checked in, never tuned at run time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Compiled without spills on each; which one is fastest on hardware is not measured yet.
+MAIN = {
+    80: Tile(128, 128, 64, 8, 2),
+    90: Tile(128, 256, 64, 8, 3),
+    100: Tile(128, 256, 64, 8, 3),
+    120: Tile(128, 128, 64, 8, 2),
+}
+MAIN_FLOAT32 = Tile(32, 64, 32, 4, 2)
+TAIL_BLOCK_N = 128
+
+
+@triton.jit
+def target_kernel(
+    hidden_ptr,  # [N, D] bf16 | f32, contiguous
+    weight_ptr,  # [V, D] the same dtype, contiguous
+    target_ptr,  # [N] i64
+    logit_ptr,  # [N] f32: the raw logit of the target
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        at = start + tl.arange(0, BLOCK_D)
+        x = tl.load(hidden_ptr + row * D + at, mask=at < D, other=0.0).to(tl.float32)
+        total += x * tl.load(weight_ptr + target * D + at, mask=at < D, other=0.0).to(tl.float32)
+    tl.store(logit_ptr + row, tl.sum(total, 0))
+
+
+@triton.jit
+def exp_kernel(
+    hidden_ptr,  # [M, D] bf16 | f32, contiguous
+    weight_ptr,  # [V, D] rows of this launch
+    logit_ptr,  # [M] f32, raw logit of the target
+    exp_ptr,  # [M, V] of row stride stride_e, written if STORE
+    sum_ptr,  # [column tiles, M] f32
+    weighted_ptr,  # [column tiles, M] f32
+    M,
+    V,
+    D,
+    stride_e,
+    scale,  # log2(e) / temperature
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    IS_TAIL: tl.constexpr,  # V is no multiple of BLOCK_N: what lies beyond must not count
+    STORE: tl.constexpr,
+):
+    hidden = tl.make_tensor_descriptor(hidden_ptr, shape=[M, D], strides=[D, 1], block_shape=[BLOCK_M, BLOCK_K])
+    weight = tl.make_tensor_descriptor(weight_ptr, shape=[V, D], strides=[D, 1], block_shape=[BLOCK_N, BLOCK_K])
+    if STORE:
+        out = tl.make_tensor_descriptor(exp_ptr, shape=[M, V], strides=[stride_e, 1], block_shape=[BLOCK_M, BLOCK_N])
+    num_m = tl.cdiv(M, BLOCK_M)
+    num_n = tl.cdiv(V, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        first_m = tile // (GROUP_M * num_n) * GROUP_M
+        group = tl.minimum(num_m - first_m, GROUP_M)
+        m = first_m + tile % (GROUP_M * num_n) % group
+        n = tile % (GROUP_M * num_n) // group
+        logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(tl.cdiv(D, BLOCK_K)):
+            x = hidden.load([m * BLOCK_M, k * BLOCK_K])
+            w = weight.load([n * BLOCK_N, k * BLOCK_K])
+            logits = tl.dot(x, w.T, logits, input_precision="ieee")
+        row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offset = tl.load(logit_ptr + row, mask=row < M, other=0.0)
+        z = (logits - offset[:, None]) * scale
+        e = tl.exp2(z)
+        ez = e * z
+        if IS_TAIL:
+            inside = n * BLOCK_N + tl.arange(0, BLOCK_N) < V
+            e = tl.where(inside[None, :], e, 0.0)
+            ez = tl.where(inside[None, :], ez, 0.0)
+        at = n.to(tl.int64) * M + row
+        tl.store(sum_ptr + at, tl.sum(e, 1), mask=row < M)
+        tl.store(weighted_ptr + at, tl.sum(ez, 1), mask=row < M)
+        if STORE:
+            out.store([m * BLOCK_M, n * BLOCK_N], e.to(exp_ptr.dtype.element_ty))
+
+
+@triton.jit
+def reduce_kernel(
+    sum_ptr,  # [column tiles, M] f32
+    weighted_ptr,  # [column tiles, M] f32
+    logit_ptr,  # [M] f32
+    total_ptr,  # [M] f32: S
+    at_target_ptr,  # [M] f32: E[y] as the offset makes it
+    logprob_ptr,  # [M] f32, likewise entropy and lse
+    entropy_ptr,
+    lse_ptr,
+    M,
+    num_tiles,
+    inv_temperature,
+    BLOCK_M: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < M
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    weighted = tl.zeros((BLOCK_M,), tl.float32)
+    for tile in range(num_tiles):  # ascending: the order is part of the numerical contract
+        at = tl.cast(tile, tl.int64) * M + row
+        total += tl.load(sum_ptr + at, mask=inside, other=1.0)
+        weighted += tl.load(weighted_ptr + at, mask=inside, other=0.0)
+    log_total = tl.log(total)
+    tl.store(total_ptr + row, total, mask=inside)
+    tl.store(at_target_ptr + row, tl.full((BLOCK_M,), 1.0, tl.float32), mask=inside)
+    tl.store(logprob_ptr + row, -log_total, mask=inside)
+    tl.store(entropy_ptr + row, log_total - 0.6931471805599453 * (weighted / total), mask=inside)
+    z_y = tl.load(logit_ptr + row, mask=inside, other=0.0) * inv_temperature
+    tl.store(lse_ptr + row, z_y + log_total, mask=inside)
+
+
+@triton.jit
+def rescue_kernel(
+    hidden_ptr,  # [M, D]
+    weight_ptr,  # [V, D]
+    logit_ptr,  # [M] f32
+    exp_ptr,  # [M, V] of row stride stride_e
+    total_ptr,  # [M] f32
+    at_target_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    lse_ptr,
+    V,
+    D,
+    stride_e,
+    inv_temperature,
+    rescue_above,
+    STORE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.load(total_ptr + row)
+    if (total <= rescue_above) & (total > 0):  # false for NaN
+        return
+    z_y = tl.load(logit_ptr + row) * inv_temperature
+    column = tl.arange(0, BLOCK_V)
+    top = float("-inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, V, BLOCK_V):
+        v = start + column
+        z = _row_logits(hidden_ptr + row * D, weight_ptr, v, V, D, BLOCK_V, BLOCK_D) * inv_temperature
+        z = tl.where(v < V, z, float("-inf"))
+        new_top = tl.maximum(top, tl.max(z, 0))
+        step = tl.where(total > 0, top - new_top, 0.0)
+        shrink = tl.exp(step)
+        diff = z - new_top
+        e = tl.exp(diff)
+        weighted = shrink * (weighted + total * step) + tl.sum(tl.where(e == 0, 0.0, e * diff), 0)
+        total = shrink * total + tl.sum(e, 0)
+        top = new_top
+    log_total = tl.log(total)
+    logprob = (z_y - top) - log_total
+    tl.store(total_ptr + row, total * 0.0 + 1.0)  # E is the probability itself; NaN stays NaN
+    tl.store(at_target_ptr + row, tl.exp(logprob))
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(entropy_ptr + row, log_total - weighted / total)
+    tl.store(lse_ptr + row, top + log_total)
+    if STORE:
+        for start in range(0, V, BLOCK_V):
+            v = start + column
+            z = _row_logits(hidden_ptr + row * D, weight_ptr, v, V, D, BLOCK_V, BLOCK_D) * inv_temperature
+            tl.store(exp_ptr + row * stride_e + v, tl.exp((z - top) - log_total), mask=v < V)
+
+
+@triton.jit
+def _row_logits(row_ptr, weight_ptr, v, V, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(row_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        inside = (v[:, None] < V) & (d[None, :] < D)
+        w = tl.load(weight_ptr + v.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(w * x[None, :], 1)
+    return total
+
+
+@triton.jit
+def gradient_kernel(
+    exp_ptr,  # [M, V] of row stride stride_e: E becomes dz
+    target_ptr,  # [M] i64
+    total_ptr,  # [M] f32
+    at_target_ptr,  # [M] f32
+    entropy_ptr,  # [M] f32
+    dlogprob_ptr,  # [M] f32, likewise dentropy and dlse
+    dentropy_ptr,
+    dlse_ptr,
+    V,
+    stride_e,
+    inv_temperature,
+    BLOCK_V: tl.constexpr,
+):
+    """The whole of dz in place, for losses that reach the entropy or the LSE: there no scale per row is enough."""
+    row = tl.program_id(0).to(tl.int64)
+    inv_total = 1.0 / tl.load(total_ptr + row)
+    target = tl.load(target_ptr + row)
+    at_target = tl.load(at_target_ptr + row)  # not from E, which is rounded
+    entropy = tl.load(entropy_ptr + row)
+    dlogprob = tl.load(dlogprob_ptr + row)
+    on_prob = tl.load(dlse_ptr + row) - dlogprob
+    on_surprise = -tl.load(dentropy_ptr + row)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        e = tl.load(exp_ptr + row * stride_e + v, mask=v < V, other=0.0).to(tl.float32)
+        p = tl.where(v == target, at_target, e) * inv_total
+        surprise = tl.where(p == 0, 0.0, tl.log(p) + entropy)
+        d = p * (on_prob + on_surprise * surprise) + tl.where(v == target, dlogprob, 0.0)
+        tl.store(exp_ptr + row * stride_e + v, d * inv_temperature, mask=v < V)
+
+
+class Stats(NamedTuple):
+    """Of one chunk of rows, each [M] float32."""
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    total: Tensor  # S
+    at_target: Tensor  # E[y], exact
+
+
+def exp_chunk(
+    hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, temperature: float, exp_MV: Tensor | None
+) -> Stats:
+    """Stats of the rows; E is written to ``exp_MV`` [M, V] (row stride a multiple of 16 bytes) unless it is None."""
+    num_rows, dim = hidden_MD.shape
+    num_vocab = weight_VD.shape[0]
+    new = hidden_MD.new_empty
+    logit_M = new(num_rows, dtype=torch.float32)
+    stats = Stats(*(torch.empty_like(logit_M) for _ in Stats._fields))
+    if not num_rows:
+        return stats
+    target_kernel[(num_rows,)](
+        hidden_MD, weight_VD, target_M, logit_M, dim, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True
+    )
+    tile = _tile(hidden_MD)
+    num_main, num_tail = _column_tiles(num_vocab, tile)
+    sums, weighted = (new((num_main + num_tail, num_rows), dtype=torch.float32) for _ in range(2))
+    triton.set_allocator(_allocate)  # a context variable: autograd's threads do not inherit it
+    main_cols = num_main * tile.block_n
+    if num_main:
+        _launch_exp(hidden_MD, weight_VD[:main_cols], logit_M, exp_MV, sums, weighted, temperature, tile, False)
+    if num_tail:
+        tail = tile._replace(block_n=min(tile.block_n, TAIL_BLOCK_N))
+        exp_tail = None if exp_MV is None else exp_MV[:, main_cols:]
+        parts = sums[num_main:], weighted[num_main:]
+        _launch_exp(hidden_MD, weight_VD[main_cols:], logit_M, exp_tail, *parts, temperature, tail, True)
+    reduce_kernel[(triton.cdiv(num_rows, 128),)](
+        sums, weighted, logit_M, stats.total, stats.at_target, stats.logprob, stats.entropy, stats.lse, num_rows,
+        num_main + num_tail, 1.0 / temperature, BLOCK_M=128, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    rescue_kernel[(num_rows,)](
+        hidden_MD, weight_VD, logit_M, exp_MV, stats.total, stats.at_target, stats.logprob, stats.entropy, stats.lse,
+        num_vocab, dim, 0 if exp_MV is None else exp_MV.stride(0), 1.0 / temperature, RESCUE_ABOVE,
+        STORE=exp_MV is not None, BLOCK_V=64, BLOCK_D=64, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return stats
+
+
+def _launch_exp(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    logit_M: Tensor,
+    exp_MV: Tensor | None,
+    sums: Tensor,
+    weighted: Tensor,
+    temperature: float,
+    tile: Tile,
+    is_tail: bool,
+) -> None:
+    num_rows, dim = hidden_MD.shape
+    num_vocab = weight_VD.shape[0]
+    tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_vocab, tile.block_n)
+    exp_kernel[(min(tiles, _num_programs(hidden_MD.device)),)](
+        hidden_MD, weight_VD, logit_M, exp_MV, sums, weighted, num_rows, num_vocab, dim,
+        0 if exp_MV is None else exp_MV.stride(0), LOG2_E / temperature,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M, IS_TAIL=is_tail,
+        STORE=exp_MV is not None, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def row_scales(stats: Stats, dlogprob_M: Tensor, target_M: Tensor, temperature: float, exp_MV: Tensor) -> Tensor:
+    """[M] s = -dlogprob / (T S), after E[y] has become E[y] - S, so that dz = s E'."""
+    exp_MV.scatter_(1, target_M[:, None], (stats.at_target - stats.total)[:, None].to(exp_MV.dtype))
+    return dlogprob_M / (-temperature * stats.total)
+
+
+def whole_gradient_(
+    stats: Stats,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    target_M: Tensor,
+    temperature: float,
+    exp_MV: Tensor,
+) -> None:
+    """E becomes dz."""
+    num_rows, num_vocab = exp_MV.shape
+    if not num_rows:
+        return
+    dlogprob, dentropy, dlse = (torch.zeros_like(stats.total) if g is None else g.contiguous() for g in grads)
+    gradient_kernel[(num_rows,)](
+        exp_MV, target_M, stats.total, stats.at_target, stats.entropy, dlogprob, dentropy, dlse, num_vocab,
+        exp_MV.stride(0), 1.0 / temperature, BLOCK_V=BLOCK_V, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def refusal(hidden_TD: Tensor, has_bias: bool) -> str:
+    """Why these operands cannot take this body; empty where they can."""
+    if has_bias:
+        return "it has no bias"
+    if hidden_TD.dtype not in (torch.bfloat16, torch.float32):
+        return f"it needs bfloat16 or float32, got {hidden_TD.dtype}"
+    return "" if hidden_TD.shape[1] % 8 == 0 else f"it needs D to be a multiple of 8, got {hidden_TD.shape[1]}"
+
+
+def new_buffer(weight_VD: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, V] for E, with rows on 16-byte boundaries as tensor descriptors ask."""
+    num_vocab = weight_VD.shape[0]
+    return weight_VD.new_empty((num_rows, -(-num_vocab // 8) * 8))[:, :num_vocab]
+
+
+def _column_tiles(num_vocab: int, tile: Tile) -> tuple[int, int]:
+    num_main = num_vocab // tile.block_n
+    rest = num_vocab - num_main * tile.block_n
+    return num_main, triton.cdiv(rest, min(tile.block_n, TAIL_BLOCK_N))
+
+
+def _tile(hidden_MD: Tensor) -> Tile:
+    if hidden_MD.dtype == torch.float32:
+        return MAIN_FLOAT32
+    major, minor = torch.cuda.get_device_capability(hidden_MD.device)
+    known = [arch for arch in MAIN if arch <= 10 * major + minor]
+    return MAIN[max(known)] if known else MAIN[min(MAIN)]
+
+
+def _num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
+# -- what is compiled and looked at without a GPU
+def variants(arch: int) -> list[Variant]:
+    """Every launch configuration above on such a GPU."""
+    found = []
+    for dtype, tile in (("bf16", MAIN[arch]), ("fp32", MAIN_FLOAT32)):
+        for is_tail in (False, True):
+            for store in (False, True):
+                found.append(_exp_variant(dtype, tile, is_tail, store))
+        rescue: dict[str, str] = {
+            "hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "logit_ptr": "*fp32", "exp_ptr": f"*{dtype}",
+            **{name: "*fp32" for name in ("total_ptr", "at_target_ptr", "logprob_ptr", "entropy_ptr", "lse_ptr")},
+            "V": "i32", "D": "i32", "stride_e": "i32", "inv_temperature": "fp32", "rescue_above": "fp32",
+        }  # fmt: skip
+        constants: dict[str, Any] = {"STORE": True, "BLOCK_V": 64, "BLOCK_D": 64}
+        found.append(Variant(rescue_kernel, dtype, rescue, constants, num_warps=4))
+        gradient = {
+            "exp_ptr": f"*{dtype}", "target_ptr": "*i64",
+            **{name: "*fp32" for name in ("total_ptr", "at_target_ptr", "entropy_ptr", "dlogprob_ptr", "dentropy_ptr")},
+            "dlse_ptr": "*fp32", "V": "i32", "stride_e": "i32", "inv_temperature": "fp32",
+        }  # fmt: skip
+        found.append(Variant(gradient_kernel, f"offset, {dtype}", gradient, {"BLOCK_V": BLOCK_V}, num_warps=8))
+        target = {
+            "hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "target_ptr": "*i64", "logit_ptr": "*fp32", "D": "i32"
+        }  # fmt: skip
+        found.append(Variant(target_kernel, dtype, target, {"BLOCK_D": BLOCK_D}, num_warps=4))
+    reduce = {
+        **{name: "*fp32" for name in ("sum_ptr", "weighted_ptr", "logit_ptr", "total_ptr", "at_target_ptr")},
+        **{name: "*fp32" for name in ("logprob_ptr", "entropy_ptr", "lse_ptr")},
+        "M": "i32", "num_tiles": "i32", "inv_temperature": "fp32",
+    }  # fmt: skip
+    found.append(Variant(reduce_kernel, "fp32", reduce, {"BLOCK_M": 128}, num_warps=4))
+    return found
+
+
+def _exp_variant(dtype: str, tile: Tile, is_tail: bool, store: bool) -> Variant:
+    block_n = min(tile.block_n, TAIL_BLOCK_N) if is_tail else tile.block_n
+    signature = {
+        "hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "logit_ptr": "*fp32", "exp_ptr": f"*{dtype}",
+        "sum_ptr": "*fp32", "weighted_ptr": "*fp32", "M": "i32", "V": "i32", "D": "i32", "stride_e": "i32",
+        "scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "BLOCK_M": tile.block_m, "BLOCK_N": block_n, "BLOCK_K": tile.block_k, "GROUP_M": GROUP_M, "IS_TAIL": is_tail,
+        "STORE": store,
+    }  # fmt: skip
+    return Variant(
+        exp_kernel,
+        f"{dtype}, {'tail' if is_tail else 'main'}{', E stored' if store else ''}",
+        signature,
+        constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        uses_dot=dtype == "bf16",  # float32 in IEEE precision has no matrix instruction
+        unaligned=("M", "V") if is_tail else ("M",),
+    )

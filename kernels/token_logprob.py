@@ -1,0 +1,194 @@
+"""Log-probability, entropy and log-sum-exp of target tokens, from logits.
+
+    z[i, v] = (logits[i, v] + bias[v]) / temperature
+    lse     = log sum_v exp(z[v])      d lse     / d z[v] = p[v]
+    logprob = z[y] - lse               d logprob / d z[v] = (v == y) - p[v]
+    entropy = lse - sum_v p[v] z[v]    d entropy / d z[v] = -p[v] (log p[v] + entropy)
+
+Two passes over the rows are all that ``linear_logprob`` and ``linear_loss`` add to their matrix products, so they are
+kernels of their own: ``row_stats`` reads a row once, ``row_gradient`` reads and writes it once, in place if asked.
+A row is reduced alone, in a fixed order: its bits do not depend on the batch it stands in.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from isomorph.kernels import backend
+
+
+class TokenStats(NamedTuple):
+    """Facts about N target tokens, each [N], nats; float32, or float64 when the inputs are float64."""
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+RowGrads = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, lse), each [N]
+
+
+# -- reference: the specification
+def token_logprob_ref(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: float = 1.0) -> TokenStats:
+    """What ``token_logprob`` computes, by PyTorch's own softmax and gradients."""
+    check_rows(logits_NV, target_ids_N, temperature)
+    z_NV = logits_NV.to(stats_dtype(logits_NV.dtype)) / temperature
+    logprob_NV = torch.log_softmax(z_NV, -1)
+    logprob = logprob_NV.gather(1, target_ids_N[:, None])[:, 0]
+    # torch.xlogy's rule: a probability of 0 adds 0, also where its logarithm is -inf
+    entropy = -(logprob_NV.exp() * logprob_NV).where(logprob_NV > -math.inf, 0.0).sum(-1)
+    return TokenStats(logprob, entropy, torch.logsumexp(z_NV, -1))
+
+
+# -- argument checks
+def check_rows(logits_NV: Tensor, target_ids_N: Tensor, temperature: float) -> None:
+    if logits_NV.ndim != 2 or not logits_NV.is_floating_point():
+        raise TypeError(f"logits must be floating point [N, V], got {logits_NV.dtype} {tuple(logits_NV.shape)}")
+    check_temperature(temperature)
+    check_ids("target_ids", target_ids_N, logits_NV.shape[1], "V")
+    if target_ids_N.shape[0] != logits_NV.shape[0]:
+        raise ValueError(
+            f"target_ids must have one id per row of logits {tuple(logits_NV.shape)}, got {len(target_ids_N)}"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            f"temperature must be > 0 and finite, got {temperature}; a greedy rollout has no log-probability"
+        )
+
+
+def check_ids(name: str, ids_N: Tensor, upper: int, upper_name: str) -> None:
+    if ids_N.ndim != 1 or ids_N.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64 [N], got {ids_N.dtype} {tuple(ids_N.shape)}")
+    if ids_N.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids_N))
+    if low < 0 or high >= upper:
+        raise ValueError(f"{name} must lie in 0..{upper - 1} ({upper_name}={upper}), got {low}..{high}")
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# -- rows: one call per chunk, whatever made the logits
+def row_stats(
+    logits_nV: Tensor, target_n: Tensor, *, bias_V: Tensor | None, inv_temperature: float, body: str
+) -> TokenStats:
+    """Stats of every row; the logits stay as they are. Stride 1 in V; bias in the dtype of the stats."""
+    if body == "triton":
+        from isomorph.kernels.gpu import rows
+
+        return TokenStats(*rows.row_stats(logits_nV, target_n, bias_V, inv_temperature))
+    if body == "native":
+        out = TokenStats(*(logits_nV.new_empty(len(target_n), dtype=stats_dtype(logits_nV.dtype)) for _ in range(3)))
+        backend.native().row_stats(logits_nV, target_n.contiguous(), bias_V, inv_temperature, *out)
+        return out
+    z_nV = _scaled(logits_nV, bias_V, inv_temperature)
+    z_y_n1 = z_nV.gather(1, target_n[:, None])
+    max_n1 = z_nV.amax(1, keepdim=True)
+    shifted_nV = z_nV.sub_(max_n1)
+    log_sum_n = shifted_nV.logsumexp(1)
+    weighted_n = shifted_nV.clamp_(min=-1e30).mul_((shifted_nV - log_sum_n[:, None]).exp_()).sum(1)
+    logprob_n = (z_y_n1 - max_n1)[:, 0] - log_sum_n
+    return TokenStats(logprob_n, log_sum_n - weighted_n, max_n1[:, 0] + log_sum_n)
+
+
+def row_gradient(
+    logits_nV: Tensor,
+    target_n: Tensor,
+    stats: TokenStats,
+    grads: RowGrads,
+    *,
+    bias_V: Tensor | None,
+    inv_temperature: float,
+    body: str,
+    out_nV: Tensor,
+) -> Tensor:
+    """d loss / d logits, written to ``out_nV``: the logits' own storage, or other.
+
+    With p = exp(z - z[y] + logprob), which stays exact where the logits are large:
+    p (dlse - dlogprob - dentropy (log p + entropy)) + (v == y) dlogprob, all over the temperature.
+    """
+    if body == "triton":
+        from isomorph.kernels.gpu import rows
+
+        rows.row_gradient(logits_nV, target_n, stats, grads, bias_V, inv_temperature, out_nV)
+        return out_nV
+    if body == "native":
+        dlogprob_n, dentropy_n, dlse_n = (None if g is None else g.contiguous() for g in grads)
+        backend.native().row_gradient(
+            logits_nV, target_n.contiguous(), stats.logprob, stats.entropy, dlogprob_n, dentropy_n, dlse_n, bias_V,
+            inv_temperature, out_nV,
+        )  # fmt: skip
+        return out_nV
+    dlogprob_n, dentropy_n, dlse_n = (torch.zeros_like(stats.lse) if g is None else g for g in grads)
+    z_nV = _scaled(logits_nV, bias_V, inv_temperature)
+    logp_nV = z_nV.sub_(z_nV.gather(1, target_n[:, None])).add_(stats.logprob[:, None])
+    factor_nV = (dlse_n - dlogprob_n)[:, None]
+    if grads[1] is not None:
+        factor_nV = factor_nV - dentropy_n[:, None] * (logp_nV + stats.entropy[:, None]).clamp_(min=-1e30)
+    dz_nV = logp_nV.exp_().mul_(factor_nV)
+    dz_nV.scatter_add_(1, target_n[:, None], dlogprob_n[:, None])
+    return (
+        torch.mul(dz_nV, inv_temperature, out=out_nV)
+        if out_nV.dtype == dz_nV.dtype
+        else out_nV.copy_(dz_nV.mul_(inv_temperature))
+    )
+
+
+def _scaled(logits_nV: Tensor, bias_V: Tensor | None, inv_temperature: float) -> Tensor:
+    z_nV = logits_nV.to(stats_dtype(logits_nV.dtype), copy=True)
+    return (z_nV if bias_V is None else z_nV.add_(bias_V)).mul_(inv_temperature)
+
+
+# -- autograd
+class _TokenLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, target_ids_N: Tensor, inv_temperature: float, body: str
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        stats = row_stats(logits_NV, target_ids_N, bias_V=None, inv_temperature=inv_temperature, body=body)
+        ctx.save_for_backward(logits_NV, target_ids_N, *stats)
+        ctx.inv_temperature, ctx.body = inv_temperature, body
+        return tuple(stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits_NV, target_ids_N, *stats = ctx.saved_tensors
+        dlogits_NV = row_gradient(
+            logits_NV,
+            target_ids_N,
+            TokenStats(*stats),
+            (grads_N[0], grads_N[1], grads_N[2]),
+            bias_V=None,
+            inv_temperature=ctx.inv_temperature,
+            body=ctx.body,
+            out_nV=torch.empty_like(logits_NV),  # what was saved for the backward is never written
+        )
+        return dlogits_NV, None, None, None
+
+
+# -- public op
+def token_logprob(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: float = 1.0) -> TokenStats:
+    """Log-probability, entropy, LSE, each [N], nats, of targets under softmax(logits / temperature).
+
+    logits [N, V] of any floating-point dtype (computed in float32; in float64 for float64), target_ids [N] int64 in
+    0..V-1. Differentiable once through all three. Beside its results the forward allocates nothing and the backward
+    one [N, V], the gradient; where the logits come from a linear layer, ``linear_logprob`` never makes them at all.
+    Raises ValueError or TypeError for shapes, dtypes, ids out of range, and a temperature that is not > 0.
+    """
+    body = backend.choose("token_logprob", logits_NV.device)
+    if body == "reference":
+        return token_logprob_ref(logits_NV, target_ids_N, temperature=temperature)
+    check_rows(logits_NV, target_ids_N, temperature)
+    if logits_NV.stride(1) != 1:
+        logits_NV = logits_NV.contiguous()
+    return TokenStats(*_TokenLogprob.apply(logits_NV, target_ids_N, 1.0 / temperature, body))
