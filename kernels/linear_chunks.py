@@ -35,8 +35,15 @@ class Head(NamedTuple):
 
     @property
     def gemm_takes_bfloat16(self) -> bool:
-        """Whether a GEMM reads bfloat16 and writes float32. No CPU GEMM does; float16 gradients would underflow."""
-        return self.weight_VD.dtype == torch.bfloat16 and self.weight_VD.is_cuda
+        """Whether a GEMM reads bfloat16 and writes float32: cuBLAS, and our own on a CPU that multiplies bfloat16.
+
+        For float16 there is none: its gradients would underflow.
+        """
+        weight_VD, hidden_TD = self.weight_VD, self.hidden_TD
+        if weight_VD.dtype != torch.bfloat16 or weight_VD.is_cuda:
+            return weight_VD.is_cuda and weight_VD.dtype == torch.bfloat16
+        is_plain = weight_VD.stride(1) == 1 and hidden_TD.stride(1) == 1 and weight_VD.shape[1] % 2 == 0
+        return self.rows_body == "native" and is_plain and backend.native().has_bfloat16_gemm()
 
     def hidden_rows(self, rows: slice) -> Tensor:
         hidden_TD = self.hidden_TD
@@ -197,15 +204,22 @@ class Gradients:
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
-    else:
+    elif left.is_cuda:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        backend.native().bfloat16_gemm(left, right.T, out)
 
 
 def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == into.dtype:
         into.addmm_(left, right)
-    else:
+    elif left.is_cuda:
         torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
+    else:
+        # PyTorch's CPU GEMM sums in float32 and rounds once, at its end; some rows at a time, to hold little twice
+        num_rows = max(1, WIDEN_BYTES // (right.shape[1] * right.element_size()))
+        for start in range(0, len(into), num_rows):
+            into[start : start + num_rows] += left[start : start + num_rows] @ right
 
 
 def _add_rows(into_TD: Tensor, row_index_n: Tensor, rows_nD: Tensor, body: str) -> None:

@@ -4,4 +4,5 @@ NB_MODULE(_native, module) {
     isomorph::bind_packing(module);
     isomorph::bind_advantage(module);
     isomorph::bind_decode(module);
+    isomorph::bind_gemm(module);
 }

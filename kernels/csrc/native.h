@@ -13,5 +13,6 @@ using Array1 = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::device::cpu, na
 void bind_packing(nanobind::module_& module);
 void bind_advantage(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);
+void bind_gemm(nanobind::module_& module);
 
 }  // namespace isomorph
