@@ -35,6 +35,8 @@ from isomorph.kernels.gpu.variant import ARCHS, SHARED_LIMIT, Variant
 FILES = (rows, offset)
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
+# Triton 3.6's assembler keeps a convergence barrier of some loops on the stack: 8 bytes a thread, one store, one load.
+STACK_SLACK = 8 if triton.__version__.startswith("3.6.") else 0
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -73,8 +75,8 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     registers, stack, code = _inspect(made.asm["cubin"])
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}
     failures = []
-    if stack > variant.stack_allowed:
-        failures.append(f"stack {stack} B > {variant.stack_allowed}")
+    if stack > variant.stack_allowed + STACK_SLACK:
+        failures.append(f"stack {stack} B > {variant.stack_allowed + STACK_SLACK}")
     if made.metadata.shared > SHARED_LIMIT[arch]:
         failures.append(f"shared {made.metadata.shared} B > {SHARED_LIMIT[arch]}")
     if variant.uses_dot and not counts[MMA[arch]]:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from isomorph.kernels.gpu.variant import ARCHS
-
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 HERE = Path(__file__).parent
 
@@ -29,11 +27,11 @@ def test_every_gate_refuses_the_kernel_that_was_planted_for_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel_passes_the_gates(arch: int) -> None:
-    done = _run("-m", "isomorph.kernels.aot", "--arch", str(arch), "--json")
+def test_every_kernel_passes_the_gates() -> None:
+    """For one architecture; .ci/run compiles for all."""
+    done = _run("-m", "isomorph.kernels.aot", "--arch", "90", "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert rows and {row["arch"] for row in rows} == {arch}, done.stderr
+    assert rows and {row["arch"] for row in rows} == {90}, done.stderr
     assert [(row["kernel"], row["failures"]) for row in rows if row["failures"]] == []
     assert done.returncode == 0
 
