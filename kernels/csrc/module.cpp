@@ -5,4 +5,5 @@ NB_MODULE(_native, module) {
     isomorph::bind_advantage(module);
     isomorph::bind_decode(module);
     isomorph::bind_gemm(module);
+    isomorph::bind_rows(module);
 }

@@ -1,0 +1,211 @@
+// Stats and gradient of rows of logits: (row, block) pairs are spread over threads, blocks of a row merged in order.
+#include "rows.h"
+
+#include <cmath>
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "native.h"
+
+namespace nb = nanobind;
+
+namespace isomorph {
+namespace {
+
+using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+using Vector = nb::ndarray<nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using MaybeVector = std::optional<Vector>;
+
+std::string forced_isa;  // empty: the best that the machine has
+
+std::vector<std::string> row_isas() {
+    std::vector<std::string> isas;
+#if defined(ISOMORPH_HAS_AVX2)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        isas.push_back("avx512");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        isas.push_back("avx2");
+#endif
+    isas.push_back("baseline");
+    return isas;
+}
+
+void use_row_isa(const std::string& isa) {
+    bool found = isa.empty();
+    for (const std::string& one : row_isas()) found = found || one == isa;
+    if (!found) throw nb::value_error(("use_row_isa: this machine does not run " + isa + "; see row_isas()").c_str());
+    forced_isa = isa;
+}
+
+template <typename A>
+struct Body {
+    decltype(&baseline::RowsBody<A>::z_at) z_at;
+    decltype(&baseline::RowsBody<A>::stats) stats;
+    decltype(&baseline::RowsBody<A>::gradient) gradient;
+};
+
+template <typename A>
+Body<A> body() {
+    static const std::string best = row_isas().front();
+    const std::string& isa = forced_isa.empty() ? best : forced_isa;
+#if defined(ISOMORPH_HAS_AVX2)
+    if (isa == "avx512") return {avx512::RowsBody<A>::z_at, avx512::RowsBody<A>::stats, avx512::RowsBody<A>::gradient};
+    if (isa == "avx2") return {avx2::RowsBody<A>::z_at, avx2::RowsBody<A>::stats, avx2::RowsBody<A>::gradient};
+#endif
+    return {baseline::RowsBody<A>::z_at, baseline::RowsBody<A>::stats, baseline::RowsBody<A>::gradient};
+}
+
+RowType type_of(const Matrix& rows) {
+    if (rows.dtype() == nb::dtype<float>()) return RowType::kFloat32;
+    if (rows.dtype() == nb::dtype<double>()) return RowType::kFloat64;
+    const auto code = static_cast<nb::dlpack::dtype_code>(rows.dtype().code);
+    if (rows.dtype().bits == 16 && code == nb::dlpack::dtype_code::Bfloat) return RowType::kBFloat16;
+    if (rows.dtype().bits == 16 && code == nb::dlpack::dtype_code::Float) return RowType::kFloat16;
+    throw nb::type_error("rows must be float32, bfloat16, float16 or float64");
+}
+
+struct Rows {
+    char* data;
+    RowType type;
+    int64_t num_rows, num_columns, row_bytes;
+
+    explicit Rows(const Matrix& rows)
+        : data(static_cast<char*>(rows.data())), type(type_of(rows)), num_rows(rows.shape(0)),
+          num_columns(rows.shape(1)), row_bytes(rows.stride(0) * (rows.dtype().bits / 8)) {
+        if (num_columns > 1 && rows.stride(1) != 1) throw nb::value_error("rows must have stride 1 along V");
+    }
+    char* row(int64_t i) const { return data + i * row_bytes; }
+    int64_t num_blocks() const { return (num_columns + kRowBlock - 1) / kRowBlock; }
+    int64_t live(int64_t block) const { return std::min(kRowBlock, num_columns - block * kRowBlock); }
+};
+
+template <typename A>
+A* items(const Vector& values, int64_t size, const char* name) {
+    if (values.dtype() != nb::dtype<A>() || static_cast<int64_t>(values.shape(0)) != size)
+        throw nb::type_error((std::string(name) + " has another dtype or length than the rows ask for").c_str());
+    return static_cast<A*>(values.data());
+}
+template <typename A>
+A* items(const MaybeVector& values, int64_t size, const char* name) {
+    return values ? items<A>(*values, size, name) : nullptr;
+}
+
+// Logits of -inf alone, and a NaN anywhere, give NaN.
+BlockStats merge(const BlockStats* blocks, int64_t num_blocks) {
+    BlockStats row = {-std::numeric_limits<double>::infinity(), 0, 0};
+    for (int64_t b = 0; b < num_blocks; ++b) row.top = std::max(row.top, blocks[b].top);
+    for (int64_t b = 0; b < num_blocks; ++b) {
+        const bool empty = std::isinf(blocks[b].top) && blocks[b].top < 0;
+        const double shift = empty ? 0.0 : blocks[b].top - row.top, scale = std::exp(shift);
+        row.sum += scale * blocks[b].sum;
+        row.weighted += scale * (blocks[b].weighted + blocks[b].sum * shift);
+    }
+    return row;
+}
+
+template <typename A>
+void run_stats(const Rows& rows, const int64_t* target, const RowScale<A>& scale, A* logprob, A* entropy, A* lse) {
+    const int64_t num_blocks = rows.num_blocks();
+    const Body<A> run = body<A>();
+    std::vector<BlockStats> blocks(rows.num_rows * num_blocks);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows.num_rows * num_blocks; ++i) {
+            const int64_t block = i % num_blocks;
+            blocks[i] = run.stats(rows.row(i / num_blocks), rows.type, block * kRowBlock, rows.live(block), scale);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows.num_rows; ++i) {
+            const BlockStats row = merge(&blocks[i * num_blocks], num_blocks);
+            const double log_sum = std::log(row.sum), z = run.z_at(rows.row(i), rows.type, target[i], scale);
+            logprob[i] = static_cast<A>((z - row.top) - log_sum);
+            entropy[i] = static_cast<A>(log_sum - row.weighted / row.sum);
+            lse[i] = static_cast<A>(std::isinf(row.top) ? NAN : row.top + log_sum);
+        }
+    }
+}
+
+template <typename A>
+void run_gradient(const Rows& rows, const Rows& out, const std::vector<RowGradient<A>>& grads,
+                  const RowScale<A>& scale, const Body<A>& run) {
+    const int64_t num_blocks = rows.num_blocks();
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows.num_rows * num_blocks; ++i) {
+        const int64_t row = i / num_blocks, block = i % num_blocks;
+        run.gradient(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, grads[row], out.row(row),
+                     out.type);
+    }
+}
+
+template <typename A>
+void stats_as(const Rows& rows, const Vector& target, const MaybeVector& bias, double inv_temperature,
+              const Vector& logprob, const Vector& entropy, const Vector& lse) {
+    const int64_t n = rows.num_rows;
+    const RowScale<A> scale = {items<A>(bias, rows.num_columns, "bias"), static_cast<A>(inv_temperature)};
+    const auto* ids = items<int64_t>(target, n, "target");
+    A* out[3] = {items<A>(logprob, n, "logprob"), items<A>(entropy, n, "entropy"), items<A>(lse, n, "lse")};
+    nb::gil_scoped_release release;
+    run_stats<A>(rows, ids, scale, out[0], out[1], out[2]);
+}
+
+void row_stats(Matrix logits, Vector target, MaybeVector bias, double inv_temperature, Vector logprob, Vector entropy,
+               Vector lse) {
+    const Rows rows(logits);
+    const auto run = rows.type == RowType::kFloat64 ? stats_as<double> : stats_as<float>;
+    run(rows, target, bias, inv_temperature, logprob, entropy, lse);
+}
+
+template <typename A>
+void gradient_as(const Rows& rows, const Vector& target, const Vector& logprob, const Vector& entropy,
+                 const MaybeVector (&grads)[3], const MaybeVector& bias, double inv_temperature, const Rows& out) {
+    const int64_t n = rows.num_rows;
+    const RowScale<A> scale = {items<A>(bias, rows.num_columns, "bias"), static_cast<A>(inv_temperature)};
+    const auto* ids = items<int64_t>(target, n, "target");
+    const A *lp = items<A>(logprob, n, "logprob"), *ent = items<A>(entropy, n, "entropy");
+    const A *dlp = items<A>(grads[0], n, "dlogprob"), *dent = items<A>(grads[1], n, "dentropy");
+    const A* dlse = items<A>(grads[2], n, "dlse");
+    nb::gil_scoped_release release;
+    const Body<A> run = body<A>();
+    std::vector<RowGradient<A>> row(n);  // z of the targets, before any is overwritten
+    for (int64_t i = 0; i < n; ++i) {
+        row[i] = {run.z_at(rows.row(i), rows.type, ids[i], scale), lp[i], ent[i], dlp ? dlp[i] : A(0),
+                  dent ? dent[i] : A(0), dlse ? dlse[i] : A(0), ids[i]};
+        if (!dent) row[i].entropy = A(0);  // what has no gradient cannot poison one
+    }
+    run_gradient<A>(rows, out, row, scale, run);
+}
+
+void row_gradient(Matrix logits, Vector target, Vector logprob, Vector entropy, MaybeVector dlogprob,
+                  MaybeVector dentropy, MaybeVector dlse, MaybeVector bias, double inv_temperature, Matrix out) {
+    const Rows rows(logits), to(out);
+    const bool wide = rows.type == RowType::kFloat64;
+    if (to.num_rows != rows.num_rows || to.num_columns != rows.num_columns || wide != (to.type == RowType::kFloat64))
+        throw nb::type_error("row_gradient: out must have the shape of the logits, and be float64 where they are");
+    const MaybeVector grads[3] = {dlogprob, dentropy, dlse};
+    const auto run = wide ? gradient_as<double> : gradient_as<float>;
+    run(rows, target, logprob, entropy, grads, bias, inv_temperature, to);
+}
+
+}  // namespace
+
+void bind_rows(nb::module_& module) {
+    module.def("row_isas", &row_isas);
+    module.def("use_row_isa", &use_row_isa);
+    module.def("row_stats", &row_stats, nb::arg("logits").noconvert(), nb::arg("target").noconvert(),
+               nb::arg("bias").none(), nb::arg("inv_temperature"), nb::arg("logprob").noconvert(),
+               nb::arg("entropy").noconvert(), nb::arg("lse").noconvert());
+    module.def("row_gradient", &row_gradient, nb::arg("logits").noconvert(), nb::arg("target").noconvert(),
+               nb::arg("logprob").noconvert(), nb::arg("entropy").noconvert(), nb::arg("dlogprob").none(),
+               nb::arg("dentropy").none(), nb::arg("dlse").none(), nb::arg("bias").none(), nb::arg("inv_temperature"),
+               nb::arg("out").noconvert());
+}
+
+}  // namespace isomorph

@@ -1,0 +1,46 @@
+// One block of columns of a row of logits. z = (logits + bias) / temperature; the specification is
+// token_logprob_ref. Blocks stand at fixed columns, so a row's bits depend on nothing but the row.
+#pragma once
+
+#include <stdint.h>
+
+namespace isomorph {
+
+constexpr int64_t kRowBlock = 1024;  // columns; as float32 it stays in the first-level cache
+
+enum class RowType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+template <typename A>
+struct RowScale {
+    const A* bias;  // [V], or null
+    A inv_temperature;
+};
+
+// sum exp(z - top), sum exp(z - top) (z - top). A block of -inf alone has top -inf and sums of 0.
+struct BlockStats {
+    double top, sum, weighted;
+};
+
+template <typename A>
+struct RowGradient {
+    A z_target, logprob, entropy, dlogprob, dentropy, dlse;
+    int64_t target;
+};
+
+#define ISOMORPH_ROWS(isa)                                                                                             \
+    namespace isa {                                                                                                    \
+    template <typename A>                                                                                              \
+    struct RowsBody {                                                                                                  \
+        static A z_at(const void* row, RowType type, int64_t column, const RowScale<A>& scale);                        \
+        static BlockStats stats(const void* row, RowType type, int64_t first, int64_t num_columns,                     \
+                                const RowScale<A>& scale);                                                             \
+        static void gradient(const void* row, RowType type, int64_t first, int64_t num_columns,                        \
+                             const RowScale<A>& scale, const RowGradient<A>& grad, void* out, RowType out_type);       \
+    };                                                                                                                 \
+    }
+ISOMORPH_ROWS(baseline)
+ISOMORPH_ROWS(avx2)
+ISOMORPH_ROWS(avx512)
+#undef ISOMORPH_ROWS
+
+}  // namespace isomorph
