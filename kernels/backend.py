@@ -38,9 +38,9 @@ ENVIRONMENT = "ISOMORPH_BACKEND"
 # preferred first; every op also has "reference", last
 BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
-        "token_logprob": ("torch",),
-        "linear_logprob": ("torch",),
-        "linear_loss": ("torch",),
+        "token_logprob": ("native", "torch"),
+        "linear_logprob": ("native", "torch"),
+        "linear_loss": ("torch", "native"),
         "packed_attention": ("torch",),
         "decode_attention": ("native", "torch"),
         "group_advantage": ("native",),
