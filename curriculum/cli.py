@@ -24,6 +24,8 @@ data = typer.Typer(no_args_is_help=True, help="Make tasks, and look at files of 
 kernels = typer.Typer(no_args_is_help=True, help="The GPU kernels, as far as they can be looked at without a GPU.")
 app.add_typer(data, name="data")
 app.add_typer(kernels, name="kernels")
+bench = typer.Typer(no_args_is_help=True, help="Measure our ops beside their peers.")
+app.add_typer(bench, name="bench")
 console = Console()
 
 
@@ -201,6 +203,27 @@ def compile_kernels(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
     code = aot.report(arch or aot.ARCHS, as_json=as_json)
+    if code:
+        sys.exit(code)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    op: Annotated[str | None, typer.Option("--op", help="One op, for example linear_loss; default: all")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON Lines, one row per op, size and provider")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest size of each op, three rounds")] = False,
+) -> None:
+    """Every op beside its peers: time, memory and error. Needs the repository, not only the package."""
+    import subprocess
+
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "all_ops.py"
+    if not script.is_file():
+        raise UserError(
+            f"the benchmarks are not part of the installed package ({script} is missing): clone the repository and "
+            "run python benchmarks/all_ops.py there"
+        )
+    options = [*(["--op", op] if op else []), *(["--out", str(out)] if out else []), *(["--quick"] if quick else [])]
+    code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
     if code:
         sys.exit(code)
 

@@ -1,0 +1,65 @@
+"""Advantages of groups, and generalised advantage estimates, on the CPU, where the trainer computes them.
+
+Model: bytes, 2 (groups) or 4 (GAE) numbers a row; too small for a ceiling to say anything.
+"""
+
+import pytest
+import torch
+from compare import DEVICE, EAGER, Case, check, ours
+from torch import Tensor
+
+from isomorph.kernels.advantage import EPS, gae, gae_ref, group_advantage, group_advantage_ref
+
+
+def cases(quick: bool) -> list[Case]:
+    if DEVICE.type != "cpu":
+        return []
+    return [_groups(256 if quick else 4096, 16), _gae(16 if quick else 64, 256)]
+
+
+def _groups(groups: int, size: int) -> Case:
+    torch.manual_seed(0)
+    reward_S, offsets = torch.randn(groups * size), torch.arange(0, groups * size + 1, size)
+
+    def eager() -> tuple[Tensor, ...]:
+        reward_PG = reward_S.view(groups, size)  # equal groups only
+        return (((reward_PG - reward_PG.mean(1, keepdim=True)) / (reward_PG.std(1, keepdim=True) + EPS)).flatten(),)
+
+    providers = {**ours("group_advantage", lambda: (group_advantage(reward_S, offsets),)), EAGER: lambda: eager}
+    return Case(
+        "group_advantage",
+        f"{groups} groups of {size}",
+        torch.float32,
+        providers,
+        lambda: (group_advantage_ref(reward_S.double(), offsets),),
+    )
+
+
+def _gae(seqs: int, length: int) -> Case:
+    torch.manual_seed(0)
+    reward_T, value_T = torch.randn(2, seqs * length).unbind()
+    cu_seqlens = torch.arange(0, seqs * length + 1, length)
+
+    def eager() -> tuple[Tensor, ...]:
+        reward, value = reward_T.view(seqs, length), value_T.view(seqs, length)  # equal lengths only
+        last, after, columns = torch.zeros(seqs), torch.zeros(seqs), []
+        for t in reversed(range(length)):
+            last = reward[:, t] + 0.99 * after - value[:, t] + 0.99 * 0.95 * last
+            after = value[:, t]
+            columns.append(last)
+        advantage_T = torch.stack(columns[::-1], 1).flatten()
+        return advantage_T, advantage_T + value_T
+
+    providers = {**ours("gae", lambda: gae(reward_T, value_T, cu_seqlens, gamma=0.99, lam=0.95)), EAGER: lambda: eager}
+    return Case(
+        "gae",
+        f"{seqs} sequences of {length}",
+        torch.float32,
+        providers,
+        lambda: gae_ref(reward_T.double(), value_T.double(), cu_seqlens, gamma=0.99, lam=0.95),
+    )
+
+
+@pytest.mark.parametrize("case", cases(quick=True), ids=lambda case: case.op)
+def test_advantage(case: Case) -> None:
+    check(case)

@@ -1,0 +1,198 @@
+"""Providers of one op beside each other: one process, one set of inputs, taking turns round by round.
+
+Time: median of the rounds with p20 and p80. Memory: on CUDA max_memory_allocated above what was allocated before; on
+the CPU the growth of the peak resident set (VmHWM, reset through /proc/self/clear_refs; Linux only, else not given).
+Error: the largest difference from float64 on the same rounded inputs, over the largest value, worst of the outputs. A
+provider whose error passes ``BOUND`` times PyTorch's own in the same dtype (and 8 eps) is "wrong" and gets no speed.
+"""
+
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isomorph.kernels import backend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BOUND = 4.0
+OURS, EAGER = "isomorph", "torch eager"
+Run = Callable[[], tuple[Tensor, ...]]
+
+
+class Absent(Exception):
+    """A peer that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size. ``providers`` make their run when it is their turn, and may raise ``Absent``."""
+
+    op: str
+    size: str
+    dtype: torch.dtype
+    providers: dict[str, Callable[[], Run]]
+    exact: Run  # in float64, from the same rounded inputs
+    ceiling: Callable[[], object] | None = None  # the work that cannot be avoided, done by the vendor's library
+    ceiling_name: str = ""
+
+
+def ours(op: str, run: Run) -> dict[str, Callable[[], Run]]:
+    """Every body of ``op`` that runs here but the specification; the default one is called ``OURS``."""
+    default, *others = backend.bodies(op, DEVICE.type)
+    found: dict[str, Callable[[], Run]] = {OURS: lambda: run}
+    for body in others:
+        if body != "reference":
+            found[f"{OURS} ({body})"] = lambda body=body: _with_body(f"{op}={body}", run)  # type: ignore[misc]
+    return found
+
+
+def _with_body(request: str, run: Run) -> Run:
+    def chosen() -> tuple[Tensor, ...]:
+        with backend.using(request):
+            return run()
+
+    return chosen
+
+
+def measure(case: Case, *, max_rounds: int, budget_s: float) -> Iterator[dict[str, Any]]:
+    """A row for each provider."""
+    runs: dict[str, Run] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    exact = case.exact()
+    for name, make in case.providers.items():
+        rows[name] = {"provider": name}
+        try:
+            run = make()
+            out, rows[name]["memory_mib"] = _first(run)
+        except (Absent, ImportError) as reason:
+            rows[name].update(status="absent", reason=f"{reason}")
+        except Exception as failure:  # a peer's failure is a result
+            rows[name].update(status="failed", reason=f"{type(failure).__name__}: {failure}"[:300])
+        else:
+            runs[name] = run
+            rows[name].update(status="ok", error=_error(out, exact))
+            del out
+    _judge(rows, case.dtype)
+    del exact
+    runs = {name: run for name, run in runs.items() if rows[name]["status"] == "ok"}
+    ceiling = {"ceiling": case.ceiling} if case.ceiling else {}
+    seconds = _take_turns({**runs, **ceiling}, max_rounds, budget_s)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name in runs:
+        low, high = _quantiles(seconds[name])
+        rows[name].update(median_s=medians[name], p20_s=low, p80_s=high, rounds=len(seconds[name]))
+        if OURS in medians:
+            rows[name]["ratio"] = medians[name] / medians[OURS]
+        if ceiling:
+            rows[name].update(ceiling=case.ceiling_name, ceiling_percent=100 * medians["ceiling"] / medians[name])
+    for row in rows.values():
+        yield {"op": case.op, "size": case.size, "dtype": str(case.dtype).removeprefix("torch."), **row, **_here()}
+
+
+def _judge(rows: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
+    bound = BOUND * rows.get(EAGER, {}).get("error", 0.0) + 8 * torch.finfo(dtype).eps
+    for row in rows.values():
+        if row["status"] == "ok" and not row["error"] <= bound:
+            row.update(status="wrong", reason=f"error {row['error']:.1e}, bound {bound:.1e}")
+
+
+def _take_turns(runs: dict[str, Callable[[], object]], max_rounds: int, budget_s: float) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    until = time.perf_counter() + budget_s
+    for index in range(max_rounds):
+        if index >= 3 and time.perf_counter() > until:
+            break
+        for name, run in runs.items():
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _first(run: Run) -> tuple[tuple[Tensor, ...], float | None]:
+    """The outputs, and the peak of memory above the start in MiB; the second call, so that nothing is compiled."""
+    run()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = run()
+        return out, (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return run(), None
+    ctypes.CDLL(None).malloc_trim(0)  # what is free must not serve the next allocation unseen
+    Path("/proc/self/clear_refs").write_text("5")
+    before_mib = _status_mib("VmRSS")
+    out = run()
+    return out, max(0.0, _status_mib("VmHWM") - before_mib)
+
+
+def _status_mib(name: str) -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024
+
+
+def _error(out: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """A provider may give fewer outputs than the reference: the first ones."""
+    worst = 0.0
+    for got, want in zip(out, exact, strict=False):
+        if got.shape != want.shape:
+            return math.inf
+        difference = (got.detach().double() - want.double()).abs().max() if want.numel() else torch.zeros(())
+        error = float(difference / want.double().abs().max().clamp(min=1e-30)) if want.numel() else 0.0
+        worst = error if math.isnan(error) else max(worst, error)
+        if math.isnan(worst):
+            return math.inf
+    return worst
+
+
+def _quantiles(times: list[float]) -> tuple[float, float]:
+    ordered = sorted(times)
+    return ordered[round(0.2 * (len(ordered) - 1))], ordered[round(0.8 * (len(ordered) - 1))]
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _here() -> dict[str, Any]:
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    return {
+        "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv)]),
+    }
+
+
+def check(case: Case) -> None:
+    """For pytest: our own bodies must be right; prints every row."""
+    rows = list(measure(case, max_rounds=3, budget_s=2.0))
+    for row in rows:
+        print(json.dumps(row))
+    bad = [row for row in rows if row["provider"].startswith(OURS) and row["status"] != "ok"]
+    assert not bad, bad
