@@ -46,7 +46,15 @@ def _case(num: int, dim: int, vocab: int, dtype: torch.dtype) -> Case:
         raise ImportError("not measured: its chunked GRPO loss takes padded [B, T] batches, not packed rows")
 
     def exact() -> tuple[Tensor, ...]:
-        return _gradients(head.double(), lambda x: grpo(_eager_logprob(x)))
+        hidden_ND, weight_VD, target_N = head.double()
+        loss, weight_grad, hidden_grads = 0.0, torch.zeros_like(weight_VD), []
+        for start in range(0, num, 1024):  # all logits in float64 would not fit on a GPU
+            rows = slice(start, start + 1024)
+            part = Head(hidden_ND[rows], weight_VD, target_N[rows])
+            part_loss, hidden_grad, part_grad = _gradients(part, lambda x, rows=rows: grpo(_eager_logprob(x), rows))  # type: ignore[misc]
+            loss, weight_grad = loss + part_loss, weight_grad.add_(part_grad)
+            hidden_grads.append(hidden_grad)
+        return torch.as_tensor(loss), torch.cat(hidden_grads), weight_grad
 
     providers = {
         **ours("linear_loss", lambda: _gradients(head, ours_loss)),

@@ -90,3 +90,13 @@ def test_missing_benchmarks_are_an_input_error(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "curriculum" / "cli.py"))
     with pytest.raises(UserError, match="not part of the installed package"):
         cli.bench_kernels()
+
+
+@pytest.mark.slow
+def test_gpu_suite_rehearsal_runs_every_part(tmp_path: Path) -> None:
+    suite = load("gpu_suite")
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--rehearse", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    rows = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
+    assert {row["part"]: row["ended"] for row in rows if "ended" in row} == dict.fromkeys(suite.PARTS, 0), rows
+    assert {row["part"] for row in rows if "ended" not in row} == set(suite.PARTS)
