@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import DEVICE, measure
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
+
+from compare import DEVICE, measure
 
 FILES = {
     "linear_loss": "bench_linear_loss",

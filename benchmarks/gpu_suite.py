@@ -148,6 +148,7 @@ def _timed(call: Callable[[], object], flop: int) -> dict[str, float]:
 
 
 def _child(part: str, rehearse: bool, file: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
     for row in PARTS[part][0](rehearse):
         _append(file, {"part": part, **row})
 

