@@ -1,4 +1,4 @@
-"""Every op beside its peers; ``isomorph bench kernels`` calls this.
+"""Every op beside its peers; ``isomorph bench kernels`` calls this, ``python benchmarks/table.py`` writes it down.
 
 python benchmarks/all_ops.py [--op linear_loss] [--out benchmarks/results/kernels.jsonl] [--quick]
 """
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +26,6 @@ FILES = {
     "advantage": "bench_advantage",
     "packing": "bench_packing",
 }
-NO_GRADIENT = {"linear_logprob", "token_logprob", "decode_attention"}
 
 
 def main() -> None:
@@ -41,7 +39,7 @@ def main() -> None:
     rounds = 3 if args.quick else (30 if DEVICE.type == "cuda" else 10)
     for op in [args.op] if args.op else FILES:
         for case in importlib.import_module(FILES[op]).cases(args.quick):
-            with torch.set_grad_enabled(op not in NO_GRADIENT), args.out.open("a") as file:
+            with args.out.open("a") as file:
                 for row in measure(case, max_rounds=rounds, budget_s=8.0):
                     file.write(json.dumps(row) + "\n")
                     file.flush()

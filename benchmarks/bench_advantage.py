@@ -1,11 +1,14 @@
 """Advantages of groups, and generalised advantage estimates, on the CPU, where the trainer computes them.
 
-Model: bytes, 2 (groups) or 4 (GAE) numbers a row; too small for a ceiling to say anything.
+Model: bytes, 2 (groups) or 4 (GAE) numbers a row; too small for a ceiling to say anything. Other trainers do
+this inside their trainer classes, padded: eager is that arithmetic for groups and sequences of one length. A loop over
+256 steps is not given to torch.compile, which would unroll it.
 """
 
+import peers
 import pytest
 import torch
-from compare import DEVICE, EAGER, Case, check, ours
+from compare import COMPILED, DEVICE, EAGER, Case, check, ours
 from torch import Tensor
 
 from isomorph.kernels.advantage import EPS, gae, gae_ref, group_advantage, group_advantage_ref
@@ -25,13 +28,18 @@ def _groups(groups: int, size: int) -> Case:
         reward_PG = reward_S.view(groups, size)  # equal groups only
         return (((reward_PG - reward_PG.mean(1, keepdim=True)) / (reward_PG.std(1, keepdim=True) + EPS)).flatten(),)
 
-    providers = {**ours("group_advantage", lambda: (group_advantage(reward_S, offsets),)), EAGER: lambda: eager}
+    providers = {
+        **ours("group_advantage", lambda: (group_advantage(reward_S, offsets),)),
+        EAGER: lambda: eager,
+        COMPILED: lambda: peers.compiled(eager),
+    }
     return Case(
         "group_advantage",
         f"{groups} groups of {size}",
         torch.float32,
         providers,
         lambda: (group_advantage_ref(reward_S.double(), offsets),),
+        byte=2 * 4 * groups * size,
     )
 
 
@@ -57,6 +65,7 @@ def _gae(seqs: int, length: int) -> Case:
         torch.float32,
         providers,
         lambda: gae_ref(reward_T.double(), value_T.double(), cu_seqlens, gamma=0.99, lam=0.95),
+        byte=4 * 4 * seqs * length,
     )
 
 

@@ -1,28 +1,33 @@
-"""The head and a clipped GRPO loss, forward and backward: loss, gradient of the hidden states and of the weight.
+"""The head and a loss, forward and backward: the loss, the gradients of the hidden states and of the weight.
 
-Model: 6 N H V FLOP, three GEMMs. The ceiling is these three of this shape and dtype.
+Two losses: GRPO's, clipped, and the mean cross-entropy, which more libraries fuse. Model: 6 N H V FLOP, three GEMMs
+(who makes the logits twice pays for four). The ceiling is these three of this shape and dtype.
 """
 
 from collections.abc import Callable
 
+import peers
 import pytest
 import torch
-from compare import DEVICE, EAGER, Case, Run, check, ours
-from head_inputs import Head, dtypes, make_head, require, sizes
+from compare import COMPILED, DEVICE, EAGER, Case, Run, check, ours
+from head_inputs import Head, dtypes, make_head, sizes
 from torch import Tensor
 
 from isomorph.kernels.linear_logprob import linear_loss
 from isomorph.kernels.token_logprob import TokenStats
 
+LossOfLogprob = Callable[[Tensor, slice], Tensor]
+
 
 def cases(quick: bool) -> list[Case]:
-    return [_case(*size, dtype) for size in sizes(quick) for dtype in dtypes()]
+    found = [_case(*size, dtype) for size in sizes(quick) for dtype in dtypes()]
+    return found + [_cross_entropy(*size, dtype) for size in sizes(quick=True) for dtype in dtypes()]
 
 
 def _case(num: int, dim: int, vocab: int, dtype: torch.dtype) -> Case:
     head = make_head(num, dim, vocab, dtype)
     with torch.no_grad():
-        old_N = _eager_logprob(head).double() + 0.1 * torch.randn(num, device=DEVICE)
+        old_N = peers.eager(*head).double() + 0.1 * torch.randn(num, device=DEVICE)
     advantage_N = torch.randn(num, device=DEVICE, dtype=torch.float64)
 
     def grpo(logprob_n: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -30,53 +35,77 @@ def _case(num: int, dim: int, vocab: int, dtype: torch.dtype) -> Case:
         ratio_n = (logprob_n - old_n).exp()
         return -torch.minimum(ratio_n * advantage_n, ratio_n.clamp(0.8, 1.2) * advantage_n).sum() / num
 
-    def ours_loss(inputs: Head) -> Tensor:
-        def loss_of(stats: TokenStats, rows: slice) -> Tensor:
-            return grpo(stats.logprob, rows)
+    whole = {"liger LigerFusedLinearGRPOLoss": lambda: peers.liger_grpo(head.target_N, old_N, advantage_N)}
+    return _of(f"GRPO, N={num} H={dim} V={vocab}", head, grpo, whole)
 
-        return linear_loss(*inputs, loss_of, chunk_rows=4096)
 
-    def trl() -> Run:
-        from trl.trainer.utils import selective_log_softmax
+def _cross_entropy(num: int, dim: int, vocab: int, dtype: torch.dtype) -> Case:
+    head = make_head(num, dim, vocab, dtype)
 
-        return lambda: _gradients(head, lambda x: grpo(selective_log_softmax(x.hidden_ND @ x.weight_VD.T, x.target_N)))
+    def mean(logprob_n: Tensor, rows: slice = slice(None)) -> Tensor:
+        return -logprob_n.sum() / num
 
-    def liger() -> Run:
-        require("liger_kernel")
-        raise ImportError("not measured: its chunked GRPO loss takes padded [B, T] batches, not packed rows")
+    whole = {name: lambda make=make: make(head.target_N) for name, make in peers.CROSS_ENTROPIES.items()}  # type: ignore[misc]
+    return _of(f"cross-entropy, N={num} H={dim} V={vocab}", head, mean, whole)
+
+
+def _of(size: str, head: Head, loss_of: LossOfLogprob, whole: dict[str, Callable[[], peers.Loss]]) -> Case:
+    target_N = head.target_N
+    num, dim = head.hidden_ND.shape
+
+    def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+        def of_stats(stats: TokenStats, rows: slice) -> Tensor:
+            return loss_of(stats.logprob, rows)
+
+        return linear_loss(hidden, weight, target_N, of_stats, chunk_rows=4096)
+
+    def eager(hidden: Tensor, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        return loss_of(peers.eager(hidden, weight, target_N[rows]), rows)
+
+    def on(make: Callable[[], peers.Logprob]) -> Callable[[], Run]:
+        def made() -> Run:
+            logprob = make()
+            return _run(head, lambda hidden, weight: loss_of(logprob(hidden, weight, target_N)[0], slice(None)))
+
+        return made
 
     def exact() -> tuple[Tensor, ...]:
-        hidden_ND, weight_VD, target_N = head.double()
-        loss, weight_grad, hidden_grads = 0.0, torch.zeros_like(weight_VD), []
+        hidden_ND, weight_VD, _ = head.double()
+        loss, weight_grad, hidden_grads = hidden_ND.new_zeros(()), torch.zeros_like(weight_VD), []
         for start in range(0, num, 1024):  # all logits in float64 would not fit on a GPU
             rows = slice(start, start + 1024)
-            part = Head(hidden_ND[rows], weight_VD, target_N[rows])
-            part_loss, hidden_grad, part_grad = _gradients(part, lambda x, rows=rows: grpo(_eager_logprob(x), rows))  # type: ignore[misc]
-            loss, weight_grad = loss + part_loss, weight_grad.add_(part_grad)
-            hidden_grads.append(hidden_grad)
-        return torch.as_tensor(loss), torch.cat(hidden_grads), weight_grad
+            part = _gradients(hidden_ND[rows], weight_VD, lambda h, w, rows=rows: eager(h, w, rows))  # type: ignore[misc]
+            loss, weight_grad = loss + part[0], weight_grad.add_(part[2])
+            hidden_grads.append(part[1])
+        return loss, torch.cat(hidden_grads), weight_grad
 
     providers = {
-        **ours("linear_loss", lambda: _gradients(head, ours_loss)),
-        EAGER: lambda: lambda: _gradients(head, lambda x: grpo(_eager_logprob(x))),
-        "trl": trl,
-        "liger": liger,
+        **ours("linear_loss", _run(head, fused)),
+        EAGER: lambda: _run(head, eager),
+        COMPILED: lambda: _run(head, peers.compiled(eager)),
+        **{name: on(make) for name, make in peers.LOGPROBS.items() if name not in whole},
+        **{name: lambda make=make: _run(head, make()) for name, make in whole.items()},  # type: ignore[misc]
     }
     return Case(
-        "linear_loss", f"N={num} H={dim} V={vocab}", dtype, providers, exact, lambda: _three_gemms(head), "3 GEMMs"
+        "linear_loss",
+        size,
+        head.weight_VD.dtype,
+        providers,
+        exact,
+        lambda: _three_gemms(head),
+        "3 GEMMs",
+        flop=6 * num * dim * len(head.weight_VD),
     )
 
 
-def _eager_logprob(head: Head) -> Tensor:
-    logits_NV = head.hidden_ND @ head.weight_VD.T
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return torch.log_softmax(logits_NV, -1).gather(1, head.target_N[:, None])[:, 0]
+def _run(head: Head, loss: peers.Loss) -> Run:
+    return lambda: _gradients(head.hidden_ND, head.weight_VD, loss)
 
 
-def _gradients(head: Head, loss_of: Callable[[Head], Tensor]) -> tuple[Tensor, ...]:
-    leaves = Head(head.hidden_ND.detach().requires_grad_(), head.weight_VD.detach().requires_grad_(), head.target_N)
-    loss = loss_of(leaves)
-    return (loss.detach(), *torch.autograd.grad(loss, leaves[:2]))
+def _gradients(hidden_ND: Tensor, weight_VD: Tensor, loss_of: peers.Loss) -> tuple[Tensor, ...]:
+    leaves = (hidden_ND.detach().requires_grad_(), weight_VD.detach().requires_grad_())
+    loss = loss_of(*leaves)
+    return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
 def _three_gemms(head: Head) -> None:

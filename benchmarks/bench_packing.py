@@ -34,6 +34,7 @@ def _case(rows: int) -> Case:
         lambda: take_ragged_ref(value, offsets, order),
         lambda: value.clone(),
         "copy",
+        byte=2 * 4 * len(value),
     )
 
 

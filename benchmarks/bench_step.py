@@ -1,17 +1,26 @@
 """One GRPO step, ours beside TRL's, in one process and taking turns.
 
-    python benchmarks/bench_step.py --model FOLDER [--steps 3] [--sampler builtin] [--out benchmarks/results/step.jsonl]
+    python benchmarks/bench_step.py --model FOLDER [--dtype bfloat16] [--steps 6] [--sampler builtin]
+        [--prompts 4] [--group 8] [--max-new-tok 64] [--kl 0.0] [--device cpu] [--out benchmarks/results/step.jsonl]
 
-Same model, prompts, reward, group size, length limit, learning rate and dtype. TRL generates through transformers, its
-default without a GPU. A turn is one whole step: generate, judge, update. Reported: the median of the turns after the
-first, and the ratio. Needs the extra [bench].
+Same model, prompts, reward, group, lengths, KL, loss, learning rate and dtype. A turn is one whole step: generate,
+judge, update; the first turn of both warms up and does not count. Reported: medians, their ratio, tokens a second
+(of completions, and with every completion's prompt), the peak of memory above what lay there before the turn, the
+padding that went through the model, and where the time goes.
+
+Settings. TRL: its fused head, no gradient checkpointing, ``--trl-accumulation`` micro-batches (at one, the activations
+of 32 completions pass 24 GiB in float32), generation by transformers as by default, ``--trl-generation continuous``
+for its continuous batching, ``--trl-generation vllm`` for vLLM in its process (on a GPU), ``--trl-liger`` for Liger's
+layers (on a GPU). In bfloat16 its weights and moments are bfloat16, the fastest it has; ours keep float32 masters.
+Ours: packed groups, builtin sampler or vLLM's with shared storage. verl and OpenRLHF have no step that runs in one
+process: both start Ray, and pin versions of transformers below ours. Needs the extra [bench].
 """
 
 import argparse
 import json
 import os
-import platform
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -20,6 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
+
+from compare import PeakMemory, machine
 
 from isomorph.curriculum.tasks.async_plan import Difficulty, make_task
 from isomorph.engine.config import ModelConfig, SamplerConfig, Stage
@@ -30,7 +43,9 @@ from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
 from isomorph.engine.update.score import score
 
-GROUP, PROMPTS, MAX_NEW_TOK, LEARNING_RATE = 8, 4, 64, 1e-6
+LEARNING_RATE = 1e-6
+PHASES = ("generate_s", "judge_s", "update_s")
+Row = dict[str, Any]
 
 
 def questions(num: int) -> list[str]:
@@ -44,155 +59,244 @@ def variety(text: str) -> float:
 
 
 class Ours:
-    """One step a call, on ``PROMPTS`` new prompts."""
+    """One step a call."""
 
-    def __init__(self, model: str, sampler: str, dtype: str) -> None:
-        config = ModelConfig(path=model, dtype=dtype)  # type: ignore[arg-type]
-        self.policy = load_policy(config, vocabulary=[], seed=0, device=torch.device("cpu"))
-        if sampler == "vllm":
+    def __init__(self, args: argparse.Namespace) -> None:
+        config = ModelConfig(path=args.model, dtype=args.dtype)
+        self.policy = load_policy(config, vocabulary=[], seed=0, device=torch.device(args.device))
+        self.sampler: Any
+        if args.sampler == "vllm":
             from isomorph.engine.rollout.vllm import start_vllm
 
-            settings = SamplerConfig(kind="vllm", publish="shared", max_model_len=1024, max_seqs=GROUP * PROMPTS)
-            self.sampler: Any = start_vllm(self.policy, settings, seed=0)
+            num_seqs = args.group * args.prompts
+            settings = SamplerConfig(kind="vllm", publish="shared", max_model_len=2048, max_seqs=num_seqs)
+            self.sampler = start_vllm(self.policy, settings, seed=0)
         else:
             self.sampler = BuiltinSampler(self.policy, SamplerConfig())
-        self.stage = Stage(
-            name="bench",
-            steps=1_000,
-            objective={"name": "grpo"},  # type: ignore[arg-type]
-            optim={"lr": LEARNING_RATE},  # type: ignore[arg-type]
-            batch={"prompts": PROMPTS, "max_tok": 4096},  # type: ignore[arg-type]
-            sampling={"max_new_tok": MAX_NEW_TOK, "samples_per_prompt": GROUP},  # type: ignore[arg-type]
+        self.stage = Stage.model_validate(
+            {
+                "name": "bench",
+                "steps": 1_000,
+                "objective": {"name": "grpo", "kl_coef": args.kl},
+                "optim": {"lr": LEARNING_RATE},
+                "batch": {"prompts": args.prompts, "max_tok": args.max_tok},
+                "sampling": {"max_new_tok": args.max_new_tok, "samples_per_prompt": args.group},
+            }
         )
         self.learner = Learner(self.policy)
         self.learner.enter(self.stage)
         self.version = 0
 
-    def step(self, texts: list[str]) -> dict[str, float]:
-        text = self.policy.text
+    def step(self, texts: list[str]) -> Row:
+        text, stage = self.policy.text, self.stage
         prompts = [
             Prompt(prompt_id=i, token_ids=text.encode_prompt(q), task="bench", representation="natural", payload=None)
             for i, q in enumerate(texts)
         ]
         sampling = Sampling(
             temperature=1.0,
-            max_new_tok=MAX_NEW_TOK,
-            samples_per_prompt=GROUP,
+            max_new_tok=stage.sampling.max_new_tok,
+            samples_per_prompt=stage.sampling.samples_per_prompt,
             stop_ids=text.stop_ids,
             seed=self.version,
         )
-        marks = [time.perf_counter()]
+        memory, marks = PeakMemory(), [_now()]
         rollouts = self.sampler.generate(prompts, sampling)
-        marks.append(time.perf_counter())
-        judge = lambda _, answers: [variety(a) for a in answers]  # noqa: E731
-        groups, _ = score(prompts, rollouts, judge, text.decode, self.stage.objective)
+        marks.append(_now())
+        groups, _ = score(prompts, rollouts, _judge, text.decode, stage.objective)
         updates = pack(
             groups,
-            max_tok=self.stage.batch.max_tok,
+            max_tok=stage.batch.max_tok,
             prompts_per_update=None,
-            objective=self.stage.objective,
+            objective=stage.objective,
             device=self.policy.device,
         )
-        marks.append(time.perf_counter())
-        stats = self.learner.update(updates, self.stage, 0)
-        marks.append(time.perf_counter())
+        marks.append(_now())
+        with self.sampler.asleep():
+            stats = self.learner.update(updates, stage, 0)
         self.version += 1
         self.sampler.publish(self.version)
-        marks.append(time.perf_counter())
-        phases = ("generate_s", "judge_pack_s", "update_s", "publish_s")
+        marks.append(_now())
+        prompt_tok = stage.sampling.samples_per_prompt * sum(len(p.token_ids) for p in prompts)
+        completion_tok = sum(len(r.token_ids) for r in rollouts)
         return {
-            **{name: after - before for name, before, after in zip(phases, marks, marks[1:], strict=False)},
+            **{name: after - before for name, before, after in zip(PHASES, marks, marks[1:], strict=False)},
             "step_s": marks[-1] - marks[0],
-            "response_tok": sum(len(r.token_ids) for r in rollouts),
-            "trunk_tok": stats.num_trunk_tok,
+            "completion_tok": completion_tok,
+            "all_tok": completion_tok + prompt_tok,
+            "computed_tok": stats.num_trunk_tok,  # every prompt once
+            "padding_share": 0.0,
+            "peak_mib": memory.mib(),
             "drift_max": stats.drift_max,
         }
 
 
-def run_interleaved(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _judge(_: Any, answers: Any) -> list[float]:
+    return [variety(answer) for answer in answers]
+
+
+def run_interleaved(args: argparse.Namespace) -> list[Row]:
     """TRL drives; after each of its steps ours takes one on the same prompts."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    ours = Ours(args.model, args.sampler, args.dtype)
-    asked = questions(PROMPTS * args.steps)
-    rows: list[dict[str, Any]] = []
+    ours = Ours(args)
+    asked = questions(args.prompts * args.steps)
+    rows: list[Row] = []
 
-    def reward(completions: list[Any], **_: Any) -> list[float]:
-        return [variety(c[0]["content"]) for c in completions]
+    class Timed(GRPOTrainer):
+        """Notes what a step consists of."""
+
+        turn: Row = {}
+
+        def _generate(self, *inputs: Any, **options: Any) -> Any:
+            start = _now()
+            out = super()._generate(*inputs, **options)
+            self.turn["generate_s"] = _now() - start
+            return out
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            start = _now()
+            out = super()._generate_and_score_completions(inputs)
+            self.turn["judge_s"] = _now() - start - self.turn["generate_s"]  # and the reference's pass
+            real = [int(out[name].sum()) for name in ("prompt_mask", "completion_mask")]
+            computed = sum(out[name].numel() for name in ("prompt_mask", "completion_mask"))
+            self.turn |= {"completion_tok": real[1], "all_tok": sum(real), "computed_tok": computed}
+            self.turn["padding_share"] = 1 - sum(real) / computed
+            return out
 
     class Turns(TrainerCallback):
         started = 0.0
+        memory: PeakMemory
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+            self.memory, self.started = PeakMemory(), _now()
 
         def on_step_end(self, config: Any, state: Any, *_: Any, **__: Any) -> None:
-            index = state.global_step - 1
-            rows.append({"who": "trl", "turn": index, "step_s": time.perf_counter() - self.started})
-            turn = ours.step(asked[index * PROMPTS : (index + 1) * PROMPTS])
+            index, step_s = state.global_step - 1, _now() - self.started
+            turn = {**trainer.turn, "step_s": step_s, "peak_mib": self.memory.mib()}
+            turn["update_s"] = step_s - turn["generate_s"] - turn["judge_s"]
+            rows.append({"who": "trl", "turn": index, **turn})
+            turn = ours.step(asked[index * args.prompts : (index + 1) * args.prompts])
             rows.append({"who": "isomorph", "turn": index, **turn})
             for row in rows[-2:]:
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
+    def reward(completions: list[Any], **_: Any) -> list[float]:
+        return [variety(c[0]["content"]) for c in completions]
+
     with tempfile.TemporaryDirectory() as scratch:
         config = GRPOConfig(
             output_dir=scratch,
-            per_device_train_batch_size=GROUP * PROMPTS // 2,  # all at once, TRL's activations pass 24 GiB
-            gradient_accumulation_steps=2,
-            num_generations=GROUP,
-            max_completion_length=MAX_NEW_TOK,
+            per_device_train_batch_size=args.group * args.prompts // args.trl_accumulation,
+            gradient_accumulation_steps=args.trl_accumulation,
+            num_generations=args.group,
+            max_completion_length=args.max_new_tok,
             max_steps=args.steps,
             learning_rate=LEARNING_RATE,
-            beta=0.0,
+            loss_type="grpo",
+            beta=args.kl,
             temperature=1.0,
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             model_init_kwargs={"dtype": args.dtype},
             shuffle_dataset=False,
+            use_liger_kernel=args.trl_liger,
+            use_transformers_continuous_batching=args.trl_generation == "continuous",
+            use_vllm=args.trl_generation == "vllm",
+            vllm_mode="colocate",
+            vllm_gpu_memory_utilization=0.3,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
         )
         data = Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in asked])
-        trainer = GRPOTrainer(
-            model=args.model, reward_funcs=reward, args=config, train_dataset=data, callbacks=[Turns()]
-        )
+        trainer = Timed(model=args.model, reward_funcs=reward, args=config, train_dataset=data, callbacks=[Turns()])
         trainer.train()
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of SmolLM2-135M in safetensors")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--sampler", choices=("builtin", "vllm"), default="builtin")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    rows = run_interleaved(args)
-    median = {
-        who: statistics.median(r["step_s"] for r in rows if r["who"] == who and (r["turn"] or args.steps == 1))
-        for who in ("trl", "isomorph")
-    }
-    summary = {
+def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
+    """Medians of the turns that count, and what they were measured on."""
+    sides = {}
+    for who in ("trl", "isomorph"):
+        turns = [row for row in rows if row["who"] == who and (row["turn"] or args.steps == 1)]
+        side = {key: statistics.median(turn[key] for turn in turns) for key in turns[0] if key not in ("who", "turn")}
+        for kind in ("completion", "all"):
+            side[f"{kind}_tok_s"] = statistics.median(turn[f"{kind}_tok"] / turn["step_s"] for turn in turns)
+        sides[who] = side
+    return {
         "who": "ratio",
-        "trl_s": median["trl"],
-        "isomorph_s": median["isomorph"],
-        "ratio": median["trl"] / median["isomorph"],
-        "sampler": args.sampler,
-        "dtype": args.dtype,
+        **sides,
+        "ratio": sides["trl"]["step_s"] / sides["isomorph"]["step_s"],
+        **{name: getattr(args, name) for name in ("sampler", "dtype", "prompts", "group", "max_new_tok", "kl")},
+        **{name: getattr(args, name) for name in ("trl_generation", "trl_accumulation", "trl_liger")},
+        "model": args.name or Path(args.model).name,
         "turns": args.steps,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "machine": machine(args.device),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
-        "command": " ".join(sys.argv),
+        "command": _command(args),
         "date": time.strftime("%Y-%m-%d"),
     }
-    print(f"TRL {median['trl']:.2f} s, isomorph {median['isomorph']:.2f} s a step: {summary['ratio']:.2f} times")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What repeats the run, without this machine's folders."""
+    options = [f"--model {args.name or 'FOLDER'}", f"--dtype {args.dtype}", f"--steps {args.steps}"]
+    options += [f"--sampler {args.sampler}", f"--prompts {args.prompts}", f"--group {args.group}"]
+    options += [f"--max-new-tok {args.max_new_tok}", f"--kl {args.kl:g}", f"--device {args.device}"]
+    options += [f"--trl-accumulation {args.trl_accumulation}", f"--trl-generation {args.trl_generation}"]
+    return " ".join(["python benchmarks/bench_step.py", *options, *["--trl-liger"][: int(args.trl_liger)]])
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder in Hugging Face's format, for example SmolLM2-135M's")
+    parser.add_argument("--name", help="what the results call the model; default: the folder's name")
+    parser.add_argument("--steps", type=int, default=6, help="turns; the first does not count")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--max-new-tok", type=int, default=64)
+    parser.add_argument("--max-tok", type=int, default=4096, help="of ours: packed tokens of a micro-batch")
+    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the KL to the first weights, k3")
+    parser.add_argument("--sampler", choices=("builtin", "vllm"), default="builtin", help="ours")
+    parser.add_argument("--trl-generation", choices=("transformers", "continuous", "vllm"), default="transformers")
+    parser.add_argument("--trl-accumulation", type=int, default=2, help="micro-batches of a step")
+    parser.add_argument("--trl-liger", action="store_true", help="Liger's layers in TRL's model; needs a GPU")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="a JSON Lines file to append to")
+    args = parser.parse_args(argv)
+    if args.device == "cpu" and (args.trl_liger or args.trl_generation == "vllm"):
+        parser.error("TRL's Liger layers and its vLLM need a GPU: --device cuda, or leave them out")
+    if args.group * args.prompts % args.trl_accumulation:
+        parser.error(f"--trl-accumulation must divide {args.group * args.prompts} completions")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    rows = run_interleaved(args)
+    summary = summarized(rows, args)
+    for who in ("trl", "isomorph"):
+        side = summary[who]
+        print(
+            f"{who:<9} {side['step_s']:.2f} s a step ({', '.join(f'{p[:-2]} {side[p]:.2f}' for p in PHASES)}), "
+            f"{side['completion_tok_s']:.0f} completion tok/s, {side['all_tok_s']:.0f} tok/s, "
+            f"{side['peak_mib']:.0f} MiB, {side['padding_share']:.0%} padding"
+        )
+    print(f"{summary['ratio']:.2f} times, {shlex.quote(summary['model'])}, {args.dtype}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as file:

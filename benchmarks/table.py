@@ -1,27 +1,56 @@
-"""The section "Measured" of the README, from benchmarks/results/*.jsonl.
+"""The README's section "Measured", the rows in kernels/README.md and benchmarks/RESULTS.md, from benchmarks/results/.
 
-python benchmarks/table.py writes it; tests/test_benchmarks.py fails where the README says something else. Of each op,
-size, dtype, provider and machine the latest row counts.
+python benchmarks/table.py writes all three; tests/test_benchmarks.py fails where they say something else. Of each op,
+size, dtype, provider and machine the latest row counts. The README has a line a case: ours, PyTorch, the best peer.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+OP_MARKERS = r"(<!-- bench:(\w+) -->)\n.*?(<!-- /bench -->)"
 KEY = ("machine", "op", "size", "dtype", "provider")
-HEAD = (
-    "| Op | Size | Dtype | Provider | Median ms (p20 to p80) | Time over ours | % of ceiling | Extra MiB | Error |\n"
+OURS, EAGER, COMPILED = "isomorph", "torch eager", "torch.compile"
+SHORT_HEAD = (
+    "| Op | Size | Dtype | Ours, ms | % of ceiling | Eager | Compiled | Best peer | MiB (eager) | Error (eager) |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)  # fmt: skip
+FULL_HEAD = (
+    "| Size | Dtype | Provider | Median ms (p20 to p80) | Time over ours | Rate | % of ceiling | Extra MiB | Error |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
+Row = dict[str, Any]
 
 
 def section(results: Path = RESULTS) -> str:
-    """What belongs between the markers."""
-    return "\n\n".join([*_steps(_read(results / "step.jsonl")), *_publishing(_read(results / "publish.jsonl")),
-                        *_kernels(_read(results / "kernels.jsonl"))])  # fmt: skip
+    """What belongs between the README's markers."""
+    steps, publishing = _steps(_read(results / "step.jsonl")), _publishing(_read(results / "publish.jsonl"))
+    machines = _by_machine(_read(results / "kernels.jsonl"))
+    return "\n\n".join([*steps, *publishing, *(_short(name, rows) for name, rows in machines.items())])
+
+
+def full(results: Path = RESULTS) -> str:
+    """benchmarks/RESULTS.md: every provider, also those that are absent or wrong."""
+    machines = _by_machine(_read(results / "kernels.jsonl"))
+    head = (
+        "# Every op beside its peers\n\nWritten by `python benchmarks/table.py`, measured by `isomorph bench kernels`."
+    )
+    return "\n\n".join([head, *(_full(name, rows) for name, rows in machines.items())]) + "\n"
+
+
+def with_rows(page: str, results: Path = RESULTS) -> str:
+    """kernels/README.md with each op's cases between its markers."""
+    machines = _by_machine(_read(results / "kernels.jsonl"))
+
+    def rows(op: str) -> str:
+        found = [_sentences(name, [r for r in rows if r["op"] == op]) for name, rows in machines.items()]
+        return "".join(f"{text}\n" for text in found if text)
+
+    return re.sub(OP_MARKERS, lambda m: f"{m[1]}\n{rows(m[2])}{m[3]}", page, flags=re.DOTALL)
 
 
 def replaced(readme: str, text: str) -> str:
@@ -33,21 +62,45 @@ def replaced(readme: str, text: str) -> str:
     return f"{before}{START}\n{text}\n{END}{after}"
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def _steps(rows: list[dict[str, Any]]) -> list[str]:
+def _by_machine(rows: list[Row]) -> dict[str, list[Row]]:
+    latest = {tuple(row[name] for name in KEY): row for row in rows}
+    return {m: [row for key, row in latest.items() if key[0] == m] for m in dict.fromkeys(key[0] for key in latest)}
+
+
+# -- a whole step, and publishing
+def _steps(rows: list[Row]) -> list[str]:
     latest = {(row["machine"], row["sampler"], row["dtype"]): row for row in rows if row["who"] == "ratio"}
     return [
-        f"One GRPO step of SmolLM2-135M ({row['dtype']}, sampler {row['sampler']}; {row['machine']}; torch "
-        f"{row['torch']}; {row['date']}): TRL {row['trl_s']:.1f} s, isomorph {row['isomorph_s']:.1f} s, "
-        f"{row['ratio']:.2f} times. `python {row['command']}`"
+        f"One GRPO step of {row['model']} ({row['dtype']}, sampler {row['sampler']}, {row['prompts']} prompts of "
+        f"{row['group']} completions; {row['machine']}; torch {row['torch']}; {row['date']}): TRL "
+        f"{row['trl']['step_s']:.1f} s, "
+        f"isomorph {row[OURS]['step_s']:.1f} s, **{row['ratio']:.1f} times**. Median of {row['turns'] - 1} turns. "
+        f"`{row['command']}`\n\n{_anatomy(row)}"
         for row in latest.values()
     ]
 
 
-def _publishing(rows: list[dict[str, Any]]) -> list[str]:
+def _anatomy(row: Row) -> str:
+    head = (
+        "| | Step, s | Generate, s | Rest, s | Completion tok/s | All tok/s | Peak MiB above rest | Padding |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *(_anatomy_line(name, row[who]) for name, who in (("TRL", "trl"), (OURS, OURS)))])
+
+
+def _anatomy_line(name: str, side: Row) -> str:
+    return (
+        f"| {name} | {side['step_s']:.1f} | {side['generate_s']:.1f} | {side['step_s'] - side['generate_s']:.1f} "
+        f"| {side['completion_tok_s']:.0f} | {side['all_tok_s']:.0f} | {side['peak_mib']:.0f} "
+        f"| {100 * side['padding_share']:.0f} % |"
+    )
+
+
+def _publishing(rows: list[Row]) -> list[str]:
     latest = {(row["machine"], row["mode"], row["dtype"]): row for row in rows}
     return [
         f"Publishing {row['parameters'] / 1e6:.0f} M parameters to vLLM, mode {row['mode']} ({row['dtype']}; "
@@ -57,32 +110,108 @@ def _publishing(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _kernels(rows: list[dict[str, Any]]) -> list[str]:
-    latest = {tuple(row[name] for name in KEY): row for row in rows}
-    return [
-        _machine(machine, [row for key, row in latest.items() if key[0] == machine])
-        for machine in dict.fromkeys(key[0] for key in latest)
-    ]
-
-
-def _machine(machine: str, rows: list[dict[str, Any]]) -> str:
+# -- ops
+def _title(machine: str, rows: list[Row]) -> str:
     last = rows[-1]
-    title = f"{machine}; torch {last['torch']}; {last['date']}. `isomorph bench kernels`"
-    return "\n".join([f"{title}\n", HEAD, *(_line(row) for row in rows)])
+    return f"{machine}; {last['threads']} threads; torch {last['torch']}; {last['date']}. `isomorph bench kernels`"
 
 
-def _line(row: dict[str, Any]) -> str:
-    name = f"| {row['op']} | {row['size']} | {row['dtype']} | {row['provider']} |"
+def _short(machine: str, rows: list[Row]) -> str:
+    lines = [_short_line(case, by) for case, by in _cases(rows).items()]
+    note = (
+        "Eager, compiled, best peer: how many times as long as ours. "
+        "[Every provider, with spread and memory](benchmarks/RESULTS.md)."
+    )
+    return "\n".join([f"{_title(machine, rows)}. {note}\n", SHORT_HEAD, *lines])
+
+
+def _cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """Of every (op, size, dtype) where ours has a speed, the rows by provider."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["op"], row["size"], row["dtype"]), {})[row["provider"]] = row
+    return {case: by for case, by in found.items() if by.get(OURS, {}).get("status") == "ok"}
+
+
+def _best_peer(by: dict[str, Row]) -> Row | None:
+    peers = [row for name, row in by.items() if not name.startswith(OURS) and name not in (EAGER, COMPILED)]
+    return min((row for row in peers if row["status"] == "ok"), key=lambda row: row["median_s"], default=None)
+
+
+def _sentences(machine: str, rows: list[Row]) -> str:
+    """Where an op stands, in a line: its first two sizes."""
+    cases = _cases(rows)
+    if not cases:
+        return ""
+    sizes = list(dict.fromkeys(size for _, size, _ in cases))
+    parts = []
+    for (_, size, dtype), by in cases.items():
+        if size not in sizes[:2]:
+            continue
+        others = [(name, by[name]) for name in (EAGER, COMPILED) if by.get(name, {}).get("status") == "ok"]
+        best = _best_peer(by)
+        others += [(best["provider"], best)] if best else []
+        than = "".join(f", {name} {_times(row)} times that" for name, row in others)
+        parts.append(f"{size}, {dtype}: {1e3 * by[OURS]['median_s']:.2f} ms{than}")
+    return f"Measured ({machine}): {'; '.join(parts)}. [All](../benchmarks/RESULTS.md)"
+
+
+def _short_line(case: tuple[str, ...], by: dict[str, Row]) -> str:
+    ours, eager = by[OURS], by.get(EAGER, {"status": "absent"})
+    best = _best_peer(by)
+    cells = [
+        *case,
+        f"{1e3 * ours['median_s']:.2f}",
+        _percent(ours),
+        _times(eager),
+        _times(by.get(COMPILED, {"status": "absent"})),
+        f"{best['provider']}: {_times(best)}" if best else "",
+        f"{_memory(ours)} ({_memory(eager)})",
+        f"{ours['error']:.0e} ({eager['error']:.0e})" if "error" in eager else f"{ours['error']:.0e}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _full(machine: str, rows: list[Row]) -> str:
+    parts = [f"## {_title(machine, rows)}"]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        ordered = sorted((row for row in rows if row["op"] == op), key=_order(rows))
+        parts.append("\n".join([f"### {op}\n", FULL_HEAD, *(_full_line(row) for row in ordered)]))
+    return "\n\n".join(parts)
+
+
+def _order(rows: list[Row]):  # type: ignore[no-untyped-def]
+    """Cases as they were measured; in a case the fastest first, and at its end what has no speed."""
+    cases = list(dict.fromkeys((row["op"], row["size"], row["dtype"]) for row in rows))
+    return lambda row: (cases.index((row["op"], row["size"], row["dtype"])), row.get("median_s", float("inf")))
+
+
+def _full_line(row: Row) -> str:
+    name = f"| {row['size']} | {row['dtype']} | {row['provider']} |"
     if row["status"] != "ok":
         reason = row["reason"].split("\n")[0].replace("|", "/")
-        return f"{name} {row['status']}: {reason} | | | | |"
+        return f"{name} {row['status']}: {reason} | | | | | |"
     time = f"{1e3 * row['median_s']:.2f} ({1e3 * row['p20_s']:.2f} to {1e3 * row['p80_s']:.2f})"
-    ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-    percent = f"{row['ceiling_percent']:.0f} ({row['ceiling']})" if "ceiling_percent" in row else ""
-    memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
-    return f"{name} {time} | {ratio} | {percent} | {memory} | {row['error']:.1e} |"
+    rate = f"{row['gflop_s']:.0f} GFLOP/s" if "gflop_s" in row else f"{row['gb_s']:.1f} GB/s" if "gb_s" in row else ""
+    ceiling = f"{_percent(row)} ({row['ceiling']})" if "ceiling" in row else ""
+    return f"{name} {time} | {_times(row)} | {rate} | {ceiling} | {_memory(row)} | {row['error']:.1e} |"
+
+
+def _percent(row: Row) -> str:
+    return f"{row['ceiling_percent']:.0f}" if "ceiling_percent" in row else ""
+
+
+def _times(row: Row) -> str:
+    return f"{row['ratio']:.2f}" if "ratio" in row else row["status"]
+
+
+def _memory(row: Row) -> str:
+    return f"{row['memory_mib']:.0f}" if row.get("memory_mib") is not None else "-"
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(replaced(path.read_text(), section()))
+    readme = ROOT / "README.md"
+    readme.write_text(replaced(readme.read_text(), section()))
+    page = ROOT / "kernels" / "README.md"
+    page.write_text(with_rows(page.read_text()))
+    (ROOT / "benchmarks/RESULTS.md").write_text(full())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +28,13 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_readme_agrees_with_the_results() -> None:
+def test_readme_and_full_tables_agree_with_the_results() -> None:
     table = load("table")
     readme = (ROOT / "README.md").read_text()
     assert readme == table.replaced(readme, table.section()), "run python benchmarks/table.py"
+    page = (ROOT / "kernels" / "README.md").read_text()
+    assert page == table.with_rows(page), "run python benchmarks/table.py"
+    assert (BENCHMARKS / "RESULTS.md").read_text() == table.full(), "run python benchmarks/table.py"
 
 
 def test_wrong_absent_and_failed_providers_get_no_speed() -> None:
@@ -64,14 +68,62 @@ def test_wrong_absent_and_failed_providers_get_no_speed() -> None:
     assert [name for name, row in rows.items() if "median_s" in row] == [compare.OURS, compare.EAGER]
 
 
+def rows_of_a_case(**medians: float) -> list[dict[str, Any]]:
+    case = {"op": "o", "size": "s", "dtype": "float32", "machine": "m", "threads": 1, "torch": "t", "date": "d"}
+    ok = {"status": "ok", "p20_s": 0.001, "p80_s": 0.001, "memory_mib": None, "error": 0.0}
+    ours = medians["isomorph"]
+    return [{**case, **ok, "provider": p, "median_s": s, "ratio": s / ours} for p, s in medians.items()]
+
+
 def test_latest_row_counts(tmp_path: Path) -> None:
     table = load("table")
-    row = {"op": "o", "size": "s", "dtype": "float32", "provider": "p", "machine": "m", "torch": "t", "date": "d"}
-    row |= {"status": "ok", "median_s": 0.001, "p20_s": 0.001, "p80_s": 0.001, "memory_mib": None, "error": 0.0}
-    rows = [row, row | {"median_s": 0.002}]
+    rows = rows_of_a_case(isomorph=0.001) + rows_of_a_case(isomorph=0.002)
     (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    text = table.section(tmp_path)
-    assert "| 2.00 (" in text and "| 1.00 (" not in text
+    for text in (table.section(tmp_path), table.full(tmp_path)):
+        assert "| 2.00 " in text and "| 1.00 (" not in text and "| 1.00 | | 1" not in text
+
+
+def test_tables_name_the_best_peer_and_put_the_fastest_first(tmp_path: Path) -> None:
+    table = load("table")
+    rows = rows_of_a_case(**{"isomorph": 0.002, "torch eager": 0.01, "slow peer": 0.008, "fast peer": 0.001})
+    gone = {**rows[0], "provider": "gone", "status": "absent", "reason": "not installed"}
+    del gone["median_s"], gone["ratio"]
+    (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [gone, *rows]))
+    assert "| 5.00 | absent | fast peer: 0.50 |" in table.section(tmp_path)
+    page = table.with_rows("before\n<!-- bench:o -->\nold\n<!-- /bench -->\nafter", tmp_path)
+    assert "o -->\nMeasured (m): s, float32: 2.00 ms, torch eager 5.00 times that, fast peer 0.50" in page
+    assert page.startswith("before\n") and page.endswith("<!-- /bench -->\nafter") and "old" not in page
+    order = [line.split(" | ")[2] for line in table.full(tmp_path).splitlines() if line.startswith("| s |")]
+    assert order == ["fast peer", "isomorph", "slow peer", "torch eager", "gone"]
+
+
+PEERS = ("trl", "liger_kernel", "cut_cross_entropy")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(any(importlib.util.find_spec(m) is None for m in PEERS), reason="needs the extra [bench]")
+def test_every_peer_that_runs_here_is_called_right(tmp_path: Path) -> None:
+    """On two cores nothing is wrong or failed in float32, and who is absent needs a GPU or another package."""
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import bench_linear_logprob, bench_linear_loss, bench_token_logprob
+from compare import measure
+small = (8, 16, 300, torch.float32)
+cases = [bench_linear_loss._case(*small), bench_linear_loss._cross_entropy(*small), bench_linear_logprob._case(*small),
+         bench_token_logprob._case(8, 300, torch.float32)]
+for case in cases:
+    for row in measure(case, max_rounds=1, budget_s=0.1):
+        print(row["op"], row["provider"], row["status"], row.get("reason", ""), sep="|")
+"""
+    command = [sys.executable, "-c", script, str(BENCHMARKS)]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    assert [row for row in rows if row[2] not in ("ok", "absent")] == []
+    absent = {row[1]: row[3] for row in rows if row[2] == "absent"}
+    assert all("needs a GPU" in why or "not installed" in why for why in absent.values()), absent
+    found = {row[1] for row in rows if row[2] == "ok"}
+    assert {"trl ChunkedLogProbFunction", "liger LigerFusedLinearGRPOLoss", "torch.compile"} <= found
 
 
 @pytest.mark.slow

@@ -47,9 +47,10 @@ def mentions(root: Path, *patterns: re.Pattern[str]) -> list[Mention]:
 
 
 def missing_paths(root: Path) -> list[str]:
-    named = mentions(root, PATH, TOP_FILE)
-    named += [m for m in mentions(root, LINK) if m.file.endswith(".md")]  # elsewhere the pattern is code
-    return [str(m) for m in named if not _exists(root, m.name) and not _is_written_by(m)]
+    missing = [m for m in mentions(root, PATH, TOP_FILE) if not _exists(root, m.name) and not _is_written_by(m)]
+    links = [m for m in mentions(root, LINK) if m.file.endswith(".md")]  # elsewhere the pattern is code
+    missing += [m for m in links if not _exists((root / m.file).parent, m.name.partition("#")[0])]
+    return [str(m) for m in missing]
 
 
 def _is_written_by(m: Mention) -> bool:
