@@ -41,7 +41,7 @@ from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
-from isomorph.engine.update.score import score
+from isomorph.engine.update.score import Judging, score
 
 LEARNING_RATE = 1e-6
 PHASES = ("generate_s", "judge_s", "update_s")
@@ -101,9 +101,11 @@ class Ours:
             seed=self.version,
         )
         memory, marks = PeakMemory(), [_now()]
-        rollouts = self.sampler.generate(prompts, sampling)
-        marks.append(_now())
-        groups, _ = score(prompts, rollouts, _judge, text.decode, stage.objective)
+        with Judging(_judge, text.decode, prompts) as judging:
+            rollouts = self.sampler.generate(prompts, sampling, judging.add)
+            marks.append(_now())
+            _, rewards = judging.results()
+        groups = score(prompts, rollouts, rewards, stage.objective)
         updates = pack(
             groups,
             max_tok=stage.batch.max_tok,

@@ -21,7 +21,6 @@ from isomorph.engine.types import (
     Prompt,
     PromptSource,
     Publication,
-    Rollout,
     RunState,
     Sampler,
     Sampling,
@@ -29,9 +28,7 @@ from isomorph.engine.types import (
 )
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
-from isomorph.engine.update.score import judged, score
-
-Decode = Callable[[Sequence[int]], str]
+from isomorph.engine.update.score import Decode, Judging, score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +79,7 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     prompts = source.take(stage.batch.prompts)
     with log.time("publish"):
         publication = bring_up_to_date(crew, sampler, state.policy_version, prompts[0])
-    with log.time("generate"):
-        rollouts = sampler.generate(prompts, _sampling(crew, stage))
-    with log.time("judge"):
-        groups, texts = score(prompts, rollouts, crew.judge, crew.policy.text.decode, stage.objective)
+    groups, texts = draw(crew, sampler, prompts, stage)
     with log.time("pack"):
         updates = pack(
             groups,
@@ -98,11 +92,21 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
         stats = crew.learner.update(updates, stage, stage_step)
     check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
     source.observe(groups)
-    state = _advanced(state, source, prompts, rollouts, stats, log.wall_s())
+    state = _advanced(state, source, groups, stats, log.wall_s())
     log.write_step(_row(state, stage, stage_step, groups, stats, publication, log), _line(state, groups, stats, log))
     if state.step % crew.config.completions_every == 0:
         log.write_completions(f"step-{state.step:08d}", _completions(groups, texts, crew.policy.text.decode))
     return state
+
+
+def draw(crew: Crew, sampler: Sampler, prompts: Sequence[Prompt], stage: Stage) -> tuple[list[Group], list[str]]:
+    """A judged group for each prompt, and the texts that were judged. A group is judged while others are drawn."""
+    with Judging(crew.judge, crew.policy.text.decode, prompts) as judging:
+        with crew.log.time("generate"):
+            rollouts = sampler.generate(prompts, _sampling(crew, stage), judging.add)
+        with crew.log.time("judge"):  # what is left of it
+            texts, rewards = judging.results()
+    return score(prompts, rollouts, rewards, stage.objective), texts
 
 
 def bring_up_to_date(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication | None:
@@ -121,9 +125,9 @@ def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Public
 def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     """Greedy answers to the exam's questions, judged and taken down."""
     bring_up_to_date(crew, crew.sampler, state.policy_version, exam.prompts[0])
-    rollouts = crew.sampler.generate(exam.prompts, _greedy(crew, exam.max_new_tok))
-    texts = [crew.policy.text.decode(r.token_ids.tolist()) for r in rollouts]
-    rewards = judged(crew.judge, exam.prompts, texts)
+    with Judging(crew.judge, crew.policy.text.decode, exam.prompts) as judging:
+        crew.sampler.generate(exam.prompts, _greedy(crew, exam.max_new_tok), judging.add)
+        texts, rewards = judging.results()
     crew.log.say(crew.source.grade(exam, rewards))
     crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards, crew.policy.text.decode))
 
@@ -165,14 +169,13 @@ def _greedy(crew: Crew, max_new_tok: int) -> Sampling:
 def _advanced(
     state: RunState,
     source: PromptSource,
-    prompts: Sequence[Prompt],
-    rollouts: Sequence[Rollout],
+    groups: Sequence[Group],
     stats: StepStats,
     wall_s: float,
 ) -> RunState:
     added = {
-        "prompt_tok": sum(len(p.token_ids) for p in prompts),
-        "response_tok": sum(len(r.token_ids) for r in rollouts),
+        "prompt_tok": sum(len(g.prompt.token_ids) for g in groups),
+        "response_tok": sum(len(r.token_ids) for g in groups for r in g.rollouts),
         "trunk_tok": stats.num_trunk_tok,
     }
     return dataclasses.replace(

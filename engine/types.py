@@ -6,7 +6,7 @@ Letters: P prompts, G responses per prompt, S = P * G sequences, T packed tokens
 Log-probabilities are natural logarithms (nats).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -137,13 +137,21 @@ class RunState:
     totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens
 
 
+# takes a prompt's place among those asked, and its rollouts, samples ascending
+OnGroup = Callable[[int, Sequence[Rollout]], None]
+
+
 class Sampler(Protocol):
     """Who draws responses."""
 
     policy_version: int
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
+        """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
+
+        ``on_group`` is called once for each prompt, as soon as all of its rollouts are finished, while others may still
+        be drawn. It must return at once; what it raises ends ``generate``.
+        """
         ...
 
     def asleep(self) -> AbstractContextManager[None]:
@@ -165,7 +173,10 @@ class Exam:
 
 
 class Judge(Protocol):
-    """Who says what a response is worth. A response's defects cost it its reward; they never raise."""
+    """Who says what a response is worth. A response's defects cost it its reward; they never raise.
+
+    Called from a thread of the engine's, one call at a time, while further responses are being drawn.
+    """
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """One reward for each (prompt, text) pair."""

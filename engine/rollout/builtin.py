@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.policy import Policy
-from isomorph.engine.types import Finish, Prompt, Publication, Rollout, Sampling
+from isomorph.engine.types import Finish, OnGroup, Prompt, Publication, Rollout, Sampling
 from isomorph.kernels.decode_attention import decode_attention
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 
@@ -35,7 +35,7 @@ class BuiltinSampler:
         self.policy_version = 0
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
         """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for a prompt that cannot fit."""
         self._refuse_what_cannot_fit(prompts, sampling)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # less padding in a wave
@@ -43,7 +43,10 @@ class BuiltinSampler:
         drawn: dict[int, list[Rollout]] = {}
         for start in range(0, len(by_length), per_wave):
             wave = by_length[start : start + per_wave]
-            drawn.update(zip(wave, self._wave([prompts[i] for i in wave], sampling), strict=True))
+            for index, rollouts in zip(wave, self._wave([prompts[i] for i in wave], sampling), strict=True):
+                drawn[index] = rollouts
+                if on_group is not None:
+                    on_group(index, rollouts)
         return [rollout for i in range(len(prompts)) for rollout in drawn[i]]
 
     @contextlib.contextmanager

@@ -30,7 +30,7 @@ import torch
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.policy import Policy
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights, combine_hashes
-from isomorph.engine.types import Finish, Prompt, Publication, Rollout, RunFailed, Sampling
+from isomorph.engine.types import Finish, OnGroup, Prompt, Publication, Rollout, RunFailed, Sampling
 
 OLDEST, NEWEST = (0, 24), (0, 32)  # vLLM versions whose insides we know; run on the newest only
 KV_RELEASE = (0, 32)  # the first that gives back its KV memory and keeps its weights
@@ -72,21 +72,24 @@ class VllmSampler:
             self.close()
             raise
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
         """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked."""
         self._refuse(prompts, sampling)
         self._forget_prefixes()  # what ran before must not change a bit
         requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         params = [_sampling_params(prompt, sampling) for prompt in prompts]
+        drawn: dict[int, list[Rollout]] = {}
         # vLLM draws from the global generator too
         with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):
-            results = self.llm.generate(requests, params, use_tqdm=False)
-        samples = range(sampling.samples_per_prompt)
-        return [
-            self._rollout(prompt, sample, result, sampling)
-            for prompt, result in zip(prompts, results, strict=True)
-            for sample in samples
-        ]
+            index_of = {request: i for i, request in enumerate(self.llm.enqueue(requests, params, use_tqdm=False))}
+            while self.llm.llm_engine.has_unfinished_requests():
+                for result in self.llm.llm_engine.step():
+                    if result.finished:
+                        index = index_of[result.request_id]
+                        drawn[index] = self._rollouts(prompts[index], result, sampling)
+                        if on_group is not None:
+                            on_group(index, drawn[index])
+        return [rollout for i in range(len(prompts)) for rollout in drawn[i]]
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
@@ -145,6 +148,9 @@ class VllmSampler:
     def _forget_prefixes(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise RunFailed("vLLM refuses to forget cached prompts: some of its requests have not ended")
+
+    def _rollouts(self, prompt: Prompt, result: Any, sampling: Sampling) -> list[Rollout]:
+        return [self._rollout(prompt, sample, result, sampling) for sample in range(sampling.samples_per_prompt)]
 
     def _rollout(self, prompt: Prompt, sample: int, result: Any, sampling: Sampling) -> Rollout:
         is_greedy = sampling.temperature == 0

@@ -1,6 +1,9 @@
-"""Text -> reward -> advantage."""
+"""Text -> reward -> advantage. Rewards are given while other responses are still being drawn."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import Self
 
 import torch
 
@@ -8,18 +11,66 @@ from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
 from isomorph.kernels.advantage import group_advantage
 
+Decode = Callable[[Sequence[int]], str]
+
+
+class Judging:
+    """Judges groups as they are handed in by ``add``, in a thread of its own: a judge whose work is done in other
+    processes, or in C, costs the sampler nothing.
+
+    One call of the judge takes all that has gathered during the call before, so that many groups are judged at once
+    where one takes long.
+    """
+
+    def __init__(self, judge: Judge, decode: Decode, prompts: Sequence[Prompt]) -> None:
+        self.judge, self.decode, self.prompts = judge, decode, prompts
+        self._waiting: SimpleQueue[tuple[int, Sequence[Rollout]]] = SimpleQueue()
+        self._done: dict[int, tuple[list[str], list[float]]] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
+        self._calls: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def add(self, index: int, rollouts: Sequence[Rollout]) -> None:
+        """All responses to prompt ``index``, finished."""
+        self._waiting.put((index, rollouts))
+        self._calls.append(self._thread.submit(self._judge_what_waits))
+
+    def results(self) -> tuple[list[str], list[float]]:
+        """Text and reward of every response, in the order of the prompts. Raises what the judge raised."""
+        for call in self._calls:
+            call.result()
+        done = [self._done[i] for i in range(len(self.prompts))]
+        return [text for texts, _ in done for text in texts], [reward for _, rewards in done for reward in rewards]
+
+    def _judge_what_waits(self) -> None:
+        gathered: list[tuple[int, list[str]]] = []
+        while True:
+            try:
+                index, rollouts = self._waiting.get_nowait()
+            except Empty:
+                break
+            gathered.append((index, [self.decode(r.token_ids.tolist()) for r in rollouts]))
+        if not gathered:  # the call before this one took them along
+            return
+        asked = [self.prompts[index] for index, texts in gathered for _ in texts]
+        rewards = judged(self.judge, asked, [text for _, texts in gathered for text in texts])
+        start = 0
+        for index, texts in gathered:
+            self._done[index] = (texts, rewards[start : start + len(texts)])
+            start += len(texts)
+
 
 def score(
-    prompts: Sequence[Prompt],
-    rollouts: Sequence[Rollout],
-    judge: Judge,
-    decode: Callable[[Sequence[int]], str],
-    objective: ObjectiveConfig,
-) -> tuple[list[Group], list[str]]:
-    """The rollouts grouped by prompt, judged, with advantages; and the texts that were judged, in their order.
+    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Sequence[float], objective: ObjectiveConfig
+) -> list[Group]:
+    """The rollouts grouped by prompt, with rewards and advantages.
 
-    ``rollouts`` hold the same number of responses for each prompt, in the order of the prompts. Raises RunFailed for
-    a judge that does not return one finite reward a response.
+    ``rollouts`` hold the same number of responses for each prompt, in the order of the prompts.
     """
     size, rest = divmod(len(rollouts), len(prompts))
     if rest or size == 0:
@@ -29,8 +80,6 @@ def score(
     repeated = [prompt for prompt in prompts for _ in range(size)]
     if any(r.prompt_id != prompt.prompt_id for prompt, r in zip(repeated, rollouts, strict=True)):
         raise ValueError("rollouts must stand in the order of their prompts, all of a prompt side by side")
-    texts = [decode(r.token_ids.tolist()) for r in rollouts]
-    rewards = judged(judge, repeated, texts)
     offsets = torch.arange(0, len(rollouts) + 1, size)
     advantages = group_advantage(
         torch.tensor(rewards, dtype=torch.float32),
@@ -38,7 +87,7 @@ def score(
         baseline=objective.baseline,
         scale=objective.scale,
     ).tolist()
-    groups = [
+    return [
         Group(
             prompt=prompt,
             rollouts=tuple(rollouts[i * size : (i + 1) * size]),
@@ -47,7 +96,6 @@ def score(
         )
         for i, prompt in enumerate(prompts)
     ]
-    return groups, texts
 
 
 def judged(judge: Judge, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

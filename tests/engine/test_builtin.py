@@ -167,6 +167,15 @@ def test_every_response_has_a_number_for_every_token_and_knows_who_drew_it(polic
         assert (r.sampler_logprob <= 0).all() and len(r.token_ids) >= 1
 
 
+def test_every_group_is_handed_over_once_when_it_is_finished(policy: Policy) -> None:
+    prompts = make_prompts(3, 9, 2, 5, 1)
+    handed: list[tuple[int, list[Rollout]]] = []
+    sampler = BuiltinSampler(policy, SamplerConfig(max_seqs=4))
+    rollouts = sampler.generate(prompts, make_sampling(samples=2), lambda i, group: handed.append((i, list(group))))
+    assert sorted(i for i, _ in handed) == [0, 1, 2, 3, 4]
+    assert all(group == rollouts[2 * i : 2 * i + 2] for i, group in handed)
+
+
 def test_nothing_to_ask_gives_nothing(policy: Policy) -> None:
     assert generate(policy, [], make_sampling()) == []
 

@@ -4,7 +4,7 @@ import torch
 from isomorph.engine.config import UserError
 from isomorph.engine.policy import TextCodec, word_tokenizer
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import Prompt, Sampling
+from isomorph.engine.types import Prompt, Rollout, Sampling
 
 TEXT = TextCodec(word_tokenizer(["take", "stir", "5"]), chat_template=False, stop_ids=[1])
 
@@ -26,7 +26,10 @@ def test_a_demonstration_is_a_rollout_that_nobody_sampled() -> None:
     assert demonstrations.publish(4).num_bytes == 0
     with demonstrations.asleep():
         pass
-    rollouts = demonstrations.generate([prompt(7, "stir 5"), prompt(3, "")], sampling())
+    handed: list[tuple[int, list[Rollout]]] = []
+    prompts = [prompt(7, "stir 5"), prompt(3, "")]
+    rollouts = demonstrations.generate(prompts, sampling(), lambda i, group: handed.append((i, list(group))))
+    assert handed == [(0, rollouts[:1]), (1, rollouts[1:])]
     assert [r.token_ids.tolist() for r in rollouts] == [[5, 6, 1], [1]]
     assert [(r.prompt_id, r.sample, r.finish, r.policy_version) for r in rollouts] == [
         (7, 0, "stop", 4),

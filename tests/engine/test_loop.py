@@ -28,7 +28,7 @@ from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint
 from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import Exam, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
+from isomorph.engine.types import Exam, Group, OnGroup, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
 
 WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
@@ -353,7 +353,7 @@ def test_a_sampler_with_stale_weights_ends_the_run_before_it_answers(tmp_path: P
     crew = make_crew(tmp_path, make_stage(), sampler_of=Stale, judge=judge)
     with pytest.raises(RunFailed, match="differ by"):
         train(crew, RunState())
-    assert asked == [48]  # the first step, on the weights of the beginning
+    assert sum(asked) == 48  # the first step, on the weights of the beginning
 
 
 def test_a_sampler_that_starts_with_other_weights_ends_the_run_before_it_is_asked(tmp_path: Path) -> None:
@@ -378,8 +378,8 @@ def test_a_sampler_that_starts_with_other_weights_ends_the_run_before_it_is_aske
 class Drifting(BuiltinSampler):
     """Tells the truth of a probe, which is one prompt, and overstates what it draws for a step."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        rollouts = super().generate(prompts, sampling)
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
+        rollouts = super().generate(prompts, sampling, on_group)
         if len(prompts) == 1:
             return rollouts
         assert all(r.sampler_logprob is not None for r in rollouts)

@@ -1,12 +1,13 @@
 import math
+import threading
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from isomorph.engine.config import ObjectiveConfig
-from isomorph.engine.types import Prompt, Rollout, RunFailed
-from isomorph.engine.update.score import score
+from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
+from isomorph.engine.update.score import Judging, score
 
 
 def prompt(prompt_id: int) -> Prompt:
@@ -29,15 +30,25 @@ def decode(token_ids: Sequence[int]) -> str:
 
 
 class Rewards:
-    """A judge that hands out what it was given, and remembers what it was asked."""
+    """A judge that knows the reward of each of ``ROLLOUTS``, in their order, and remembers what it was asked."""
 
     def __init__(self, *rewards: float) -> None:
         self.rewards = rewards
         self.asked: list[tuple[int, str]] = []
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        self.asked = [(p.prompt_id, text) for p, text in zip(prompts, texts, strict=True)]
-        return list(self.rewards)
+        self.asked += [(p.prompt_id, text) for p, text in zip(prompts, texts, strict=True)]
+        known = {decode(r.token_ids.tolist()): reward for r, reward in zip(ROLLOUTS, self.rewards, strict=True)}
+        return [known[text] for text in texts]
+
+
+def judge_and_score(judge: Judge, objective: ObjectiveConfig) -> tuple[list[Group], list[str]]:
+    """All groups handed in, the last one first."""
+    with Judging(judge, decode, PROMPTS) as judging:
+        judging.add(1, ROLLOUTS[3:])
+        judging.add(0, ROLLOUTS[:3])
+        texts, rewards = judging.results()
+    return score(PROMPTS, ROLLOUTS, rewards, objective), texts
 
 
 PROMPTS = [prompt(4), prompt(2)]
@@ -45,15 +56,15 @@ ROLLOUTS = [rollout(4, 0), rollout(4, 1), rollout(4, 2), rollout(2, 0), rollout(
 
 
 def advantages(judge: Rewards, **objective: str) -> list[tuple[float, ...]]:
-    groups, _ = score(PROMPTS, ROLLOUTS, judge, decode, ObjectiveConfig.model_validate(objective))
+    groups, _ = judge_and_score(judge, ObjectiveConfig.model_validate(objective))
     return [g.advantages for g in groups]
 
 
 def test_each_response_is_judged_with_its_own_prompt() -> None:
     judge = Rewards(1, 0, 0, 0, 1, 1)
-    groups, texts = score(PROMPTS, ROLLOUTS, judge, decode, ObjectiveConfig())
-    assert judge.asked == [(4, "40 3"), (4, "41 3"), (4, "42 3"), (2, "20 3"), (2, "21 3"), (2, "22 3")]
-    assert texts == [text for _, text in judge.asked]
+    groups, texts = judge_and_score(judge, ObjectiveConfig())
+    assert sorted(judge.asked) == [(2, "20 3"), (2, "21 3"), (2, "22 3"), (4, "40 3"), (4, "41 3"), (4, "42 3")]
+    assert texts == ["40 3", "41 3", "42 3", "20 3", "21 3", "22 3"]
     assert [g.prompt.prompt_id for g in groups] == [4, 2]
     assert [g.rewards for g in groups] == [(1, 0, 0), (0, 1, 1)]
     assert all(r.prompt_id == g.prompt.prompt_id for g in groups for r in g.rollouts)
@@ -82,29 +93,65 @@ def test_a_group_without_variance_has_advantage_zero_exactly() -> None:
 def test_a_group_of_one_is_refused_where_responses_are_compared() -> None:
     alone = [rollout(4, 0), rollout(2, 0)]
     with pytest.raises(ValueError, match="one response"):
-        score(PROMPTS, alone, Rewards(1, 0), decode, ObjectiveConfig(name="grpo"))
-    groups, _ = score(PROMPTS, alone, Rewards(1, 0), decode, ObjectiveConfig(name="rft"))
+        score(PROMPTS, alone, [1, 0], ObjectiveConfig(name="grpo"))
+    groups = score(PROMPTS, alone, [1, 0], ObjectiveConfig(name="rft"))
     assert [g.advantages for g in groups] == [(1,), (0,)]
 
 
 @pytest.mark.parametrize("rollouts", [ROLLOUTS[:5], []])
 def test_prompts_with_different_numbers_of_rollouts_are_refused(rollouts: list[Rollout]) -> None:
     with pytest.raises(ValueError, match="same number of rollouts"):
-        score(PROMPTS, rollouts, Rewards(), decode, ObjectiveConfig())
+        score(PROMPTS, rollouts, [0] * len(rollouts), ObjectiveConfig())
 
 
 def test_rollouts_in_another_order_than_their_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="order"):
-        score(PROMPTS, ROLLOUTS[3:] + ROLLOUTS[:3], Rewards(*[0] * 6), decode, ObjectiveConfig())
+        score(PROMPTS, ROLLOUTS[3:] + ROLLOUTS[:3], [0] * 6, ObjectiveConfig())
 
 
-@pytest.mark.parametrize("rewards", [(1, 0, 0, 0, 1), (1, 0, 0, 0, 1, 1, 0), ()])
+@pytest.mark.parametrize("rewards", [(1, 0), (1, 0, 0, 0), ()])
 def test_a_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(rewards: tuple[float, ...]) -> None:
     with pytest.raises(RunFailed, match="one reward a response"):
-        score(PROMPTS, ROLLOUTS, Rewards(*rewards), decode, ObjectiveConfig())
+        judge_and_score(lambda prompts, texts: list(rewards), ObjectiveConfig())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
 def test_a_reward_that_is_not_finite_in_float32_ends_the_run(bad: float) -> None:
     with pytest.raises(RunFailed, match="finite"):
-        score(PROMPTS, ROLLOUTS, Rewards(1, 0, bad, 0, 1, 1), decode, ObjectiveConfig())
+        judge_and_score(Rewards(1, 0, bad, 0, 1, 1), ObjectiveConfig())
+
+
+def test_a_group_is_judged_while_another_is_still_being_drawn() -> None:
+    called, judged = threading.Event(), []
+
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        judged.append([p.prompt_id for p in prompts])
+        called.set()
+        return [0.0] * len(texts)
+
+    with Judging(judge, decode, PROMPTS) as judging:
+        judging.add(1, ROLLOUTS[3:])
+        assert called.wait(10)  # before the other group is there
+        judging.add(0, ROLLOUTS[:3])
+        judging.results()
+    assert judged == [[2, 2, 2], [4, 4, 4]]
+
+
+def test_what_gathers_during_a_call_of_the_judge_is_judged_in_one_call() -> None:
+    prompts, is_first, may_go = [prompt(i) for i in range(5)], threading.Event(), threading.Event()
+    calls: list[int] = []
+
+    def judge(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        calls.append(len(texts))
+        is_first.set()
+        assert may_go.wait(10)
+        return [float(p.prompt_id) for p in asked]
+
+    with Judging(judge, decode, prompts) as judging:
+        judging.add(3, [rollout(3, 0)])
+        assert is_first.wait(10)
+        for i in (4, 0, 2, 1):
+            judging.add(i, [rollout(i, 0)])
+        may_go.set()
+        assert judging.results()[1] == [0, 1, 2, 3, 4]
+    assert calls == [1, 4]

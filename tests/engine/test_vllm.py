@@ -201,8 +201,11 @@ def test_trainer_and_vllm_agree_on_log_probabilities(pair: Pair) -> None:
     policy, sampler = pair
     sampler.publish(1)
     prompts = make_prompts(policy, [f"Count from {i} to {i + 3}, then say a word on {i}." for i in range(16)])
-    rollouts = sampler.generate(prompts, make_sampling(policy))
+    handed: list[tuple[int, list[Rollout]]] = []
+    rollouts = sampler.generate(prompts, make_sampling(policy), lambda i, group: handed.append((i, list(group))))
     assert [(r.prompt_id, r.sample) for r in rollouts] == [(i, s) for i in range(16) for s in range(2)]
+    assert sorted(i for i, _ in handed) == list(range(16))
+    assert all(group == rollouts[2 * i : 2 * i + 2] for i, group in handed)
     assert drift(policy, prompts, rollouts) <= 1e-3
     cooler = sampler.generate(prompts[:2], make_sampling(policy, temperature=0.6))
     assert drift(policy, prompts[:2], cooler, temperature=0.6) <= 1e-3

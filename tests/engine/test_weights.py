@@ -21,7 +21,7 @@ from isomorph.engine.rollout.weights import (
     tensor_hash,
     trainer_logprob,
 )
-from isomorph.engine.types import Prompt, Publication, Rollout, RunFailed, Sampling
+from isomorph.engine.types import OnGroup, Prompt, Publication, Rollout, RunFailed, Sampling
 
 WORDS = [f"w{chr(97 + i)}" for i in range(26)]
 LAYER = "model.layers.3.self_attn"
@@ -175,8 +175,8 @@ class CopyingSampler:
     def policy_version(self, version: int) -> None:
         self.inner.policy_version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        return self.inner.generate(prompts, sampling)
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
+        return self.inner.generate(prompts, sampling, on_group)
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
