@@ -82,6 +82,9 @@ class BatchConfig(Section):
     max_tok: int = Field(8192, ge=1)  # packed tokens of one micro-batch, the prompt of a group counted once
     prompts_per_update: int | None = Field(None, ge=1)  # None: one optimizer step on all prompts of a step
     epochs: int = Field(1, ge=1)  # passes over the rollouts of a step
+    refills: int = Field(
+        0, ge=0
+    )  # rounds in which further prompts take the place of groups whose rewards are all equal
 
 
 class OptimConfig(Section):
@@ -108,7 +111,8 @@ ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "rei
 DEFAULT_OBJECTIVE: ObjectiveName = "dapo"
 
 # What the name stands for; a recipe may override every line. Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783,
-# DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, RLOO 2402.14740, REINFORCE++ 2501.03262, STaR 2203.14465.
+# DAPO 2503.14476 (its dynamic sampling is ``batch.refills``, off by default), GSPO 2507.18071, CISPO 2506.13585,
+# RLOO 2402.14740, REINFORCE++ 2501.03262, STaR 2203.14465.
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(baseline="mean", scale="std", aggregation="sequence", clip_low=0.2, clip_high=0.2),
     "dr_grpo": dict(baseline="mean", scale="none", aggregation="constant", clip_low=0.2, clip_high=0.2),
@@ -201,6 +205,11 @@ class Stage(Section):
             raise ValueError(
                 f"{self.objective.name} learns from one demonstration a prompt: samples_per_prompt must be 1, "
                 f"got {self.sampling.samples_per_prompt}"
+            )
+        if self.batch.refills and self.objective.baseline == "none":
+            raise ValueError(
+                f"batch.refills replaces groups without an advantage: {self.objective.name} compares no responses of a "
+                f"group, so refills must be 0, got {self.batch.refills}"
             )
         if self.batch.prompts_per_update and self.batch.prompts % self.batch.prompts_per_update:
             raise ValueError(

@@ -80,9 +80,10 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     with log.time("publish"):
         publication = bring_up_to_date(crew, sampler, state.policy_version, prompts[0])
     groups, texts = draw(crew, sampler, prompts, stage)
+    learned, groups, texts = refill(crew, sampler, stage, groups, texts)
     with log.time("pack"):
         updates = pack(
-            groups,
+            learned,
             max_tok=stage.batch.max_tok,
             prompts_per_update=stage.batch.prompts_per_update,
             objective=stage.objective,
@@ -93,7 +94,8 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
     source.observe(groups)
     state = _advanced(state, source, groups, stats, log.wall_s())
-    log.write_step(_row(state, stage, stage_step, groups, stats, publication, log), _line(state, groups, stats, log))
+    row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication, log)
+    log.write_step(row, _line(state, groups, stats, log))
     if state.step % crew.config.completions_every == 0:
         log.write_completions(f"step-{state.step:08d}", _completions(groups, texts, crew.policy.text.decode))
     return state
@@ -107,6 +109,28 @@ def draw(crew: Crew, sampler: Sampler, prompts: Sequence[Prompt], stage: Stage) 
         with crew.log.time("judge"):  # what is left of it
             texts, rewards = judging.results()
     return score(prompts, rollouts, rewards, stage.objective), texts
+
+
+def refill(
+    crew: Crew, sampler: Sampler, stage: Stage, groups: list[Group], texts: list[str]
+) -> tuple[list[Group], list[Group], list[str]]:
+    """Dynamic sampling: groups without variance give way to further prompts' groups, in ``batch.refills`` rounds.
+
+    Returns the groups to learn from, as many as before; and all that were drawn, with their texts.
+    """
+    learned = list(groups)
+    for _ in range(stage.batch.refills):
+        flat = [i for i, group in enumerate(learned) if group.is_flat]
+        if not flat:
+            break
+        more, more_texts = draw(crew, sampler, crew.source.take(len(flat)), stage)
+        for i, group in zip(flat, more, strict=True):
+            learned[i] = group
+        groups, texts = [*groups, *more], [*texts, *more_texts]
+    if stage.objective.scale == "batch" and len(groups) > len(learned):  # over the groups that are learned from
+        rollouts, rewards = [r for g in learned for r in g.rollouts], [r for g in learned for r in g.rewards]
+        learned = score([g.prompt for g in learned], rollouts, rewards, stage.objective)
+    return learned, groups, texts
 
 
 def bring_up_to_date(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication | None:
@@ -193,6 +217,7 @@ def _row(
     stage: Stage,
     stage_step: int,
     groups: Sequence[Group],
+    num_refilled: int,
     stats: StepStats,
     publication: Publication | None,
     log: RunLog,
@@ -210,8 +235,9 @@ def _row(
         "policy_version": state.policy_version,
         "reward/mean": sum(rewards) / len(rewards),
         **{f"reward/{name}": sum(values) / len(values) for name, values in by_representation.items()},
-        "groups/flat": sum(len(set(g.rewards)) == 1 for g in groups),
+        "groups/flat": sum(g.is_flat for g in groups),
         "groups/all": len(groups),
+        "groups/refilled": num_refilled,
         "response/tok_mean": sum(response_tok) / len(response_tok),
         "response/stopped": sum(r.finish == "stop" for g in groups for r in g.rollouts) / len(response_tok),
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
@@ -238,7 +264,7 @@ def _row(
 def _line(state: RunState, groups: Sequence[Group], stats: StepStats, log: RunLog) -> str:
     rewards = [r for g in groups for r in g.rewards]
     num_tok = sum(len(r.token_ids) for g in groups for r in g.rollouts)
-    flat = sum(len(set(g.rewards)) == 1 for g in groups)
+    flat = sum(g.is_flat for g in groups)
     parts = [
         f"step {state.step:4d} {state.stage:<10}",
         f"reward {sum(rewards) / len(rewards):.3f}",

@@ -71,6 +71,11 @@ class Group:
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
 
+    @property
+    def is_flat(self) -> bool:
+        """Without variance: compared with each other its responses teach nothing."""
+        return len(set(self.rewards)) == 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBatch:
@@ -203,7 +208,7 @@ class PromptSource(Protocol):
         ...
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """The step on these groups is over; the stage may be, too."""
+        """The step is over, and with it maybe the stage. ``groups``: all that were drawn, learned from or not."""
         ...
 
     def exam(self) -> Exam | None:

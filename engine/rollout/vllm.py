@@ -81,7 +81,9 @@ class VllmSampler:
         drawn: dict[int, list[Rollout]] = {}
         # vLLM draws from the global generator too
         with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):
-            index_of = {request: i for i, request in enumerate(self.llm.enqueue(requests, params, use_tqdm=False))}
+            names = self.llm.enqueue(requests, params, use_tqdm=False)
+            # a result is called by the number alone, "12", its request inside vLLM "12-9f3c"
+            index_of = {name.partition("-")[0]: i for i, name in enumerate(names)}
             while self.llm.llm_engine.has_unfinished_requests():
                 for result in self.llm.llm_engine.step():
                     if result.finished:

@@ -1,8 +1,8 @@
 """Packed rollouts -> gradient -> step.
 
 An optimizer step goes through its micro-batches one after the other; every one adds its share of a single loss, whose
-denominator was counted over all of them before. Log-probabilities of the old policy are computed only where the policy
-can have moved since it drew the responses: on the first update of a rollout they equal the present ones.
+denominator was counted over all of them before. Log-probabilities of the old policy get a pass of their own only where
+the policy will have moved before: the first update of a round of rollouts sees them in its own forward pass.
 """
 
 from collections.abc import Sequence
@@ -66,30 +66,29 @@ class Learner:
         """All optimizer steps of one round of rollouts. Raises RunFailed on a non-finite loss or gradient."""
         assert self.optimizer is not None, "enter a stage first"
         lr = learning_rate(stage.optim, stage_step, stage.steps)
-        batches = [update.batches for update in updates]
-        reference = self._reference_logprobs(batches, stage)
-        is_repeated = len(updates) * stage.batch.epochs > 1
-        old = [[self._logprob(b, stage) for b in group] for group in batches] if is_repeated else None
+        learned = [update for update in updates if update.batches]
+        reference = self._reference_logprobs([update.batches for update in learned], stage)
+        # before anything moves; the first update sees its own
+        old: list[list[Tensor] | None] = [None for _ in learned[:1]]
+        old += [[self._logprob(batch, stage) for batch in update.batches] for update in learned[1:]]
         tally, drift, norms = Tally(), Tally(), []
         drift_max = torch.tensor(0.0, device=self.policy.device)
         for epoch in range(stage.batch.epochs):
-            for u, update in enumerate(updates):
-                if update.num_loss_tok == 0 or not update.batches:
-                    continue
+            for u, update in enumerate(learned):
+                before = old[u]
+                seen = []
                 for b, batch in enumerate(update.batches):
                     rows = self._rows(
-                        batch,
-                        update,
-                        stage,
-                        old[u][b] if old else None,
-                        reference[u][b] if reference else None,
+                        batch, update, stage, before[b] if before else None, reference[u][b] if reference else None
                     )
-                    logprob = self._backward(batch, rows, stage, tally)
-                    if epoch == 0 and batch.sampler_logprob is not None:
-                        before = old[u][b] if old else logprob
-                        gap = (before - batch.sampler_logprob).abs()
-                        drift.add(batch.num_loss_tok, drift=gap)
-                        drift_max = torch.maximum(drift_max, gap.max())
+                    seen.append(self._backward(batch, rows, stage, tally))
+                if epoch == 0:
+                    old[u] = before or seen
+                    for batch, logprob in zip(update.batches, before or seen, strict=True):
+                        if batch.sampler_logprob is not None:
+                            gap = (logprob - batch.sampler_logprob).abs()
+                            drift.add(batch.num_loss_tok, drift=gap)
+                            drift_max = torch.maximum(drift_max, gap.max())
                 norms.append(self.optimizer.step(lr=lr, clip_norm=stage.optim.clip_norm))
                 self.optimizer.zero_grad()
         nan = float("nan")

@@ -256,6 +256,7 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (SamplingConfig, dict(top_k=5)),
         (BatchConfig, dict(prompts=0)),
         (BatchConfig, dict(epochs=0)),
+        (BatchConfig, dict(refills=-1)),
         (OptimConfig, dict(lr=0.0)),
         (OptimConfig, dict(lr=math.inf)),
         (OptimConfig, dict(betas=(1.0, 0.9))),
@@ -278,6 +279,7 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (Stage, dict(name="s", steps=1, sampling=dict(samples_per_prompt=1))),
         (Stage, dict(name="s", steps=1, objective=dict(name="rloo"), sampling=dict(samples_per_prompt=1))),
         (Stage, dict(name="s", steps=1, objective=dict(name="sft"))),  # 8 samples of one demonstration
+        (Stage, dict(name="s", steps=1, objective=dict(name="reinforce_pp"), batch=dict(refills=1))),
         (Stage, dict(name="s", steps=1, batch=dict(prompts=6, prompts_per_update=4))),
         (Stage, dict(name="s", steps=1, batch=dict(prompts=2, prompts_per_update=4))),
     ],
@@ -296,6 +298,7 @@ def test_what_cannot_work_is_refused(section: type[Section], values: dict[str, o
         (ObjectiveConfig, dict(name="cispo", clip_high=5.0, tis="sequence", tis_mode="mask")),
         (Stage, dict(name="s", steps=1, objective=dict(name="sft"), sampling=dict(samples_per_prompt=1))),
         (Stage, dict(name="s", steps=1, objective=dict(name="reinforce_pp"), sampling=dict(samples_per_prompt=1))),
+        (Stage, dict(name="s", steps=1, objective=dict(name="dapo"), batch=dict(refills=3))),
         (Stage, dict(name="warm-up 2", steps=1, batch=dict(prompts=6, prompts_per_update=3))),
     ],
 )

@@ -20,7 +20,7 @@ from isomorph.engine.config import (
 )
 from isomorph.engine.policy import Policy, build_tiny
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Group, Prompt, Rollout, RunFailed, Sampling, StepStats
+from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout, RunFailed, Sampling, StepStats
 from isomorph.engine.update.learner import Learner, Tally
 from isomorph.engine.update.pack import Update, pack
 
@@ -447,6 +447,63 @@ def test_bf16_weights_learn_from_float32_sums_over_micro_batches() -> None:
         assert master.dtype == torch.float32
         assert torch.equal(parameter, master.bfloat16())
         assert not torch.equal(master, master.bfloat16().float())  # it remembers what bf16 cannot hold
+
+
+# -- what need not be computed
+def passes(
+    policy: Policy, groups: list[Group], stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, bool]]:
+    """Of one step: tokens of each pass through the decoder, and whether it was one for gradients."""
+    seen: list[tuple[int, bool]] = []
+    hidden = Policy.hidden
+
+    def counted(policy: Policy, batch: PackedBatch) -> Tensor:
+        seen.append((len(batch.token_ids), torch.is_grad_enabled()))
+        return hidden(policy, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "hidden", counted)
+        update(policy, groups, stage)
+    return seen
+
+
+def group_tok(group: Group) -> int:
+    return len(group.prompt.token_ids) + sum(len(r.token_ids) - 1 for r in group.rollouts)
+
+
+@pytest.mark.parametrize(("kl_coef", "epochs"), [(0.0, 1), (0.1, 1), (0.0, 3), (0.1, 3)])
+def test_only_updates_after_the_first_need_a_pass_for_old_log_probabilities(
+    monkeypatch: pytest.MonkeyPatch, kl_coef: float, epochs: int
+) -> None:
+    groups = make_groups()
+    stage = make_stage(
+        ObjectiveConfig(name="grpo", kl_coef=kl_coef), batch=dict(prompts=3, prompts_per_update=1, epochs=epochs)
+    )
+    a, b, c = (group_tok(g) for g in groups)
+    reference = [(a, False), (b, False), (c, False)] if kl_coef else []  # once, whatever the number of epochs
+    old = [(b, False), (c, False)]
+    assert passes(make_policy(), groups, stage, monkeypatch) == [
+        *reference,
+        *old,
+        *[(a, True), (b, True), (c, True)] * epochs,
+    ]
+
+
+def test_one_update_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = make_groups()
+    assert passes(make_policy(), groups, make_stage(), monkeypatch) == [(sum(group_tok(g) for g in groups), True)]
+
+
+@pytest.mark.parametrize("idle", [dict(), dict(kl_coef=0.1), dict(entropy_coef=0.1)])
+def test_groups_without_variance_go_through_no_pass_where_they_have_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, idle: dict[str, Any]
+) -> None:
+    first, *others = make_groups()
+    groups = [with_advantages(first, 0.0, 0.0, 0.0), *others]
+    stage = make_stage(ObjectiveConfig(name="grpo", **idle))
+    left_out = 0 if idle else group_tok(first)
+    (*_, (num_tok, _)) = passes(make_policy(), groups, stage, monkeypatch)
+    assert num_tok == sum(group_tok(g) for g in groups) - left_out
 
 
 # -- invariant 5: refused or counted, never silent

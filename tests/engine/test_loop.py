@@ -30,6 +30,7 @@ from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import Exam, Group, OnGroup, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
+from isomorph.engine.update.pack import Update, pack
 
 WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
 QUESTIONS = ("one", "two", "three", "four", "five", "six")
@@ -121,7 +122,7 @@ def make_stage(name: str = "words", steps: int = 20, objective: str = "dapo", **
         steps=steps,
         objective=ObjectiveConfig(name=objective, **choices.pop("objective_choices", {})),  # type: ignore[arg-type]
         optim=OptimConfig(lr=3e-3),
-        batch=BatchConfig(prompts=6, max_tok=64),
+        batch=BatchConfig(prompts=6, max_tok=64, refills=choices.pop("refills", 0)),
         sampling=SamplingConfig(max_new_tok=4, samples_per_prompt=1 if is_supervised else 8),
         **choices,
     )
@@ -247,6 +248,76 @@ def test_exams_are_sat_before_between_and_after_the_stages_and_graded_once(tmp_p
     assert "exam after a: " in console(crew)
 
 
+# -- groups without variance
+def undecided_on_one_and_two(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    return [0.5 if p.payload in ("one", "two") else float(i % 2) for i, p in enumerate(prompts)]
+
+
+def learned_ids(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Filled as the run goes: of each step the prompts whose groups were packed, in order."""
+    seen: list[list[int]] = []
+
+    def spy(groups: Sequence[Group], **options: Any) -> list[Update]:
+        seen.append([g.prompt.prompt_id for g in groups])
+        return pack(groups, **options)
+
+    monkeypatch.setattr("isomorph.engine.loop.pack", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("refills", "learned", "drawn", "flat"),
+    [
+        (0, [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], [6, 6], [2, 2]),
+        (1, [[6, 7, 2, 3, 4, 5], [8, 9, 10, 11, 14, 15]], [8, 8], [4, 2]),
+        (3, [[8, 9, 2, 3, 4, 5], [10, 11, 16, 17, 14, 15]], [10, 8], [4, 2]),
+    ],
+)
+def test_groups_without_variance_give_way_to_further_prompts_so_often_and_are_counted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refills: int,
+    learned: list[list[int]],
+    drawn: list[int],
+    flat: list[int],
+) -> None:
+    crew = make_crew(tmp_path, make_stage(steps=2, refills=refills), judge=undecided_on_one_and_two)
+    seen = learned_ids(crew, monkeypatch)
+    state = train(crew, RunState())
+    assert seen == learned  # words of number 0, 1, 6, 7, 12, 13 are "one" and "two"
+    rows = read_steps(tmp_path)
+    assert [row["groups/all"] for row in rows] == drawn
+    assert [row["groups/refilled"] for row in rows] == [n - 6 for n in drawn]
+    assert [row["groups/flat"] for row in rows] == flat
+    assert [[g.prompt.prompt_id for g in groups] for groups in source_of(crew).observed] == [
+        list(range(drawn[0])),
+        list(range(drawn[0], sum(drawn))),
+    ]
+    assert state.source["next_id"] == sum(drawn)
+    assert state.totals["response_tok"] == sum(row["tok/response"] for row in rows)
+
+
+def test_advantages_over_the_whole_batch_are_those_of_the_groups_that_are_learned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = dict(baseline="mean", scale="batch")
+    crew = make_crew(
+        tmp_path, make_stage(steps=1, refills=2, objective_choices=choices), judge=undecided_on_one_and_two
+    )
+    packed: list[Group] = []
+
+    def spy(groups: Sequence[Group], **options: Any) -> list[Update]:
+        packed.extend(groups)
+        return pack(groups, **options)
+
+    monkeypatch.setattr("isomorph.engine.loop.pack", spy)
+    train(crew, RunState())
+    std = torch.tensor([float(i % 2) for i in range(48)]).std().item()
+    assert len(packed) == 6
+    for group in packed:
+        assert group.advantages == pytest.approx([(i % 2 - 0.5) / (std + 1e-4) for i in range(8)], rel=1e-5)
+
+
 # -- checkpoints, stopping, resuming
 def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
     crew = make_crew(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, examines=True)
@@ -280,13 +351,18 @@ def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, 
 STAGES = (
     make_stage("a", 3, "sft"),
     make_stage("b", 3, objective_choices=dict(kl_coef=0.05)),
-    make_stage("c", 3, "grpo", objective_choices=dict(kl_coef=0.05), optimizer="carry", reference="keep"),
+    make_stage("c", 3, "grpo", objective_choices=dict(kl_coef=0.05), optimizer="carry", reference="keep", refills=2),
 )
+
+
+def gold_but_for_one(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """Has groups without variance."""
+    return [0.5 if p.payload == "one" else r for p, r in zip(prompts, gold(prompts, texts), strict=True)]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    crew = make_crew(tmp_path_factory.mktemp("whole"), *STAGES, examines=True)
+    crew = make_crew(tmp_path_factory.mktemp("whole"), *STAGES, judge=gold_but_for_one, examines=True)
     train(crew, RunState())
     return sha(crew)
 
@@ -295,10 +371,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
     tmp_path: Path, whole: str, stop_after: int
 ) -> None:
-    first = make_crew(tmp_path, *STAGES, examines=True, stop_requested=_after(tmp_path, stop_after))
+    stop_requested = _after(tmp_path, stop_after)
+    first = make_crew(tmp_path, *STAGES, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
     with pytest.raises(KeyboardInterrupt):
         train(first, RunState())
-    second = make_crew(tmp_path, *STAGES, examines=True)
+    second = make_crew(tmp_path, *STAGES, judge=gold_but_for_one, examines=True)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     state, weights, tensors = load_checkpoint(newest)
@@ -307,6 +384,7 @@ def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
     second.source.load_state_dict(state.source)
     second.learner.restore(next(s for s in STAGES if s.name == state.stage), tensors)
     assert train(second, state).step == 9
+    assert sum(row["groups/refilled"] for row in read_steps(tmp_path)[-3:]) > 0
     assert sha(second) == whole
     assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, 10))
     assert [label for label, _ in source_of(second).graded] == ["start", "a", "b", "c"]
