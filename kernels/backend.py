@@ -53,6 +53,8 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_logprob": ("triton", "torch"),
         "linear_loss": ("triton", "torch", "offset"),
         "decode_attention": ("torch",),
+        "group_advantage": ("triton",),
+        "gae": ("triton",),
     },
 }
 OPS = tuple(BODIES["cpu"])
