@@ -191,8 +191,8 @@ def gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, 
     if body == "triton":
         from isomorph.kernels.gpu import advantage as gpu
 
-        operands = (_plain(x) for x in (reward_T, value_T, cu_seqlens.long()))
-        advantage_T, returns_T, fault_S = gpu.gae(*operands, gamma, lam)
+        offsets = _plain(cu_seqlens.long())
+        advantage_T, returns_T, fault_S = gpu.gae(_plain(reward_T), _plain(value_T), offsets, gamma, lam)
         if _any(fault_S):
             _seq_bounds(reward_T, value_T, cu_seqlens)  # says which
         return advantage_T, returns_T

@@ -13,6 +13,9 @@ finds an offset out of order, a number that is not finite or a group too small r
 all flags at once; checking costs no pass over the data and no second wait for the GPU.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +26,7 @@ from isomorph.kernels.gpu.variant import Variant
 
 BLOCK_G, GROUP_WARPS = 128, 1  # a group is rarely wider
 BLOCK_S, BATCH_WARPS = 1024, 8  # all responses of a step, by one program
-BLOCK_T, GAE_WARPS = 512, 4
+BLOCK_T, GAE_WARPS = 512, 8
 
 
 @triton.jit(do_not_specialize=["S"])  # a count that changes with every call
@@ -180,26 +183,33 @@ def gae(reward_T: Tensor, value_T: Tensor, offsets: Tensor, gamma: float, lam: f
 # -- what is compiled and looked at without a GPU
 def variants(arch: int) -> list[Variant]:
     """Every launch configuration above; ``arch`` does not matter to them."""
-    found = []
+    return [variant for dtype in ("fp32", "fp64") for variant in (*_group_variants(dtype), _gae_variant(dtype))]
+
+
+def _group_variants(dtype: str) -> Iterator[Variant]:
     modes = {  # HAS_BASELINE, LEAVE_ONE_OUT, HAS_STD
         "mean": (True, False, False), "mean, std": (True, False, True),
         "leave_one_out": (True, True, False), "leave_one_out, std": (True, True, True),
-        "none": (False, False, False), "none, std": (False, False, True),
+        "none": (False, False, False), "none, std": (False, False, True), "batch": (True, False, True),
     }  # fmt: skip
-    for dtype in ("fp32", "fp64"):
-        arrays = {"reward_ptr": f"*{dtype}", "offset_ptr": "*i64", "out_ptr": f"*{dtype}", "S": "i32"}
-        launches = [
-            (f"{dtype}, {label}", mode, {**arrays, "fault_ptr": "*i8"}, {"CHECKS": True, "BLOCK": BLOCK_G}, GROUP_WARPS)
-            for label, mode in modes.items()
-        ]
-        batch = {"CHECKS": False, "BLOCK": BLOCK_S, "fault_ptr": None}
-        launches.append((f"{dtype}, batch", modes["mean, std"], arrays, batch, BATCH_WARPS))
-        for label, (has_baseline, leave_one_out, has_std), signature, constants, warps in launches:
-            mode = {"HAS_BASELINE": has_baseline, "LEAVE_ONE_OUT": leave_one_out, "HAS_STD": has_std, "EPS": EPS}
-            found.append(Variant(group_kernel, label, signature, {**mode, **constants}, warps, unaligned=("S",)))
-        scan = {
-            "reward_ptr": f"*{dtype}", "value_ptr": f"*{dtype}", "offset_ptr": "*i64", "advantage_ptr": f"*{dtype}",
-            "returns_ptr": f"*{dtype}", "fault_ptr": "*i8", "T": "i32", "gamma": "fp64", "decay": "fp64",
+    for label, (has_baseline, leave_one_out, has_std) in modes.items():
+        is_batch = label == "batch"
+        signature = {"reward_ptr": f"*{dtype}", "offset_ptr": "*i64", "out_ptr": f"*{dtype}", "S": "i32"}
+        constants: dict[str, Any] = {
+            "HAS_BASELINE": has_baseline, "LEAVE_ONE_OUT": leave_one_out, "HAS_STD": has_std, "EPS": EPS,
+            "CHECKS": not is_batch, "BLOCK": BLOCK_S if is_batch else BLOCK_G,
         }  # fmt: skip
-        found.append(Variant(gae_kernel, dtype, scan, {"BLOCK": BLOCK_T}, GAE_WARPS, unaligned=("T",)))
-    return found
+        if is_batch:
+            constants["fault_ptr"] = None
+        else:
+            signature["fault_ptr"] = "*i8"
+        warps = BATCH_WARPS if is_batch else GROUP_WARPS
+        yield Variant(group_kernel, f"{dtype}, {label}", signature, constants, warps, unaligned=("S",))
+
+
+def _gae_variant(dtype: str) -> Variant:
+    signature = {
+        "reward_ptr": f"*{dtype}", "value_ptr": f"*{dtype}", "offset_ptr": "*i64", "advantage_ptr": f"*{dtype}",
+        "returns_ptr": f"*{dtype}", "fault_ptr": "*i8", "T": "i32", "gamma": "fp64", "decay": "fp64",
+    }  # fmt: skip
+    return Variant(gae_kernel, dtype, signature, {"BLOCK": BLOCK_T}, GAE_WARPS, unaligned=("T",))
