@@ -20,10 +20,11 @@ from isomorph.engine.config import UserError
 from isomorph.engine.loop import Crew, train
 from isomorph.engine.policy import Policy, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
-from isomorph.engine.record.runlog import RunLog
+from isomorph.engine.record.runlog import QuietLog, RunLog
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import RunFailed, RunState, Sampler
+from isomorph.engine.update.distributed import Ranks, lost_ranks_explained
 from isomorph.engine.update.learner import Learner
 from isomorph.kernels import backend
 
@@ -41,45 +42,53 @@ PACKAGES = (
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, console: Console, stop_requested: Callable[[], bool], *, resume: bool
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    stop_requested: Callable[[], bool],
+    ranks: Ranks,
+    *,
+    resume: bool,
 ) -> dict[str, Any]:
-    """Trains in ``folder`` to the end of the last stage; returns the summary that it has written there."""
+    """Trains in ``folder`` to the end of the last stage; returns the summary; the first rank has written it there."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    log = RunLog(folder, console)
+    log = RunLog(folder, console) if ranks.is_first else QuietLog(folder, console)
     with contextlib.ExitStack() as stack:
-        crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, resume=resume))
+        crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, ranks, resume=resume))
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:
-            state = train(crew, state)
+            with lost_ranks_explained():
+                state = train(crew, state)
         except BaseException as error:
             with contextlib.suppress(RunFailed):  # on a full disk the first error is the one to tell
                 log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
-        crew.policy.save(folder / "model")
         summary = _summary(crew, state)
-        log.write_json("summary.json", summary)
-        write_report([folder], folder / "report")
+        if ranks.is_first:
+            crew.policy.save(folder / "model")
+            log.write_json("summary.json", summary)
+            write_report([folder], folder / "report")
         return summary
 
 
 @contextlib.contextmanager
 def _crew_at_work(
-    recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], *, resume: bool
+    recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], ranks: Ranks, *, resume: bool
 ) -> Iterator[tuple[Crew, RunState]]:
     policy = open_policy(recipe)
-    state, learned = _restored(policy, log) if resume else (RunState(), None)
+    state, learned = _restored(policy, log, ranks) if resume else (RunState(), None)
     curriculum = Curriculum(recipe, policy.text)
     if resume:
         curriculum.load_state_dict(state.source)
     with open_sampler(recipe, policy) as sampler, JudgePool() as judges:
-        learner = Learner(policy)  # after the sampler: it may have moved the parameters into its own storage
+        learner = Learner(policy, ranks)  # after the sampler: it may have moved the parameters into its own storage
         if learned is not None:
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume:
-            log.write_json("run.json", describe_run(recipe, policy, curriculum))
+            log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks))
         for fallback in fallbacks(policy.device):
             log.say(f"warning: {fallback}")
         crew = Crew(
@@ -92,6 +101,7 @@ def _crew_at_work(
             log=log,
             config=recipe.run,
             stop_requested=stop_requested,
+            ranks=ranks,
         )
         yield crew, state
 
@@ -124,7 +134,7 @@ def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
         sampler.close()
 
 
-def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum) -> dict[str, Any]:
+def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: Ranks) -> dict[str, Any]:
     """run.json: what is needed to understand the numbers, and to run it again."""
     versions = {}
     for name in PACKAGES:
@@ -134,6 +144,7 @@ def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum) -> dict
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions,
         "seed": recipe.run.seed,
+        "ranks": ranks.size,
         "machine": describe_machine(),
         "sampler": recipe.sampler.kind,
         "backends": backend.table(policy.device),
@@ -172,7 +183,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _restored(policy: Policy, log: RunLog) -> tuple[RunState, dict[str, torch.Tensor]]:
+def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict[str, torch.Tensor]]:
     root = log.folder / "checkpoints"
     newest = latest_checkpoint(root)
     if newest is None:
@@ -182,6 +193,11 @@ def _restored(policy: Policy, log: RunLog) -> tuple[RunState, dict[str, torch.Te
     log.cut_after(state.step)
     log.seconds_before = state.totals["wall_s"]
     log.say(f"resuming after step {state.step} from {newest}")
+    if state.num_ranks != ranks.size:
+        log.say(
+            f"warning: the run had {state.num_ranks} ranks and goes on with {ranks.size}: the same prompts, the same "
+            "gradients up to rounding, not the same bits"
+        )
     return state, learned
 
 

@@ -71,6 +71,8 @@ def train(
     from isomorph.curriculum.assemble import run_recipe
     from isomorph.curriculum.recipe import Recipe
     from isomorph.curriculum.run_record import read_run_json
+    from isomorph.engine.types import RunFailed
+    from isomorph.engine.update.distributed import open_ranks
 
     if (recipe is None) == (resume is None):
         raise UserError(
@@ -83,19 +85,21 @@ def train(
     else:
         assert recipe is not None
         loaded = load_recipe(recipe, overrides or [], Recipe)
-        folder = _new_folder(run or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    console.print(f"run folder: {folder}", highlight=False)
-    with _stop_on_signal() as stop:
+        folder = run or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with _stop_on_signal() as stop, open_ranks() as ranks:
+        console.quiet = not ranks.is_first
+        if resume is None:
+            folder = ranks.from_first(lambda: _new_folder(folder))
+        console.print(f"run folder: {folder}", highlight=False)
         try:
-            summary = run_recipe(loaded, folder, console, stop.requested, resume=resume is not None)
+            summary = run_recipe(loaded, folder, console, stop.requested, ranks, resume=resume is not None)
         except KeyboardInterrupt:
             console.print(f"interrupted; go on with: isomorph train --resume {folder}", highlight=False)
             raise
-    _print_summary(summary, folder)
-    _print_anatomy(folder)
-    console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
-    console.print(f"summary: {folder / 'summary.json'}", highlight=False, soft_wrap=True)
-    console.print(f"report: {folder / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
+        except RunFailed as error:
+            _fail(str(error), 1)  # before signals end the process again: torchrun sends one where a rank has died
+        if ranks.is_first:
+            _print_result(summary, folder)
 
 
 @app.command("eval")
@@ -265,6 +269,14 @@ def _new_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: the run folder cannot be made: {error}") from None
     return folder
+
+
+def _print_result(summary: dict[str, Any], folder: Path) -> None:
+    _print_summary(summary, folder)
+    _print_anatomy(folder)
+    console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
+    console.print(f"summary: {folder / 'summary.json'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:

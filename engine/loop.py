@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from isomorph.engine.config import RunConfig, Stage
 from isomorph.engine.policy import Policy
@@ -26,6 +25,7 @@ from isomorph.engine.types import (
     Sampling,
     StepStats,
 )
+from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
 from isomorph.engine.update.score import Decode, Judging, score
@@ -44,6 +44,7 @@ class Crew:
     log: RunLog
     config: RunConfig
     stop_requested: Callable[[], bool]  # asked between steps
+    ranks: Ranks = ALONE
 
 
 def train(crew: Crew, state: RunState) -> RunState:
@@ -63,7 +64,8 @@ def train(crew: Crew, state: RunState) -> RunState:
             crew.learner.enter(stage)
             state = dataclasses.replace(state, stage=stage.name)
         state = step(crew, state, stage)
-        is_stopping = crew.stop_requested()  # asked once: a request between two questions would find no checkpoint
+        # asked once: a request between two questions would find no checkpoint
+        is_stopping = crew.ranks.any(crew.stop_requested())
         if is_stopping or state.step % crew.config.checkpoint_every == 0:
             save(crew, state)
         if is_stopping:
@@ -88,6 +90,7 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
             prompts_per_update=stage.batch.prompts_per_update,
             objective=stage.objective,
             device=crew.policy.device,
+            ranks=crew.ranks,
         )
     with sampler.asleep(), log.time("update"):
         stats = crew.learner.update(updates, stage, stage_step)
@@ -102,12 +105,18 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
 
 
 def draw(crew: Crew, sampler: Sampler, prompts: Sequence[Prompt], stage: Stage) -> tuple[list[Group], list[str]]:
-    """A judged group for each prompt, and the texts that were judged. A group is judged while others are drawn."""
-    with Judging(crew.judge, crew.policy.text.decode, prompts) as judging:
+    """A judged group for each prompt, and the texts that were judged. A group is judged while others are drawn.
+
+    Each rank draws and judges its share.
+    """
+    own, sampling = crew.ranks.share(prompts), _sampling(crew, stage)
+    with Judging(crew.judge, crew.policy.text.decode, own) as judging:
         with crew.log.time("generate"):
-            rollouts = sampler.generate(prompts, _sampling(crew, stage), judging.add)
+            rollouts = sampler.generate(own, sampling, judging.add)
         with crew.log.time("judge"):  # what is left of it
             texts, rewards = judging.results()
+    with crew.log.time("exchange"):
+        rollouts, texts, rewards = crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
     return score(prompts, rollouts, rewards, stage.objective), texts
 
 
@@ -149,19 +158,23 @@ def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Public
 def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     """Greedy answers to the exam's questions, judged and taken down."""
     bring_up_to_date(crew, crew.sampler, state.policy_version, exam.prompts[0])
-    with Judging(crew.judge, crew.policy.text.decode, exam.prompts) as judging:
-        crew.sampler.generate(exam.prompts, _greedy(crew, exam.max_new_tok), judging.add)
-        texts, rewards = judging.results()
+    own = crew.ranks.share(exam.prompts)
+    with Judging(crew.judge, crew.policy.text.decode, own) as judging:
+        rollouts = crew.sampler.generate(own, _greedy(crew, exam.max_new_tok), judging.add)
+        _, texts, rewards = crew.ranks.exchange(rollouts, *judging.results(), 1)
     crew.log.say(crew.source.grade(exam, rewards))
     crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards, crew.policy.text.decode))
 
 
-def save(crew: Crew, state: RunState) -> Path:
-    """A checkpoint of everything."""
+def save(crew: Crew, state: RunState) -> None:
+    """A checkpoint of everything, written by the first rank."""
     weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}
-    state = dataclasses.replace(state, source=crew.source.state_dict())
+    state = dataclasses.replace(state, source=crew.source.state_dict(), num_ranks=crew.ranks.size)
     tensors = crew.learner.state_tensors()
-    return save_checkpoint(crew.log.folder / "checkpoints", state, weights, tensors, keep=crew.config.keep_checkpoints)
+    if crew.ranks.is_first:
+        root = crew.log.folder / "checkpoints"
+        save_checkpoint(root, state, weights, tensors, keep=crew.config.keep_checkpoints)
+    crew.ranks.wait()  # whoever goes on may count on it
 
 
 def _any_prompt(crew: Crew) -> Prompt:

@@ -104,6 +104,20 @@ def assign_groups(cost_tok: Sequence[int], max_tok: int) -> list[list[int]]:
     return _as_lists(bin_of.tolist())
 
 
+def balanced_bins(cost_tok: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Every group into one of exactly ``num_bins`` bins, heaviest first into the lightest; groups ascend in a bin.
+
+    The heaviest bin is at most a third above the best possible one's (Graham 1969). Bins may be empty.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be >= 1, got {num_bins}")
+    _check_costs(cost_tok, max([1, *cost_tok]))
+    order = sorted(range(len(cost_tok)), key=lambda group: -cost_tok[group])
+    bin_of = _least_loaded(cost_tok, order, sum(cost_tok), num_bins)
+    assert bin_of is not None, "no bin can hold more than all groups"
+    return [[group for group, b in enumerate(bin_of) if b == wanted] for wanted in range(num_bins)]
+
+
 def consecutive(firsts: Tensor, lens: Tensor) -> Tensor:
     """[sum(lens)] int64: for each i, the ``lens[i]`` numbers from ``firsts[i]`` on."""
     shifts = torch.repeat_interleave(firsts - (lens.cumsum(0) - lens), lens)

@@ -113,6 +113,29 @@ class RunLog:
                 path.unlink()
 
 
+class QuietLog(RunLog):
+    """Of a rank that does not write: it keeps the time, and the rest is the first rank's."""
+
+    def write_step(self, row: Row, line: str) -> None:
+        pass
+
+    def write_completions(self, name: str, rows: Sequence[Row]) -> None:
+        pass
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def progress(self, done: int, total: int) -> Iterator[None]:
+        yield
+
+    def cut_after(self, step: int) -> None:
+        pass
+
+
 def read_steps(folder: Path) -> list[Row]:
     """All rows of a run's steps.jsonl; a last row that a killed run left half written is left out."""
     rows = []

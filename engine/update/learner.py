@@ -14,6 +14,7 @@ from torch import Tensor
 from isomorph.engine.config import Stage
 from isomorph.engine.policy import Policy
 from isomorph.engine.types import PackedBatch, RunFailed, StepStats
+from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.pack import Update
@@ -36,6 +37,13 @@ class Tally:
             total = value.detach().double().sum()
             self.sums[name] = self.sums[name] + total if name in self.sums else total
 
+    def gather(self, ranks: Ranks) -> None:
+        """Takes in what the other ranks have counted."""
+        counted = ranks.gather((self.num_tok, {name: total.item() for name, total in self.sums.items()}))
+        self.num_tok = sum(num_tok for num_tok, _ in counted)
+        for name in {name for _, sums in counted for name in sums}:
+            self.sums[name] = torch.tensor(sum(sums.get(name, 0.0) for _, sums in counted), dtype=torch.float64)
+
     def mean(self, name: str) -> float:
         return self.sums[name].item() / self.num_tok if self.num_tok else float("nan")
 
@@ -43,8 +51,9 @@ class Tally:
 class Learner:
     """Owns the optimizer and the reference weights; everything else is handed in."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks = ALONE) -> None:
         self.policy = policy
+        self.ranks = ranks
         self.optimizer: MasterAdamW | None = None
         self.reference: list[Tensor] | None = None  # host memory; swapped in for one pass a rollout
 
@@ -85,12 +94,16 @@ class Learner:
                 if epoch == 0:
                     old[u] = before or seen
                     for batch, logprob in zip(update.batches, before or seen, strict=True):
-                        if batch.sampler_logprob is not None:
+                        if batch.sampler_logprob is not None and batch.num_loss_tok:
                             gap = (logprob - batch.sampler_logprob).abs()
                             drift.add(batch.num_loss_tok, drift=gap)
                             drift_max = torch.maximum(drift_max, gap.max())
+                self.ranks.sum(self.optimizer.gradients())
                 norms.append(self.optimizer.step(lr=lr, clip_norm=stage.optim.clip_norm))
                 self.optimizer.zero_grad()
+        tally.gather(self.ranks)
+        drift.gather(self.ranks)
+        num_own_tok = sum(len(b.token_ids) for u in updates for b in u.batches)
         nan = float("nan")
         return StepStats(
             loss=tally.sums["loss"].item() / len(norms) if norms else nan,
@@ -100,10 +113,10 @@ class Learner:
             entropy=tally.mean("entropy"),
             kl=tally.mean("kl"),
             drift_mean=drift.mean("drift"),
-            drift_max=drift_max.item() if drift.num_tok else nan,
+            drift_max=max(self.ranks.gather(drift_max.item())) if drift.num_tok else nan,
             num_updates=len(norms),
             num_loss_tok=sum(u.num_loss_tok for u in updates),
-            num_trunk_tok=stage.batch.epochs * sum(len(b.token_ids) for u in updates for b in u.batches),
+            num_trunk_tok=stage.batch.epochs * sum(self.ranks.gather(num_own_tok)),
             num_dropped_tok=sum(u.num_dropped_tok for u in updates),
         )
 
@@ -169,7 +182,7 @@ class Learner:
             stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature)
             loss = loss_of(stats, slice(0, batch.num_loss_tok))
         loss.backward()
-        logprob = torch.cat(seen)
+        logprob = torch.cat(seen) if seen else hidden_TD.new_empty(0)
         if not logprob.isfinite().all():
             raise RunFailed(
                 f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy "

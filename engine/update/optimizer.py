@@ -53,6 +53,10 @@ class MasterAdamW:
         for hook in self._hooks:
             hook.remove()
 
+    def gradients(self) -> list[Tensor]:
+        """Of the masters, as accumulated so far; in place they can be summed over ranks."""
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
 

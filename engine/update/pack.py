@@ -1,9 +1,10 @@
 """Groups -> updates -> micro-batches within the token budget.
 
 A group above the budget is split between responses, and its prompt then stands in each part; gradients do not depend on
-how the step is cut.
+how the step is cut. Of several ranks each packs the groups that are dealt to it; all have equally many micro-batches.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from isomorph.engine.config import ObjectiveConfig, UserError
 from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.types import Group, PackedBatch, Rollout
+from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.kernels.packing import assign_groups
 
 
@@ -20,10 +22,10 @@ class Update:
     """What one optimizer step learns from.
 
     The denominators count every response drawn, also one whose gradient is known to be zero and that is left out of the
-    batches; a dropped token is as if it had not been predicted.
+    batches; a dropped token is as if it had not been predicted. They are those of all ranks together.
     """
 
-    batches: tuple[PackedBatch, ...]
+    batches: tuple[PackedBatch, ...]  # of this rank; the last ones may predict nothing, so that no rank has fewer
     num_loss_tok: int
     num_seqs: int  # with at least one token that counts
     num_dropped_tok: int  # sampler log-probability not finite
@@ -36,20 +38,31 @@ def pack(
     prompts_per_update: int | None,
     objective: ObjectiveConfig,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> list[Update]:
-    """One Update for every ``prompts_per_update`` groups, in order; micro-batches hold at most ``max_tok`` tokens."""
+    """One Update for every ``prompts_per_update`` groups, in order; micro-batches hold at most ``max_tok`` tokens.
+
+    ``groups`` are those of all ranks.
+    """
     per_update = prompts_per_update or len(groups)
     chunks = [groups[i : i + per_update] for i in range(0, len(groups), per_update)]
-    return [_update(chunk, max_tok, objective, device) for chunk in chunks]
+    return [_update(chunk, max_tok, objective, device, ranks) for chunk in chunks]
 
 
-def _update(groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device) -> Update:
-    trained = [part for group in groups for part in _parts(group, max_tok, objective)]
-    bins = assign_groups([part.num_tok for part in trained], max_tok)
+def _update(
+    groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device, ranks: Ranks
+) -> Update:
+    parts_of = [_parts(group, max_tok, objective) for group in groups]
+    dealt = ranks.deal([sum(part.num_tok for part in parts) for parts in parts_of])
+    trained = [[part for i in members for part in parts_of[i]] for members in dealt]
+    bins = [assign_groups([part.num_tok for part in parts], max_tok) for parts in trained]
+    own, own_bins = trained[ranks.rank], bins[ranks.rank]
+    batches = [pack_parts([own[i] for i in members], device) for members in own_bins]
+    num_idle = max(map(len, bins)) - len(own_bins)
     counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
     num_known = [_num_known(r) for r in counted]
     return Update(
-        batches=tuple(pack_parts([trained[i] for i in members], device) for members in bins),
+        batches=(*batches, *[_idle_batch(groups[0], device)] * num_idle),
         num_loss_tok=sum(num_known),
         num_seqs=sum(num > 0 for num in num_known),
         num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
@@ -78,6 +91,14 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[Part]
         last = parts[-1]
         parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage))
     return parts
+
+
+def _idle_batch(group: Group, device: torch.device) -> PackedBatch:
+    """Goes through the model and predicts nothing: its gradient is zero."""
+    prompt = dataclasses.replace(group.prompt, token_ids=group.prompt.token_ids[:1])
+    unknown = torch.full((1,), torch.nan)
+    rollout = dataclasses.replace(group.rollouts[0], token_ids=group.rollouts[0].token_ids[:1], sampler_logprob=unknown)
+    return pack_parts([Part(prompt, (rollout,), (0.0,))], device)
 
 
 def _num_known(rollout: Rollout) -> int:

@@ -1,0 +1,311 @@
+"""Two gloo ranks against one: gradients, denominators, statistics, and what the ranks tell each other."""
+
+import dataclasses
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from isomorph.engine.config import (
+    BatchConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SamplingConfig,
+    Stage,
+    TinyModel,
+    UserError,
+)
+from isomorph.engine.policy import Policy, build_tiny
+from isomorph.engine.types import Group, Prompt, Rollout, StepStats
+from isomorph.engine.update.distributed import ALONE, Ranks, open_ranks
+from isomorph.engine.update.learner import Learner
+from isomorph.engine.update.pack import pack
+
+NUM_RANKS = 2
+WORDS = [f"w{chr(97 + i)}" for i in range(16)]
+NUM_VOCAB = len(WORDS) + 4
+GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
+OBJECTIVES = [  # every aggregation, ratio and weight that looks beyond its own token
+    GRPO,
+    ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1),
+    ObjectiveConfig(name="dr_grpo", entropy_coef=0.01, kl_coef=0.1, kl="k1"),
+    ObjectiveConfig(name="gspo", clip_low=0.05, clip_high=0.05),
+    ObjectiveConfig(name="cispo", tis="sequence", tis_mode="mask", tis_cap=1.2),
+    ObjectiveConfig(name="rft"),
+    ObjectiveConfig(name="sft"),
+]
+
+
+# -- a small world
+def make_policy(dtype: torch.dtype = torch.float64) -> Policy:
+    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
+    policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    policy.overwrite([0.4 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
+    for norm in (module for module in policy.model.modules() if hasattr(module, "variance_epsilon")):
+        norm.forward = MethodType(exact_norm, norm)
+    return policy
+
+
+def exact_norm(norm: Any, x: Tensor) -> Tensor:
+    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
+    return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+
+def make_groups(
+    shapes: tuple[tuple[int, tuple[int, ...]], ...] = ((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3))), seed: int = 3
+) -> list[Group]:
+    """For each shape a prompt of that length with responses of those lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for prompt_id, (prompt_len, lens) in enumerate(shapes):
+        rollouts = tuple(
+            Rollout(
+                prompt_id=prompt_id,
+                sample=i,
+                token_ids=torch.randint(4, NUM_VOCAB, (length,), generator=generator),
+                sampler_logprob=-3 + 0.4 * torch.randn(length, generator=generator),
+                finish="stop",
+                policy_version=0,
+            )
+            for i, length in enumerate(lens)
+        )
+        token_ids = tuple(torch.randint(4, NUM_VOCAB, (prompt_len,), generator=generator).tolist())
+        prompt = Prompt(prompt_id=prompt_id, token_ids=token_ids, task="t", representation="r", payload=None)
+        advantages = tuple(torch.randn(len(lens), generator=generator).tolist())
+        groups.append(Group(prompt=prompt, rollouts=rollouts, rewards=(0.0,) * len(lens), advantages=advantages))
+    return groups
+
+
+def with_advantages(group: Group, *advantages: float) -> Group:
+    return dataclasses.replace(group, advantages=advantages)
+
+
+def make_stage(objective: ObjectiveConfig = GRPO, **tables: Any) -> Stage:
+    samples = 1 if objective.is_supervised else 3
+    return Stage(
+        name="s",
+        steps=10,
+        objective=objective,
+        sampling=SamplingConfig(max_new_tok=9, samples_per_prompt=samples),
+        optim=OptimConfig(**tables.get("optim", {})),
+        batch=BatchConfig(**{"prompts": 12, **tables.get("batch", {})}),
+    )
+
+
+# -- two processes that do what they are told
+class Crowd:
+    """``ask(function, *arguments)`` runs ``function(ranks, *arguments)`` on every rank; functions of this module."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")  # an import of this module by name would not find it
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(NUM_RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        assert all(pipe.poll(60) for pipe in self.pipes)
+        return [pipe.recv() for pipe in self.pipes]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(30)
+            assert process.exitcode == 0
+
+
+def serve(rank: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    started_by_torchrun = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(NUM_RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(started_by_torchrun)
+    with open_ranks() as ranks:
+        while (asked := pipe.recv()) is not None:
+            function, arguments = asked
+            pipe.send(function(ranks, *arguments))
+
+
+@pytest.fixture(scope="module")
+def crowd() -> Iterator[Crowd]:
+    crowd = Crowd()
+    yield crowd
+    crowd.close()
+
+
+# -- invariant 1: the gradient does not depend on the number of ranks
+def step_on(
+    ranks: Ranks, objective: ObjectiveConfig, groups: list[Group], batch: dict[str, Any]
+) -> tuple[list[Tensor], StepStats]:
+    """The gradient of each update of a step, before clipping; the policy stands still."""
+    policy, stage = make_policy(), make_stage(objective, batch=batch)
+    learner = Learner(policy, ranks)
+    learner.enter(stage)
+    if objective.kl_coef:
+        learner.reference = [0.9 * weight for weight in policy.snapshot()]
+    seen: list[Tensor] = []
+
+    def look(**_: Any) -> float:
+        assert learner.optimizer is not None
+        seen.append(torch.cat([gradient.flatten() for gradient in learner.optimizer.gradients()]))
+        return float(seen[-1].norm())
+
+    assert learner.optimizer is not None
+    learner.optimizer.step = look  # type: ignore[method-assign]
+    updates = pack(
+        groups,
+        max_tok=stage.batch.max_tok,
+        prompts_per_update=stage.batch.prompts_per_update,
+        objective=objective,
+        device=policy.device,
+        ranks=ranks,
+    )
+    return seen, learner.update(updates, stage, 0)
+
+
+def assert_same_step(crowd: Crowd, objective: ObjectiveConfig, groups: list[Group], **batch: Any) -> None:
+    whole, stats = step_on(ALONE, objective, groups, batch)
+    (first, first_stats), (second, second_stats) = crowd.ask(step_on, objective, groups, batch)
+    assert len(whole) == len(first) == len(second)
+    for one, ours, theirs in zip(whole, first, second, strict=True):
+        assert one.norm() > 1e-3
+        assert torch.equal(ours, theirs)  # or the ranks would drift apart
+        torch.testing.assert_close(ours, one, rtol=0, atol=1e-12)
+    for name, value in dataclasses.asdict(stats).items():
+        if name == "num_trunk_tok":  # a split group's prompt and an idle pass count
+            continue
+        assert getattr(first_stats, name) == pytest.approx(value, rel=1e-9, nan_ok=True), name
+        assert getattr(second_stats, name) == pytest.approx(value, rel=1e-9, nan_ok=True), name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+def test_gradient_and_statistics_are_those_of_one_rank(crowd: Crowd, objective: ObjectiveConfig) -> None:
+    assert_same_step(crowd, objective, make_groups(), max_tok=14)  # the first group has several micro-batches
+
+
+def test_a_rank_without_groups_takes_part(crowd: Crowd) -> None:
+    groups = make_groups(((5, (4, 1, 7)),))
+    assert_same_step(crowd, ObjectiveConfig(name="gspo"), groups, max_tok=14)
+    assert_same_step(crowd, ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1), groups, max_tok=14)
+    assert_same_step(crowd, ObjectiveConfig(name="sft"), groups)
+
+
+def test_every_update_of_a_step_has_a_denominator_of_its_own(crowd: Crowd) -> None:
+    groups = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1))))
+    for objective in (GRPO, ObjectiveConfig(name="dapo")):
+        assert_same_step(crowd, objective, groups, max_tok=14, prompts=4, prompts_per_update=2, epochs=2)
+
+
+def test_responses_without_advantage_count_whichever_rank_has_them(crowd: Crowd) -> None:
+    groups = make_groups()
+    flat = [groups[0], with_advantages(groups[1], 0.0, 0.0, 0.0), with_advantages(groups[2], 0.0, 1.0, 0.0)]
+    assert_same_step(crowd, GRPO, flat)
+
+
+def test_a_step_without_any_gradient_is_left_out_everywhere(crowd: Crowd) -> None:
+    flat = [with_advantages(group, 0.0, 0.0, 0.0) for group in make_groups()]
+    for gradients, stats in crowd.ask(step_on, GRPO, flat, {}):
+        assert gradients == [] and stats.num_updates == 0 and stats.num_loss_tok == 28
+
+
+def weights_after_steps(ranks: Ranks, dtype: torch.dtype) -> Tensor:
+    policy, stage = make_policy(dtype), make_stage(optim=dict(lr=1e-2, clip_norm=0.5))
+    learner = Learner(policy, ranks)
+    learner.enter(stage)
+    for seed in range(3):
+        updates = pack(
+            make_groups(seed=seed),
+            max_tok=100,
+            prompts_per_update=2,
+            objective=stage.objective,
+            device=policy.device,
+            ranks=ranks,
+        )
+        learner.update(updates, stage, seed)
+    return torch.cat([w.flatten() for w in policy.snapshot()])
+
+
+def test_weights_stay_the_same_bits_on_all_ranks_and_those_of_one_rank(crowd: Crowd) -> None:
+    first, second = crowd.ask(weights_after_steps, torch.float64)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, weights_after_steps(ALONE, torch.float64), rtol=0, atol=1e-10)
+    first, second = crowd.ask(weights_after_steps, torch.bfloat16)
+    assert torch.equal(first, second)
+
+
+# -- what the ranks tell each other
+def exchange(ranks: Ranks, groups: list[Group]) -> tuple[list[Rollout], list[str], list[float]]:
+    """Every rank makes the text and reward of its own responses up."""
+    own = [r for group in ranks.share(groups) for r in group.rollouts]
+    return ranks.exchange(own, [f"{r.prompt_id}.{r.sample}" for r in own], [r.prompt_id + r.sample / 8 for r in own], 3)
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 5])
+def test_responses_arrive_as_they_were_sent_in_the_order_of_all_prompts(crowd: Crowd, num: int) -> None:
+    groups = make_groups(tuple((2, (3, 1, 4)) for _ in range(num)))
+    unscored = [
+        dataclasses.replace(g, rollouts=tuple(dataclasses.replace(r, sampler_logprob=None) for r in g.rollouts))
+        for g in groups
+    ]
+    for sent in (groups, unscored):
+        wanted = exchange(ALONE, sent)
+        assert [text for text in wanted[1]] == [f"{p}.{s}" for p in range(num) for s in range(3)]
+        for arrived in crowd.ask(exchange, sent):
+            assert arrived[1:] == wanted[1:]
+            assert list(map(as_lists, arrived[0])) == list(map(as_lists, wanted[0]))
+
+
+def as_lists(rollout: Rollout) -> tuple[Any, ...]:
+    logprob = None if rollout.sampler_logprob is None else rollout.sampler_logprob.tolist()
+    about = (rollout.prompt_id, rollout.sample, rollout.finish, rollout.policy_version)
+    return (*about, rollout.token_ids.tolist(), rollout.token_ids.dtype, logprob)
+
+
+def ask_the_first(ranks: Ranks, is_refused: bool) -> str:
+    def answer() -> int:
+        if is_refused:
+            raise UserError("no such folder")
+        return ranks.rank
+
+    try:
+        return f"got {ranks.from_first(answer)}"
+    except UserError as error:
+        return f"refused: {error}"
+
+
+def test_what_the_first_rank_finds_all_ranks_know(crowd: Crowd) -> None:
+    assert crowd.ask(ask_the_first, False) == ["got 0", "got 0"]
+    assert crowd.ask(ask_the_first, True) == ["refused: no such folder"] * 2
+    assert ask_the_first(ALONE, False) == "got 0"
+
+
+def stop_on(ranks: Ranks, stopping: int) -> bool:
+    return ranks.any(ranks.rank == stopping)
+
+
+def test_a_stop_that_one_rank_was_asked_for_stops_all(crowd: Crowd) -> None:
+    assert crowd.ask(stop_on, 1) == [True, True]
+    assert crowd.ask(stop_on, 7) == [False, False]

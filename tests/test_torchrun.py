@@ -1,0 +1,160 @@
+"""Two ranks on the command line: a whole run, a killed one that goes on, and ranks that die. Real torchrun, gloo, CPU."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+SMOKE = Path(__file__).parents[1] / "curriculum" / "recipes" / "smoke.toml"
+PROGRAM = "import sys; from isomorph.curriculum.cli import main; main()"
+SHORT = ("stage.0.steps=6", "run.checkpoint_every=4", "eval.prompts=4")
+UNTIMED = ("time/", "wall_s", "publish/")  # a resumed run publishes before its first step
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def isomorph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The console script, which torchrun starts by its path."""
+    script = tmp_path_factory.mktemp("bin") / "isomorph.py"
+    script.write_text(PROGRAM + "\n")
+    return script
+
+
+def torchrun(isomorph: Path, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "--", str(isomorph), *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def step_rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """By rank. Each has children of its own, of the judges."""
+    found = psutil.Process(launcher.pid).children()
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+@contextlib.contextmanager
+def at_work(isomorph: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """Launcher and ranks in the midst of a step; afterwards no process of theirs may be left."""
+    launcher = torchrun(isomorph, "train", SMOKE, "--run", "run", "stage.0.steps=5000", cwd=folder)
+    try:
+        wait_for(lambda: (folder / "run" / "steps.jsonl").exists())
+        ranks = ranks_of(launcher)
+        everyone = [process for rank in ranks for process in (rank, *rank.children(recursive=True))]
+        yield launcher, ranks
+        _, alive = psutil.wait_procs(everyone, timeout=60)
+        assert alive == []
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+@pytest.fixture(scope="module")
+def whole_run(isomorph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    out = finished(torchrun(isomorph, "train", SMOKE, "--run", "whole", *SHORT, cwd=folder))
+    assert out.count("run folder: whole") == 1  # one rank speaks
+    return folder / "whole"
+
+
+def test_a_run_on_two_ranks_leaves_what_one_would(whole_run: Path) -> None:
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["steps"] == 14
+    assert set(summary["accuracy"]["after"]) == {"natural", "graph", "code", "table"}
+    assert json.loads((whole_run / "run.json").read_text())["ranks"] == 2
+    rows = step_rows(whole_run)
+    assert [row["step"] for row in rows] == list(range(1, 15))
+    assert {row["groups/all"] for row in rows} == {16, 4}  # of both ranks
+    assert (whole_run / "report" / "report.html").is_file()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, whole_run: Path, tmp_path: Path) -> None:
+    launcher = torchrun(isomorph, "train", SMOKE, "--run", "killed", *SHORT, cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "killed" / "checkpoints" / "step-00000008" / "state.json").exists())
+    everyone = [launcher, *ranks_of(launcher)]
+    for process in everyone:
+        process.kill()
+    launcher.communicate()
+    psutil.wait_procs(everyone[1:], timeout=30)
+    out = finished(torchrun(isomorph, "train", "--resume", "killed", cwd=tmp_path))
+    assert "resuming after step" in out and "warning" not in out
+    whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (whole_run, tmp_path / "killed"))
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert resumed["accuracy"] == whole["accuracy"] and resumed["tokens"] == whole["tokens"]
+    assert step_rows(tmp_path / "killed") == step_rows(whole_run)
+
+
+def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(isomorph: Path, whole_run: Path) -> None:
+    command = [sys.executable, str(isomorph), "train", "--resume", str(whole_run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the run had 2 ranks and goes on with 1" in done.stdout.replace("\n", " ")
+
+
+# -- whoever dies, the others do not wait for it
+def test_a_killed_rank_ends_the_run_with_a_sentence(isomorph: Path, tmp_path: Path) -> None:
+    with at_work(isomorph, tmp_path) as (launcher, ranks):
+        ranks[1].kill()
+        started = time.monotonic()
+        _, err = launcher.communicate(timeout=60)
+        assert launcher.returncode == 1 and time.monotonic() - started < 60
+    assert "error: another rank of this run is gone" in err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "another rank of this run is gone" in summary["reason"]
+
+
+def test_a_killed_launcher_leaves_no_rank_behind(isomorph: Path, tmp_path: Path) -> None:
+    with at_work(isomorph, tmp_path) as (launcher, ranks):
+        launcher.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert alive == []
+        _, err = launcher.communicate(timeout=60)
+    assert "error: the launcher of this run is gone" in err
+
+
+def test_a_rank_that_hangs_ends_the_run_with_a_sentence(isomorph: Path, tmp_path: Path) -> None:
+    with at_work(isomorph, tmp_path) as (launcher, ranks):
+        ranks[1].send_signal(signal.SIGSTOP)
+        _, err = launcher.communicate(timeout=90)  # torchrun gives the stopped rank 30 s to end
+        assert launcher.returncode == 1
+    assert "error: rank 1 of this run has not been heard of for 20 s" in err
+
+
+def test_a_stop_ends_all_ranks_with_a_checkpoint(isomorph: Path, tmp_path: Path) -> None:
+    with at_work(isomorph, tmp_path) as (launcher, ranks):
+        ranks[1].send_signal(signal.SIGINT)  # one is enough
+        launcher.communicate(timeout=60)
+    steps = len(step_rows(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}" / "state.json").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
