@@ -145,6 +145,7 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
 
     ours = Ours(args)
     asked = questions(args.prompts * args.steps)
+    is_chat = ours.policy.text.uses_chat_template
     rows: list[Row] = []
 
     class Timed(GRPOTrainer):
@@ -186,7 +187,7 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
-        return [variety(c[0]["content"]) for c in completions]
+        return [variety(c[0]["content"] if is_chat else c) for c in completions]
 
     with tempfile.TemporaryDirectory() as scratch:
         config = GRPOConfig(
@@ -215,7 +216,8 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
             logging_strategy="no",
             disable_tqdm=True,
         )
-        data = Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in asked])
+        turns = [{"prompt": [{"role": "user", "content": q}] if is_chat else q} for q in asked]
+        data = Dataset.from_list(turns)
         trainer = Timed(model=args.model, reward_funcs=reward, args=config, train_dataset=data, callbacks=[Turns()])
         trainer.train()
     return rows

@@ -1,9 +1,14 @@
 """What a GPU machine is asked first, in one call of at most nine minutes, most valuable first.
 
-    PYTHONPATH=.links python benchmarks/gpu_suite.py --out FOLDER [--rehearse]
+    PYTHONPATH=.links:.peers python benchmarks/gpu_suite.py --out FOLDER [--rehearse] [--part NAME ...]
 
 Every part is a child process with its own time limit; every result is appended to FOLDER/gpu_suite.jsonl the moment it
-is there, a failure with its traceback. --rehearse runs each part at tiny sizes on the CPU, Triton interpreted.
+is there, a failure with its output. A short table comes last. Nothing needs an installed isomorph or its C++ module.
+--rehearse runs each part at tiny sizes on the CPU, Triton interpreted. What the machine lacks of pydantic, pytest,
+hypothesis and of the peers (trl with accelerate and datasets, liger-kernel, cut-cross-entropy, verl) is taken from
+.peers, made elsewhere by pip install --no-deps --target .peers; without a peer its rows read absent.
+
+A new part is a function of gpu_parts.py and a line in PARTS.
 """
 
 import argparse
@@ -12,143 +17,37 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
+
+import gpu_parts as ask
+from compare import COMPILED, EAGER, OURS
+
 TOTAL_S = 540.0
-Rows = Iterator[dict[str, Any]]
-
-
-def gemm_ceiling(rehearse: bool) -> Rows:
-    """cuBLAS at the head's shapes, also with float32 results and accumulating into them."""
-    import torch
-    from compare import DEVICE
-
-    dim, vocab = (32, 300) if rehearse else (1536, 151_936)
-    for rows in (8,) if rehearse else (1024, 2048, 4096, 8192):
-        a = torch.randn(rows, dim, device=DEVICE).bfloat16()
-        w = torch.randn(dim, vocab, device=DEVICE).bfloat16()
-        total = torch.zeros(rows, vocab, device=DEVICE)
-        calls: dict[str, Callable[[], object]] = {
-            "mm": lambda a=a, w=w: a @ w,  # type: ignore[misc]
-            "mm to float32": lambda a=a, w=w: torch.mm(a, w, out_dtype=torch.float32),  # type: ignore[misc]
-            "addmm to float32": lambda a=a, w=w, c=total: torch.addmm(c, a, w, out_dtype=torch.float32),  # type: ignore[misc]
-        }
-        for name, call in calls.items():
-            try:
-                timing: dict[str, Any] = _timed(call, 2 * rows * dim * vocab)
-            except (NotImplementedError, RuntimeError) as failure:  # the CPU has no out_dtype; on a GPU this is news
-                timing = {"failed": f"{type(failure).__name__}: {failure}"[:300]}
-            yield {"check": name, "rows": rows, **timing}
-
-
-def rows_alone(rehearse: bool) -> Rows:
-    """A row gives the same bits alone as in a batch, in every body."""
-    import torch
-    from compare import DEVICE
-
-    from isomorph.kernels import backend
-    from isomorph.kernels.token_logprob import token_logprob
-
-    num, vocab = (4, 300) if rehearse else (256, 151_936)
-    logits = torch.randn(num, vocab, device=DEVICE)
-    target = torch.randint(vocab, (num,), device=DEVICE)
-    for body in backend.bodies("token_logprob", DEVICE.type):
-        with backend.using(f"token_logprob={body}"):
-            batch = token_logprob(logits, target)
-            alone = [token_logprob(logits[i : i + 1], target[i : i + 1]) for i in range(min(num, 16))]
-        same = all(torch.equal(b[i : i + 1], a) for i, one in enumerate(alone) for a, b in zip(one, batch, strict=True))
-        yield {"check": "bitwise alone and in a batch", "body": body, "same": same}
-
-
-def peak_memory(rehearse: bool) -> Rows:
-    """linear_loss at N = 65,536 with chunk_rows = 4096, forward and backward."""
-    import torch
-    from compare import DEVICE
-    from head_inputs import make_head
-
-    from isomorph.kernels.linear_logprob import linear_loss
-
-    num, dim, vocab, chunk = (16, 32, 300, 8) if rehearse else (65_536, 1536, 151_936, 4096)
-    hidden, weight, target = make_head(num, dim, vocab, torch.float32 if rehearse else torch.bfloat16)
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    loss = linear_loss(
-        hidden.requires_grad_(),
-        weight.requires_grad_(),
-        target,
-        lambda stats, rows: -stats.logprob.sum(),
-        chunk_rows=chunk,
-    )
-    loss.backward()  # type: ignore[no-untyped-call]
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if DEVICE.type == "cuda" else None
-    yield {"check": "peak memory", "rows": num, "chunk_rows": chunk, "memory_mib": peak, "loss": float(loss.detach())}
-
-
-def kernel_tests(rehearse: bool) -> Rows:
-    """The kernels' tests on this device."""
-    chosen = ["tests/kernels/test_packing.py"] if rehearse else ["tests/kernels", "-m", "gpu or not slow"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    yield {"check": "pytest", "code": done.returncode, "output": done.stdout[-6000:], "errors": done.stderr[-2000:]}
-
-
-def _ops(file: str) -> Callable[[bool], Rows]:
-    def run(rehearse: bool) -> Rows:
-        import importlib
-
-        import torch
-        from compare import measure
-
-        with torch.set_grad_enabled(file in ("bench_linear_loss", "bench_packed_attention")):
-            module = importlib.import_module(file)
-            for case in _tiny(module) if rehearse else module.cases(quick=False):
-                yield from measure(case, max_rounds=3 if rehearse else 20, budget_s=1.0 if rehearse else 6.0)
-
-    return run
-
-
-def _tiny(module: Any) -> list[Any]:
-    """One case of the file at a size that the interpreter bears."""
-    import torch
-
-    sizes = {
-        "bench_linear_loss": (4, 16, 300),
-        "bench_token_logprob": (4, 300),
-        "bench_packed_attention": (4, 3, 2, 2, 1, 16),
-        "bench_decode_attention": (1, 2, 2, 1, 16, 8, 4),
-    }
-    return [module._case(*sizes[module.__name__], torch.float32)]
-
-
-# name: what runs, seconds; most valuable first
-PARTS: dict[str, tuple[Callable[[bool], Rows], float]] = {
-    "tests": (kernel_tests, 150.0),
-    "gemm": (gemm_ceiling, 40.0),
-    "alone": (rows_alone, 40.0),
-    "linear_loss": (_ops("bench_linear_loss"), 100.0),
-    "memory": (peak_memory, 40.0),
-    "packed_attention": (_ops("bench_packed_attention"), 80.0),
-    "decode_attention": (_ops("bench_decode_attention"), 40.0),
-    "token_logprob": (_ops("bench_token_logprob"), 40.0),
+# name: what runs, seconds at most; most valuable first
+PARTS: dict[str, tuple[Callable[[bool], ask.Rows], float]] = {
+    "gpu_tests": (ask.gpu_tests, 90.0),
+    "gemm": (ask.gemm_ceiling, 30.0),
+    "alone": (ask.rows_alone, 30.0),
+    "linear_loss": (ask.ops("bench_linear_loss"), 120.0),
+    "memory": (ask.head_memory, 30.0),
+    "packed_attention": (ask.ops("bench_packed_attention"), 60.0),
+    "layers": (ask.layer_stack, 60.0),
+    "update": (ask.update, 60.0),
+    "smoke": (ask.smoke_run, 90.0),
+    "decode_attention": (ask.ops("bench_decode_attention"), 30.0),
+    "sampler": (ask.sampler_speed, 45.0),
+    "step": (ask.step_beside_trl, 90.0),
+    "linear_logprob": (ask.ops("bench_linear_logprob"), 60.0),
+    "token_logprob": (ask.ops("bench_token_logprob"), 30.0),
+    "kernel_tests": (ask.kernel_tests, 120.0),
 }
 
 
-def _timed(call: Callable[[], object], flop: int) -> dict[str, float]:
-    from compare import _quantiles, _take_turns
-
-    call()
-    times = sorted(_take_turns({"it": call}, 20, 2.0)["it"])
-    low, high = _quantiles(times)
-    median = times[len(times) // 2]
-    return {"median_s": median, "p20_s": low, "p80_s": high, "tflops": flop / median / 1e12}
-
-
 def _child(part: str, rehearse: bool, file: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
     for row in PARTS[part][0](rehearse):
         _append(file, {"part": part, **row})
 
@@ -161,15 +60,16 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 
 
 def _run_part(part: str, limit_s: float, rehearse: bool, file: Path) -> None:
-    command = [sys.executable, __file__, "--out", str(file.parent), "--part", part, *["--rehearse"][: int(rehearse)]]
+    command = [sys.executable, __file__, "--out", str(file.parent), "--child", part, *["--rehearse"][: int(rehearse)]]
     environment = os.environ | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearse else {})
     started = time.monotonic()
     with (file.parent / f"{part}.log").open("w+") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
-            code: int | str = subprocess.run(
-                command, stdout=log, stderr=log, timeout=limit_s, env=environment, check=False
-            ).returncode
+            code: int | str = child.wait(limit_s)
         except subprocess.TimeoutExpired:
+            os.killpg(child.pid, 9)  # with what it started itself
+            child.wait()
             code = f"cut after {limit_s:.0f} s"
         log.seek(0)
         output = log.read()[-6000:] if code else ""
@@ -177,23 +77,66 @@ def _run_part(part: str, limit_s: float, rehearse: bool, file: Path) -> None:
     print(part, "ended with", code, flush=True)
 
 
+def summary(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each figure; of each case ours, PyTorch's and the three best peers'; and how each part ended."""
+    lines = []
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "ended" in row:
+            lines += [line for case in cases.values() for line in _case_lines(case)]
+            cases = {}
+            lines.append(f"== {row['part']}: ended with {row['ended']} after {row.get('wall_s', 0)} s")
+        elif "provider" in row:
+            cases.setdefault((row["op"], row["size"], row["dtype"]), []).append(row)
+        else:
+            lines.append(f"   {row['check']}: {_figures(row)}")
+            lines += [f"      {line[:150]}" for line in row.get("failed", [])[:10] if isinstance(row["failed"], list)]
+    return lines
+
+
+def _figures(row: dict[str, Any]) -> str:
+    if isinstance(row.get("failed"), str):
+        return f"FAILED {row['failed'].splitlines()[-1][:150]}" if row["failed"] else "FAILED"
+    formats = {"value": "{:.4g}", "median_s": "{:.4g} s", "tflops": "{:.1f} TFLOP/s", "peak_mib": "{:.0f} MiB",
+               "packed_tok_s": "{:.0f} packed tok/s", "gain": "{:.2f} times", "result": "{}"}  # fmt: skip
+    return ", ".join(form.format(row[name]) for name, form in formats.items() if row.get(name) is not None)
+
+
+def _case_lines(rows: list[dict[str, Any]]) -> list[str]:
+    ok = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["median_s"])
+    bad = [f"{row['provider']} {row['status']}" for row in rows if row["status"] != "ok"]
+    head = f"   {rows[0]['op']}, {rows[0]['size']}, {rows[0]['dtype']}; not measured: {', '.join(bad) or 'none'}"
+    others = [row["provider"] for row in ok if not row["provider"].startswith(OURS)]
+    shown = {EAGER, COMPILED, *others[:3]}
+    kept = [row for row in ok if row["provider"].startswith(OURS) or row["provider"] in shown]
+    return [head, *(f"      {row['provider']:<38} {_speed(row)}" for row in kept)]
+
+
+def _speed(row: dict[str, Any]) -> str:
+    percent = f"{row['ceiling_percent']:.0f} % of {row['ceiling']}" if "ceiling_percent" in row else ""
+    memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f} MiB"
+    return f"{1e3 * row['median_s']:9.3f} ms  {percent:<18} {memory:>10}  error {row['error']:.1e}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--part", choices=PARTS, help="this part only, in this process")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="these parts only")
+    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "gpu_suite.jsonl"
-    if args.part:
-        return _child(args.part, args.rehearse, file)
+    if args.child:
+        return _child(args.child, args.rehearse, file)
     until = time.monotonic() + TOTAL_S
-    for part, (_, limit_s) in PARTS.items():
+    for part in args.part:
         left_s = until - time.monotonic()
         if left_s < 5:
             _append(file, {"part": part, "ended": "no time left"})
         else:
-            _run_part(part, min(limit_s, left_s), args.rehearse, file)
+            _run_part(part, min(PARTS[part][1], left_s), args.rehearse, file)
+    print("\n".join(summary(map(json.loads, file.read_text().splitlines()))))
 
 
 if __name__ == "__main__":

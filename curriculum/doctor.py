@@ -216,6 +216,8 @@ def _bodies() -> Iterator[Finding]:
         yield Finding("native kernels", "missing", backend.native_reason(), advice)
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         yield _bodies_on(device)
+    if torch.cuda.is_available() and (reason := backend.native_cuda_reason()):
+        yield Finding("CUDA C++ kernels", "missing", reason, "nothing needs them: Triton's do the same")
 
 
 def _bodies_on(device: str) -> Finding:

@@ -3,6 +3,9 @@
 group_advantage   reward - baseline of its group, then scaled            one number per response
 gae               delta[t] = reward[t] + gamma value[t+1] - value[t]     one number per token
                   advantage[t] = delta[t] + gamma lam advantage[t+1]
+
+What can be told from shapes, dtypes and names is checked on the host. Numbers and offsets are checked too; on CUDA by
+the kernels that read them, into flags that the host fetches once a call: that fetch is the one wait for the GPU.
 """
 
 import itertools
@@ -24,7 +27,8 @@ def group_advantage_ref(
     reward_S: Tensor, group_offsets: Tensor, *, baseline: Baseline = "mean", scale: Scale = "std"
 ) -> Tensor:
     """What ``group_advantage`` computes, one group at a time."""
-    offsets = _check_groups(reward_S, group_offsets, baseline, scale)
+    _check_groups(reward_S, group_offsets, baseline, scale)
+    offsets = _group_bounds(reward_S, group_offsets, baseline, scale)
     groups = [_one_group(reward_S[a:b], baseline, scale) for a, b in itertools.pairwise(offsets)]
     advantage_S = torch.cat(groups) if groups else torch.zeros_like(reward_S)
     if scale != "batch" or len(reward_S) == 0:
@@ -52,7 +56,8 @@ def gae_ref(
     reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """What ``gae`` computes, one token at a time."""
-    offsets = _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
+    _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
+    offsets = _seq_bounds(reward_T, value_T, cu_seqlens)
     advantage_T = torch.zeros_like(reward_T)
     for start, end in itertools.pairwise(offsets):
         next_advantage = next_value = reward_T.new_zeros(())
@@ -64,32 +69,61 @@ def gae_ref(
     return advantage_T, advantage_T + value_T
 
 
-# -- argument checks
-def _check_offsets(name: str, offsets: Tensor, num: int) -> list[int]:
-    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64 [n + 1], got {offsets.dtype} {tuple(offsets.shape)}")
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] != num or any(a > b for a, b in itertools.pairwise(values)):
-        raise ValueError(f"{name} must ascend from 0 to {num}, the number of rows, got {values}")
-    return values
-
-
-def _check_finite(name: str, value: Tensor) -> None:
+# -- argument checks: of what an argument is, without looking into it
+def _check_array(name: str, value: Tensor) -> None:
     if value.ndim != 1 or value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64 [n], got {value.dtype} {tuple(value.shape)}")
+
+
+def _check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
+    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64 [n + 1], got {offsets.dtype} {tuple(offsets.shape)}")
+    if offsets.device != device:
+        raise ValueError(f"{name} must be on the device of the rewards, {device}, got {offsets.device}; move it")
+
+
+def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> None:
+    if baseline not in get_args(Baseline):
+        raise ValueError(f"baseline must be one of {', '.join(get_args(Baseline))}, got {baseline!r}")
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}")
+    _check_array("reward", reward_S)
+    _check_offsets("group_offsets", group_offsets, reward_S.device)
+
+
+def _check_gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> None:
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must lie in 0..1, got {number}")
+    _check_array("reward", reward_T)
+    _check_array("value", value_T)
+    if value_T.shape != reward_T.shape or value_T.dtype != reward_T.dtype or value_T.device != reward_T.device:
+        raise ValueError(
+            f"value must be as reward, {reward_T.dtype} {tuple(reward_T.shape)} on {reward_T.device}, got "
+            f"{value_T.dtype} {tuple(value_T.shape)} on {value_T.device}"
+        )
+    _check_offsets("cu_seqlens", cu_seqlens, reward_T.device)
+
+
+# -- argument checks: of the numbers
+def _finite(name: str, value: Tensor) -> None:
     bad = (~torch.isfinite(value)).nonzero()
     if len(bad):
         first = int(bad[0])
         raise ValueError(f"{name} must be finite, got {float(value[first])} at index {first} ({len(bad)} in all)")
 
 
-def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> list[int]:
-    if baseline not in get_args(Baseline):
-        raise ValueError(f"baseline must be one of {', '.join(get_args(Baseline))}, got {baseline!r}")
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}")
-    _check_finite("reward", reward_S)
-    offsets = _check_offsets("group_offsets", group_offsets, len(reward_S))
+def _ascending(name: str, offsets: Tensor, num: int) -> list[int]:
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != num or any(a > b for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name} must ascend from 0 to {num}, the number of rows, got {values}")
+    return values
+
+
+def _group_bounds(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> list[int]:
+    """The offsets as numbers, after the rewards were found finite and the groups large enough."""
+    _finite("reward", reward_S)
+    offsets = _ascending("group_offsets", group_offsets, len(reward_S))
     if baseline == "none" and scale != "std":
         return offsets
     for group, (start, end) in enumerate(itertools.pairwise(offsets)):
@@ -101,18 +135,15 @@ def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale:
     return offsets
 
 
-def _check_gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> list[int]:
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} must lie in 0..1, got {number}")
-    _check_finite("reward", reward_T)
-    _check_finite("value", value_T)
-    if value_T.shape != reward_T.shape or value_T.dtype != reward_T.dtype:
-        raise ValueError(
-            f"value must be as reward, {reward_T.dtype} {tuple(reward_T.shape)}, got {value_T.dtype} "
-            f"{tuple(value_T.shape)}"
-        )
-    return _check_offsets("cu_seqlens", cu_seqlens, len(reward_T))
+def _seq_bounds(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor) -> list[int]:
+    _finite("reward", reward_T)
+    _finite("value", value_T)
+    return _ascending("cu_seqlens", cu_seqlens, len(reward_T))
+
+
+def _any(fault: Tensor) -> bool:
+    """Whether a kernel raised a flag; without a kernel nobody has looked yet."""
+    return len(fault) == 0 or bool(fault.any())
 
 
 # -- public ops
@@ -121,16 +152,25 @@ def group_advantage(
 ) -> Tensor:
     """[S] advantage of each response over its group; group g is ``group_offsets[g] : group_offsets[g + 1]``.
 
-    reward [S] float32 or float64, group_offsets [P + 1] int32 or int64, ascending from 0 to S.
+    reward [S] float32 or float64, group_offsets [P + 1] int32 or int64 on its device, ascending from 0 to S.
     baseline: "mean" of the group, "leave_one_out" mean of the others, "none".
     scale: "std" divides by the group's standard deviation (n - 1) + EPS; "batch" subtracts the mean of all S
     and divides by their standard deviation + EPS (REINFORCE++); "none". Where all values
     compared are equal the result is exactly 0.
     Raises ValueError for a reward that is not finite, and a group of one where baseline or scale compares.
     """
-    if backend.choose("group_advantage", reward_S.device) == "reference":
+    body = backend.choose("group_advantage", reward_S.device)
+    if body == "reference":
         return group_advantage_ref(reward_S, group_offsets, baseline=baseline, scale=scale)
     _check_groups(reward_S, group_offsets, baseline, scale)
+    if body == "triton":
+        from isomorph.kernels.gpu import advantage as gpu
+
+        out_S, fault_P = gpu.group_advantage(_plain(reward_S), _plain(group_offsets.long()), baseline, scale)
+        if _any(fault_P):
+            _group_bounds(reward_S, group_offsets, baseline, scale)  # says which
+        return out_S
+    _group_bounds(reward_S, group_offsets, baseline, scale)
     out_S = torch.empty(len(reward_S), dtype=reward_S.dtype)
     codes = (get_args(Baseline).index(baseline), get_args(Scale).index(scale))
     backend.native().group_advantage(_plain(reward_S), _plain(group_offsets.long()), *codes, EPS, out_S)
@@ -140,13 +180,23 @@ def group_advantage(
 def gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates [T] and returns [T] (advantage + value), sequence by sequence.
 
-    reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T.
+    reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T; on one device.
     The value after a sequence's last token is 0.
     Raises ValueError for numbers that are not finite, and for gamma or lam outside 0..1.
     """
-    if backend.choose("gae", reward_T.device) == "reference":
+    body = backend.choose("gae", reward_T.device)
+    if body == "reference":
         return gae_ref(reward_T, value_T, cu_seqlens, gamma=gamma, lam=lam)
     _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
+    if body == "triton":
+        from isomorph.kernels.gpu import advantage as gpu
+
+        offsets = _plain(cu_seqlens.long())
+        advantage_T, returns_T, fault_S = gpu.gae(_plain(reward_T), _plain(value_T), offsets, gamma, lam)
+        if _any(fault_S):
+            _seq_bounds(reward_T, value_T, cu_seqlens)  # says which
+        return advantage_T, returns_T
+    _seq_bounds(reward_T, value_T, cu_seqlens)
     value_T = _plain(value_T)
     advantage_T = torch.empty_like(value_T)
     backend.native().gae(_plain(reward_T), value_T, _plain(cu_seqlens.long()), gamma, lam, advantage_T)

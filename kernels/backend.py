@@ -4,6 +4,7 @@
     offset      our GPU kernels, the softmax inside the product   linear_loss on CUDA, if asked for by name
     varlen      flash attention as PyTorch ships it, merged       packed_attention on CUDA
     native      C++ (isomorph.kernels._native)                    on the CPU
+    cuda        CUDA C++ (isomorph.kernels._native_cuda)          row kernels on CUDA, if built and asked for by name
     torch       PyTorch, arranged for speed and memory            where BODIES says so
     reference   plain PyTorch: the specification of every op      anywhere
 
@@ -31,7 +32,19 @@ except ImportError as error:
     _native_module = None
     _native_reason = f"isomorph.kernels._native was not built ({error}); `pip install .` builds it"
 
-NAMES = ("triton", "offset", "varlen", "native", "torch", "reference")
+try:
+    from isomorph.kernels import _native_cuda
+
+    _cuda_module: ModuleType | None = _native_cuda
+    _cuda_reason = ""
+except ImportError as error:
+    _cuda_module = None
+    _cuda_reason = (
+        f"isomorph.kernels._native_cuda was not built ({error}); where nvcc is, "
+        "`pip install . -C cmake.define.ISOMORPH_CUDA=ON` builds it"
+    )
+
+NAMES = ("triton", "offset", "varlen", "native", "cuda", "torch", "reference")
 OUR_TRITON = ("triton", "offset")
 ENVIRONMENT = "ISOMORPH_BACKEND"
 
@@ -49,10 +62,12 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "take_ragged": ("native",),
     },
     "cuda": {
-        "token_logprob": ("triton", "torch"),
-        "linear_logprob": ("triton", "torch"),
-        "linear_loss": ("triton", "torch", "offset"),
+        "token_logprob": ("triton", "torch", "cuda"),
+        "linear_logprob": ("triton", "torch", "cuda"),
+        "linear_loss": ("triton", "torch", "offset", "cuda"),
         "decode_attention": ("torch",),
+        "group_advantage": ("triton",),
+        "gae": ("triton",),
     },
 }
 OPS = tuple(BODIES["cpu"])
@@ -91,6 +106,17 @@ def native() -> ModuleType:
     return _native_module
 
 
+def native_cuda() -> ModuleType:
+    """The CUDA C++ module, for an op whose ``choose`` said "cuda"."""
+    assert _cuda_module is not None, _cuda_reason
+    return _cuda_module
+
+
+def native_cuda_reason() -> str:
+    """Why the CUDA C++ bodies cannot run here; empty where they can, given a CUDA device."""
+    return _cuda_reason
+
+
 def choose(op: str, device: torch.device | str = "cpu") -> str:
     """Name of the body that ``op`` runs on ``device``. Raises ValueError for a choice that cannot be met."""
     here = bodies(op, torch.device(device).type)
@@ -127,6 +153,8 @@ def bodies(op: str, device_type: str) -> tuple[str, ...]:
     if device_type == "cpu" and interpreting():
         names = (*names, *(name for name in BODIES["cuda"].get(op, ()) if name in OUR_TRITON))
     absent = {"native"} if not native_available() else set()
+    if _cuda_module is None:
+        absent.add("cuda")
     if triton_reason():
         absent.update(OUR_TRITON)
     return (*(name for name in names if name not in absent), "reference")
@@ -155,3 +183,5 @@ def _check_name(name: str) -> None:
         raise ValueError(f"Triton bodies were asked for, but {triton_reason()}")
     if name == "native" and not native_available():
         raise ValueError(f"native bodies were asked for, but {_native_reason}")
+    if name == "cuda" and _cuda_module is None:
+        raise ValueError(f"CUDA C++ bodies were asked for, but {_cuda_reason}")

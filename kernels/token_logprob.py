@@ -11,6 +11,7 @@ A row is reduced alone, in a fixed order: its bits do not depend on the batch it
 """
 
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -85,9 +86,10 @@ def row_stats(
         from isomorph.kernels.gpu import rows
 
         return TokenStats(*rows.row_stats(logits_nV, target_n, bias_V, inv_temperature))
-    if body == "native":
+    if body in ("native", "cuda"):
+        module, stream = _compiled(body, logits_nV.device)
         out = TokenStats(*(logits_nV.new_empty(len(target_n), dtype=stats_dtype(logits_nV.dtype)) for _ in range(3)))
-        backend.native().row_stats(logits_nV, target_n.contiguous(), bias_V, inv_temperature, *out)
+        module.row_stats(logits_nV, target_n.contiguous(), bias_V, inv_temperature, *out, *stream)
         return out
     z_nV = _scaled(logits_nV, bias_V, inv_temperature)
     z_y_n1 = z_nV.gather(1, target_n[:, None])
@@ -120,11 +122,12 @@ def row_gradient(
 
         rows.row_gradient(logits_nV, target_n, stats, grads, bias_V, inv_temperature, out_nV)
         return out_nV
-    if body == "native":
+    if body in ("native", "cuda"):
+        module, stream = _compiled(body, logits_nV.device)
         dlogprob_n, dentropy_n, dlse_n = (None if g is None else g.contiguous() for g in grads)
-        backend.native().row_gradient(
+        module.row_gradient(
             logits_nV, target_n.contiguous(), stats.logprob, stats.entropy, dlogprob_n, dentropy_n, dlse_n, bias_V,
-            inv_temperature, out_nV,
+            inv_temperature, out_nV, *stream,
         )  # fmt: skip
         return out_nV
     dlogprob_n, dentropy_n, dlse_n = (torch.zeros_like(stats.lse) if g is None else g for g in grads)
@@ -140,6 +143,13 @@ def row_gradient(
         if out_nV.dtype == dz_nV.dtype
         else out_nV.copy_(dz_nV.mul_(inv_temperature))
     )
+
+
+def _compiled(body: str, device: torch.device) -> tuple[ModuleType, tuple[int, ...]]:
+    """A C++ body's module, and what it takes beside the operands: on CUDA the stream."""
+    if body == "native":
+        return backend.native(), ()
+    return backend.native_cuda(), (torch.cuda.current_stream(device).cuda_stream,)
 
 
 def _scaled(logits_nV: Tensor, bias_V: Tensor | None, inv_temperature: float) -> Tensor:

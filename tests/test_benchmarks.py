@@ -145,10 +145,36 @@ def test_missing_benchmarks_are_an_input_error(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
-def test_gpu_suite_rehearsal_runs_every_part(tmp_path: Path) -> None:
+def test_gpu_suite_rehearsal_runs_every_part_without_the_native_module(tmp_path: Path) -> None:
     suite = load("gpu_suite")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['isomorph.kernels._native'] = None\n")
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--rehearse", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, check=True, timeout=600, env=environment, capture_output=True, text=True)
     rows = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
     assert {row["part"]: row["ended"] for row in rows if "ended" in row} == dict.fromkeys(suite.PARTS, 0), rows
     assert {row["part"] for row in rows if "ended" not in row} == set(suite.PARTS)
+    assert {row["code"] for row in rows if "code" in row} == {0}
+    assert not [row for row in rows if row.get("provider") == "isomorph (native)"]
+    assert all(f"== {part}: ended with 0" in done.stdout for part in suite.PARTS)
+
+
+def test_gpu_suite_keeps_what_was_measured_before_a_part_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The child of the first part hangs after a row; the second has no time left."""
+    suite = load("gpu_suite")
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import pathlib, sys, time\n"
+        "file = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]) / 'gpu_suite.jsonl'\n"
+        'file.write_text(\'{"part": "gemm", "check": "mm", "value": 7}\\n\')\n'
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(suite, "__file__", str(child))
+    monkeypatch.setattr(suite, "TOTAL_S", 6.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--part", "gemm", "alone"])
+    suite.main()
+    printed = capsys.readouterr().out
+    assert "mm: 7" in printed
+    assert "gemm: ended with cut after 6 s" in printed and "alone: ended with no time left" in printed

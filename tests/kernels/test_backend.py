@@ -40,6 +40,20 @@ def test_a_machine_without_the_module_says_so_and_uses_other_bodies(monkeypatch:
         backend.using("native").__enter__()
 
 
+def test_cuda_bodies_that_were_not_built_are_refused_with_what_builds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_cuda_module", None)
+    monkeypatch.setattr(backend, "_cuda_reason", "`pip install . -C cmake.define.ISOMORPH_CUDA=ON` builds it")
+    backend._parse.cache_clear()
+    assert "cuda" not in backend.bodies("token_logprob", "cuda")
+    with pytest.raises(ValueError, match="CUDA C.. bodies were asked for, but `pip install . -C cmake.define"):
+        backend.using("token_logprob=cuda").__enter__()
+    monkeypatch.setattr(backend, "_cuda_module", object())
+    backend._parse.cache_clear()
+    assert "cuda" in backend.bodies("token_logprob", "cuda") and backend.choose("token_logprob", "cuda") != "cuda"
+    with backend.using("token_logprob=cuda"):
+        assert backend.choose("token_logprob", "cuda") == "cuda"
+
+
 @pytest.mark.parametrize("how", ["environment", "block"])
 def test_a_plain_name_takes_that_body_wherever_it_exists(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "environment":
@@ -67,7 +81,7 @@ def test_single_ops_are_chosen_by_name_and_the_block_outranks_the_environment(
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("fastest", "must name one of triton, offset, varlen, native, torch, reference, got 'fastest'"),
+        ("fastest", "must name one of triton, offset, varlen, native, cuda, torch, reference, got 'fastest'"),
         ("attention=torch", "names an op 'attention'; there are: token_logprob"),
         ("gae=torch", "asks for gae=torch, but on cpu gae has:"),
     ],
