@@ -1,7 +1,9 @@
 """Compiling for GPUs that are not here. Each test compiles in a process of its own: this one interprets Triton."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,21 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 HERE = Path(__file__).parent
+GPU = HERE.parents[1] / "kernels" / "gpu"
+SOURCES = sorted(
+    file for file in GPU.glob("*.py") if re.search(r"^@triton\.jit", file.read_text(encoding="utf-8"), re.M)
+)
+
+
+def _launches(source: str) -> list[tuple[str, set[str]]]:
+    """Every ``name_kernel[grid](...)``: the name and its keywords."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    launches = [call for call in calls if isinstance(call.func, ast.Subscript) and _name(call.func).endswith("_kernel")]
+    return [(_name(call.func), {keyword.arg or "**" for keyword in call.keywords}) for call in launches]
+
+
+def _name(node: ast.expr) -> str:
+    return node.value.id if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) else ""
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -45,3 +62,31 @@ def test_interpreted_kernels_are_not_compiled_and_the_error_says_what_to_do() ->
     )
     assert done.returncode == 1
     assert "unset it before Python starts" in done.stderr
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_every_kernel_that_is_launched_is_compiled_for_every_architecture(file: Path) -> None:
+    """Read from the source: a kernel that ``variants`` forgets would ship without having met a gate."""
+    script = "import json; from isomorph.kernels import aot; print(json.dumps({a: [v.name for v in aot.variants(a)] "
+    script += "for a in aot.ARCHS}))"
+    compiled = json.loads(_run("-c", script).stdout)
+    launched = {name for name, _ in _launches(file.read_text(encoding="utf-8"))}
+    assert launched
+    for arch, names in compiled.items():
+        assert launched <= {name.split(" ")[0] for name in names}, (file.name, arch)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_nothing_is_tuned_at_run_time_and_no_launch_leaves_the_compiler_a_choice(file: Path) -> None:
+    source = file.read_text(encoding="utf-8")
+    assert not {"autotune", "heuristics"} & {
+        n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)
+    }
+    for name, keywords in _launches(source):
+        assert {"enable_fp_fusion", "num_warps"} <= keywords or "**" in keywords, (file.name, name)
+    assert "enable_fp_fusion=True" in source  # also where options are handed on
+
+
+def test_launches_are_found_where_they_are_planted() -> None:
+    source = "a_kernel[(1,)](x, N, BLOCK=4, num_warps=4)\nb[0](x)\nc_kernel[grid](x, **options)\n"
+    assert _launches(source) == [("a_kernel", {"BLOCK", "num_warps"}), ("c_kernel", {"**"})]
