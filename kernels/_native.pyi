@@ -1,6 +1,29 @@
 # What kernels/csrc/ builds. Called by the op files alone, after their checks; tensors are on the CPU.
 from torch import Tensor
 
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    inv_temperature: float,
+    logprob: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+) -> None: ...
+def row_gradient(
+    logits: Tensor,
+    target: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    dlogprob: Tensor | None,
+    dentropy: Tensor | None,
+    dlse: Tensor | None,
+    bias: Tensor | None,
+    inv_temperature: float,
+    out: Tensor,
+) -> None: ...
+def has_bfloat16_gemm() -> bool: ...
+def bfloat16_gemm(x: Tensor, w: Tensor, out: Tensor) -> None: ...
 def assign_groups(cost: Tensor, max_tok: int, bin: Tensor) -> None: ...
 def take_ragged(value: Tensor, offset: Tensor, item_bytes: int, segment: Tensor, out: Tensor) -> None: ...
 def group_advantage(reward: Tensor, offset: Tensor, baseline: int, scale: int, eps: float, out: Tensor) -> None: ...

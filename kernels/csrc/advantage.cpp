@@ -48,6 +48,7 @@ void one_group(const T* reward, int64_t n, int baseline, int scale, double eps, 
 template <typename T>
 void group_advantage(Array1<const T> reward, Array1<const int64_t> offset, int baseline, int scale, double eps,
                      Array1<T> out) {
+    const nb::gil_scoped_release release;
     for (size_t group = 0; group + 1 < offset.shape(0); ++group) {
         const int64_t start = offset.data()[group];
         const int64_t n = offset.data()[group + 1] - start;
@@ -64,6 +65,7 @@ void group_advantage(Array1<const T> reward, Array1<const int64_t> offset, int b
 template <typename T>
 void gae(Array1<const T> reward, Array1<const T> value, Array1<const int64_t> offset, double gamma, double lam,
          Array1<T> advantage) {
+    const nb::gil_scoped_release release;
     const int64_t num_seqs = static_cast<int64_t>(offset.shape(0)) - 1;
 #pragma omp parallel for schedule(static)
     for (int64_t seq = 0; seq < num_seqs; ++seq) {

@@ -40,6 +40,7 @@ bool least_loaded(const int64_t* cost, const Costs& order, int64_t max_tok, int6
 }
 
 void assign_groups(Array1<const int64_t> cost_array, int64_t max_tok, Array1<int64_t> bin_array) {
+    const nb::gil_scoped_release release;
     const int64_t* cost = cost_array.data();
     int64_t* bin = bin_array.data();
     const int64_t num_groups = static_cast<int64_t>(cost_array.shape(0));
@@ -57,6 +58,7 @@ void assign_groups(Array1<const int64_t> cost_array, int64_t max_tok, Array1<int
 
 void take_ragged(Array1<const uint8_t> value_array, Array1<const int64_t> offset_array, int64_t item_bytes,
                  Array1<const int64_t> segment_array, Array1<uint8_t> out_array) {
+    const nb::gil_scoped_release release;
     const uint8_t* value = value_array.data();
     const int64_t* offset = offset_array.data();
     uint8_t* out = out_array.data();
