@@ -1,4 +1,4 @@
-"""Two ranks on the command line: a whole run, a killed one that goes on, and ranks that die. Real torchrun, gloo, CPU."""
+"""Two ranks on the command line: a whole run, a killed one that goes on, ranks that die. Real torchrun, gloo, CPU."""
 
 import contextlib
 import json
