@@ -1,14 +1,15 @@
 """Where the segments of packed groups lie, and the plan by which the CPU body walks them.
 
 Packed order is [P][R1]..[RG] per group, groups one after the other. Key k is visible to query q iff
-``k <= q < vis_end[segment of k]``.
+``k <= q < vis_end[segment of k]``. The same rule with segments in depth-first order describes trees, where a
+segment continues another one and sees all of its ancestors.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from isomorph.kernels.packing import consecutive
 
 ALONE_SCORES = 128 * 128  # a pair of ranges with that many scores gets a call of its own, on views, without padding
 MAX_PADDING = 1.35  # padded scores over real ones in a batch of ranges; more calls cost more than this padding
+
+
+class Segment(NamedTuple):
+    """Packed rows [start, end); its keys are seen by queries before vis_end: by itself and all that continues it."""
+
+    start: int
+    end: int
+    vis_end: int
+    parent: int  # index of the segment that it continues; -1 for the first of a group
 
 
 class Pair(NamedTuple):
@@ -85,21 +95,24 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedLayout:
-    """Where the segments of packed groups lie. Made by ``from_groups``; one serves all layers of a forward.
+    """Where the segments of packed groups lie. Made by ``from_groups`` or ``from_tree``; one serves all layers.
 
     Example: ``PackedLayout.from_groups([5], [[3, 0, 2]])`` has 10 tokens in segments of 5, 3, 0 and 2.
     """
 
     prompt_lens: tuple[int, ...]
-    response_lens: tuple[tuple[int, ...], ...]  # per group
+    response_lens: tuple[tuple[int, ...], ...]  # per group: its segments after the first
     num_tok: int
     group_offsets: tuple[int, ...]  # [groups + 1] tokens: group g is group_offsets[g] : group_offsets[g + 1]
     segment_group: tuple[int, ...]  # [segments]
-    segment_is_prompt: tuple[bool, ...]  # [segments]
-    positions: Tensor  # [T] int64: prompt 0..P-1, every response P..P+R-1
+    segment_is_prompt: tuple[bool, ...]  # [segments] True for the first of a group
+    segments: tuple[Segment, ...] = field(repr=False)
+    is_tree: bool  # a response is itself continued: some segment has more than one ancestor
+    positions: Tensor  # [T] int64: prompt 0..P-1, every response P..P+R-1; in a tree on from the parent's last
     cu_seqlens: Tensor  # [segments + 1] int32, packed order; zero-length segments are kept
     vis_end: Tensor  # [segments] int32: the segment's keys are seen by queries before it
     plan: Plan = field(repr=False)  # of the CPU body; stays on the CPU
+    on_device: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what bodies made of it, once a device
 
     @classmethod
     def from_groups(
@@ -110,31 +123,56 @@ class PackedLayout:
         Zero-length prompts and responses are legal. Raises ValueError for a negative length or unequal
         numbers of prompts and groups, TypeError for a length that is not an int.
         """
-        _check_lens(prompt_lens, response_lens_per_group)
-        groups = [(prompt, *responses) for prompt, responses in zip(prompt_lens, response_lens_per_group, strict=True)]
-        group_offsets = tuple(itertools.accumulate(map(sum, groups), initial=0))
-        segment_lens = list(itertools.chain.from_iterable(groups))
-        cu_seqlens = list(itertools.accumulate(segment_lens, initial=0))
-        segment_group = [g for g, group in enumerate(groups) for _ in group]
-        is_prompt = [i == 0 for group in groups for i in range(len(group))]
-        vis_end = [
-            group_offsets[g + 1] if prompt else end
-            for g, prompt, end in zip(segment_group, is_prompt, cu_seqlens[1:], strict=True)
-        ]
-        first_position = [0 if prompt else groups[g][0] for g, prompt in zip(segment_group, is_prompt, strict=True)]
+        if len(prompt_lens) != len(response_lens_per_group):
+            raise ValueError(
+                "prompt_lens and response_lens_per_group must have one entry per group, got "
+                f"{len(prompt_lens)} and {len(response_lens_per_group)}"
+            )
+        lens: list[int] = []
+        parents: list[int] = []
+        for prompt_len, response_lens in zip(prompt_lens, response_lens_per_group, strict=True):
+            parents += [-1, *[len(lens)] * len(response_lens)]
+            lens += [prompt_len, *response_lens]
+        return cls.from_tree(lens, parents)
+
+    @classmethod
+    def from_tree(cls, lens: Sequence[int], parents: Sequence[int]) -> "PackedLayout":
+        """Layout of trees of segments in depth-first order: segment i continues segment ``parents[i]``, -1 none.
+
+        A segment sees itself causally and all of its ancestors; positions go on from its parent's last.
+        Raises ValueError for a negative length, unequal numbers of lengths and parents, or an order that is
+        not depth first, TypeError for a length that is not an int.
+
+        Example: ``from_tree([4, 3, 2, 2, 5], [-1, 0, 1, 1, 0])`` is a prompt with two responses, the first of
+        which goes on in two ways.
+        """
+        _check_tree(lens, parents)
+        offsets = list(itertools.accumulate(lens, initial=0))
+        vis_end = offsets[1:]
+        for i in reversed(range(len(lens))):  # descendants come after their ancestors
+            if parents[i] >= 0:
+                vis_end[parents[i]] = max(vis_end[parents[i]], vis_end[i])
+        segments = tuple(itertools.starmap(Segment, zip(offsets[:-1], offsets[1:], vis_end, parents, strict=True)))
+        first_position: list[int] = []
+        for parent in parents:
+            first_position.append(first_position[parent] + lens[parent] if parent >= 0 else 0)
+        roots = [i for i, parent in enumerate(parents) if parent < 0]
+        groups = [tuple(lens[a:b]) for a, b in itertools.pairwise([*roots, len(lens)])]
         return cls(
-            prompt_lens=tuple(prompt_lens),
+            prompt_lens=tuple(group[0] for group in groups),
             response_lens=tuple(group[1:] for group in groups),
-            num_tok=group_offsets[-1],
-            group_offsets=group_offsets,
-            segment_group=tuple(segment_group),
-            segment_is_prompt=tuple(is_prompt),
+            num_tok=offsets[-1],
+            group_offsets=(*(offsets[root] for root in roots), offsets[-1]),
+            segment_group=tuple(g for g, group in enumerate(groups) for _ in group),
+            segment_is_prompt=tuple(parent < 0 for parent in parents),
+            segments=segments,
+            is_tree=any(parent >= 0 and parents[parent] >= 0 for parent in parents),
             positions=consecutive(
-                torch.tensor(first_position, dtype=torch.int64), torch.tensor(segment_lens, dtype=torch.int64)
+                torch.tensor(first_position, dtype=torch.int64), torch.tensor(lens, dtype=torch.int64)
             ),
-            cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+            cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
             vis_end=torch.tensor(vis_end, dtype=torch.int32),
-            plan=_make_plan(prompt_lens, group_offsets, cu_seqlens),
+            plan=_make_plan(segments),
         )
 
     def to(self, device: torch.device | str) -> "PackedLayout":
@@ -149,28 +187,36 @@ class PackedLayout:
         return (token_T <= token_T[:, None]) & (token_T[:, None] < vis_end_T)
 
 
-def _check_lens(prompt_lens: Sequence[int], response_lens_per_group: Sequence[Sequence[int]]) -> None:
-    if len(prompt_lens) != len(response_lens_per_group):
-        raise ValueError(
-            "prompt_lens and response_lens_per_group must have one entry per group, got "
-            f"{len(prompt_lens)} and {len(response_lens_per_group)}"
-        )
-    for length in itertools.chain(prompt_lens, *response_lens_per_group):
+def _check_tree(lens: Sequence[int], parents: Sequence[int]) -> None:
+    if len(lens) != len(parents):
+        raise ValueError(f"lens and parents must have one entry per segment, got {len(lens)} and {len(parents)}")
+    open_segments: list[int] = []  # from the last root to the last segment
+    for i, (length, parent) in enumerate(zip(lens, parents, strict=True)):
         if not isinstance(length, int):
             raise TypeError(f"lengths must be ints, got {type(length).__name__} {length!r}")
         if length < 0:
             raise ValueError(f"lengths must be >= 0, got {length}")
+        while open_segments and open_segments[-1] != parent:
+            open_segments.pop()
+        if parent != -1 and not open_segments:
+            raise ValueError(
+                f"segments must stand in depth-first order, each after its parent, but segment {i} names {parent}, "
+                "which is not the segment before it nor an ancestor of that one; -1 starts a new tree"
+            )
+        open_segments.append(i)
 
 
-def _make_plan(prompt_lens: Sequence[int], group_offsets: Sequence[int], cu_seqlens: Sequence[int]) -> Plan:
-    own = [Pair(a, b, a, b) for a, b in itertools.pairwise(cu_seqlens)]
-    cross = [
-        Pair(start + prompt_len, end, start, start + prompt_len)
-        for prompt_len, (start, end) in zip(prompt_lens, itertools.pairwise(group_offsets), strict=True)
-    ]
+def _make_plan(segments: Sequence[Segment]) -> Plan:
+    own = [Pair(s.start, s.end, s.start, s.end) for s in segments]
+    # what continues a segment looks at it; pairs of one depth share no query: they may be one batch
+    cross: dict[int, list[Pair]] = {}
+    depths: list[int] = []
+    for s in segments:
+        depths.append(depths[s.parent] + 1 if s.parent >= 0 else 0)
+        cross.setdefault(depths[-1], []).append(Pair(s.end, s.vis_end, s.start, s.end))
     return Plan(
         own=tuple(_batch(pairs, is_causal=True) for pairs in _bucket(own)),
-        cross=tuple(_batch(pairs, is_causal=False) for pairs in _bucket(cross)),
+        cross=tuple(_batch(pairs, is_causal=False) for depth in cross for pairs in _bucket(cross[depth])),
     )
 
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention, packed_attention_ref
 
 Groups = tuple[list[int], list[list[int]]]
+Tree = tuple[list[int], list[int]]
 
 GROUPS: dict[str, Groups] = {
     "nothing": ([], []),
@@ -25,6 +27,13 @@ GROUPS: dict[str, Groups] = {
     "long ones alone": ([200, 150, 3], [[100, 140], [130], [1]]),
 }
 
+# lengths and parents
+DEEP: dict[str, Tree] = {
+    "a tree of depth 3": ([9, 5, 4, 3, 6, 2, 7, 8], [-1, 0, 1, 2, 1, 0, -1, 6]),
+    "a chain, and empty branches": ([6, 0, 5, 1, 0, 3, 12], [-1, 0, 1, 2, 3, 2, 0]),
+    "a long tree": ([130, 150, 20, 140, 3, 200], [-1, 0, 1, 1, 3, 0]),
+}
+
 
 def _qkv(num_tok: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     gen = torch.Generator().manual_seed(num_tok)
@@ -33,62 +42,61 @@ def _qkv(num_tok: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype =
     return [q.mul_(2).requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout]
 
 
-def _sequences(groups: Groups) -> list[tuple[Tensor, int]]:
-    """Rows of each unpacked sequence, and how many of its first rows other sequences have too."""
-    out, start = [], 0
+def _tree(groups: Groups) -> tuple[list[int], list[int]]:
+    """Lengths and parents of the segments."""
+    lens: list[int] = []
+    parents: list[int] = []
     for prompt_len, response_lens in zip(*groups, strict=True):
-        prompt = torch.arange(start, start + prompt_len)
-        out.append((prompt, 0))
-        start += prompt_len
-        for length in response_lens:
-            out.append((torch.cat([prompt, torch.arange(start, start + length)]), prompt_len))
-            start += length
-    return out
+        parents += [-1] + [len(lens)] * len(response_lens)
+        lens += [prompt_len, *response_lens]
+    return lens, parents
 
 
-def _by_sequence(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) -> Tensor:
-    """Every response after its own copy of the prompt; no packing, no sharing, no masks but the triangle."""
-    out = 0 * (q + k.sum() + v.sum())
-    repeats = q.shape[1] // k.shape[1]
-    for rows, num_shared in _sequences(groups):
-        q_HLD, k_HLD, v_HLD = (x[rows].transpose(0, 1) for x in (q, k, v))
-        scores = q_HLD @ k_HLD.repeat_interleave(repeats, 0).mT * scale
-        future = torch.ones(len(rows), len(rows), dtype=torch.bool).triu(1)
-        weights = torch.exp(scores.masked_fill(future, -math.inf))
-        result = (weights / weights.sum(-1, keepdim=True)) @ v_HLD.repeat_interleave(repeats, 0)
-        out = out.index_copy(0, rows[num_shared:], result.transpose(0, 1)[num_shared:])
-    return out
+TREES = {**{name: _tree(groups) for name, groups in GROUPS.items()}, **DEEP}
 
 
-@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+def _sequences(lens: list[int], parents: list[int]) -> list[Tensor]:
+    """Rows of each segment after all that it continues."""
+    rows: list[Tensor] = []
+    for (start, end), parent in zip(itertools.pairwise(itertools.accumulate(lens, initial=0)), parents, strict=True):
+        rows.append(torch.cat([rows[parent], torch.arange(start, end)]) if parent >= 0 else torch.arange(start, end))
+    return rows
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(4, 2, 16, None), (3, 1, 8, 0.2), (2, 2, 5, None)])
 def test_equals_reference_and_unpacked_sequences_in_float64(
-    groups: Groups, heads: int, kv_heads: int, dim: int, scale: float | None
+    unpacked_attention: Any, tree: Tree, heads: int, kv_heads: int, dim: int, scale: float | None
 ) -> None:
     # The gradient of a prompt's keys and values in the unpacked truth is the sum over its copies.
-    layout = PackedLayout.from_groups(*groups)
+    layout = PackedLayout.from_tree(*tree)
     q, k, v, dout = _qkv(layout.num_tok, heads, kv_heads, dim)
     ours = packed_attention(q, k, v, layout, scale=scale)
     grads = torch.autograd.grad(ours, (q, k, v), dout)
     for other in (
         packed_attention_ref(q, k, v, layout, scale=scale),
-        _by_sequence(q, k, v, groups, scale or dim**-0.5),
+        unpacked_attention(q, k, v, *tree, scale or dim**-0.5),
     ):
         torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-12)
         expected = torch.autograd.grad(other, (q, k, v), dout)
         torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 40), st.lists(st.integers(0, 30), max_size=5)),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_equals_reference_for_any_lengths(groups: list[tuple[int, list[int]]]) -> None:
-    layout = PackedLayout.from_groups([p for p, _ in groups], [r for _, r in groups])
+def _tree_of(nodes: list[tuple[int, int]]) -> Tree:
+    """From lengths and depths in depth-first order; a depth that has no parent is cut to one that has."""
+    path: list[int] = []
+    parents = []
+    for i, (_, depth) in enumerate(nodes):
+        del path[depth:]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    return [length for length, _ in nodes], parents
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=20))
+def test_equals_reference_for_any_lengths(nodes: list[tuple[int, int]]) -> None:
+    layout = PackedLayout.from_tree(*_tree_of(nodes))
     q, k, v, dout = _qkv(layout.num_tok, 2, 1, 4)
     ours, other = packed_attention(q, k, v, layout), packed_attention_ref(q, k, v, layout)
     torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-12)
@@ -144,25 +152,38 @@ def test_the_prompt_of_a_group_is_computed_once_and_no_square_of_all_tokens_exis
     assert attended.largest <= 2 * q.numel()
 
 
-@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
-def test_layout_says_where_everything_is(groups: Groups) -> None:
-    layout = PackedLayout.from_groups(*groups)
-    rows = [x for x, _ in _sequences(groups)]
-    segments = [n for p, rs in zip(*groups, strict=True) for n in (p, *rs)]
-    assert layout.num_tok == sum(segments)
-    assert layout.cu_seqlens.tolist() == list(itertools.accumulate(segments, initial=0))
-    assert len(layout.segment_group) == len(layout.segment_is_prompt) == len(layout.vis_end) == len(segments)
-    assert [g for g, is_prompt in zip(layout.segment_group, layout.segment_is_prompt, strict=True) if is_prompt] == (
-        list(range(len(groups[0])))
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
+def test_layout_says_where_everything_is(tree: Tree) -> None:
+    layout = PackedLayout.from_tree(*tree)
+    lens, parents = tree
+    assert layout.num_tok == sum(lens)
+    assert layout.cu_seqlens.tolist() == list(itertools.accumulate(lens, initial=0))
+    assert [segment.parent for segment in layout.segments] == parents
+    assert [segment.vis_end for segment in layout.segments] == layout.vis_end.tolist()
+    assert layout.segment_is_prompt == tuple(parent < 0 for parent in parents)
+    assert [g for g, first in zip(layout.segment_group, layout.segment_is_prompt, strict=True) if first] == (
+        list(range(len(layout.prompt_lens)))
     )
     mask = torch.zeros(layout.num_tok, layout.num_tok, dtype=torch.bool)
-    for sequence in rows:
+    for sequence in _sequences(*tree):
         assert layout.positions[sequence].tolist() == list(range(len(sequence)))
         for i, row in enumerate(sequence):
             mask[row, sequence[: i + 1]] = True
     assert torch.equal(layout.dense_mask(), mask)
     for group, (start, end) in enumerate(itertools.pairwise(layout.group_offsets)):
-        assert end - start == groups[0][group] + sum(groups[1][group])
+        assert end - start == layout.prompt_lens[group] + sum(layout.response_lens[group])
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_are_trees_of_depth_one(name: str) -> None:
+    layout, tree = PackedLayout.from_groups(*GROUPS[name]), PackedLayout.from_tree(*TREES[name])
+    assert (layout.segments, layout.prompt_lens, layout.response_lens) == (
+        tree.segments,
+        tree.prompt_lens,
+        tree.response_lens,
+    )
+    assert not layout.is_tree
+    assert all(PackedLayout.from_tree(*deep).is_tree for deep in DEEP.values())
 
 
 def test_layout_moves_its_tensors() -> None:
@@ -261,3 +282,20 @@ def test_bad_lengths_are_refused() -> None:
         PackedLayout.from_groups([1], [[-1]])
     with pytest.raises(TypeError, match="lengths must be ints, got float"):
         PackedLayout.from_groups([1], [[2.0]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("lens", "parents", "message"),
+    [
+        ([1, 2], [-1], "one entry per segment, got 2 and 1"),
+        ([1, -2], [-1, 0], "lengths must be >= 0, got -2"),
+        ([1, 1], [0, -1], "segment 0 names 0"),
+        ([1, 1, 1], [-1, -1, 0], "segment 2 names 0"),  # 0 is closed: its tokens would not be neighbours
+        ([1, 1, 1, 1], [-1, 0, 0, 1], "segment 3 names 1"),
+        ([1, 1], [-1, 5], "segment 1 names 5"),
+        ([1, 1], [-1, -2], "segment 1 names -2"),
+    ],
+)
+def test_bad_trees_are_refused(lens: list[int], parents: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedLayout.from_tree(lens, parents)
