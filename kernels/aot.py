@@ -29,10 +29,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from isomorph.kernels.gpu import advantage, offset, rows
+from isomorph.kernels.gpu import advantage, attention, offset, rows
 from isomorph.kernels.gpu.variant import ARCHS, SHARED_LIMIT, Variant
 
-FILES = (rows, offset, advantage)
+FILES = (rows, offset, advantage, attention)
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
 # Triton 3.6's assembler keeps a convergence barrier of some loops on the stack: 8 bytes a thread, one store, one load.

@@ -2,7 +2,7 @@
 
     triton      our GPU kernels                                   on CUDA; with TRITON_INTERPRET=1 anywhere, for tests
     offset      our GPU kernels, the softmax inside the product   linear_loss on CUDA, if asked for by name
-    varlen      flash attention as PyTorch ships it, merged       packed_attention on CUDA
+    varlen      flash attention as PyTorch ships it, merged       packed_attention on CUDA, see attention_route.py
     native      C++ (isomorph.kernels._native)                    on the CPU
     cuda        CUDA C++ (isomorph.kernels._native_cuda)          row kernels on CUDA, if built and asked for by name
     torch       PyTorch, arranged for speed and memory            where BODIES says so
@@ -10,7 +10,8 @@
 
 ``ISOMORPH_BACKEND=reference`` (or ``using("reference")``) takes that body wherever an op has it;
 ``ISOMORPH_BACKEND=decode_attention=torch,gae=reference`` chooses op by op; an op that lacks it is an error.
-``table(device)`` says what runs: it belongs in a run's record.
+``table(device)`` says what runs: it belongs in a run's record. What packed_attention runs on CUDA depends on its inputs
+too: ``attention_route.choose`` says.
 """
 
 import functools
@@ -65,6 +66,7 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "token_logprob": ("triton", "torch", "cuda"),
         "linear_logprob": ("triton", "torch", "cuda"),
         "linear_loss": ("triton", "torch", "offset", "cuda"),
+        "packed_attention": ("triton", "varlen"),  # for given inputs attention_route.py chooses
         "decode_attention": ("torch",),
         "group_advantage": ("triton",),
         "gae": ("triton",),
@@ -83,6 +85,16 @@ def triton_reason() -> str:
     if not torch.cuda.is_available() and not interpreting():
         return "there is no CUDA device; TRITON_INTERPRET=1, set before Python starts, runs them slowly on the CPU"
     return ""
+
+
+@functools.cache
+def flash_reason() -> str:
+    """Why flash attention cannot be called here, for the varlen body; empty where it can."""
+    if triton_reason() or not torch.cuda.is_available():
+        return triton_reason() or "there is no CUDA device"
+    from isomorph.kernels import varlen_attention  # needs Triton
+
+    return varlen_attention.flash_reason()
 
 
 def interpreting() -> bool:
@@ -119,14 +131,17 @@ def native_cuda_reason() -> str:
 
 def choose(op: str, device: torch.device | str = "cpu") -> str:
     """Name of the body that ``op`` runs on ``device``. Raises ValueError for a choice that cannot be met."""
+    return asked(op, device) or bodies(op, torch.device(device).type)[0]
+
+
+def asked(op: str, device: torch.device | str = "cpu") -> str:
+    """The body that was asked for; empty where none was. Raises ValueError for a choice that cannot be met."""
     here = bodies(op, torch.device(device).type)
     request = _override.get() or os.environ.get(ENVIRONMENT, "")
     everywhere, per_op = _parse(request)
     if op in per_op and per_op[op] not in here:
         raise ValueError(f"{ENVIRONMENT} asks for {op}={per_op[op]}, but on {device} {op} has: {', '.join(here)}")
-    if op in per_op:
-        return per_op[op]
-    return everywhere if everywhere in here else here[0]
+    return per_op.get(op) or (everywhere if everywhere in here else "")
 
 
 def table(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -157,6 +172,8 @@ def bodies(op: str, device_type: str) -> tuple[str, ...]:
         absent.add("cuda")
     if triton_reason():
         absent.update(OUR_TRITON)
+    if "varlen" in names and flash_reason():
+        absent.add("varlen")
     return (*(name for name in names if name not in absent), "reference")
 
 
@@ -181,6 +198,8 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{ENVIRONMENT} must name one of {', '.join(NAMES)}, got {name!r}")
     if name in OUR_TRITON and triton_reason():
         raise ValueError(f"Triton bodies were asked for, but {triton_reason()}")
+    if name == "varlen" and flash_reason():
+        raise ValueError(f"varlen bodies were asked for, but {flash_reason()}")
     if name == "native" and not native_available():
         raise ValueError(f"native bodies were asked for, but {_native_reason}")
     if name == "cuda" and _cuda_module is None:

@@ -1,10 +1,12 @@
 """Attention over packed segments; the prompt of a group stands once and is computed once.
 
-A prompt is seen by itself and by all responses of its group, a response by itself alone; both causally.
-On the CPU, by ATen's flash attention, in two parts that are merged by log-sum-exp:
+A prompt is seen by itself and by all responses of its group, a response by itself alone; both causally. In a tree of
+segments each one sees all that it continues.
+On a GPU by ``gpu/attention.py`` or ``varlen_attention.py``; ``attention_route.py`` has the rule.
+On the CPU by ATen's flash attention, in parts that are merged by log-sum-exp:
 
-    own     every segment on its own keys, causal                 o1, l1
-    cross   all responses of a group on its prompt's keys, full   o2, l2
+    own     every segment on its own keys, causal                         o1, l1
+    cross   all that continues a segment on its keys, full; by depth      o2, l2
     merge   l = logaddexp(l1, l2)     o = exp(l1 - l) o1 + exp(l2 - l) o2
 
 The backward of each part, given the merged o and l, is exact: a weight is exp(score - l) wherever its key is.
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isomorph.kernels import backend
+from isomorph.kernels import attention_route
 from isomorph.kernels.packed_layout import Batch, PackedLayout, Plan, Ranges
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -138,6 +140,35 @@ def _merge(queries: Ranges, out_THD: Tensor, lse_TH: Tensor, part_out: Tensor, p
     lse_TH[queries.rows] = torch.logaddexp(own_lse_nH, lse_nH)
 
 
+# -- GPU bodies
+class _OnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float, body: str
+    ) -> Tensor:
+        out_THD, lse_HT = _gpu_body(body).attend(q_THD, k_TKD, v_TKD, layout, scale)
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD, out_THD, lse_HT)
+        ctx.layout, ctx.scale, ctx.body = layout, scale, body
+        return out_THD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _gpu_body(ctx.body).attend_backward(dout_THD, *ctx.saved_tensors, ctx.layout, ctx.scale)
+        return *grads, None, None, None
+
+
+def _gpu_body(body: str) -> Any:
+    """The module; imported late, because it needs Triton."""
+    if body == "varlen":
+        from isomorph.kernels import varlen_attention
+
+        return varlen_attention
+    from isomorph.kernels.gpu import attention
+
+    return attention
+
+
 # -- public op
 def packed_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, *, scale: float | None = None
@@ -149,7 +180,10 @@ def packed_attention(
     Differentiable once.
     Raises ValueError or TypeError for shapes and dtypes that do not fit each other or the layout.
     """
-    if backend.choose("packed_attention", q_THD.device) == "reference":
-        return packed_attention_ref(q_THD, k_TKD, v_TKD, layout, scale=scale)
     scale = _check(q_THD, k_TKD, v_TKD, layout, scale)
-    return _FlashMerged.apply(q_THD, k_TKD, v_TKD, layout.plan, scale)
+    body = attention_route.choose(q_THD.device, q_THD.dtype, q_THD.shape[2], is_tree=layout.is_tree).body
+    if body == "reference":
+        return packed_attention_ref(q_THD, k_TKD, v_TKD, layout, scale=scale)
+    if body == "torch":
+        return _FlashMerged.apply(q_THD, k_TKD, v_TKD, layout.plan, scale)
+    return _OnGpu.apply(q_THD, k_TKD, v_TKD, layout, scale, body)
