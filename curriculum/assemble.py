@@ -27,6 +27,8 @@ from isomorph.engine.types import RunFailed, RunState, Sampler
 from isomorph.engine.update.distributed import Ranks, lost_ranks_explained
 from isomorph.engine.update.learner import Learner
 from isomorph.kernels import backend
+from isomorph.kernels.attention_route import Route
+from isomorph.kernels.attention_route import choose as choose_attention
 
 PACKAGES = (
     "isomorph",
@@ -89,7 +91,7 @@ def _crew_at_work(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks))
-        for fallback in fallbacks(policy.device):
+        for fallback in fallbacks(policy):
             log.say(f"warning: {fallback}")
         crew = Crew(
             policy=policy,
@@ -147,8 +149,8 @@ def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: 
         "ranks": ranks.size,
         "machine": describe_machine(),
         "sampler": recipe.sampler.kind,
-        "backends": backend.table(policy.device),
-        "fallbacks": fallbacks(policy.device),
+        "backends": {**backend.table(policy.device), "packed_attention": _attention(policy).body},
+        "fallbacks": fallbacks(policy),
         "model": {
             "type": policy.config.model_type,
             "parameters": sum(p.numel() for p in policy.named_parameters().values()),
@@ -159,13 +161,20 @@ def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: 
     }
 
 
-def fallbacks(device: torch.device) -> list[str]:
+def _attention(policy: Policy) -> Route:
+    return choose_attention(policy.device, policy.dtype, policy.head_dim, is_tree=False)
+
+
+def fallbacks(policy: Policy) -> list[str]:
     """What runs slower here than it could, each with its cost and the way back."""
     found = []
     if not backend.native_available():
         found.append(f"packing, advantages and decoding run their slower PyTorch bodies: {backend.native_reason()}")
-    if device.type == "cuda":
-        found.append("no Triton kernels exist yet: ops run their PyTorch bodies on the GPU")
+    if policy.device.type == "cuda" and backend.triton_reason():
+        found.append(f"ops run their slower PyTorch bodies on the GPU: {backend.triton_reason()}")
+    attention = _attention(policy)
+    if attention.body == "reference" and not backend.asked("packed_attention", policy.device):
+        found.append(f"attention makes all scores of a micro-batch, tokens x tokens: {attention.reason}")
     return found
 
 

@@ -218,6 +218,7 @@ def _bodies() -> Iterator[Finding]:
         yield _bodies_on(device)
     if torch.cuda.is_available() and (reason := backend.native_cuda_reason()):
         yield Finding("CUDA C++ kernels", "missing", reason, "nothing needs them: Triton's do the same")
+    yield _attention()
 
 
 def _bodies_on(device: str) -> Finding:
@@ -229,10 +230,35 @@ def _bodies_on(device: str) -> Finding:
     except ValueError as error:
         advice = f"correct or unset {backend.ENVIRONMENT}"
         return Finding(name, "problem", str(error), advice, required=True)
+    if device == "cuda":
+        del table["packed_attention"]  # depends on its inputs, and has a line of its own
     by_body: dict[str, list[str]] = {}
     for op, body in table.items():
         by_body.setdefault(body, []).append(op)
     return Finding(name, "ok", "; ".join(f"{body}: {', '.join(ops)}" for body, ops in by_body.items()))
+
+
+def _attention() -> Finding:
+    """The body that it runs on the GPU that is here, else on every kind of GPU."""
+    import torch
+
+    from isomorph.kernels import attention_route, backend
+
+    name, width = "packed_attention", 128
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        try:
+            usual = attention_route.choose(gpu, torch.bfloat16, width, is_tree=False)
+            float32 = attention_route.choose(gpu, torch.float32, width, is_tree=False)
+        except ValueError as error:
+            return Finding(name, "problem", str(error), f"correct or unset {backend.ENVIRONMENT}", required=True)
+        return Finding(name, "ok", f"{usual.body}: {usual.reason}; in float32 {float32.body}: {float32.reason}")
+    by_body: dict[str, list[str]] = {}
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        facts = attention_route.Facts(capability, torch.bfloat16, width, is_tree=False, deterministic=False)
+        by_body.setdefault(attention_route.route(facts).body, []).append("sm_{}{}".format(*capability))
+    found = "; ".join(f"{body} on {', '.join(names)}" for body, names in by_body.items())
+    return Finding(name, "ok", f"no GPU here; in bfloat16 it would run {found}")
 
 
 def _threads() -> Finding:

@@ -35,7 +35,16 @@ def line_of(name: str, out: str) -> str:
 
 def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
     expected = {"Python", *doctor.BASE, *doctor.TRIO, "vLLM", "[math]", "[gguf]", "processor", "GPU", "Triton"}
-    expected |= {"native kernels", "ops on cpu", "threads", "contention", "memory", "disk", *doctor.VARIABLES}
+    expected |= {
+        "native kernels",
+        "ops on cpu",
+        "packed_attention",
+        "threads",
+        "contention",
+        "memory",
+        "disk",
+        *doctor.VARIABLES,
+    }
     assert expected <= set(findings)
     assert all(finding.state in ("ok", "missing", "problem") and finding.found for finding in findings.values())
     assert all(finding.advice for finding in findings.values() if finding.state != "ok")
@@ -43,6 +52,7 @@ def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
     assert torch.backends.cpu.get_cpu_capability() in findings["processor"].found
     assert "linear_loss" in findings["ops on cpu"].found
     assert "packed_attention" in findings["ops on cpu"].found
+    assert "varlen" in findings["packed_attention"].found and "triton" in findings["packed_attention"].found
 
 
 def test_this_machine_can_train(findings: dict[str, Finding]) -> None:
