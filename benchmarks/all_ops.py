@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ def main() -> None:
     rounds = 3 if args.quick else (30 if DEVICE.type == "cuda" else 10)
     for op in [args.op] if args.op else FILES:
         for case in importlib.import_module(FILES[op]).cases(args.quick):
+            started = time.monotonic()
             with args.out.open("a") as file:
-                for row in measure(case, max_rounds=rounds, budget_s=8.0):
+                for row in measure(case, max_rounds=rounds, budget_s=6.0):
                     file.write(json.dumps(row) + "\n")
                     file.flush()
                     table.add_row(*_cells(row))
+            print(f"{case.op}, {case.size}, {case.dtype}: {time.monotonic() - started:.0f} s", flush=True)
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 

@@ -59,6 +59,8 @@ def _case(num: int, vocab: int, dtype: torch.dtype, *, backward: bool = False) -
         COMPILED: lambda: run(peers.compiled(peers.row_stats)),
         "trl selective_log_softmax_and_entropy": trl,
     }
+    if not backward:  # the loss has the entropy in it
+        providers |= {name: lambda make=make: run(make()) for name, make in peers.ROW_LOGPROBS.items()}  # type: ignore[misc]
     return Case(
         "token_logprob",
         f"{'forward and backward, ' if backward else ''}N={num} V={vocab}",

@@ -16,6 +16,7 @@ from compare import DEVICE, Absent
 from torch import Tensor
 
 Logprob = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # hidden [N, D], weight [V, D], target [N]
+RowLogprob = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # logits [N, V], target [N]
 Loss = Callable[[Tensor, Tensor], Tensor]  # hidden [N, D], weight [V, D] -> scalar
 
 torch._dynamo.config.recompile_limit = 256  # cases share their functions' code; past 8 shapes of one it would be eager
@@ -91,6 +92,29 @@ LOGPROBS: dict[str, Callable[[], Logprob]] = {
     "torch linear_cross_entropy": lambda: torch_fused(chunked=False),
     "torch linear_cross_entropy, chunked": lambda: torch_fused(chunked=True),
     "cce" if DEVICE.type == "cuda" else "cce torch_compile": cce,
+}
+
+
+# -- log-probabilities from logits [N, V]; neither has the entropy. Liger's wants a row more than it reads, a copy here
+def flash_attn_rows() -> RowLogprob:
+    require("flash_attn")
+    need_gpu("flash-attn")
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return lambda logits_NV, target_N: (-cross_entropy_loss(logits_NV, target_N)[0],)
+
+
+def quack_rows() -> RowLogprob:
+    require("quack", "pip install quack-kernels, for Hopper and later")
+    need_gpu("quack")
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits_NV, target_N: (-cross_entropy(logits_NV, target_N, reduction="none"),)
+
+
+ROW_LOGPROBS: dict[str, Callable[[], RowLogprob]] = {
+    "flash-attn cross_entropy_loss": flash_attn_rows,
+    "quack cross_entropy": quack_rows,
 }
 
 
