@@ -54,7 +54,7 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "token_logprob": ("native", "torch"),
         "linear_logprob": ("native", "torch"),
-        "linear_loss": ("torch", "native"),
+        "linear_loss": ("native", "torch"),
         "packed_attention": ("torch",),
         "decode_attention": ("native", "torch"),
         "group_advantage": ("native",),

@@ -13,7 +13,8 @@ from torch import Tensor
 from isomorph.kernels import backend
 from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats, stats_dtype
 
-CHUNK_BYTES = 32 * 2**20  # of logits at a time where the caller does not say how many rows
+# of logits at a time where the caller does not say how many rows: a CPU's caches; on a GPU enough rows for its GEMMs
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
 WIDEN_BYTES = 16 * 2**20  # of low-precision weight that is widened at a time, where no GEMM takes it as it is
 
 
@@ -81,7 +82,7 @@ def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 
 def default_chunk_rows(head: Head) -> int:
-    return max(1, CHUNK_BYTES // (head.weight_VD.shape[0] * head.dtype.itemsize))
+    return max(1, CHUNK_BYTES[head.weight_VD.device.type] // (head.weight_VD.shape[0] * head.dtype.itemsize))
 
 
 class LogitChunks:
@@ -167,22 +168,30 @@ class OffsetChunks:
 
 
 class Gradients:
-    """Sums of one call's gradients, float32 (float64 for float64); ``None`` where nobody asked."""
+    """Sums of one call's gradients; ``None`` where nobody asked.
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
-        def zeros(shape: tuple[int, ...]) -> Tensor:
-            return head.weight_VD.new_zeros(shape, dtype=head.dtype)
+    Float32 (float64 for float64), rounded by ``cast`` at the end; a sum of one part is rounded at once and never stands
+    beside its rounded copy: the weight's where all rows are one chunk, the hidden rows' where each is read once.
+    """
 
-        self.hidden_TD = zeros(head.hidden_TD.shape) if needs[0] else None
-        self.weight_VD = zeros(head.weight_VD.shape) if needs[1] else None
-        self.bias_V = zeros(head.weight_VD.shape[:1]) if needs[2] else None
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool], chunk_rows: int) -> None:
+        is_one_chunk = len(head.target_ids_N) <= chunk_rows and head.gemm_takes_bfloat16
+        weight_dtype = head.weight_VD.dtype if is_one_chunk else head.dtype
+        hidden_dtype = head.hidden_TD.dtype if head.row_index_N is None else head.dtype
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return head.weight_VD.new_zeros(shape, dtype=dtype)
+
+        self.hidden_TD = zeros(head.hidden_TD.shape, hidden_dtype) if needs[0] else None
+        self.weight_VD = zeros(head.weight_VD.shape, weight_dtype) if needs[1] else None
+        self.bias_V = zeros(head.weight_VD.shape[:1], head.dtype) if needs[2] else None
 
     def add(
         self, head: Head, rows: slice, hidden_nD: Tensor, dlogits_nV: Tensor, scale_n1: Tensor | None = None
     ) -> None:
         """With ``scale``, the gradient of the logits is scale * dlogits, and hidden is scaled already."""
         if self.hidden_TD is not None:
-            dhidden_nD = self.hidden_TD.new_zeros((rows.stop - rows.start, self.hidden_TD.shape[1]))
+            dhidden_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=head.dtype)
             for columns, weight_vD in head.weight_blocks():
                 _addmm(dhidden_nD, dlogits_nV[:, columns], weight_vD)
             if scale_n1 is not None:
@@ -192,7 +201,7 @@ class Gradients:
             else:
                 _add_rows(self.hidden_TD, head.row_index_N[rows], dhidden_nD, head.rows_body)
         if self.weight_VD is not None:
-            _addmm(self.weight_VD, dlogits_nV.T, hidden_nD)
+            _add_outer(self.weight_VD, dlogits_nV, hidden_nD)
         if self.bias_V is not None:
             self.bias_V.add_(dlogits_nV.sum(0, dtype=self.bias_V.dtype))
 
@@ -216,10 +225,15 @@ def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
     elif left.is_cuda:
         torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
     else:
-        # PyTorch's CPU GEMM sums in float32 and rounds once, at its end; some rows at a time, to hold little twice
-        num_rows = max(1, WIDEN_BYTES // (right.shape[1] * right.element_size()))
-        for start in range(0, len(into), num_rows):
-            into[start : start + num_rows] += left[start : start + num_rows] @ right
+        into += left @ right  # PyTorch's CPU GEMM sums in float32 and rounds once, at its end
+
+
+def _add_outer(into_VD: Tensor, dlogits_nV: Tensor, hidden_nD: Tensor) -> None:
+    """into += dlogits^T hidden, summed in float32 where the sum is."""
+    if into_VD.is_cuda or dlogits_nV.dtype == into_VD.dtype:
+        _addmm(into_VD, dlogits_nV.T, hidden_nD)
+    else:
+        backend.native().bfloat16_outer(dlogits_nV, hidden_nD, into_VD)
 
 
 def _add_rows(into_TD: Tensor, row_index_n: Tensor, rows_nD: Tensor, body: str) -> None:

@@ -28,6 +28,7 @@ from isomorph.kernels.linear_chunks import (
 from isomorph.kernels.token_logprob import (
     RowGrads,
     TokenStats,
+    check_all,
     check_ids,
     check_temperature,
     stats_dtype,
@@ -101,8 +102,10 @@ def _check(
     num_vocab = weight_VD.shape[0]
     if bias_V is not None and bias_V.shape != (num_vocab,):
         raise ValueError(f"bias must be [V={num_vocab}], got {tuple(bias_V.shape)}")
-    if bias_V is not None and not torch.isfinite(bias_V).all():
-        raise ValueError("bias must be finite; to forbid a token, leave its row out of the unembedding")
+    if bias_V is not None:
+        check_all(
+            torch.isfinite(bias_V), "bias must be finite; to forbid a token, leave its row out of the unembedding"
+        )
     check_ids("target_ids", target_ids_N, num_vocab, "V")
     num_rows = hidden_TD.shape[0]
     if row_index_N is not None:
@@ -151,8 +154,8 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *stats_N = ctx.saved_tensors
         head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature, "linear_logprob")
-        gradients = Gradients(head, ctx.needs_input_grad[:3])
         chunk_rows = default_chunk_rows(head)
+        gradients = Gradients(head, ctx.needs_input_grad[:3], chunk_rows)
         chunks = LogitChunks(head, chunk_rows)
         for rows in row_chunks(len(target_ids_N), chunk_rows):
             chunks.load(rows)
@@ -178,7 +181,7 @@ class _LinearLoss(torch.autograd.Function):
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_loss")
-        gradients = Gradients(head, needs)
+        gradients = Gradients(head, needs, chunk_rows)
         chunks = (OffsetChunks if head.rows_body == "offset" else LogitChunks)(head, chunk_rows)
         loss = hidden_TD.new_zeros((), dtype=head.dtype)
         for rows in row_chunks(len(target_ids_N), chunk_rows):
@@ -235,7 +238,8 @@ def linear_logprob(
     hidden [T, D] and weight [V, D] share a floating-point dtype; target_ids [N] int64 in 0..V-1; row_index
     [N] int64 says which hidden row predicts target i (default: row i); a row may be read many times, its
     gradient is the sum over its targets. Differentiable once, through all three, in hidden, weight and bias.
-    Peak memory beside the gradients: one buffer of about 32 MiB, and 16 more where low-precision weights are widened.
+    Peak memory beside the gradients: one buffer of about 32 MiB (2 GiB on a GPU), and 16 MiB more where low-precision
+    weights are widened.
     N = 0 gives empty stats.
     Raises ValueError or TypeError for shapes, dtypes, ids out of range, and a temperature that is not > 0.
     """
@@ -269,8 +273,8 @@ def linear_loss(
     shorter), in order, with grad enabled on stats that are leaves; the loss is the sum. It must return a
     scalar; whatever else it reads counts as constant. A loss that couples tokens needs them in one slice.
     The other arguments are ``linear_logprob``'s. N = 0 gives 0 and zero gradients.
-    Peak memory beside the gradients, which are summed in float32: one buffer of [chunk_rows, V] float32 (on the CPU
-    and for low-precision weights another 16 MiB).
+    Peak memory beside the gradients: one buffer of [chunk_rows, V] float32, and 16 MiB more where low-precision weights
+    are widened. Gradients are summed in float32, and rounded at the end; where all rows are one chunk, at once.
     The result can be differentiated once; a second backward raises RuntimeError.
     """
     if backend.choose("linear_loss", hidden_TD.device) == "reference":

@@ -68,9 +68,21 @@ def check_ids(name: str, ids_N: Tensor, upper: int, upper_name: str) -> None:
         raise TypeError(f"{name} must be int64 [N], got {ids_N.dtype} {tuple(ids_N.shape)}")
     if ids_N.numel() == 0:
         return
+    message = f"{name} must lie in 0..{upper - 1} ({upper_name}={upper})"
+    if ids_N.is_cuda:
+        check_all((ids_N >= 0) & (ids_N < upper), message)
+        return
     low, high = (int(bound) for bound in torch.aminmax(ids_N))
     if low < 0 or high >= upper:
-        raise ValueError(f"{name} must lie in 0..{upper - 1} ({upper_name}={upper}), got {low}..{high}")
+        raise ValueError(f"{message}, got {low}..{high}")
+
+
+def check_all(holds: Tensor, message: str) -> None:
+    """On CUDA an assertion on the device, where a ValueError would make the host wait for it in every micro-batch."""
+    if holds.is_cuda:
+        torch._assert_async(holds.all(), message)
+    elif not holds.all():
+        raise ValueError(message)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -193,7 +205,8 @@ def token_logprob(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: float
     logits [N, V] of any floating-point dtype (computed in float32; in float64 for float64), target_ids [N] int64 in
     0..V-1. Differentiable once through all three. Beside its results the forward allocates nothing and the backward
     one [N, V], the gradient; where the logits come from a linear layer, ``linear_logprob`` never makes them at all.
-    Raises ValueError or TypeError for shapes, dtypes, ids out of range, and a temperature that is not > 0.
+    Raises ValueError or TypeError for shapes, dtypes, ids out of range (on CUDA: a device-side assertion, so that the
+    host need not wait), and a temperature that is not > 0.
     """
     body = backend.choose("token_logprob", logits_NV.device)
     if body == "reference":

@@ -1,4 +1,4 @@
-// out = x w^T for bfloat16 operands and float32 results, which no GEMM that PyTorch offers on the CPU gives.
+// Products that PyTorch does not offer on the CPU: bfloat16 operands, float32 results, or sums kept in float32.
 #include "gemm.h"
 
 #include <algorithm>
@@ -61,8 +61,43 @@ void bfloat16_gemm(Array2 x, Array2 w, Array2 out) {
         }
     }
 }
+
+// out [columns of a, columns of b] += a^T b.
+void bfloat16_outer(Array2 a, Array2 b, Array2 out) {
+    const int64_t num_k = a.shape(0), num_rows = a.shape(1), num_columns = b.shape(1), num_pairs = (num_k + 1) / 2;
+    const int64_t num_strips = (num_rows + kStripRows - 1) / kStripRows;
+    const int64_t num_panels = (num_columns + kGemmColumns - 1) / kGemmColumns;
+    const auto* a_data = static_cast<const uint16_t*>(a.data());
+    const auto* b_data = static_cast<const uint16_t*>(b.data());
+    auto* out_data = static_cast<float*>(out.data());
+    const int64_t a_stride = a.stride(0), b_stride = b.stride(0), out_stride = out.stride(0);
+    nb::gil_scoped_release release;
+    const Scratch packed_b = make_scratch(num_panels * kGemmColumns * num_pairs);
+#pragma omp parallel
+    {
+        const Scratch packed_a = make_scratch(kStripRows * num_pairs);
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < num_panels; ++panel) {
+            const int64_t first = panel * kGemmColumns;
+            avx512bf16::pack_panel(b_data + first, b_stride, num_k, std::min(kGemmColumns, num_columns - first),
+                                   packed_b.get() + first * num_pairs);
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t i = 0; i < num_strips; ++i) {
+            const int64_t first = i * kStripRows;
+            OuterStrip strip;
+            strip.a = a_data + first, strip.packed_b = packed_b.get();
+            strip.out = out_data + first * out_stride;
+            strip.num_k = num_k, strip.num_rows = std::min(kStripRows, num_rows - first);
+            strip.num_columns = num_columns, strip.a_stride = a_stride, strip.out_stride = out_stride;
+            strip.packed_a = packed_a.get();
+            avx512bf16::outer_strip(strip);
+        }
+    }
+}
 #else
 void bfloat16_gemm(Array2, Array2, Array2) { throw nb::type_error("bfloat16_gemm: built without AVX-512"); }
+void bfloat16_outer(Array2, Array2, Array2) { throw nb::type_error("bfloat16_outer: built without AVX-512"); }
 #endif
 
 }  // namespace
@@ -70,6 +105,8 @@ void bfloat16_gemm(Array2, Array2, Array2) { throw nb::type_error("bfloat16_gemm
 void bind_gemm(nb::module_& module) {
     module.def("has_bfloat16_gemm", &has_bfloat16_gemm);
     module.def("bfloat16_gemm", &bfloat16_gemm, nb::arg("x").noconvert(), nb::arg("w").noconvert(),
+               nb::arg("out").noconvert());
+    module.def("bfloat16_outer", &bfloat16_outer, nb::arg("a").noconvert(), nb::arg("b").noconvert(),
                nb::arg("out").noconvert());
 }
 

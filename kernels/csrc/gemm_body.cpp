@@ -1,4 +1,4 @@
-// out = x w^T for bfloat16 operands and float32 results, which no GEMM that PyTorch offers on the CPU gives.
+// Both products of gemm.h are tiles of 12 x 32 over packed operands: pairs of neighbours in k, side by side.
 // Compiled for AVX-512 with bfloat16 dot products; nothing here may come from the C++ library.
 #include "gemm.h"
 
@@ -66,8 +66,25 @@ void pack_columns(const uint16_t* w, int64_t stride, int64_t num_columns, int64_
     }
 }
 
+// Pairs of neighbours in k of at most ``width`` columns of a [num_k, num_columns]: packed[k / 2][width].
+template <int64_t kWidth>
+void pack_pairs(const uint16_t* a, int64_t stride, int64_t num_k, int64_t num_columns, uint32_t* packed) {
+    for (int64_t k = 0; k < num_k; k += 2, packed += kWidth) {
+        const uint16_t *low = a + k * stride, *high = low + stride;
+        for (int64_t c = 0; c < kWidth; c += kLanes) {
+            const __mmask16 live = lanes(num_columns - c);
+            __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, low + c));
+            if (k + 1 < num_k) {
+                const __m512i next = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, high + c));
+                pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(next, 16));
+            }
+            _mm512_mask_storeu_epi32(packed + c, lanes(kWidth - c), pairs);
+        }
+    }
+}
+
 // Of the 12 rows of a block the first R are real. x[k / 2][row], w[k / 2][column]: constant offsets, no row pointers.
-template <int64_t R>
+template <int64_t R, bool kAdds>
 void multiply(const uint32_t* x, const uint32_t* w, int64_t num_pairs, float* out, int64_t out_stride, __mmask16 first,
               __mmask16 second) {
     __m512 sum[R][2];
@@ -82,17 +99,25 @@ void multiply(const uint32_t* x, const uint32_t* w, int64_t num_pairs, float* ou
             sum[r][1] = _mm512_dpbf16_ps(sum[r][1], pair, w1);
         }
     }
-    for (int64_t r = 0; r < R; ++r) {
-        _mm512_mask_storeu_ps(out + r * out_stride, first, sum[r][0]);
-        _mm512_mask_storeu_ps(out + r * out_stride + kLanes, second, sum[r][1]);
+    for (int64_t r = 0; r < R; ++r, out += out_stride) {
+        if constexpr (kAdds) {
+            sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(first, out), sum[r][0]);
+            sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(second, out + kLanes), sum[r][1]);
+        }
+        _mm512_mask_storeu_ps(out, first, sum[r][0]);
+        _mm512_mask_storeu_ps(out + kLanes, second, sum[r][1]);
     }
 }
 
 using MultiplyFn = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, __mmask16, __mmask16);
 
+// By the number of real rows.
+template <bool kAdds>
 constexpr MultiplyFn kMultiply[kGemmRows + 1] = {
-    nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>,  multiply<6>,
-    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
+    nullptr,
+    multiply<1, kAdds>, multiply<2, kAdds>, multiply<3, kAdds>, multiply<4, kAdds>,
+    multiply<5, kAdds>, multiply<6, kAdds>, multiply<7, kAdds>, multiply<8, kAdds>,
+    multiply<9, kAdds>, multiply<10, kAdds>, multiply<11, kAdds>, multiply<12, kAdds>,
 };
 
 }  // namespace
@@ -109,8 +134,28 @@ void gemm_panel(const GemmPanel& panel) {
     const __mmask16 first = lanes(panel.num_columns), second = lanes(panel.num_columns - kLanes);
     for (int64_t row = 0; row < panel.num_rows; row += kGemmRows) {
         const int64_t live = panel.num_rows - row < kGemmRows ? panel.num_rows - row : kGemmRows;
-        kMultiply[live](panel.packed_x + row * num_pairs, panel.packed_w, num_pairs, panel.out + row * panel.out_stride,
-                        panel.out_stride, first, second);
+        kMultiply<false>[live](panel.packed_x + row * num_pairs, panel.packed_w, num_pairs,
+                               panel.out + row * panel.out_stride, panel.out_stride, first, second);
+    }
+}
+
+void pack_panel(const uint16_t* b, int64_t stride, int64_t num_k, int64_t num_columns, uint32_t* packed) {
+    pack_pairs<kGemmColumns>(b, stride, num_k, num_columns, packed);
+}
+
+void outer_strip(const OuterStrip& strip) {
+    const int64_t num_pairs = (strip.num_k + 1) / 2;
+    for (int64_t row = 0; row < strip.num_rows; row += kGemmRows) {
+        const int64_t live = strip.num_rows - row < kGemmRows ? strip.num_rows - row : kGemmRows;
+        pack_pairs<kGemmRows>(strip.a + row, strip.a_stride, strip.num_k, live, strip.packed_a + row * num_pairs);
+    }
+    for (int64_t column = 0; column < strip.num_columns; column += kGemmColumns) {
+        const __mmask16 first = lanes(strip.num_columns - column), second = lanes(strip.num_columns - column - kLanes);
+        for (int64_t row = 0; row < strip.num_rows; row += kGemmRows) {
+            const int64_t live = strip.num_rows - row < kGemmRows ? strip.num_rows - row : kGemmRows;
+            kMultiply<true>[live](strip.packed_a + row * num_pairs, strip.packed_b + column * num_pairs, num_pairs,
+                                  strip.out + row * strip.out_stride + column, strip.out_stride, first, second);
+        }
     }
 }
 

@@ -141,20 +141,24 @@ def gradient_kernel(
 def add_rows_kernel(
     into_ptr,  # [T, D] f32, contiguous
     rows_ptr,  # [N, D] f32, contiguous
-    order_ptr,  # [N] i64: rows, sorted by where they go, stably
-    start_ptr,  # [M + 1] i64: segment m is order[start[m] : start[m + 1]]
-    place_ptr,  # [M] i64: where segment m goes
+    place_ptr,  # [N] i64: where rows go, ascending
+    order_ptr,  # [N] i64: which row goes there; of one place, in ascending order
+    N,
     D,
     BLOCK_D: tl.constexpr,
 ):
-    segment = tl.program_id(0)
+    i = tl.program_id(0)
+    place = tl.load(place_ptr + i)
+    if tl.load(place_ptr + i - 1, mask=i > 0, other=-1) == place:  # the first of a place adds them all
+        return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < D
-    place_ptr = into_ptr + tl.load(place_ptr + segment) * D + column
-    total = tl.load(place_ptr, mask=inside, other=0.0)
-    for i in range(tl.load(start_ptr + segment), tl.load(start_ptr + segment + 1)):
+    at = into_ptr + place * D + column
+    total = tl.load(at, mask=inside, other=0.0)
+    while tl.load(place_ptr + i, mask=i < N, other=-1) == place:
         total += tl.load(rows_ptr + tl.load(order_ptr + i) * D + column, mask=inside, other=0.0)
-    tl.store(place_ptr, total, mask=inside)
+        i += 1
+    tl.store(at, total, mask=inside)
 
 
 # -- launches
@@ -198,15 +202,13 @@ def row_gradient(
 
 
 def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
-    """into[row_index[i]] += rows[i]; a row's additions happen in the order of i."""
+    """into[row_index[i]] += rows[i]; a row's additions happen in the order of i. The host waits for nothing."""
     if not len(row_index_N):
         return
-    order_N = torch.argsort(row_index_N, stable=True)
-    place_M, count_M = torch.unique_consecutive(row_index_N[order_N], return_counts=True)
-    start_M1 = torch.nn.functional.pad(count_M.cumsum(0), (1, 0))
+    place_N, order_N = torch.sort(row_index_N, stable=True)
     dim = into_TD.shape[1]
-    add_rows_kernel[(len(place_M), triton.cdiv(dim, BLOCK_D))](
-        into_TD, rows_ND, order_N, start_M1, place_M, dim, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True
+    add_rows_kernel[(len(place_N), triton.cdiv(dim, BLOCK_D))](
+        into_TD, rows_ND, place_N, order_N, len(place_N), dim, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True
     )
 
 
@@ -247,8 +249,7 @@ def variants(arch: int) -> list[Variant]:
                 label = f"{dtype} -> {out}" + (", entropy" if has_entropy else "")
                 found.append(Variant(gradient_kernel, label, gradient, {**given, **fixed}, num_warps=NUM_WARPS))
     add = {
-        "into_ptr": "*fp32", "rows_ptr": "*fp32", "order_ptr": "*i64", "start_ptr": "*i64", "place_ptr": "*i64",
-        "D": "i32",
+        "into_ptr": "*fp32", "rows_ptr": "*fp32", "place_ptr": "*i64", "order_ptr": "*i64", "N": "i32", "D": "i32",
     }  # fmt: skip
-    found.append(Variant(add_rows_kernel, "fp32", add, {"BLOCK_D": BLOCK_D}, num_warps=4))
+    found.append(Variant(add_rows_kernel, "fp32", add, {"BLOCK_D": BLOCK_D}, num_warps=4, unaligned=("N",)))
     return found

@@ -1,4 +1,4 @@
-"""The GEMM of the linear head on a CPU that multiplies bfloat16: bfloat16 in, float32 out."""
+"""The products of the linear head on a CPU that multiplies bfloat16: bfloat16 in, float32 out."""
 
 import math
 
@@ -73,3 +73,36 @@ def test_a_value_that_is_not_finite_stays_in_its_row_and_column() -> None:
     assert bad[3].all() and bad[:, 33].all()
     bad[3], bad[:, 33] = False, False
     assert not bad.any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_k=st.sampled_from([1, 2, 3, 31, 64, 127]),
+    num_rows=st.sampled_from([1, 11, 12, 13, 95, 96, 97, 200]),
+    num_columns=st.sampled_from([1, 15, 16, 17, 31, 32, 33, 64, 96]),
+)
+def test_outer_products_are_added_with_float32_accuracy_at_every_edge(
+    num_k: int, num_rows: int, num_columns: int
+) -> None:
+    a, b = (x.T for x in _operands(num_rows, num_columns, num_k))
+    apart = torch.full((num_k, num_rows + 9), math.nan).bfloat16()[:, 4 : 4 + num_rows].copy_(a)
+    whole = torch.full((num_rows + 2, num_columns + 5), math.nan)
+    out = whole[1:-1, 2:-3].fill_(3.0)
+    backend.native().bfloat16_outer(apart, b.contiguous(), out)
+    assert (~whole.isnan()).sum() == num_rows * num_columns
+    truth = 3 + a.double().T @ b.double()
+    bound = (num_k + 2) * 2.0**-24 * (3 + a.double().abs().T @ b.double().abs())
+    assert ((out.double() - truth).abs() <= bound).all()
+
+
+def test_outer_products_have_the_same_bits_on_any_number_of_threads() -> None:
+    a, b = (x.T.contiguous() for x in _operands(500, 96, 70))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(torch.zeros(500, 96))
+            backend.native().bfloat16_outer(a, b, found[-1])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

@@ -93,7 +93,7 @@ SHAPES = [  # rows, D, V, targets: one of everything, V = 1, V off any block siz
 def test_linear_logprob_equals_reference_and_truth_in_float64(
     shape: tuple[int, int, int, int], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 3 * shape[2] * 8)  # three rows a chunk
+    monkeypatch.setitem(linear_chunks.CHUNK_BYTES, "cpu", 3 * shape[2] * 8)  # three rows a chunk
     hidden, weight, bias, targets, row_index = _problem(*shape)
     kwargs = dict(row_index_N=row_index, bias_V=bias, temperature=temperature)
     ours = linear_logprob(hidden, weight, targets, **kwargs)
@@ -295,7 +295,7 @@ def test_linear_logprob_takes_four_gemms_and_one_without_gradients() -> None:
 
 def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, targets, row_index = _problem(30, 2, 100, 512)
-    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 16 * 100 * 8)
+    monkeypatch.setitem(linear_chunks.CHUNK_BYTES, "cpu", 16 * 100 * 8)
     with _LargestTensor() as largest:
         linear_loss(hidden, weight, targets, _wavy_loss, row_index_N=row_index, chunk_rows=16).backward()
         linear_logprob(hidden, weight, targets, row_index_N=row_index, bias_V=bias).entropy.sum().backward()
