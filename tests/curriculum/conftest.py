@@ -10,6 +10,7 @@ from rich.console import Console
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.recipe import Recipe
 from isomorph.engine.config import load_recipe
+from isomorph.engine.update.distributed import ALONE
 
 SMOKE = Path(__file__).parents[2] / "curriculum" / "recipes" / "smoke.toml"
 # enough of a warm-up for some right answers, a checkpoint in the middle of "symbols", a sample of every step
@@ -30,7 +31,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     threads = torch.get_num_threads()
     run_recipe(
-        load_recipe(SMOKE, list(SHORT), Recipe), folder, Console(file=io.StringIO()), lambda: False, resume=False
+        load_recipe(SMOKE, list(SHORT), Recipe), folder, Console(file=io.StringIO()), lambda: False, ALONE, resume=False
     )
     torch.set_num_threads(threads)  # the recipe asks for one
     return folder
