@@ -10,7 +10,7 @@ from compare import DEVICE, EAGER, Case, check, ours
 from head_inputs import dtypes
 from torch import Tensor
 
-from isomorph.kernels.decode_attention import decode_attention, decode_attention_ref
+from isomorph.kernels.decode_attention import CachedKV, decode_attention, decode_attention_ref
 
 CPU_SIZES = ((4, 8, 9, 3, 64, 128, 64), (4, 8, 9, 3, 64, 512, 256))  # prompts, G, heads, KV heads, D, L, own L
 GPU_SIZES = ((8, 8, 12, 2, 128, 2048, 1024),)
@@ -23,23 +23,23 @@ def cases(quick: bool) -> list[Case]:
 
 def _case(prompts: int, rows: int, heads: int, kv: int, dim: int, long: int, own: int, dtype: torch.dtype) -> Case:
     torch.manual_seed(0)
-    shapes = ((prompts, rows, heads, dim), (prompts, kv, long, dim), (prompts, rows, kv, own, dim))
+    num_rows = prompts * rows
+    shapes = ((num_rows, heads, dim), (prompts, kv, long, dim), (num_rows, kv, own, dim))
     q, k_prompt, v_prompt, k_own, v_own = (torch.randn(shapes[i], device=DEVICE).to(dtype) for i in (0, 1, 1, 2, 2))
-    prompt_len = torch.full((prompts,), long, device=DEVICE)
-    own_len = torch.full((prompts, rows), own, device=DEVICE)
+    row_B = torch.arange(num_rows, device=DEVICE)
+    slots_and_lens = ((row_B // rows, torch.full_like(row_B, long)), (row_B, torch.full_like(row_B, own)))
 
     def run(wide: bool = False) -> tuple[Tensor, ...]:
-        q_, kp, vp, ko, vo = (x.double() if wide else x for x in (q, k_prompt, v_prompt, k_own, v_own))
-        attend = decode_attention_ref if wide else decode_attention
-        return (attend(q_, kp, vp, prompt_len, ko, vo, own_len),)
+        q_, *kv_ = (x.double() if wide else x for x in (q, k_prompt, v_prompt, k_own, v_own))
+        caches_ = (CachedKV(*kv_[2 * i : 2 * i + 2], *slots_and_lens[i]) for i in (0, 1))
+        return ((decode_attention_ref if wide else decode_attention)(q_, *caches_),)
 
     def repeated() -> tuple[Tensor, ...]:
         k, v = (
-            torch.cat([shared[:, None].expand(-1, rows, -1, -1, -1), mine], 3).flatten(0, 1)
+            torch.cat([shared.repeat_interleave(rows, 0), mine], 2)
             for shared, mine in ((k_prompt, k_own), (v_prompt, v_own))
         )
-        out = F.scaled_dot_product_attention(q.flatten(0, 1)[:, :, None], k, v, enable_gqa=True)
-        return (out[:, :, 0].view_as(q),)
+        return (F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0],)
 
     providers = {**ours("decode_attention", run), EAGER: lambda: repeated}
     caches = (k_prompt, v_prompt, k_own, v_own)

@@ -7,6 +7,7 @@ No driver is needed: Triton carries ptxas, cuobjdump and nvdisasm. What is read 
     stack     0 bytes, or what the variant allows with its reason: more is a spill
     shared    below what a block of that GPU may use; Triton compiles kernels that can never be launched, silently
     mma       matrix instructions where a dot is meant: HGMMA on sm_90, UTCHMMA on sm_100, HMMA on sm_80 and sm_120
+              and for products of fewer than 64 rows
     atomics   none in the IR: sums would depend on the order in which programs happen to run
 """
 
@@ -29,10 +30,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from isomorph.kernels.gpu import advantage, attention, offset, rows
+from isomorph.kernels.gpu import advantage, attention, decode, offset, rows, sample
 from isomorph.kernels.gpu.variant import ARCHS, SHARED_LIMIT, Variant
 
-FILES = (rows, offset, advantage, attention)
+FILES = (rows, offset, advantage, attention, decode, sample)
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
 # Triton 3.6's assembler keeps a convergence barrier of some loops on the stack: 8 bytes a thread, one store, one load.
@@ -79,8 +80,9 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
         failures.append(f"stack {stack} B > {variant.stack_allowed + STACK_SLACK}")
     if made.metadata.shared > SHARED_LIMIT[arch]:
         failures.append(f"shared {made.metadata.shared} B > {SHARED_LIMIT[arch]}")
-    if variant.uses_dot and not counts[MMA[arch]]:
-        failures.append(f"no {MMA[arch]}")
+    mma = MMA[arch] if variant.dot_rows >= 64 else "HMMA"
+    if variant.uses_dot and not counts[mma]:
+        failures.append(f"no {mma}")
     if re.search(r"\btt\.atomic", made.asm["ttir"]):
         failures.append("atomics")
     return Compiled(

@@ -57,6 +57,7 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_loss": ("native", "torch"),
         "packed_attention": ("torch",),
         "decode_attention": ("native", "torch"),
+        "sample_token": ("native",),
         "group_advantage": ("native",),
         "gae": ("native",),
         "assign_groups": ("native",),
@@ -67,7 +68,8 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_logprob": ("triton", "torch", "cuda"),
         "linear_loss": ("triton", "torch", "offset", "cuda"),
         "packed_attention": ("triton", "varlen"),  # for given inputs attention_route.py chooses
-        "decode_attention": ("torch",),
+        "decode_attention": ("triton", "torch"),
+        "sample_token": ("triton",),
         "group_advantage": ("triton",),
         "gae": ("triton",),
     },

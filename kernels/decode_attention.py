@@ -1,14 +1,17 @@
-"""Attention of one new token per sequence against its cached keys and values; for sampling, no gradients.
+"""Attention of one new token per sequence against its KV, a shared prompt read once; for sampling, no gradients.
 
-Sequences come as P prompts with G rows each. A row sees the prompt's entries and its own, under one softmax:
+Keys and values stand in slots. Row b sees the first ``len[b]`` entries of its prompt's slot and of its own, under one
+softmax:
 
-    out[p, g] = softmax([q . k_prompt[p, :prompt_len[p]], q . k_own[p, g, :own_len[p, g]]]) [v_prompt; v_own]
+    k, v   = entries of prompt.slot[b], up to prompt.len[b], then of own.slot[b], up to own.len[b]
+    out[b] = softmax(scale q[b] . k) v                  zeros where a row sees nothing
 
-A prompt's keys and values are stored once and read once for its G rows: one [G * H / K, D] x [D, L] product
-per KV head.
+The rows of a group name the same prompt slot. Where they stand next to each other the prompt is read once for all of
+them: as a [rows * H / K, D] x [D, L] product per KV head. Both parts are merged by their log-sum-exp.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,175 +19,111 @@ from torch import Tensor
 from isomorph.kernels import backend
 
 
+class CachedKV(NamedTuple):
+    """Keys and values of S slots with room for L entries each, and how much of which slot each of B rows sees."""
+
+    k_SKLD: Tensor
+    v_SKLD: Tensor
+    slot_B: Tensor  # int64, 0..S-1
+    len_B: Tensor  # int64, 0..L
+
+
 # -- reference: the specification
-def decode_attention_ref(
-    q_PGHD: Tensor,
-    k_prompt_PKLD: Tensor,
-    v_prompt_PKLD: Tensor,
-    prompt_len_P: Tensor,
-    k_own_PGKLD: Tensor,
-    v_own_PGKLD: Tensor,
-    own_len_PG: Tensor,
-    *,
-    scale: float | None = None,
-) -> Tensor:
+def decode_attention_ref(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, *, scale: float | None = None) -> Tensor:
     """What ``decode_attention`` computes, one row at a time."""
-    scale = _check(q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG, scale)
-    num_prompts, num_rows, num_heads, _ = q_PGHD.shape
-    repeats = num_heads // k_prompt_PKLD.shape[1]
-    out_PGHD = torch.empty_like(q_PGHD)
-    for p in range(num_prompts):
-        for g in range(num_rows):
-            seen, own = slice(int(prompt_len_P[p])), slice(int(own_len_PG[p, g]))
-            k_KLD = torch.cat([k_prompt_PKLD[p][:, seen], k_own_PGKLD[p, g][:, own]], 1)
-            v_KLD = torch.cat([v_prompt_PKLD[p][:, seen], v_own_PGKLD[p, g][:, own]], 1)
-            k_HLD, v_HLD = (x.repeat_interleave(repeats, 0) for x in (k_KLD, v_KLD))
-            prob_HL = (torch.einsum("hd,hld->hl", q_PGHD[p, g], k_HLD) * scale).softmax(-1)
-            out_PGHD[p, g] = torch.einsum("hl,hld->hd", prob_HL, v_HLD)
-    return out_PGHD
+    scale = _check(q_BHD, prompt, own, scale)
+    repeats = q_BHD.shape[1] // prompt.k_SKLD.shape[1]
+    out_BHD = torch.zeros_like(q_BHD)
+    for b, q_HD in enumerate(q_BHD):
+        seen = [(cache, int(cache.slot_B[b]), int(cache.len_B[b])) for cache in (prompt, own)]
+        k_KLD = torch.cat([cache.k_SKLD[slot, :, :length] for cache, slot, length in seen], 1)
+        v_KLD = torch.cat([cache.v_SKLD[slot, :, :length] for cache, slot, length in seen], 1)
+        k_HLD, v_HLD = (x.repeat_interleave(repeats, 0) for x in (k_KLD, v_KLD))
+        prob_HL = (torch.einsum("hd,hld->hl", q_HD, k_HLD) * scale).softmax(-1)
+        out_BHD[b] = torch.einsum("hl,hld->hd", prob_HL, v_HLD)
+    return out_BHD
 
 
-def _check(
-    q_PGHD: Tensor,
-    k_prompt_PKLD: Tensor,
-    v_prompt_PKLD: Tensor,
-    prompt_len_P: Tensor,
-    k_own_PGKLD: Tensor,
-    v_own_PGKLD: Tensor,
-    own_len_PG: Tensor,
-    scale: float | None,
-) -> float:
-    if q_PGHD.ndim != 4 or k_prompt_PKLD.ndim != 4 or k_own_PGKLD.ndim != 5:
+# -- argument checks
+def _check(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float | None) -> float:
+    if q_BHD.ndim != 3 or prompt.k_SKLD.ndim != 4:
         raise ValueError(
-            "q must be [P, G, H, D], k_prompt [P, K, L, D] and k_own [P, G, K, L, D], got "
-            f"{tuple(q_PGHD.shape)}, {tuple(k_prompt_PKLD.shape)} and {tuple(k_own_PGKLD.shape)}"
+            f"q must be [B, H, D] and keys [S, K, L, D], got {tuple(q_BHD.shape)} and {tuple(prompt.k_SKLD.shape)}"
         )
-    num_prompts, num_rows, num_heads, dim = q_PGHD.shape
-    num_kv_heads, prompt_room, own_room = k_prompt_PKLD.shape[1], k_prompt_PKLD.shape[2], k_own_PGKLD.shape[3]
-    expected = {
-        "k_prompt": (k_prompt_PKLD, (num_prompts, num_kv_heads, prompt_room, dim)),
-        "v_prompt": (v_prompt_PKLD, (num_prompts, num_kv_heads, prompt_room, dim)),
-        "prompt_len": (prompt_len_P, (num_prompts,)),
-        "k_own": (k_own_PGKLD, (num_prompts, num_rows, num_kv_heads, own_room, dim)),
-        "v_own": (v_own_PGKLD, (num_prompts, num_rows, num_kv_heads, own_room, dim)),
-        "own_len": (own_len_PG, (num_prompts, num_rows)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape} beside q {tuple(q_PGHD.shape)}, got {tuple(tensor.shape)}")
+    num_heads, num_kv_heads = q_BHD.shape[1], prompt.k_SKLD.shape[1]
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
-    if any(x.dtype != q_PGHD.dtype for x in (k_prompt_PKLD, v_prompt_PKLD, k_own_PGKLD, v_own_PGKLD)):
-        raise TypeError(f"keys and values must have the dtype of q, {q_PGHD.dtype}; cast the cache or the query")
-    _check_lens("prompt_len", prompt_len_P, 1, prompt_room)
-    _check_lens("own_len", own_len_PG, 0, own_room)
-    return dim**-0.5 if scale is None else scale
+    for name, cache in (("prompt", prompt), ("own", own)):
+        _check_cache(name, cache, q_BHD, num_kv_heads)
+    return q_BHD.shape[2] ** -0.5 if scale is None else scale
 
 
-def _check_lens(name: str, lens: Tensor, low: int, high: int) -> None:
-    if lens.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {lens.dtype}")
-    if lens.numel() == 0:
-        return
-    least, most = (int(bound) for bound in torch.aminmax(lens))
-    if least < low or most > high:
-        raise ValueError(f"{name} must lie in {low}..{high}, the room of its cache, got {least}..{most}")
+def _check_cache(name: str, cache: CachedKV, q_BHD: Tensor, num_kv_heads: int) -> None:
+    k_SKLD, v_SKLD, slot_B, len_B = cache
+    shape = tuple(k_SKLD.shape)
+    if len(shape) != 4 or (shape[1], shape[3]) != (num_kv_heads, q_BHD.shape[2]):
+        raise ValueError(f"{name}.k must be [S, {num_kv_heads}, L, {q_BHD.shape[2]}], got {shape}")
+    if v_SKLD.shape != k_SKLD.shape:
+        raise ValueError(f"{name}.v must be {shape} as the keys are, got {tuple(v_SKLD.shape)}")
+    if k_SKLD.dtype != q_BHD.dtype or v_SKLD.dtype != q_BHD.dtype:
+        raise TypeError(f"keys and values must have the dtype of q, {q_BHD.dtype}; cast the cache or the query")
+    for what, values, most in (("slot", slot_B, shape[0] - 1), ("len", len_B, shape[2])):
+        if values.shape != q_BHD.shape[:1]:
+            raise ValueError(f"{name}.{what} must be [{len(q_BHD)}], one for each row, got {tuple(values.shape)}")
+        if values.dtype != torch.int64:
+            raise TypeError(f"{name}.{what} must be int64, got {values.dtype}")
+        # on a GPU a look at the values would stop the stream, and has no place in a CUDA graph: the caller answers
+        if values.device.type == "cpu" and len(values):
+            low, high = (int(bound) for bound in torch.aminmax(values))
+            if low < 0 or high > most:
+                raise ValueError(f"{name}.{what} must lie in 0..{most}, got {low}..{high}")
 
 
-# -- PyTorch body
-def _decode(
-    q_PGHD: Tensor,
-    k_prompt_PKLD: Tensor,
-    v_prompt_PKLD: Tensor,
-    prompt_len_P: Tensor,
-    k_own_PGKLD: Tensor,
-    v_own_PGKLD: Tensor,
-    own_len_PG: Tensor,
-    scale: float,
-) -> Tensor:
-    num_prompts, num_rows, num_heads, dim = q_PGHD.shape
-    num_kv_heads, prompt_room = k_prompt_PKLD.shape[1:3]
-    repeats = num_heads // num_kv_heads  # r below
-    q_PGKrD = (q_PGHD * scale).view(num_prompts, num_rows, num_kv_heads, repeats, dim)
-    # g: the G * r queries of a group that read one KV head
-    q_PKgD = q_PGKrD.transpose(1, 2).reshape(num_prompts, num_kv_heads, num_rows * repeats, dim)
-    on_prompt = (q_PKgD @ k_prompt_PKLD.mT).view(num_prompts, num_kv_heads, num_rows, repeats, prompt_room)
-    on_own = q_PGKrD @ k_own_PGKLD.mT
-    scores_PGKrL = torch.cat([on_prompt.transpose(1, 2), on_own], -1)
-    hidden = torch.cat(
-        [
-            _beyond(prompt_len_P, prompt_room)[:, None].expand(-1, num_rows, -1),
-            _beyond(own_len_PG, k_own_PGKLD.shape[3]),
-        ],
-        -1,
-    )
-    prob_PGKrL = scores_PGKrL.masked_fill_(hidden[:, :, None, None], -math.inf).softmax(-1)
-    prompt_prob = prob_PGKrL[..., :prompt_room].transpose(1, 2).flatten(2, 3)
-    own_prob = prob_PGKrL[..., prompt_room:]
-    out_PGKrD = _weigh(prompt_prob, v_prompt_PKLD, own_prob, v_own_PGKLD)
-    if not math.isfinite(float(out_PGKrD.sum())):  # weight 0 times garbage that is not finite is not 0
-        v_prompt_PKLD = v_prompt_PKLD.masked_fill(_beyond(prompt_len_P, prompt_room)[:, None, :, None], 0)
-        v_own_PGKLD = v_own_PGKLD.masked_fill(_beyond(own_len_PG, k_own_PGKLD.shape[3])[:, :, None, :, None], 0)
-        out_PGKrD = _weigh(prompt_prob, v_prompt_PKLD, own_prob, v_own_PGKLD)
-    return out_PGKrD.view(num_prompts, num_rows, num_heads, dim)
+# -- PyTorch body: no synchronisation, but every row has its own copy of what it sees
+def _decode(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Tensor:
+    num_kv_heads = prompt.k_SKLD.shape[1]
+    q_BKrD = (q_BHD * scale).unflatten(1, (num_kv_heads, -1))
+    parts = [_gathered(cache) for cache in (prompt, own)]
+    k_BKLD, v_BKLD = (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
+    hidden_BL = torch.cat([part[2] for part in parts], 1)
+    scores_BKrL = (q_BKrD @ k_BKLD.mT).masked_fill_(hidden_BL[:, None, None], -math.inf)
+    out_BKrD = scores_BKrL.softmax(-1) @ v_BKLD
+    return out_BKrD.masked_fill_(hidden_BL.all(1)[:, None, None, None], 0).flatten(1, 2)
 
 
-def _beyond(lens: Tensor, room: int) -> Tensor:
-    """[..., room] bool, True at and after each length."""
-    return torch.arange(room, device=lens.device) >= lens[..., None]
-
-
-def _weigh(prompt_prob_PKgL: Tensor, v_prompt_PKLD: Tensor, own_prob_PGKrL: Tensor, v_own_PGKLD: Tensor) -> Tensor:
-    out_PGKrD = own_prob_PGKrL @ v_own_PGKLD
-    num_prompts, num_rows, num_kv_heads, repeats, dim = out_PGKrD.shape
-    from_prompt = prompt_prob_PKgL @ v_prompt_PKLD
-    return out_PGKrD.add_(from_prompt.view(num_prompts, num_kv_heads, num_rows, repeats, dim).transpose(1, 2))
+def _gathered(cache: CachedKV) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and what is hidden, row by row; hidden values are 0, because 0 times what is not finite is not 0."""
+    hidden_BL = torch.arange(cache.k_SKLD.shape[2], device=cache.len_B.device) >= cache.len_B[:, None]
+    k_BKLD, v_BKLD = cache.k_SKLD.index_select(0, cache.slot_B), cache.v_SKLD.index_select(0, cache.slot_B)
+    return k_BKLD, v_BKLD.masked_fill_(hidden_BL[:, None, :, None], 0), hidden_BL
 
 
 # -- native body
-def _decode_native(
-    q_PGHD: Tensor,
-    k_prompt_PKLD: Tensor,
-    v_prompt_PKLD: Tensor,
-    prompt_len_P: Tensor,
-    k_own_PGKLD: Tensor,
-    v_own_PGKLD: Tensor,
-    own_len_PG: Tensor,
-    scale: float,
-) -> Tensor:
-    out_PGHD = torch.empty(q_PGHD.shape, dtype=q_PGHD.dtype)
-    q, k_prompt, v_prompt, k_own, v_own = (
-        x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
-        for x in (q_PGHD, k_prompt_PKLD, v_prompt_PKLD, k_own_PGKLD, v_own_PGKLD)
-    )
-    lens = prompt_len_P.contiguous(), own_len_PG.contiguous()
-    backend.native().decode_attention(q, k_prompt, v_prompt, lens[0], k_own, v_own, lens[1], scale, out_PGHD)
-    return out_PGHD
+def _decode_native(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Tensor:
+    out_BHD = torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
+    caches = [x for cache in (prompt, own) for x in (*cache[:2], cache.slot_B.contiguous(), cache.len_B.contiguous())]
+    operands = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHD, *caches))
+    backend.native().decode_attention(*(x.detach() for x in operands), scale, out_BHD)
+    return out_BHD
 
 
 # -- public op
-def decode_attention(
-    q_PGHD: Tensor,
-    k_prompt_PKLD: Tensor,
-    v_prompt_PKLD: Tensor,
-    prompt_len_P: Tensor,
-    k_own_PGKLD: Tensor,
-    v_own_PGKLD: Tensor,
-    own_len_PG: Tensor,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """[P, G, H, D] attention of one new token per row over its prompt's and its own cached keys and values.
+def decode_attention(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, *, scale: float | None = None) -> Tensor:
+    """[B, H, D] attention of one new token per row over its prompt's and its own cached keys and values.
 
-    Lengths are int64, prompt_len in 1..L, own_len in 0..L; what lies beyond does not matter, be it NaN.
-    The new token's own key and value must be in ``k_own`` already, and counted. Views with stride 1 in the
-    last dimension cost no copy: pass the cache sliced to the longest live length. H is a multiple of K.
-    Raises ValueError or TypeError for shapes, dtypes and lengths that do not fit.
+    H is a multiple of K. What lies beyond a length does not matter, be it NaN. The new token's own key and value must
+    be in ``own`` already, and counted. Views with stride 1 in the last dimension cost no copy. A row's bits do not
+    depend on the other rows. On CUDA nothing synchronises, the launch depends on shapes alone (it can be recorded in
+    a graph), and slots and lengths are taken on trust; elsewhere they are checked.
+    Raises ValueError or TypeError for shapes, dtypes, slots and lengths that do not fit.
     """
-    operands = (q_PGHD, k_prompt_PKLD, v_prompt_PKLD, prompt_len_P, k_own_PGKLD, v_own_PGKLD, own_len_PG)
-    body = backend.choose("decode_attention", q_PGHD.device)
+    body = backend.choose("decode_attention", q_BHD.device)
     if body == "reference":
-        return decode_attention_ref(*operands, scale=scale)
-    scale = _check(*operands, scale)
+        return decode_attention_ref(q_BHD, prompt, own, scale=scale)
+    scale = _check(q_BHD, prompt, own, scale)
+    if body == "triton":
+        from isomorph.kernels.gpu import decode
+
+        return decode.decode_attention(q_BHD, prompt, own, scale)
     with torch.no_grad():
-        return _decode_native(*operands, scale) if body == "native" else _decode(*operands, scale)
+        return (_decode_native if body == "native" else _decode)(q_BHD, prompt, own, scale)

@@ -81,6 +81,15 @@ def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_rows, num_rows))
 
 
+def make_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """[N, V] float32 (float64 for float64), for a few rows that are drawn from at once."""
+    no_target_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
+    head = make_head(hidden_ND, weight_VD, no_target_N, None, None, 1.0, "linear_logprob")
+    chunks = LogitChunks(head, len(hidden_ND))
+    chunks.load(slice(0, len(hidden_ND)))
+    return chunks.logits_nV
+
+
 def default_chunk_rows(head: Head) -> int:
     return max(1, CHUNK_BYTES[head.weight_VD.device.type] // (head.weight_VD.shape[0] * head.dtype.itemsize))
 

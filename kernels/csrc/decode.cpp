@@ -1,4 +1,4 @@
-// Decode attention: tasks over prompts, KV heads and rows. The specification is kernels/decode_attention.py.
+// Decode attention: tasks over tiles of rows and KV heads. The specification is kernels/decode_attention.py.
 #include "decode.h"
 
 #include <algorithm>
@@ -14,13 +14,14 @@ namespace isomorph {
 namespace {
 
 using Array = nb::ndarray<nb::device::cpu>;
-using Lens = nb::ndarray<const int64_t, nb::device::cpu, nb::c_contig>;
+using Array1i = nb::ndarray<const int64_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 
 constexpr int64_t kQueriesPerTask = 32;
 
 DecodeFn decode_fn(Storage storage) {
 #if defined(ISOMORPH_HAS_AVX2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::decode_fn(storage);
+    if (isa() == "avx512") return avx512::decode_fn(storage);
+    if (isa() == "avx2") return avx2::decode_fn(storage);
 #endif
     return baseline::decode_fn(storage);
 }
@@ -33,46 +34,71 @@ Storage storage_of(const Array& array) {
     throw nb::type_error("decode_attention: float32, float64 or bfloat16");
 }
 
-// Address of element (i, j) or (i, j, k) of the first dimensions.
-const void* at(const Array& array, int64_t i, int64_t j, int64_t k = 0) {
-    const int64_t offset = i * array.stride(0) + j * array.stride(1) + k * array.stride(2);
+// Address of element (i, j) of the first two dimensions.
+const void* at(const Array& array, int64_t i, int64_t j) {
+    const int64_t offset = i * array.stride(0) + j * array.stride(1);
     return static_cast<const char*>(array.data()) + offset * static_cast<int64_t>(array.itemsize());
 }
 
-void decode_attention(Array q, Array k_prompt, Array v_prompt, Lens prompt_len, Array k_own, Array v_own, Lens own_len,
-                      double scale, Array out) {
+// Keys and values in slots [S, K, L, D], and which entries each row sees.
+struct Cache {
+    const Array &k, &v;
+    const int64_t *slot, *len;
+
+    Rows keys(int64_t row, int64_t head) const { return {at(k, slot[row], head), k.stride(2), len[row]}; }
+    Rows values(int64_t row, int64_t head) const { return {at(v, slot[row], head), v.stride(2), len[row]}; }
+    bool sees_the_same(int64_t row, int64_t other) const { return slot[row] == slot[other] && len[row] == len[other]; }
+};
+
+struct Tile {
+    int64_t first, num_rows;
+};
+
+// Neighbouring rows that see the same prompt, as many as one task may have.
+std::vector<Tile> tiles_of(const Cache& prompt, int64_t num_rows, int64_t rows_per_task) {
+    std::vector<Tile> tiles;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const bool joins = !tiles.empty() && tiles.back().num_rows < rows_per_task && prompt.sees_the_same(row, row - 1);
+        if (joins) ++tiles.back().num_rows;
+        else tiles.push_back({row, 1});
+    }
+    return tiles;
+}
+
+void decode_attention(Array q, Array k_prompt, Array v_prompt, Array1i prompt_slot, Array1i prompt_len, Array k_own,
+                      Array v_own, Array1i own_slot, Array1i own_len, double scale, Array out) {
     const DecodeFn decode = decode_fn(storage_of(q));
-    const int64_t num_prompts = q.shape(0), num_rows = q.shape(1), num_heads = q.shape(2), dim = q.shape(3);
-    const int64_t num_kv_heads = k_prompt.shape(1), repeats = num_heads / num_kv_heads;
+    const Cache prompt = {k_prompt, v_prompt, prompt_slot.data(), prompt_len.data()};
+    const Cache own = {k_own, v_own, own_slot.data(), own_len.data()};
+    const int64_t num_rows = q.shape(0), num_kv_heads = k_prompt.shape(1), repeats = q.shape(1) / num_kv_heads;
     const int64_t rows_per_task = std::max<int64_t>(1, kQueriesPerTask / repeats);
-    const int64_t num_chunks = (num_rows + rows_per_task - 1) / rows_per_task;
-    const int64_t scratch_bytes =
-        decode_scratch_bytes(rows_per_task * repeats, dim, k_prompt.shape(2), k_own.shape(3));
-    const int64_t num_tasks = num_prompts * num_kv_heads * num_chunks;
     nb::gil_scoped_release release;
+    const std::vector<Tile> tiles = tiles_of(prompt, num_rows, rows_per_task);
+    int64_t longest[2] = {0, 0};
+    for (int64_t row = 0; row < num_rows; ++row) {
+        longest[0] = std::max(longest[0], prompt.len[row]), longest[1] = std::max(longest[1], own.len[row]);
+    }
+    const int64_t scratch_bytes = decode_scratch_bytes(rows_per_task * repeats, q.shape(2), longest[0], longest[1]);
+    const int64_t num_tasks = static_cast<int64_t>(tiles.size()) * num_kv_heads;
 #pragma omp parallel
     {
         const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64),
                                                              &std::free);
         std::vector<Rows> own_k(rows_per_task), own_v(rows_per_task);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < num_tasks; ++i) {
-            const int64_t p = i / (num_kv_heads * num_chunks), head = i / num_chunks % num_kv_heads;
-            const int64_t first = i % num_chunks * rows_per_task, n = std::min(rows_per_task, num_rows - first);
-            for (int64_t g = 0; g < n; ++g) {
-                const int64_t len = own_len.data()[p * num_rows + first + g];
-                own_k[g] = {at(k_own, p, first + g, head), k_own.stride(3), len};
-                own_v[g] = {at(v_own, p, first + g, head), v_own.stride(3), len};
+            const Tile tile = tiles[i / num_kv_heads];
+            const int64_t head = i % num_kv_heads;
+            for (int64_t g = 0; g < tile.num_rows; ++g) {
+                own_k[g] = own.keys(tile.first + g, head), own_v[g] = own.values(tile.first + g, head);
             }
-            const int64_t len = prompt_len.data()[p];
             DecodeTask task;
-            task.num_rows = n, task.repeats = repeats, task.dim = dim, task.scale = scale;
-            task.q = at(q, p, first, head * repeats);
-            task.q_row_stride = q.stride(1), task.q_head_stride = q.stride(2);
-            task.out = const_cast<void*>(at(out, p, first, head * repeats));
-            task.out_row_stride = out.stride(1), task.out_head_stride = out.stride(2);
-            task.prompt_k = {at(k_prompt, p, head), k_prompt.stride(2), len};
-            task.prompt_v = {at(v_prompt, p, head), v_prompt.stride(2), len};
+            task.num_rows = tile.num_rows, task.repeats = repeats, task.dim = q.shape(2), task.scale = scale;
+            task.q = at(q, tile.first, head * repeats);
+            task.q_row_stride = q.stride(0), task.q_head_stride = q.stride(1);
+            task.out = const_cast<void*>(at(out, tile.first, head * repeats));
+            task.out_row_stride = out.stride(0), task.out_head_stride = out.stride(1);
+            task.prompt_k = prompt.keys(tile.first, head), task.prompt_v = prompt.values(tile.first, head);
             task.own_k = own_k.data(), task.own_v = own_v.data();
             task.scratch = scratch.get();
             decode(task);
@@ -84,9 +110,9 @@ void decode_attention(Array q, Array k_prompt, Array v_prompt, Lens prompt_len, 
 
 void bind_decode(nb::module_& module) {
     module.def("decode_attention", &decode_attention, nb::arg("q").noconvert(), nb::arg("k_prompt").noconvert(),
-               nb::arg("v_prompt").noconvert(), nb::arg("prompt_len").noconvert(), nb::arg("k_own").noconvert(),
-               nb::arg("v_own").noconvert(), nb::arg("own_len").noconvert(), nb::arg("scale"),
-               nb::arg("out").noconvert());
+               nb::arg("v_prompt").noconvert(), nb::arg("prompt_slot").noconvert(), nb::arg("prompt_len").noconvert(),
+               nb::arg("k_own").noconvert(), nb::arg("v_own").noconvert(), nb::arg("own_slot").noconvert(),
+               nb::arg("own_len").noconvert(), nb::arg("scale"), nb::arg("out").noconvert());
 }
 
 }  // namespace isomorph

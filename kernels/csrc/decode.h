@@ -1,6 +1,5 @@
-// One task of decode attention: some rows of one group, one KV head. The specification is kernels/decode_attention.py.
-// Compiled once per instruction set; nothing here may come from the C++ library, whose inline functions the linker
-// would share between instruction sets.
+// One task of decode attention: some rows that see one prompt, one KV head. The specification is
+// kernels/decode_attention.py. Compiled once per instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -16,8 +15,8 @@ struct Rows {
 };
 
 struct DecodeTask {
-    int64_t num_rows;  // of the group
-    int64_t repeats;   // query heads per KV head
+    int64_t num_rows;
+    int64_t repeats;  // query heads per KV head
     int64_t dim;
     double scale;
     const void* q;  // [num_rows, repeats, dim], rows row_stride apart, heads head_stride
@@ -32,19 +31,21 @@ struct DecodeTask {
 
 using DecodeFn = void (*)(const DecodeTask&);
 
-// Bytes of scratch that a task of this size needs at most.
+// Bytes of scratch that a task of this size needs at most, whatever the number of lanes.
 inline int64_t decode_scratch_bytes(int64_t num_queries, int64_t dim, int64_t prompt_len, int64_t own_len) {
-    const int64_t queries = (num_queries + 7) / 8 * 8, width = (dim + 7) / 8 * 8;
+    const int64_t queries = (num_queries + 15) / 16 * 16, width = (dim + 15) / 16 * 16;
     const int64_t copied = prompt_len > own_len ? prompt_len : own_len;
     const int64_t items = 3 * queries * width + queries + (prompt_len + own_len) * queries + copied * width;
     return items * static_cast<int64_t>(sizeof(double));
 }
 
-namespace baseline {
-DecodeFn decode_fn(Storage storage);
-}
-namespace avx2 {
-DecodeFn decode_fn(Storage storage);
-}
+#define ISOMORPH_DECODE(isa)             \
+    namespace isa {                      \
+    DecodeFn decode_fn(Storage storage); \
+    }
+ISOMORPH_DECODE(baseline)
+ISOMORPH_DECODE(avx2)
+ISOMORPH_DECODE(avx512)
+#undef ISOMORPH_DECODE
 
 }  // namespace isomorph

@@ -1,33 +1,13 @@
-// Scores stand as [key, query], so that eight queries of a group go through one vector register and a prompt's key is
-// read once for all of them. A row's own keys concern its few query heads alone: there the vector runs along dim.
+// Scores stand as [key, query], so that a vector register holds queries of a group and a prompt's key is read once for
+// all of them. A row's own keys concern its few query heads alone: there the vector runs along dim. bfloat16 is widened
+// where it is loaded, but for a prompt's keys, which are widened once for all queries.
 #include "decode.h"
 
-#include <math.h>
-#include <string.h>
+#include "lanes.h"
 
 namespace isomorph {
 namespace ISOMORPH_ISA {
 namespace {
-
-constexpr int64_t kLanes = 8;
-
-template <typename A>
-struct Lanes {
-    typedef A type __attribute__((vector_size(kLanes * sizeof(A))));
-};
-template <typename A>
-using Vec = typename Lanes<A>::type;
-
-#define ISOMORPH_INLINE static inline __attribute__((always_inline))
-
-template <typename A>
-ISOMORPH_INLINE void load(Vec<A>& v, const A* p) {
-    memcpy(&v, p, sizeof(v));
-}
-template <typename A>
-ISOMORPH_INLINE void store(A* p, const Vec<A>& v) {
-    memcpy(p, &v, sizeof(v));
-}
 
 struct BFloat16 {
     uint16_t bits;
@@ -50,64 +30,58 @@ ISOMORPH_INLINE void narrow(BFloat16* to, float x) {
     to->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-// exp of x <= 0. NaN stays NaN; -inf gives exactly 0.
-ISOMORPH_INLINE void exp_in_place(Vec<float>& x) {
-    typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-    const Vec<float> clamped = x < -87.0f ? Vec<float>{} - 87.0f : x;
-    const Vec<float> shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-    const Vec<float> n = shifted - 12582912.0f;
-    const Vec<float> r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-    Vec<float> y = Vec<float>{} + 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    Ints bits;
-    memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits - 0x4b400000 + 127) << 23;
-    Vec<float> power;
-    memcpy(&power, &bits, sizeof(power));
-    x = x < -87.0f ? Vec<float>{} : y * power;
-}
-ISOMORPH_INLINE void exp_in_place(Vec<double>& x) {
-    for (int64_t i = 0; i < kLanes; ++i) x[i] = exp(x[i]);
+// A vector of A from kLanes entries of storage.
+template <typename A, typename T>
+ISOMORPH_INLINE Vec<A> wide(const T* p) {
+    if constexpr (__is_same(T, BFloat16)) {
+        typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+        typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+        const Words bits = __builtin_convertvector(load<Halves>(p), Words) << 16;
+        return load<Vec<A>>(&bits);
+    } else {
+        return load<Vec<A>>(p);
+    }
 }
 
-template <typename A>
+template <typename T>
 struct Matrix {
-    const A* data;
+    const T* data;
     int64_t stride;
 };
 
-// Entries as A, [len, width] with zeros beyond dim: where they lie, or copied.
+// Entries as stored, [len, width] with zeros beyond dim: where they lie, or copied to scratch.
+template <typename T>
+Matrix<T> entries(const Rows& rows, int64_t dim, int64_t width, void* scratch) {
+    const T* data = static_cast<const T*>(rows.data);
+    if (dim == width) return {data, rows.stride};
+    T* copy = static_cast<T*>(scratch);
+    memset(static_cast<void*>(copy), 0, sizeof(T) * rows.len * width);
+    for (int64_t i = 0; i < rows.len; ++i) memcpy(copy + i * width, data + i * rows.stride, sizeof(T) * dim);
+    return {copy, width};
+}
+
+// Entries as A, [len, dim].
 template <typename T, typename A>
-Matrix<A> entries(const Rows& rows, int64_t dim, int64_t width, A*& scratch) {
-    if constexpr (__is_same(T, A)) {
-        if (dim == width) return {static_cast<const A*>(rows.data), rows.stride};
-    }
-    A* copy = scratch;
-    scratch += rows.len * width;
+Matrix<A> wide_entries(const Rows& rows, int64_t dim, int64_t width, void* scratch) {
+    const T* data = static_cast<const T*>(rows.data);
+    if constexpr (__is_same(T, A)) return {data, rows.stride};
+    A* copy = static_cast<A*>(scratch);
     for (int64_t i = 0; i < rows.len; ++i) {
-        const T* from = static_cast<const T*>(rows.data) + i * rows.stride;
-        for (int64_t d = 0; d < dim; ++d) copy[i * width + d] = widen(from[d]);
-        for (int64_t d = dim; d < width; ++d) copy[i * width + d] = A(0);
+        for (int64_t d = 0; d < dim; ++d) copy[i * width + d] = widen(data[i * rows.stride + d]);
     }
     return {copy, width};
 }
 
-// scores[key, query] = keys . queries, for NK keys and eight queries.
+// scores[key, query] = keys . queries, for NK keys and one vector of queries.
 template <int NK, typename A>
 ISOMORPH_INLINE void score_block(const Matrix<A>& keys, int64_t first, const A* q_dim_query, int64_t queries, int64_t dim,
                                  A* scores) {
     Vec<A> sum[NK] = {};
     for (int64_t d = 0; d < dim; ++d) {
-        Vec<A> q;
-        load<A>(q, q_dim_query + d * queries);
+        const Vec<A> q = load<Vec<A>>(q_dim_query + d * queries);
         for (int i = 0; i < NK; ++i) sum[i] += keys.data[(first + i) * keys.stride + d] * q;
     }
-    for (int i = 0; i < NK; ++i) store<A>(scores + (first + i) * queries, sum[i]);
+    for (int i = 0; i < NK; ++i) store(scores + (first + i) * queries, sum[i]);
 }
 
 template <typename A>
@@ -121,27 +95,28 @@ void score_prompt(const Matrix<A>& keys, int64_t len, const A* q_dim_query, int6
 
 template <typename A>
 ISOMORPH_INLINE A sum_of(const Vec<A>& x) {
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+    A part[kLanes];
+    store(part, x);
+    for (int64_t n = kLanes / 2; n > 0; n /= 2) {
+        for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
+    }
+    return part[0];
 }
 
 // scores[key, one query] = keys . query, for NK keys: as many sums at a time, since one would wait for itself.
-template <int NK, typename A>
-ISOMORPH_INLINE void dot_block(const Matrix<A>& keys, int64_t first, const A* query, int64_t queries, int64_t width,
+template <int NK, typename T, typename A>
+ISOMORPH_INLINE void dot_block(const Matrix<T>& keys, int64_t first, const A* query, int64_t queries, int64_t width,
                                A* scores) {
     Vec<A> sum[NK] = {};
     for (int64_t d = 0; d < width; d += kLanes) {
-        Vec<A> q, k;
-        load<A>(q, query + d);
-        for (int i = 0; i < NK; ++i) {
-            load<A>(k, keys.data + (first + i) * keys.stride + d);
-            sum[i] += k * q;
-        }
+        const Vec<A> q = load<Vec<A>>(query + d);
+        for (int i = 0; i < NK; ++i) sum[i] += wide<A>(keys.data + (first + i) * keys.stride + d) * q;
     }
     for (int i = 0; i < NK; ++i) scores[(first + i) * queries] = sum_of<A>(sum[i]);
 }
 
-template <typename A>
-void score_own(const Matrix<A>& keys, int64_t len, const A* query, int64_t queries, int64_t width, A* scores) {
+template <typename T, typename A>
+void score_own(const Matrix<T>& keys, int64_t len, const A* query, int64_t queries, int64_t width, A* scores) {
     int64_t key = 0;
     for (; key + 4 <= len; key += 4) dot_block<4>(keys, key, query, queries, width, scores);
     for (; key < len; ++key) dot_block<1>(keys, key, query, queries, width, scores);
@@ -151,56 +126,48 @@ void score_own(const Matrix<A>& keys, int64_t len, const A* query, int64_t queri
 template <typename A>
 void weigh(A* scores, int64_t len, int64_t queries, A* sums) {
     for (int64_t r = 0; r < queries; r += kLanes) {
-        Vec<A> top, x, sum = {};
-        load<A>(top, scores + r);
-        for (int64_t key = 1; key < len; ++key) {
-            load<A>(x, scores + key * queries + r);
+        Vec<A> top = Vec<A>{} - static_cast<A>(INFINITY), sum = {};
+        for (int64_t key = 0; key < len; ++key) {
+            const Vec<A> x = load<Vec<A>>(scores + key * queries + r);
             top = x > top ? x : top;
         }
         for (int64_t key = 0; key < len; ++key) {
-            load<A>(x, scores + key * queries + r);
-            x -= top;
+            Vec<A> x = load<Vec<A>>(scores + key * queries + r) - top;
             exp_in_place(x);
             sum += x;
-            store<A>(scores + key * queries + r, x);
+            store(scores + key * queries + r, x);
         }
-        store<A>(sums + r, sum);
+        store(sums + r, sum);
     }
 }
 
-// out[query, dim] = weights of eight queries . values, eight columns of dim at a time.
-template <typename A>
-void sum_prompt(const Matrix<A>& values, int64_t len, const A* weights, int64_t queries, int64_t width, A* out) {
-    for (int64_t r = 0; r < queries; r += kLanes) {
+// out[query, dim] = weights of eight queries . values, one vector of dim at a time.
+template <typename T, typename A>
+void sum_prompt(const Matrix<T>& values, int64_t len, const A* weights, int64_t queries, int64_t width, A* out) {
+    constexpr int64_t kQueries = 8;
+    for (int64_t r = 0; r < queries; r += kQueries) {
         for (int64_t d = 0; d < width; d += kLanes) {
-            Vec<A> sum[kLanes] = {};
+            Vec<A> sum[kQueries] = {};
             for (int64_t key = 0; key < len; ++key) {
-                Vec<A> v;
-                load<A>(v, values.data + key * values.stride + d);
-                for (int64_t i = 0; i < kLanes; ++i) sum[i] += weights[key * queries + r + i] * v;
+                const Vec<A> v = wide<A>(values.data + key * values.stride + d);
+                for (int64_t i = 0; i < kQueries; ++i) sum[i] += weights[key * queries + r + i] * v;
             }
-            for (int64_t i = 0; i < kLanes; ++i) store<A>(out + (r + i) * width + d, sum[i]);
+            for (int64_t i = 0; i < kQueries; ++i) store(out + (r + i) * width + d, sum[i]);
         }
     }
 }
 
-template <typename A>
-void add_own(const Matrix<A>& values, int64_t len, const A* weights, int64_t queries, int64_t width, A* out) {
+template <typename T, typename A>
+void add_own(const Matrix<T>& values, int64_t len, const A* weights, int64_t queries, int64_t width, A* out) {
     for (int64_t d = 0; d < width; d += kLanes) {
-        Vec<A> even, odd = {}, v;
-        load<A>(even, out + d);
+        Vec<A> even = load<Vec<A>>(out + d), odd = {};
         int64_t key = 0;
         for (; key + 2 <= len; key += 2) {
-            load<A>(v, values.data + key * values.stride + d);
-            even += weights[key * queries] * v;
-            load<A>(v, values.data + (key + 1) * values.stride + d);
-            odd += weights[(key + 1) * queries] * v;
+            even += weights[key * queries] * wide<A>(values.data + key * values.stride + d);
+            odd += weights[(key + 1) * queries] * wide<A>(values.data + (key + 1) * values.stride + d);
         }
-        if (key < len) {
-            load<A>(v, values.data + key * values.stride + d);
-            even += weights[key * queries] * v;
-        }
-        store<A>(out + d, even + odd);
+        if (key < len) even += weights[key * queries] * wide<A>(values.data + key * values.stride + d);
+        store(out + d, even + odd);
     }
 }
 
@@ -218,7 +185,7 @@ void decode(const DecodeTask& task) {
     A* sums = q_dim_query + queries * width;
     A* out = sums + queries;
     A* scores = out + queries * width;
-    A* free = scores + len * queries;
+    A* scratch = scores + len * queries;
 
     memset(q_query_dim, 0, sizeof(A) * 2 * queries * width);
     for (int64_t i = 0; i < num_queries; ++i) {
@@ -231,14 +198,13 @@ void decode(const DecodeTask& task) {
         }
     }
 
-    A* const reused = free;  // prompt keys, then prompt values, then each row's own
-    const Matrix<A> prompt_k = entries<T, A>(task.prompt_k, task.dim, width, free);
+    // scratch holds prompt keys, then prompt values, then each row's own
+    const Matrix<A> prompt_k = wide_entries<T, A>(task.prompt_k, task.dim, width, scratch);
     score_prompt(prompt_k, prompt_len, q_dim_query, queries, task.dim, scores);
     A* own_scores = scores + prompt_len * queries;
     for (int64_t i = 0; i < own_max * queries; ++i) own_scores[i] = -static_cast<A>(INFINITY);
     for (int64_t g = 0; g < task.num_rows; ++g) {
-        free = reused;
-        const Matrix<A> keys = entries<T, A>(task.own_k[g], task.dim, width, free);
+        const Matrix<T> keys = entries<T>(task.own_k[g], task.dim, width, scratch);
         for (int64_t i = g * task.repeats; i < (g + 1) * task.repeats; ++i) {
             score_own(keys, task.own_k[g].len, q_query_dim + i * width, queries, width, own_scores + i);
         }
@@ -246,12 +212,10 @@ void decode(const DecodeTask& task) {
 
     weigh(scores, len, queries, sums);
 
-    free = reused;
-    const Matrix<A> prompt_v = entries<T, A>(task.prompt_v, task.dim, width, free);
+    const Matrix<T> prompt_v = entries<T>(task.prompt_v, task.dim, width, scratch);
     sum_prompt(prompt_v, prompt_len, scores, queries, width, out);
     for (int64_t g = 0; g < task.num_rows; ++g) {
-        free = reused;
-        const Matrix<A> values = entries<T, A>(task.own_v[g], task.dim, width, free);
+        const Matrix<T> values = entries<T>(task.own_v[g], task.dim, width, scratch);
         for (int64_t i = g * task.repeats; i < (g + 1) * task.repeats; ++i) {
             add_own(values, task.own_v[g].len, own_scores + i, queries, width, out + i * width);
         }
@@ -259,7 +223,8 @@ void decode(const DecodeTask& task) {
     for (int64_t i = 0; i < num_queries; ++i) {
         T* to = static_cast<T*>(task.out) + i / task.repeats * task.out_row_stride +
                 i % task.repeats * task.out_head_stride;
-        for (int64_t d = 0; d < task.dim; ++d) narrow(to + d, out[i * width + d] / sums[i]);
+        const bool sees_nothing = prompt_len + task.own_k[i / task.repeats].len == 0;
+        for (int64_t d = 0; d < task.dim; ++d) narrow(to + d, sees_nothing ? A(0) : out[i * width + d] / sums[i]);
     }
 }
 

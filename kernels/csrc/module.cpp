@@ -1,6 +1,7 @@
 #include "native.h"
 
 NB_MODULE(_native, module) {
+    isomorph::bind_isa(module);
     isomorph::bind_packing(module);
     isomorph::bind_advantage(module);
     isomorph::bind_decode(module);

@@ -2,6 +2,8 @@
 // Shapes and ranges are checked in Python, before the call; types, devices and contiguity by nanobind.
 #pragma once
 
+#include <string>
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
@@ -10,6 +12,10 @@ namespace isomorph {
 template <typename T>
 using Array1 = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::device::cpu, nanobind::c_contig>;
 
+// "avx512", "avx2" or "baseline".
+const std::string& isa();
+
+void bind_isa(nanobind::module_& module);
 void bind_packing(nanobind::module_& module);
 void bind_advantage(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);

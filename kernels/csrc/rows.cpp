@@ -1,4 +1,4 @@
-// Stats and gradient of rows of logits: (row, block) pairs are spread over threads, blocks of a row merged in order.
+// Stats, gradient and draws of rows of logits: (row, block) pairs are spread over threads, blocks of a row merged in order.
 #include "rows.h"
 
 #include <cmath>
@@ -9,8 +9,6 @@
 #include <vector>
 
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include "native.h"
 
@@ -23,44 +21,25 @@ using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 using Vector = nb::ndarray<nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 using MaybeVector = std::optional<Vector>;
 
-std::string forced_isa;  // empty: the best that the machine has
-
-std::vector<std::string> row_isas() {
-    std::vector<std::string> isas;
-#if defined(ISOMORPH_HAS_AVX2)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        isas.push_back("avx512");
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        isas.push_back("avx2");
-#endif
-    isas.push_back("baseline");
-    return isas;
-}
-
-void use_row_isa(const std::string& isa) {
-    bool found = isa.empty();
-    for (const std::string& one : row_isas()) found = found || one == isa;
-    if (!found) throw nb::value_error(("use_row_isa: this machine does not run " + isa + "; see row_isas()").c_str());
-    forced_isa = isa;
-}
-
 template <typename A>
 struct Body {
     decltype(&baseline::RowsBody<A>::z_at) z_at;
     decltype(&baseline::RowsBody<A>::stats) stats;
     decltype(&baseline::RowsBody<A>::gradient) gradient;
+    decltype(&baseline::RowsBody<A>::draw) draw;
 };
 
+#define ISOMORPH_BODY(isa) \
+    Body<A> { isa::RowsBody<A>::z_at, isa::RowsBody<A>::stats, isa::RowsBody<A>::gradient, isa::RowsBody<A>::draw }
 template <typename A>
 Body<A> body() {
-    static const std::string best = row_isas().front();
-    const std::string& isa = forced_isa.empty() ? best : forced_isa;
 #if defined(ISOMORPH_HAS_AVX2)
-    if (isa == "avx512") return {avx512::RowsBody<A>::z_at, avx512::RowsBody<A>::stats, avx512::RowsBody<A>::gradient};
-    if (isa == "avx2") return {avx2::RowsBody<A>::z_at, avx2::RowsBody<A>::stats, avx2::RowsBody<A>::gradient};
+    if (isa() == "avx512") return ISOMORPH_BODY(avx512);
+    if (isa() == "avx2") return ISOMORPH_BODY(avx2);
 #endif
-    return {baseline::RowsBody<A>::z_at, baseline::RowsBody<A>::stats, baseline::RowsBody<A>::gradient};
+    return ISOMORPH_BODY(baseline);
 }
+#undef ISOMORPH_BODY
 
 RowType type_of(const Matrix& rows) {
     if (rows.dtype() == nb::dtype<float>()) return RowType::kFloat32;
@@ -194,11 +173,59 @@ void row_gradient(Matrix logits, Vector target, Vector logprob, Vector entropy, 
     run(rows, target, logprob, entropy, grads, bias, inv_temperature, to);
 }
 
+// One token a row, by the largest z + Gumbel noise; of equal ones the first.
+template <typename A>
+void run_draw(const Rows& rows, const int64_t* key, const int64_t* position, const RowScale<A>& scale, int64_t* token,
+              A* logprob) {
+    const int64_t num_blocks = rows.num_blocks();
+    const Body<A> run = body<A>();
+    std::vector<BlockDraw> draws(rows.num_rows * num_blocks);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows.num_rows * num_blocks; ++i) {
+            const int64_t row = i / num_blocks, block = i % num_blocks;
+            draws[i] = run.draw(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, key[row],
+                                position[row]);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows.num_rows; ++i) {
+            const BlockDraw* blocks = &draws[i * num_blocks];
+            const BlockDraw* best = blocks;
+            double top = blocks->top, sum = 0;
+            for (int64_t b = 1; b < num_blocks; ++b) {
+                if (blocks[b].score > best->score) best = blocks + b;
+                top = std::max(top, blocks[b].top);
+            }
+            const bool empty = std::isinf(top) && top < 0;
+            for (int64_t b = 0; b < num_blocks; ++b) sum += std::exp(empty ? 0.0 : blocks[b].top - top) * blocks[b].sum;
+            token[i] = best->column;
+            logprob[i] = static_cast<A>((best->z - top) - std::log(sum));
+        }
+    }
+}
+
+template <typename A>
+void draw_as(const Rows& rows, const Vector& key, const Vector& position, double inv_temperature, const Vector& token,
+             const Vector& logprob) {
+    const int64_t n = rows.num_rows;
+    const RowScale<A> scale = {nullptr, static_cast<A>(inv_temperature)};
+    const auto *keys = items<int64_t>(key, n, "key"), *positions = items<int64_t>(position, n, "position");
+    auto* tokens = items<int64_t>(token, n, "token");
+    A* out = items<A>(logprob, n, "logprob");
+    nb::gil_scoped_release release;
+    run_draw<A>(rows, keys, positions, scale, tokens, out);
+}
+
+void draw_token(Matrix logits, Vector key, Vector position, double inv_temperature, Vector token, Vector logprob) {
+    const Rows rows(logits);
+    const auto run = rows.type == RowType::kFloat64 ? draw_as<double> : draw_as<float>;
+    run(rows, key, position, inv_temperature, token, logprob);
+}
+
 }  // namespace
 
 void bind_rows(nb::module_& module) {
-    module.def("row_isas", &row_isas);
-    module.def("use_row_isa", &use_row_isa);
     module.def("row_stats", &row_stats, nb::arg("logits").noconvert(), nb::arg("target").noconvert(),
                nb::arg("bias").none(), nb::arg("inv_temperature"), nb::arg("logprob").noconvert(),
                nb::arg("entropy").noconvert(), nb::arg("lse").noconvert());
@@ -206,6 +233,9 @@ void bind_rows(nb::module_& module) {
                nb::arg("logprob").noconvert(), nb::arg("entropy").noconvert(), nb::arg("dlogprob").none(),
                nb::arg("dentropy").none(), nb::arg("dlse").none(), nb::arg("bias").none(), nb::arg("inv_temperature"),
                nb::arg("out").noconvert());
+    module.def("draw_token", &draw_token, nb::arg("logits").noconvert(), nb::arg("key").noconvert(),
+               nb::arg("position").noconvert(), nb::arg("inv_temperature"), nb::arg("token").noconvert(),
+               nb::arg("logprob").noconvert());
 }
 
 }  // namespace isomorph

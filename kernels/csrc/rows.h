@@ -27,6 +27,13 @@ struct RowGradient {
     int64_t target;
 };
 
+// The column with the largest z + noise, as sample_token_ref defines the noise, and what its log-probability needs.
+struct BlockDraw {
+    double top, sum;  // as in BlockStats
+    double score, z;  // of the column
+    int64_t column;
+};
+
 #define ISOMORPH_ROWS(isa)                                                                                             \
     namespace isa {                                                                                                    \
     template <typename A>                                                                                              \
@@ -36,6 +43,8 @@ struct RowGradient {
                                 const RowScale<A>& scale);                                                             \
         static void gradient(const void* row, RowType type, int64_t first, int64_t num_columns,                        \
                              const RowScale<A>& scale, const RowGradient<A>& grad, void* out, RowType out_type);       \
+        static BlockDraw draw(const void* row, RowType type, int64_t first, int64_t num_columns,                       \
+                              const RowScale<A>& scale, int64_t key, int64_t position);                                \
     };                                                                                                                 \
     }
 ISOMORPH_ROWS(baseline)

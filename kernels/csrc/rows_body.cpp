@@ -1,37 +1,15 @@
 // A block is widened into a buffer in the first-level cache, worked on there, and narrowed again. The number of lanes is
-// the one thing that differs between instruction sets. Nothing here may come from the C++ library.
+// the one thing that differs between instruction sets.
 #include "rows.h"
 
-#include <math.h>
-#include <string.h>
+#include "lanes.h"
 
 namespace isomorph {
 namespace ISOMORPH_ISA {
 namespace {
 
-#define ISOMORPH_INLINE static inline __attribute__((always_inline))
-
-constexpr int64_t kLanes = ISOMORPH_LANES;
 constexpr int64_t kSums = 4;  // independent sums, so that none waits for itself
 static_assert(kRowBlock % (kLanes * kSums) == 0);
-
-template <typename A>
-struct Lanes {
-    typedef A type __attribute__((vector_size(kLanes * sizeof(A))));
-};
-template <typename A>
-using Vec = typename Lanes<A>::type;
-
-template <typename V, typename P>
-ISOMORPH_INLINE V load(const P* p) {
-    V v;
-    memcpy(&v, p, sizeof(v));
-    return v;
-}
-template <typename V, typename P>
-ISOMORPH_INLINE void store(P* p, const V& v) {
-    memcpy(p, &v, sizeof(v));
-}
 
 void widen(const uint16_t* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; ++i) {
@@ -91,31 +69,6 @@ int64_t read_z(const void* row, RowType type, int64_t first, int64_t n, const Ro
     return padded;
 }
 
-// exp of x < 88. NaN stays NaN; -inf gives exactly 0.
-ISOMORPH_INLINE void exp_in_place(Vec<float>& x) {
-    typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-    const Vec<float> clamped = x < -87.0f ? Vec<float>{} - 87.0f : x;
-    const Vec<float> shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-    const Vec<float> n = shifted - 12582912.0f;
-    const Vec<float> r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-    Vec<float> y = Vec<float>{} + 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    Ints bits;
-    memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits - 0x4b400000 + 127) << 23;
-    Vec<float> power;
-    memcpy(&power, &bits, sizeof(power));
-    x = x < -87.0f ? Vec<float>{} : y * power;
-}
-ISOMORPH_INLINE void exp_in_place(Vec<double>& x) {
-    for (int64_t i = 0; i < kLanes; ++i) x[i] = exp(x[i]);
-}
-
 // Where a probability is 0 its logarithm must not make NaN of their product.
 template <typename A>
 ISOMORPH_INLINE Vec<A> finite_log(const Vec<A>& logp) {
@@ -147,6 +100,81 @@ double total(const Vec<A> (&sums)[kSums]) {
     }
     return sum;
 }
+
+// -- noise
+constexpr int64_t kWords = 4, kWordColumns = kRowBlock / kWords;  // word w of counter i serves column w * 256 + i
+
+// Philox 4x32-10 (Salmon et al. 2011) on counters (first_counter + i, 0, position), for i < n.
+void philox(uint64_t key, uint64_t position, uint32_t first_counter, int64_t n, uint32_t (&words)[kWords][kWordColumns]) {
+    for (int64_t i = 0; i < n; ++i) {
+        words[0][i] = first_counter + static_cast<uint32_t>(i);
+        words[1][i] = 0;
+        words[2][i] = static_cast<uint32_t>(position);
+        words[3][i] = static_cast<uint32_t>(position >> 32);
+    }
+    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int64_t i = 0; i < n; ++i) {
+            const uint64_t a = uint64_t{0xD2511F53u} * words[0][i], b = uint64_t{0xCD9E8D57u} * words[2][i];
+            words[0][i] = static_cast<uint32_t>(b >> 32) ^ words[1][i] ^ key0;
+            words[1][i] = static_cast<uint32_t>(b);
+            words[2][i] = static_cast<uint32_t>(a >> 32) ^ words[3][i] ^ key1;
+            words[3][i] = static_cast<uint32_t>(a);
+        }
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+}
+
+// log of a positive normal number.
+ISOMORPH_INLINE void log_in_place(Vec<float>& x) {
+    typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+    Ints bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const Ints exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in sqrt(1/2) .. sqrt(2)
+    bits -= exponent << 23;
+    Vec<float> f;
+    memcpy(&f, &bits, sizeof(f));
+    f -= 1.0f;
+    const Vec<float> e = __builtin_convertvector(exponent, Vec<float>), f2 = f * f;
+    Vec<float> y = Vec<float>{} + 7.0376836292e-2f;
+    y = y * f - 1.1514610310e-1f;
+    y = y * f + 1.1676998740e-1f;
+    y = y * f - 1.2420140846e-1f;
+    y = y * f + 1.4249322787e-1f;
+    y = y * f - 1.6668057665e-1f;
+    y = y * f + 2.0000714765e-1f;
+    y = y * f - 2.4999993993e-1f;
+    y = y * f + 3.3333331174e-1f;
+    y = y * f * f2 - e * 2.12194440e-4f - 0.5f * f2;
+    x = (f + y) + e * 0.693359375f;
+}
+ISOMORPH_INLINE void log_in_place(Vec<double>& x) {
+    for (int64_t i = 0; i < kLanes; ++i) x[i] = log(x[i]);
+}
+
+// -log(E) for E = -log(1 - u), u = (word + 1/2) 2^-32: Gumbel noise. Small E, the winners, keep all of u's digits.
+template <typename A>
+ISOMORPH_INLINE Vec<A> gumbel(const uint32_t* words) {
+    typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+    const A most = A(1) - A(5.9604644775390625e-8);  // 1 - 2^-24
+    Vec<A> u = (__builtin_convertvector(load<Words>(words), Vec<A>) + A(0.5)) * A(2.3283064365386963e-10);
+    u = u > most ? Vec<A>{} + most : u;
+    const Vec<A> rest = A(1) - u, rounded = A(1) - rest;  // log(1 - u) to the last digit, after Kahan
+    Vec<A> e = rest;
+    log_in_place(e);
+    e = rounded == A(0) ? u : -e * u / (rounded == A(0) ? Vec<A>{} + A(1) : rounded);
+    log_in_place(e);
+    return -e;
+}
+
+template <typename A>
+struct SameSize {
+    typedef int32_t type __attribute__((vector_size(kLanes * sizeof(int32_t))));
+};
+template <>
+struct SameSize<double> {
+    typedef int64_t type __attribute__((vector_size(kLanes * sizeof(int64_t))));
+};
 
 }  // namespace
 
@@ -192,6 +220,49 @@ void RowsBody<A>::gradient(const void* row, RowType type, int64_t first, int64_t
     if (grad.target >= first && grad.target < first + num_columns) z[grad.target - first] += grad.dlogprob;
     for (int64_t i = 0; i < n; ++i) z[i] *= scale.inv_temperature;
     write(z, num_columns, out, out_type, first);
+}
+
+template <typename A>
+BlockDraw RowsBody<A>::draw(const void* row, RowType type, int64_t first, int64_t num_columns, const RowScale<A>& scale,
+                            int64_t key, int64_t position) {
+    using Columns = typename SameSize<A>::type;
+    alignas(64) A z[kRowBlock];
+    alignas(64) uint32_t words[kWords][kWordColumns];
+    const int64_t n = read_z(row, type, first, num_columns, scale, z);
+    for (int64_t i = n; i < kRowBlock; ++i) z[i] = -static_cast<A>(INFINITY);
+    const int64_t num_counters = num_columns < kWordColumns ? (num_columns + kLanes - 1) / kLanes * kLanes : kWordColumns;
+    philox(static_cast<uint64_t>(key), static_cast<uint64_t>(position),
+           static_cast<uint32_t>(first / kRowBlock * kWordColumns), num_counters, words);
+
+    const A top = largest(z, n);
+    const A shift = top == -static_cast<A>(INFINITY) ? A(0) : top;
+    Vec<A> sum[kSums] = {};
+    for (int64_t i = 0; i < n; i += kLanes * kSums) {
+        for (int64_t k = 0; k < kSums; ++k) {
+            Vec<A> p = load<Vec<A>>(z + i + k * kLanes) - shift;
+            exp_in_place(p);
+            sum[k] += p;
+        }
+    }
+
+    Vec<A> best = Vec<A>{} - static_cast<A>(INFINITY);
+    Columns lane = {}, column = {};
+    for (int64_t i = 0; i < kLanes; ++i) lane[i] = i;
+    for (int64_t w = 0; w < kWords && w * kWordColumns < num_columns; ++w) {
+        for (int64_t i = 0; i < num_counters; i += kLanes) {  // ascending columns: of equal scores the first stays
+            const int32_t at = static_cast<int32_t>(w * kWordColumns + i);
+            const Vec<A> score = load<Vec<A>>(z + at) + gumbel<A>(words[w] + i);
+            const auto better = score > best;
+            best = better ? score : best;
+            column = better ? lane + at : column;
+        }
+    }
+    int64_t winner = 0;
+    for (int64_t i = 1; i < kLanes; ++i) {
+        if (best[i] > best[winner] || (best[i] == best[winner] && column[i] < column[winner])) winner = i;
+    }
+    const int64_t drawn = column[winner];
+    return {top, total<A>(sum), best[winner], z[drawn], first + drawn};
 }
 
 template struct RowsBody<float>;

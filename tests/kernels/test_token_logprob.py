@@ -21,7 +21,7 @@ from isomorph.kernels.token_logprob import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ISAS = backend.native().row_isas() if backend.native_available() else []
+ISAS = backend.native().isas() if backend.native_available() else []
 NATIVE = [f"native-{isa}" for isa in ISAS]
 BODIES = ["torch", *NATIVE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -33,14 +33,14 @@ needs_native = pytest.mark.skipif(not ISAS, reason="needs the C++ module; `pip i
 def _best_isa() -> Iterator[None]:
     yield
     if ISAS:
-        backend.native().use_row_isa("")
+        backend.native().use_isa("")
 
 
 def _body(name: str) -> str:
     """The body's name, with the instruction set chosen."""
     body, _, isa = name.partition("-")
     if isa:
-        backend.native().use_row_isa(isa)
+        backend.native().use_isa(isa)
     return body
 
 
@@ -186,7 +186,7 @@ def test_gradcheck_and_saved_logits_are_never_written(body: str) -> None:
 def test_native_runs_on_the_cpu_and_refuses_what_it_cannot_do() -> None:
     assert backend.choose("token_logprob") == "native"
     with pytest.raises(ValueError, match="does not run"):
-        backend.native().use_row_isa("vax")
+        backend.native().use_isa("vax")
     logits, target = _rows(2, 9, torch.float32)
     with pytest.raises(TypeError, match="bias"):
         row_stats(logits, target, bias_V=torch.zeros(9).double(), inv_temperature=1.0, body="native")

@@ -1,0 +1,62 @@
+// What the bodies that are compiled once per instruction set share. ISOMORPH_LANES and ISOMORPH_ISA come from CMake;
+// nothing here may come from the C++ library, whose inline functions the linker would share between instruction sets.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace isomorph {
+namespace ISOMORPH_ISA {
+namespace {
+
+#define ISOMORPH_INLINE static inline __attribute__((always_inline))
+
+constexpr int64_t kLanes = ISOMORPH_LANES;
+
+template <typename A>
+struct Lanes {
+    typedef A type __attribute__((vector_size(kLanes * sizeof(A))));
+};
+template <typename A>
+using Vec = typename Lanes<A>::type;
+
+template <typename V, typename P>
+ISOMORPH_INLINE V load(const P* p) {
+    V v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+}
+template <typename V, typename P>
+ISOMORPH_INLINE void store(P* p, const V& v) {
+    memcpy(p, &v, sizeof(v));
+}
+
+// exp of x < 88. NaN stays NaN; -inf gives exactly 0.
+ISOMORPH_INLINE void exp_in_place(Vec<float>& x) {
+    typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+    const Vec<float> clamped = x < -87.0f ? Vec<float>{} - 87.0f : x;
+    const Vec<float> shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    const Vec<float> n = shifted - 12582912.0f;
+    const Vec<float> r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    Vec<float> y = Vec<float>{} + 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    Ints bits;
+    memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits - 0x4b400000 + 127) << 23;
+    Vec<float> power;
+    memcpy(&power, &bits, sizeof(power));
+    x = x < -87.0f ? Vec<float>{} : y * power;
+}
+ISOMORPH_INLINE void exp_in_place(Vec<double>& x) {
+    for (int64_t i = 0; i < kLanes; ++i) x[i] = exp(x[i]);
+}
+
+}  // namespace
+}  // namespace ISOMORPH_ISA
+}  // namespace isomorph
