@@ -69,6 +69,7 @@ class SamplerConfig(Section):
     )  # vllm: share of the device's memory (on the CPU: of the RAM) for weights and KV
     max_model_len: int = Field(2048, ge=16)  # vllm: prompt and response, tokens
     max_seqs: int = Field(256, ge=1)  # sequences decoded at once
+    kv_tok: int | None = Field(None, ge=1)  # builtin: tokens of keys and values held at once; None: as max_seqs needs
 
 
 class SamplingConfig(Section):

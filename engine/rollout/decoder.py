@@ -1,0 +1,205 @@
+"""One token further on many responses at once, with the trainer's own modules and keys and values in slots.
+
+A prompt has a slot for its keys and values, stored once whatever the number of its responses; a response has a slot for
+its own, and all that decoding it needs stands on the device under the number of that slot:
+
+    prompt_slot, prompt_len, key        fixed when the response is admitted
+    length, token_ids, logprob, ended   grow by one token a step
+
+So a step reads nothing on the host but which slots take part. On a GPU it is recorded once for each number of rows,
+as a CUDA graph; rows that are missing to a recorded number are filled up with one slot more that nobody reads.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.policy import Policy
+from isomorph.engine.types import Prompt
+from isomorph.kernels import backend
+from isomorph.kernels.decode_attention import CachedKV, decode_attention
+from isomorph.kernels.linear_chunks import make_logits
+from isomorph.kernels.packed_attention import PackedLayout, packed_attention
+from isomorph.kernels.sample_token import sample_token
+
+PREFILL_TOK = 8192  # of prompts in one packed pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a decoder is made for; another one of the same room can take its place."""
+
+    seqs: int  # responses decoded at once
+    prompts: int  # prompts whose keys and values are held at once
+    prompt_tok: int
+    max_new_tok: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+
+    @property
+    def kv_tok(self) -> int:
+        return self.seqs * self.max_new_tok + self.prompts * self.prompt_tok
+
+
+class Decoder:
+    """The cache, the state of every slot, and the step."""
+
+    def __init__(self, policy: Policy, room: Room) -> None:
+        self.policy, self.room, device = policy, room, policy.device
+        num_layers, kv = policy.config.num_hidden_layers, (policy.num_kv_heads, policy.head_dim)
+        num_slots = room.seqs + 1  # the last one belongs to the rows that fill up
+        # [layers, keys and values, slots, K, entries, d]
+        self.prompt_kv = self._empty(num_layers, 2, room.prompts, kv[0], room.prompt_tok, kv[1])
+        self.own_kv = self._empty(num_layers, 2, num_slots, kv[0], room.max_new_tok, kv[1])
+        self.prompt_hidden = self._empty(room.prompts, policy.config.hidden_size)  # its row predicts the first token
+        self.prompt_slot, self.prompt_len, self.key = (_zeros(device, num_slots) for _ in range(3))
+        self.length = torch.ones(num_slots, dtype=torch.int64, device=device)  # tokens drawn
+        self.ended = torch.ones(num_slots, dtype=torch.bool, device=device)
+        self.token_ids = _zeros(device, num_slots, room.max_new_tok)
+        self.logprob = torch.zeros(num_slots, room.max_new_tok, dtype=torch.float32, device=device)
+        self.stop_ids = torch.tensor(room.stop_ids, dtype=torch.int64, device=device)
+        # The reference path takes row by row: a product's last bits depend on how many rows go through it at once
+        self.is_row_by_row = backend.choose("decode_attention", device) == "reference"
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.policy.dtype, device=self.policy.device)
+
+    # -- admission
+    def prefill(self, prompts: Sequence[Prompt], prompt_slots: Sequence[int]) -> None:
+        """Fills the prompts' slots, in packed passes."""
+        for part in self._passes(prompts):
+            self._prefill([prompts[i] for i in part], [prompt_slots[i] for i in part])
+
+    def _passes(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        part: list[int] = []
+        num_tok = 0
+        for i, prompt in enumerate(prompts):
+            num_tok += len(prompt.token_ids)
+            if part and (num_tok > PREFILL_TOK or self.is_row_by_row):
+                yield part
+                part, num_tok = [], len(prompt.token_ids)
+            part.append(i)
+        if part:
+            yield part
+
+    def _prefill(self, prompts: Sequence[Prompt], prompt_slots: Sequence[int]) -> None:
+        device = self.policy.device
+        lens = [len(p.token_ids) for p in prompts]
+        layout = PackedLayout.from_groups(lens, [[] for _ in lens]).to(device)
+        token_ids_T = torch.tensor([i for p in prompts for i in p.token_ids], device=device)
+        len_P, slot_P = torch.tensor(lens, device=device), torch.tensor(prompt_slots, device=device)
+        slot_T = slot_P.repeat_interleave(len_P)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            q_THd, k_TKd, v_TKd = (x[0].transpose(0, 1) for x in (q, k, v))
+            for cache_SKLd, new_TKd in zip(self.prompt_kv[layer], (k_TKd, v_TKd), strict=True):
+                cache_SKLd[slot_T, :, layout.positions] = new_TKd
+            return packed_attention(q_THd, k_TKd, v_TKd, layout, scale=scale)[None]
+
+        hidden_TD = self.policy.trunk(token_ids_T[None], layout.positions[None], attend)[0]
+        self.prompt_hidden[slot_P] = hidden_TD[len_P.cumsum(0) - 1]
+
+    def admit(
+        self, slots: Sequence[int], prompt_slots: Sequence[int], prompt_lens: Sequence[int], keys: Sequence[int]
+    ) -> None:
+        """Takes responses into slots and draws the first token of each."""
+        device = self.policy.device
+        slot_B = torch.tensor(slots, device=device)
+        for state, values in zip(
+            (self.prompt_slot, self.prompt_len, self.key), (prompt_slots, prompt_lens, keys), strict=True
+        ):
+            state[slot_B] = torch.tensor(values, device=device)
+        self.length[slot_B] = 0
+        self.ended[slot_B] = False
+        for part_B in self._parts(slot_B):
+            self._draw(part_B, self.prompt_hidden[self.prompt_slot[part_B]])
+
+    # -- the step
+    def advance(self, slots: Sequence[int], num_steps: int) -> None:
+        """``num_steps`` tokens further on these slots; those that end before stay as they are."""
+        if self.policy.device.type == "cuda" and not self.is_row_by_row:
+            graph, slot_B = self._graph(padded_size(len(slots)))
+            slot_B.copy_(torch.tensor(fill_up(slots, len(slot_B), self.room.seqs)), non_blocking=True)
+            for _ in range(num_steps):
+                graph.replay()
+            return
+        slot_B = torch.tensor(slots, device=self.policy.device)
+        for _ in range(num_steps):
+            for part_B in self._parts(slot_B):
+                self._advance(part_B)
+
+    def _parts(self, slot_B: Tensor) -> tuple[Tensor, ...]:
+        return slot_B.split(1) if self.is_row_by_row else (slot_B,)
+
+    def _graph(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if size not in self.graphs:
+            slot_B = torch.full((size,), self.room.seqs, device=self.policy.device)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what compiles or allocates at its first call must not be recorded
+                self._advance(slot_B)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._advance(slot_B)
+            self.graphs[size] = graph, slot_B
+        return self.graphs[size]
+
+    def _advance(self, slot_B: Tensor) -> None:
+        """Shapes depend on the number of rows alone, and nothing is read on the host."""
+        length_B, prompt_slot_B = self.length[slot_B], self.prompt_slot[slot_B]
+        prompt_len_B, last_B = self.prompt_len[slot_B], length_B - 1
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            for cache_SKLd, new_BK1d in zip(self.own_kv[layer], (k, v), strict=True):
+                cache_SKLd[slot_B, :, last_B] = new_BK1d[:, :, 0]
+            prompt = CachedKV(self.prompt_kv[layer, 0], self.prompt_kv[layer, 1], prompt_slot_B, prompt_len_B)
+            own = CachedKV(self.own_kv[layer, 0], self.own_kv[layer, 1], slot_B, length_B)
+            return decode_attention(q[:, :, 0], prompt, own, scale=scale)[:, None]
+
+        token_B, position_B = self.token_ids[slot_B, last_B], prompt_len_B + last_B
+        self._draw(slot_B, self.policy.trunk(token_B[:, None], position_B[:, None], attend)[:, 0])
+
+    def _draw(self, slot_B: Tensor, hidden_BD: Tensor) -> None:
+        """The next token of every row, written where the response has not ended."""
+        length_B, had_ended_B = self.length[slot_B], self.ended[slot_B]
+        logits_BV = make_logits(hidden_BD, self.policy.unembedding.detach())
+        if self.room.temperature == 0:
+            token_B, logprob_B = logits_BV.argmax(-1), torch.zeros_like(logits_BV[:, 0])
+        else:
+            key_B = self.key[slot_B]
+            token_B, logprob_B = sample_token(logits_BV, key_B, length_B, temperature=self.room.temperature)
+        at_B = length_B.clamp(max=self.room.max_new_tok - 1)
+        self.token_ids[slot_B, at_B] = torch.where(had_ended_B, self.token_ids[slot_B, at_B], token_B)
+        self.logprob[slot_B, at_B] = torch.where(had_ended_B, self.logprob[slot_B, at_B], logprob_B.float())
+        length_B = torch.where(had_ended_B, length_B, length_B + 1)
+        self.length[slot_B] = length_B
+        stops_B = (token_B[:, None] == self.stop_ids).any(1)
+        self.ended[slot_B] = had_ended_B | stops_B | (length_B == self.room.max_new_tok)
+
+    # -- results
+    def ended_lengths(self) -> list[int]:
+        """Of each slot: the length of its response if it has ended, else 0. The one synchronisation."""
+        return torch.where(self.ended, self.length, 0).tolist()
+
+    def responses(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[B, max_new_tok] tokens and log-probabilities, on the CPU."""
+        slot_B = torch.tensor(slots, device=self.policy.device)
+        return self.token_ids[slot_B].cpu(), self.logprob[slot_B].cpu()
+
+
+def padded_size(num_rows: int) -> int:
+    """The next number of rows that is recorded: at most a quarter more, and few numbers in all."""
+    step = max(1, 2 ** (num_rows.bit_length() - 3))
+    return -(-num_rows // step) * step
+
+
+def fill_up(slots: Sequence[int], size: int, nobody: int) -> list[int]:
+    return [*slots, *[nobody] * (size - len(slots))]
+
+
+def _zeros(device: torch.device, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=device)
