@@ -109,9 +109,25 @@ def _case(prompt: int, response: int, group: int, heads: int, kv_heads: int, dim
 
     def exact() -> tuple[Tensor, ...]:
         wide = [x.double() for x in inputs]
-        if DEVICE.type == "cuda":  # all T x T scores would not fit: the repeated prompts are the same function
-            return gradients(repeated, wide)
+        if DEVICE.type == "cuda":  # all T x T scores would not fit
+            return by_response(wide)
         return gradients(lambda *x: packed_attention_ref(*x, layout), wide)
+
+    def by_response(wide: list[Tensor]) -> tuple[Tensor, ...]:
+        """The same function, one response with its prompt at a time; the prompt's own rows count with the first."""
+        sums = [torch.zeros(num, heads, dim, device=DEVICE, dtype=torch.float64), *map(torch.zeros_like, wide)]
+        for g, rows in enumerate(rows_GL):
+            own = rows if g == 0 else rows[prompt:]
+            leaves = [x[rows].requires_grad_() for x in wide]
+            q, k, v = (x.transpose(0, 1)[None] for x in leaves)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)[
+                -len(own) :
+            ]
+            grads = torch.autograd.grad(out, leaves, upstream[own].double())
+            sums[0][own] = out.detach()
+            for total, grad in zip(sums[1:], grads, strict=True):
+                total.index_add_(0, rows, grad)
+        return tuple(sums)
 
     size = f"P={prompt} R={response} G={group} H={heads}/{kv_heads} D={dim}, FLOP / {gain:.2f}"
     return Case(
