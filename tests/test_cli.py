@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     assert len(summary["weights_sha256"]) == 64 and summary["wall_s"] > 0
     described = json.loads((whole_run / "run.json").read_text())
     assert described["recipe"]["stage"][2]["objective"]["clip_high"] == 0.28  # resolved, presets filled in
-    assert described["versions"]["torch"] and described["backends"]
+    assert described["versions"]["torch"] and described["backends"]["packed_attention"]
     assert [row["step"] for row in step_rows(whole_run)] == list(range(1, 89))
     assert (whole_run / "report" / "report.html").is_file()
     assert list((whole_run / "completions").glob("step-*.jsonl"))
