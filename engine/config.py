@@ -52,6 +52,8 @@ class ModelConfig(Section):
     path: str | None = None  # a folder, a .gguf file, or a hub name
     tiny: TinyModel | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; masters are always float32
+    recompute_every: int | None = Field(None, ge=1)  # of n layers one is run again in backward; 1: all; None: none
+    compile: bool = False  # the learner's layers by torch.compile: a minute at the start for fewer passes over memory
     chat_template: bool = True  # wrap the question as a user's turn, where the tokenizer has a template
 
     @model_validator(mode="after")

@@ -11,11 +11,13 @@ by token, the attention, is a function handed in from outside:
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault(
     "TOKENIZERS_PARALLELISM", "false"
@@ -38,6 +40,7 @@ WORD = r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]"  # a tag, a word, a number or a
 PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
 
 
+@torch.compiler.disable  # it knows its layer by number: compiled, each layer would be compiled by itself
 def _attend_from_outside(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, attend: Attend, **_: Any
 ) -> tuple[Tensor, None]:
@@ -70,10 +73,27 @@ class TextCodec:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
+RunLayer = Callable[[Any, Tensor, tuple[Tensor, Tensor], Attend], Tensor]
+
+
+def _run_layer(layer: Any, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    return layer(hidden_BTD, position_embeddings=rotary, attend=attend)
+
+
+def _run_again_in_backward(
+    run: RunLayer, layer: Any, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend
+) -> Tensor:
+    """Keeps the layer's input alone; its other activations are made again when their gradients are."""
+    # nothing here draws random numbers
+    return checkpoint(run, layer, hidden_BTD, rotary, attend, use_reentrant=False, preserve_rng_state=False)
+
+
 class Policy:
     """Decoder layers, embedding and unembedding; the parameters may be views of another owner's storage."""
 
-    def __init__(self, model: Any, text: TextCodec) -> None:
+    def __init__(
+        self, model: Any, text: TextCodec, *, recompute_every: int | None = None, compiles: bool = False
+    ) -> None:
         _refuse_what_we_cannot_train(model.config)
         if model.config._attn_implementation != "isomorph":  # it would never call ``attend``
             raise ValueError(
@@ -82,6 +102,11 @@ class Policy:
         self.model = model.eval().requires_grad_(True)  # eval: these decoders have no dropout, and nothing else differs
         self.config = model.config
         self.text = text
+        run = torch.compile(_run_layer, dynamic=True) if compiles else _run_layer
+        self._learner_runs: list[RunLayer] = [
+            partial(_run_again_in_backward, run) if recompute_every and i % recompute_every == 0 else run
+            for i in range(len(model.model.layers))
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -115,21 +140,26 @@ class Policy:
 
     def trunk(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         """[B, T, D] hidden rows after the last norm."""
+        return self._through_layers(token_ids_BT, positions_BT, attend, [_run_layer] * len(self.model.model.layers))
+
+    def _through_layers(
+        self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend, runs: Sequence[RunLayer]
+    ) -> Tensor:
         decoder = self.model.model
         hidden_BTD = decoder.embed_tokens(token_ids_BT)
         rotary = decoder.rotary_emb(hidden_BTD, position_ids=positions_BT)
-        for layer in decoder.layers:
-            hidden_BTD = layer(hidden_BTD, position_embeddings=rotary, attend=attend)
+        for layer, run in zip(decoder.layers, runs, strict=True):
+            hidden_BTD = run(layer, hidden_BTD, rotary, attend)
         return decoder.norm(hidden_BTD)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """[T, D] hidden rows of a packed batch."""
+        """[T, D] hidden rows of a packed batch, the learner's way: layers compiled and recomputed as configured."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             q_THd, k_TKd, v_TKd = (x[0].transpose(0, 1) for x in (q, k, v))
             return packed_attention(q_THd, k_TKd, v_TKd, batch.layout, scale=scale)[None]
 
-        return self.trunk(batch.token_ids[None], batch.positions[None], attend)[0]
+        return self._through_layers(batch.token_ids[None], batch.positions[None], attend, self._learner_runs)[0]
 
     @contextlib.contextmanager
     def borrowed_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
@@ -167,9 +197,15 @@ def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, de
     """The policy that the recipe names. ``vocabulary``: the words of a tiny model. Raises UserError."""
     dtype = getattr(torch, config.dtype)
     if config.tiny is not None:
-        return build_tiny(config.tiny, vocabulary, seed=seed, dtype=dtype, device=device)
-    assert config.path is not None
-    folder, gguf = _locate(config.path)
+        model, text = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
+    else:
+        assert config.path is not None
+        model, text = _loaded_model(config.path, dtype, chat_template=config.chat_template)
+    return Policy(model.to(device), text, recompute_every=config.recompute_every, compiles=config.compile)
+
+
+def _loaded_model(path: str, dtype: torch.dtype, *, chat_template: bool) -> tuple[Any, TextCodec]:
+    folder, gguf = _locate(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
         loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
@@ -177,25 +213,27 @@ def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, de
             folder, dtype=dtype, attn_implementation="isomorph", output_loading_info=True, **loader_options
         )
     except Exception as error:  # on a broken file each of the libraries below raises types of its own
-        raise UserError(f"model.path: no model could be loaded from {config.path!r}: {_first_line(error)}") from error
+        raise UserError(f"model.path: no model could be loaded from {path!r}: {_first_line(error)}") from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would train random numbers in their place
         raise UserError(
-            f"model.path: the weights in {config.path!r} lack {len(missing)} tensors of a {model.config.model_type}, "
+            f"model.path: the weights in {path!r} lack {len(missing)} tensors of a {model.config.model_type}, "
             f"the first is {missing[0]}"
         )
     model.config._attn_implementation = "isomorph"
-    text = TextCodec(tokenizer, chat_template=config.chat_template, stop_ids=_stop_ids(model, tokenizer))
-    return Policy(model.to(device), text)
+    return model, TextCodec(tokenizer, chat_template=chat_template, stop_ids=_stop_ids(model, tokenizer))
 
 
 def build_tiny(
     tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Policy:
-    """A small Llama decoder with random weights over a vocabulary of whole words.
+    """A small Llama decoder with random weights over a vocabulary of whole words."""
+    model, text = _tiny_model(tiny, vocabulary, seed=seed, dtype=dtype)
+    return Policy(model.to(device), text)
 
-    Not a Qwen2: to that type transformers gives Qwen's own splitting into words, whatever the tokenizer's file says.
-    """
+
+def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype) -> tuple[Any, TextCodec]:
+    """Not a Qwen2: to that type transformers gives Qwen's own splitting into words, whatever its tokenizer says."""
     tokenizer = word_tokenizer(vocabulary)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -215,7 +253,7 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
-    return Policy(model.to(device), TextCodec(tokenizer, chat_template=False, stop_ids=_stop_ids(model, tokenizer)))
+    return model, TextCodec(tokenizer, chat_template=False, stop_ids=_stop_ids(model, tokenizer))
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:

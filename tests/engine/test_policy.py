@@ -153,6 +153,82 @@ def test_hidden_rows_of_packed_groups_are_those_of_each_sequence_alone(family: s
     torch.testing.assert_close(policy.unembedding, model.lm_head.weight, rtol=0, atol=0)
 
 
+# -- how the learner runs the layers
+def learners_policy(**choices: Any) -> Policy:
+    tiny = TINY.model_copy(update=dict(num_layers=5))
+    config = ModelConfig(tiny=tiny, **choices)
+    return load_policy(config, vocabulary=VOCABULARY, seed=0, device=CPU)
+
+
+def gradients(policy: Policy, groups: list[tuple[list[int], list[list[int]]]]) -> dict[str, Tensor]:
+    policy.hidden(packed(groups)).square().sum().backward()
+    return {name: p.grad for name, p in policy.named_parameters().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("every", "again"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
+def test_recomputed_layers_give_the_same_gradients_bit_for_bit(every: int, again: list[int]) -> None:
+    groups = [
+        ([i % 9 for i in prompt], [[i % 9 for i in r] for r in responses]) for prompt, responses in random_groups()
+    ]
+    kept, policy = learners_policy(), learners_policy(recompute_every=every)
+    runs: list[int] = []
+    for i, layer in enumerate(policy.model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
+    ours, truth = gradients(policy, groups), gradients(kept, groups)
+    assert runs == [0, 1, 2, 3, 4, *reversed(again)]
+    assert all(torch.equal(ours[name], grad) for name, grad in truth.items())
+    with torch.no_grad():
+        policy.hidden(packed(groups))
+    assert runs[5 + len(again) :] == [0, 1, 2, 3, 4]
+
+
+def saved_bytes(policy: Policy, batch: PackedBatch) -> int:
+    """Of the tensors that the forward pass keeps for backward, the parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in policy.named_parameters().values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden_TD = policy.hidden(batch)
+    assert hidden_TD.requires_grad
+    return sum(kept.values())
+
+
+def test_recomputed_layers_keep_less_than_a_third() -> None:
+    groups = [([1 + i % 8 for i in range(40)], [[1 + i % 8 for i in range(30)]] * 3)]
+    kept = saved_bytes(learners_policy(), packed(groups))
+    assert saved_bytes(learners_policy(recompute_every=1), packed(groups)) < kept / 3
+
+
+@pytest.mark.slow  # compiles C++
+def test_compiled_layers_agree_and_are_compiled_once_for_all_lengths() -> None:
+    torch.compiler.reset()
+    plain, compiled, exact = learners_policy(), learners_policy(compile=True), learners_policy()
+    exact_norms(exact.model.double())
+
+    def off(policy: Policy, truth: dict[str, Tensor], groups: list[tuple[list[int], list[list[int]]]]) -> float:
+        """Distance of the whole gradient."""
+        ours = gradients(policy, groups)
+        return float(torch.cat([(ours[name] - grad).flatten() for name, grad in truth.items()]).norm())
+
+    for length in (20, 33, 47):
+        groups = [([1 + i % 8 for i in range(length)], [[1 + i % 8 for i in range(n)] for n in (5, length)])]
+        for policy in (plain, compiled, exact):
+            policy.model.zero_grad()
+        truth = gradients(exact, groups)
+        # other exponentials and another order of sums, in the same dtype; a missing term would be off by thousands
+        assert off(compiled, truth, groups) <= 4 * off(plain, truth, groups)
+        if length == 20:
+            num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert num_graphs > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_that_samplers_ask_for_are_the_models(family: str) -> None:
     policy, _ = twins(config_of(family.split()[0], **FAMILIES[family]))
