@@ -66,12 +66,15 @@ class MasterAdamW:
 
         Raises RunFailed where the norm is not finite: nothing has changed then.
         """
-        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), clip_norm).item()
+        total = torch.nn.utils.get_total_norm(self.gradients())
+        norm = total.item()
         if not math.isfinite(norm):
             raise RunFailed(
                 f"the gradient's norm is {norm}: the weights are unchanged; "
                 "lower the learning rate or look at the rewards"
             )
+        if norm > clip_norm:  # else a pass over all gradients would multiply them by 1
+            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), clip_norm, total)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
