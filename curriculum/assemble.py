@@ -20,7 +20,9 @@ from isomorph.engine.config import UserError
 from isomorph.engine.loop import Crew, train
 from isomorph.engine.policy import Policy, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
+from isomorph.engine.record.readers import check_readers, open_readers
 from isomorph.engine.record.runlog import QuietLog, RunLog
+from isomorph.engine.record.telemetry import Telemetry, find_gpu
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import RunFailed, RunState, Sampler
@@ -55,9 +57,15 @@ def run_recipe(
     """Trains in ``folder`` to the end of the last stage; returns the summary; the first rank has written it there."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    check_readers(recipe.log)
     log = RunLog(folder, console) if ranks.is_first else QuietLog(folder, console)
     with contextlib.ExitStack() as stack:
-        crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, ranks, resume=resume))
+        with log.time("load"):
+            crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, ranks, resume=resume))
+            stack.enter_context(log.telemetry.watching())
+            if ranks.is_first:
+                tables = recipe.model_dump(mode="json")
+                log.readers += stack.enter_context(open_readers(recipe.log, folder, tables, state.step))
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:
@@ -80,6 +88,7 @@ def _crew_at_work(
     recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], ranks: Ranks, *, resume: bool
 ) -> Iterator[tuple[Crew, RunState]]:
     policy = open_policy(recipe)
+    log.telemetry = Telemetry(*find_gpu(policy.device))
     state, learned = _restored(policy, log, ranks) if resume else (RunState(), None)
     curriculum = Curriculum(recipe, policy.text)
     if resume:
@@ -90,7 +99,7 @@ def _crew_at_work(
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume:
-            log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks))
+            log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
         for fallback in fallbacks(policy):
             log.say(f"warning: {fallback}")
         crew = Crew(
@@ -136,7 +145,9 @@ def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
         sampler.close()
 
 
-def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: Ranks) -> dict[str, Any]:
+def describe_run(
+    recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: Ranks, telemetry: Telemetry
+) -> dict[str, Any]:
     """run.json: what is needed to understand the numbers, and to run it again."""
     versions = {}
     for name in PACKAGES:
@@ -151,6 +162,7 @@ def describe_run(recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: 
         "sampler": recipe.sampler.kind,
         "backends": {**backend.table(policy.device), "packed_attention": _attention(policy).body},
         "fallbacks": fallbacks(policy),
+        "telemetry": {"gpu": telemetry.gpu is not None, "reason": telemetry.reason},
         "model": {
             "type": policy.config.model_type,
             "parameters": sum(p.numel() for p in policy.named_parameters().values()),
@@ -225,6 +237,7 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
         "floor": crew.source.floor(),
         "stages": crew.source.finished,
         "exams": crew.source.exams,
+        "memory_growth_alarms": crew.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(dict(crew.policy.named_parameters())),
     }
 

@@ -30,8 +30,19 @@ COLOUR_OF = {"natural": "#0072B2", "graph": "#D55E00", "code": "#009E73", "table
 SPARE_COLOURS = ("#E69F00", "#56B4E9", "#555555", "#999933")
 RUN_COLOURS = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933")
 RUN_LINES = ("-", "--", ":", "-.")
-PHASES = ("generate", "judge", "pack", "update", "publish", "rest")
-PHASE_COLOURS = ("#4477AA", "#EE6677", "#CCBB44", "#228833", "#AA3377", "#BBBBBB")
+PHASES = ("ask", "publish", "generate", "judge", "exchange", "pack", "handover", "update", "record", "rest")
+PHASE_COLOURS = (
+    "#66CCEE",
+    "#AA3377",
+    "#4477AA",
+    "#EE6677",
+    "#332288",
+    "#CCBB44",
+    "#882255",
+    "#228833",
+    "#DDAA33",
+    "#BBBBBB",
+)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

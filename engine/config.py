@@ -228,6 +228,21 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     completions_every: int = Field(10, ge=1)  # steps between samples written to completions/
     max_drift: float | None = Field(None, gt=0)  # nats; None: by dtype, see engine/rollout/weights.py
+    profile: tuple[int, int] | None = None  # first and last step to trace with PyTorch's profiler, into trace/
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_a_range(self) -> "RunConfig":
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile must be [first, last] with 1 <= first <= last, got {list(self.profile)}")
+        return self
+
+
+class LogConfig(Section):
+    """Who reads the rows of steps.jsonl as they are written."""
+
+    tensorboard: bool = True  # event files in the run's folder tensorboard/
+    wandb: str | None = Field(None, min_length=1)  # project; needs the package wandb
+    trackio: str | None = Field(None, min_length=1)  # project; needs the package trackio
 
 
 class EngineConfig(Section):
@@ -236,6 +251,7 @@ class EngineConfig(Section):
     model: ModelConfig
     sampler: SamplerConfig = SamplerConfig()
     run: RunConfig = RunConfig()
+    log: LogConfig = LogConfig()
 
 
 C = TypeVar("C", bound=Section)

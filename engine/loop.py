@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from isomorph.engine.config import RunConfig, Stage
 from isomorph.engine.policy import Policy
 from isomorph.engine.record.checkpoint import save_checkpoint
+from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.runlog import Row, RunLog
 from isomorph.engine.rollout.weights import check_drift, check_publication
 from isomorph.engine.types import (
@@ -52,22 +53,28 @@ def train(crew: Crew, state: RunState) -> RunState:
 
     Raises RunFailed, or KeyboardInterrupt after a requested stop: then a checkpoint has been written.
     """
-    publish(crew, crew.sampler, state.policy_version, _any_prompt(crew))
+    log = crew.log
+    with log.time("publish"):
+        publish(crew, crew.sampler, state.policy_version, _any_prompt(crew))
     while True:
-        if exam := crew.source.exam():
-            sit(crew, state, exam)
+        with log.time("exam"):
+            if exam := crew.source.exam():
+                sit(crew, state, exam)
         stage = crew.source.stage()
         if stage is None:
             save(crew, state)
             return state
         if stage.name != state.stage:
-            crew.learner.enter(stage)
+            with log.time("enter"):
+                crew.learner.enter(stage)
             state = dataclasses.replace(state, stage=stage.name)
-        state = step(crew, state, stage)
+        with profiled(log.folder, state.step + 1, crew.config.profile if crew.ranks.is_first else None):
+            state = step(crew, state, stage)
         # asked once: a request between two questions would find no checkpoint
         is_stopping = crew.ranks.any(crew.stop_requested())
         if is_stopping or state.step % crew.config.checkpoint_every == 0:
-            save(crew, state)
+            with log.time("checkpoint"):
+                save(crew, state)
         if is_stopping:
             raise KeyboardInterrupt
 
@@ -78,7 +85,8 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     stage_step = source.stage_step()
     sampler = crew.demonstrations if stage.objective.is_supervised else crew.sampler
     log.begin_step()
-    prompts = source.take(stage.batch.prompts)
+    with log.time("ask"):
+        prompts = source.take(stage.batch.prompts)
     with log.time("publish"):
         publication = bring_up_to_date(crew, sampler, state.policy_version, prompts[0])
     groups, texts = draw(crew, sampler, prompts, stage)
@@ -92,15 +100,19 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
             device=crew.policy.device,
             ranks=crew.ranks,
         )
-    with sampler.asleep(), log.time("update"):
+    with log.time("handover"), sampler.asleep(), log.time("update"):
         stats = crew.learner.update(updates, stage, stage_step)
-    check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
-    source.observe(groups)
-    state = _advanced(state, source, groups, stats, log.wall_s())
-    row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication, log)
-    log.write_step(row, _line(state, groups, stats, log))
-    if state.step % crew.config.completions_every == 0:
-        log.write_completions(f"step-{state.step:08d}", _completions(groups, texts, crew.policy.text.decode))
+    with log.time("record"):
+        check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
+        source.observe(groups)
+        state = _advanced(state, source, groups, stats, log.wall_s())
+        row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication)
+    num_correct = sum(reward > 0 for group in groups for reward in group.rewards)
+    row |= log.end_step(num_tok=stats.num_loss_tok, num_correct=num_correct)
+    with log.time("record"):
+        log.write_step(row, _line(row))
+        if state.step % crew.config.completions_every == 0:
+            log.write_completions(f"step-{state.step:08d}", _completions(groups, texts, crew.policy.text.decode))
     return state
 
 
@@ -117,7 +129,8 @@ def draw(crew: Crew, sampler: Sampler, prompts: Sequence[Prompt], stage: Stage) 
             texts, rewards = judging.results()
     with crew.log.time("exchange"):
         rollouts, texts, rewards = crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
-    return score(prompts, rollouts, rewards, stage.objective), texts
+    with crew.log.time("judge"):
+        return score(prompts, rollouts, rewards, stage.objective), texts
 
 
 def refill(
@@ -233,9 +246,8 @@ def _row(
     num_refilled: int,
     stats: StepStats,
     publication: Publication | None,
-    log: RunLog,
 ) -> Row:
-    """One line of steps.jsonl."""
+    """One line of steps.jsonl, but for what ``RunLog.end_step`` adds."""
     rewards = [r for g in groups for r in g.rewards]
     by_representation: dict[str, list[float]] = {}
     for group in groups:
@@ -268,24 +280,19 @@ def _row(
         "drift/max": stats.drift_max,
         "updates": stats.num_updates,
         "publish/bytes": publication.num_bytes if publication else None,
-        **{f"time/{phase}_s": seconds for phase, seconds in log.times.items()},
-        "time/step_s": log.step_seconds(),
         "wall_s": state.totals["wall_s"],
     }
 
 
-def _line(state: RunState, groups: Sequence[Group], stats: StepStats, log: RunLog) -> str:
-    rewards = [r for g in groups for r in g.rewards]
-    num_tok = sum(len(r.token_ids) for g in groups for r in g.rollouts)
-    flat = sum(g.is_flat for g in groups)
+def _line(row: Row) -> str:
     parts = [
-        f"step {state.step:4d} {state.stage:<10}",
-        f"reward {sum(rewards) / len(rewards):.3f}",
-        f"flat {flat}/{len(groups)}",
-        "no update" if stats.num_updates == 0 else f"entropy {stats.entropy:.3f}  grad {stats.grad_norm:.2f}",
-        "" if math.isnan(stats.drift_max) else f"drift {stats.drift_max:.0e}  clip {stats.clip_frac:.1%}",
-        f"{num_tok / log.step_seconds():.0f} tok/s",
-        *(f"{phase} {log.times[phase]:.2f}s" for phase in ("publish", "generate", "update")),
+        f"step {row['step']:4d} {row['stage']:<10}",
+        f"reward {row['reward/mean']:.3f}",
+        f"flat {row['groups/flat']}/{row['groups/all']}",
+        "no update" if row["updates"] == 0 else f"entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}",
+        "" if math.isnan(row["drift/max"]) else f"drift {row['drift/max']:.0e}  clip {row['clip_frac']:.1%}",
+        f"{row['tok/response'] / row['time/step_s']:.0f} tok/s",
+        *(f"{phase} {row[f'time/{phase}_s']:.2f}s" for phase in ("publish", "generate", "update")),
     ]
     return "  ".join(part for part in parts if part)
 

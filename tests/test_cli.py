@@ -14,7 +14,7 @@ import pytest
 RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
 SMOKE = RECIPES / "smoke.toml"
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
-UNTIMED = ("time/", "wall_s")
+UNTIMED = ("time/", "wall_s", "mem/", "gpu/", "energy/")
 
 
 def isomorph(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,10 @@
 """The numbers of a run: one JSON row a step in steps.jsonl (the truth), one line a step on the console.
 
 run.json  steps.jsonl  completions/step-00000010.jsonl  checkpoints/  model/  summary.json
+
+Time is told apart without a gap: a step's ``time/<phase>_s`` add up to its ``time/step_s``, and what was done between
+two steps (rows, checkpoints, exams) stands in the later one's row as ``time/between/<phase>_s``. A phase inside
+another one is taken off the outer one.
 """
 
 import contextlib
@@ -8,16 +12,19 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.profiler import record_function
 
+from isomorph.engine.record.telemetry import Telemetry
 from isomorph.engine.types import RunFailed
 
 Row = dict[str, Any]
+Reader = Callable[[Row], None]  # gets every row of steps.jsonl after it has been written
 
 
 class RunLog:
@@ -26,9 +33,14 @@ class RunLog:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder = folder
         self.console = console
+        self.telemetry = Telemetry()
+        self.readers: list[Reader] = []
         self.times: dict[str, float] = {}
         self.seconds_before = 0.0  # of the run that this one goes on with
-        self._opened = self._started = time.perf_counter()
+        self._between: dict[str, float] = {}  # phases between the step before and the present one
+        self._between_s = 0.0
+        self._inner = [0.0]  # seconds of the phases that have ended within each open one
+        self._opened = self._started = self._ended = time.perf_counter()
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -38,25 +50,50 @@ class RunLog:
 
     @contextlib.contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Adds the seconds of the block to this step's ``phase``."""
+        """Adds the seconds of the block to this step's ``phase``, and names it in a profile."""
         start = time.perf_counter()
+        self._inner.append(0.0)
         try:
-            yield
+            with record_function(phase):
+                yield
         finally:
-            self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.times[phase] = self.times.get(phase, 0.0) + seconds - self._inner.pop()
+            self._inner[-1] += seconds
 
     def begin_step(self) -> None:
-        self.times = {}
+        self.telemetry.begin()
         self._started = time.perf_counter()
+        self._between_s = self._started - self._ended
+        self._between, self.times = self.times, {}
 
-    def step_seconds(self) -> float:
-        return time.perf_counter() - self._started
+    def end_step(self, *, num_tok: int, num_correct: int) -> Row:
+        """What the step cost, for its row; what comes until the next one begins is between them.
+
+        ``num_tok``: that counted in the loss. ``num_correct``: answers worth something.
+        """
+        machine = self.telemetry.end(num_tok=num_tok, num_correct=num_correct)
+        self._ended = time.perf_counter()
+        times, self.times = self.times, {}
+        return {
+            **{f"time/{phase}_s": seconds for phase, seconds in times.items()},
+            "time/step_s": self._ended - self._started,
+            **{f"time/between/{phase}_s": seconds for phase, seconds in self._between.items()},
+            "time/between_s": self._between_s,
+            **machine,
+        }
 
     def write_step(self, row: Row, line: str) -> None:
         """One row, flushed to the disk's cache, and one line. Raises RunFailed where the disk refuses."""
+        row = _jsonable(row)
         with self._writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(_jsonable(row)) + "\n")
+            file.write(json.dumps(row) + "\n")
         self.say(line)
+        rss_gib = row.get("mem/rss_gib")
+        if rss_gib is not None and self.telemetry.growth.observe(rss_gib) and self.telemetry.growth.num_alarms == 1:
+            self.say(f"warning: this process's memory only grows, {rss_gib:.2f} GiB now: something is never freed")
+        for read in self.readers:
+            read(row)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], description=row["stage"])
 

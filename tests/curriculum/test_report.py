@@ -114,15 +114,27 @@ def test_the_accuracies_are_those_of_the_summary(page: Path, finished_run: Path)
 def test_the_anatomy_adds_up(page: Path, finished_run: Path) -> None:
     _, *rows = Page(page.read_text()).table("stage")
     assert [row[1] for row in rows] == [*figures.PHASES, "step"] * 3
-    symbols = {row[1]: row for row in rows[7:14]}
-    assert rows[7][0] == "symbols (2 steps)"
+    size = len(figures.PHASES) + 1
+    symbols = {row[1]: row for row in rows[size : 2 * size]}
+    assert rows[size][0] == "symbols (2 steps)"
     shares = [float(row[3].rstrip("%")) for name, row in symbols.items() if name != "step"]
-    assert sum(shares) == pytest.approx(100, abs=0.31)  # six figures, each rounded by at most 0.05
+    assert sum(shares) == pytest.approx(100, abs=0.051 * size)  # each is rounded by at most 0.05
     raw = steps_of(finished_run, "symbols")
     tokens, seconds = (sum(row[key] for row in raw) for key in ("tok/response", "time/generate_s"))
     assert symbols["generate"][2] == f"{seconds:.2f}"
     assert symbols["generate"][5] == f"{tokens / seconds:,.0f}"
     assert rows[0][5] == "-"  # demonstrations are not generated
+
+
+def test_hardly_anything_of_a_step_is_without_a_name(finished_run: Path) -> None:
+    rows = read_run(finished_run).rows
+    seconds = figures.phase_seconds(rows)
+    assert seconds["rest"].sum() < 0.02 * sum(seconds.values()).sum()
+    between = [sum(v for k, v in row.items() if k.startswith("time/between/")) for row in rows]
+    total = sum(row["time/between_s"] for row in rows)
+    assert 0.98 * total < sum(between) <= total
+    whole = total + sum(row["time/step_s"] for row in rows)
+    assert whole == pytest.approx(rows[-1]["wall_s"], rel=0.02)
 
 
 def test_phases_and_rest_make_the_step(finished_run: Path) -> None:

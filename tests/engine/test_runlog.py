@@ -48,18 +48,40 @@ def test_lines_are_told_through_the_bar_of_a_terminal_too(tmp_path: Path) -> Non
     assert "4/10" in out.getvalue() and "words" in out.getvalue()
 
 
-def test_phases_are_timed_and_forgotten_with_the_next_step(tmp_path: Path) -> None:
+def test_the_phases_of_a_step_and_what_lies_between_two_are_told_apart(tmp_path: Path) -> None:
     log, _ = make_log(tmp_path)
+    with log.time("exam"):
+        time.sleep(0.02)
     log.begin_step()
     for _ in range(2):
         with log.time("generate"):
             time.sleep(0.02)
     with pytest.raises(ZeroDivisionError), log.time("update"):
         1 / 0  # noqa: B018
-    assert 0.04 <= log.times["generate"] <= log.step_seconds()
-    assert set(log.times) == {"generate", "update"}
+    row = log.end_step(num_tok=1, num_correct=0)
+    assert 0.04 <= row["time/generate_s"] <= row["time/step_s"]
+    assert 0.02 <= row["time/between/exam_s"] <= row["time/between_s"]
+    assert {key for key in row if key.startswith("time/")} == {
+        *(f"time/{name}_s" for name in ("generate", "update", "step", "between", "between/exam"))
+    }
+    with log.time("checkpoint"):
+        time.sleep(0.01)
     log.begin_step()
-    assert log.times == {} and log.step_seconds() < 0.04
+    row = log.end_step(num_tok=1, num_correct=0)
+    assert row["time/step_s"] < 0.01 <= row["time/between/checkpoint_s"] <= row["time/between_s"]
+    assert "time/generate_s" not in row
+
+
+def test_a_phase_within_another_is_taken_off_the_outer_one(tmp_path: Path) -> None:
+    log, _ = make_log(tmp_path)
+    log.begin_step()
+    with log.time("handover"):
+        time.sleep(0.01)
+        with log.time("update"):
+            time.sleep(0.03)
+    row = log.end_step(num_tok=1, num_correct=0)
+    assert row["time/update_s"] >= 0.03 > row["time/handover_s"] >= 0.01
+    assert row["time/update_s"] + row["time/handover_s"] <= row["time/step_s"]
 
 
 def test_completions_are_json_lines(tmp_path: Path) -> None:
