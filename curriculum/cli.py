@@ -146,6 +146,20 @@ def report(
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Folder of a run")],
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="Default: the newest answers, exams included")
+    ] = None,
+    num: Annotated[int, typer.Option("--num", min=1, help="Answers per representation")] = 3,
+) -> None:
+    """Look at answers of a run: what was asked, what came, what it was worth."""
+    from isomorph.curriculum.show import show_answers
+
+    show_answers(run, step, num, console)
+
+
 @data.command("make")
 def make_data(
     representation: Annotated[

@@ -37,6 +37,7 @@ BASE: dict[str, tuple[str, str, str]] = {
     "rich": ("13.9", "", ""),
     "pebble": ("5.1", "", ""),
     "matplotlib": ("3.9", "", ""),
+    "tensorboardX": ("2.6", "", ""),
 }
 EXTRAS: dict[str, tuple[str, ...]] = {"math": ("math-verify", "pint"), "gguf": ("gguf", "accelerate")}
 VLLM_PIN = "0.32.0"
@@ -68,7 +69,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Everything that is looked at, in order; takes a few seconds, for PyTorch is imported and a little measured."""
     findings = [_python(), *(_package(name, *pins) for name, pins in BASE.items()), *_trio()]
-    findings += [_vllm(), *(_extra(name, packages) for name, packages in EXTRAS.items())]
+    findings += [_vllm(), *(_extra(name, packages) for name, packages in EXTRAS.items()), _nvml(), _readers()]
     if _state_of(findings, "torch") == "ok":
         findings += [*_torch_devices(), _triton(), *_bodies(), _threads(), _contention()]
     return [*findings, _memory(), _disk(), *_variables()]
@@ -157,6 +158,30 @@ def _extra(extra: str, packages: tuple[str, ...]) -> Finding:
         advice = f"only {uses} need it: pip install 'isomorph[{extra}]'"
         return Finding(f"[{extra}]", "missing", f"without {', '.join(lacking)}", advice)
     return Finding(f"[{extra}]", "ok", ", ".join(f"{name} {_version(name)}" for name in packages))
+
+
+def _nvml() -> Finding:
+    """Whether a GPU's power, clocks and utilisation can be read."""
+    version = _version("nvidia-ml-py")
+    if version is None:
+        advice = (
+            "only the GPU's power, clocks and utilisation in steps.jsonl need it: pip install 'isomorph[telemetry]'"
+        )
+        return Finding("telemetry", "missing", "nvidia-ml-py is not installed", advice)
+    pynvml = importlib.import_module("pynvml")
+    try:
+        pynvml.nvmlInit()
+        found = f"nvidia-ml-py {version}, driver {pynvml.nvmlSystemGetDriverVersion()}"
+        return Finding("telemetry", "ok", f"{found}, {pynvml.nvmlDeviceGetCount()} GPUs")
+    except pynvml.NVMLError as error:
+        advice = "a step's row holds the memory of the process alone; with an NVIDIA driver also what the GPU did"
+        return Finding("telemetry", "missing", f"nvidia-ml-py {version}, but NVML: {error}", advice)
+
+
+def _readers() -> Finding:
+    """Who can read along: TensorBoard always, the others where they are installed."""
+    there = [f"{name} {version}" for name in ("wandb", "trackio") if (version := _version(name))]
+    return Finding("log readers", "ok", ", ".join(["TensorBoard event files", *there]))
 
 
 def _torch_devices() -> Iterator[Finding]:

@@ -49,9 +49,25 @@ class Mastery(Section):
     window: int = Field(10, ge=1)
 
 
+class Plateau(Section):
+    """Ends a stage early: the mean reward of ``window`` steps is less than ``min_gain`` above the window's before."""
+
+    window: int = Field(10, ge=1)
+    min_gain: float = Field(0.01, ge=0, le=1)
+
+
 class StageRecipe(Stage):
+    """Ends after ``steps``, or at the first of its other ends."""
+
     mixture: tuple[Ingredient, ...] = Field(min_length=1)
     mastery: Mastery | None = None
+    plateau: Plateau | None = None
+    max_response_tok: int | None = Field(None, ge=1)  # over all its steps; the step that reaches it is its last
+
+    @property
+    def reward_window(self) -> int:
+        """Steps whose mean rewards have to be remembered."""
+        return max(self.mastery.window if self.mastery else 1, 2 * self.plateau.window if self.plateau else 1)
 
 
 class EvalConfig(Section):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from isomorph.curriculum.judge import judge
-from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Recipe, StageRecipe
+from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Mastery, Plateau, Recipe, StageRecipe
 from isomorph.curriculum.task import Task
 from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
@@ -32,7 +32,8 @@ class Curriculum:
         self.stage_index = 0
         self.steps_done = 0  # of the present stage
         self.next_prompt_id = 0
-        self.recent_rewards: list[float] = []  # mean of each of the last steps, for mastery
+        self.recent_rewards: list[float] = []  # mean of each of the last steps, for mastery and plateau
+        self.response_tok = 0  # of the present stage
         self.positions: dict[str, int] = {}  # of each file: rows taken so far
         self.exams: list[dict[str, Any]] = []
         self.finished: list[dict[str, Any]] = []  # stages that are over, and why
@@ -55,13 +56,13 @@ class Curriculum:
     def observe(self, groups: Sequence[Group]) -> None:
         stage = self._present()
         rewards = [reward for group in groups for reward in group.rewards]
-        window = stage.mastery.window if stage.mastery else 1
-        self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-window:]
+        self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-stage.reward_window :]
+        self.response_tok += sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
         self.steps_done += 1
         if reason := self._why_over(stage):
             self.finished.append({"name": stage.name, "steps": self.steps_done, "ended_by": reason})
             self.stage_index += 1
-            self.steps_done = 0
+            self.steps_done = self.response_tok = 0
             self.recent_rewards = []
 
     def exam(self) -> Exam | None:
@@ -117,6 +118,7 @@ class Curriculum:
             "steps_done": self.steps_done,
             "next_prompt_id": self.next_prompt_id,
             "recent_rewards": list(self.recent_rewards),
+            "response_tok": self.response_tok,
             "positions": dict(self.positions),
             "exams": list(self.exams),
             "finished": list(self.finished),
@@ -127,6 +129,7 @@ class Curriculum:
         self.steps_done = state["steps_done"]
         self.next_prompt_id = state["next_prompt_id"]
         self.recent_rewards = list(state["recent_rewards"])
+        self.response_tok = state["response_tok"]
         self.positions = dict(state["positions"])
         self.exams = list(state["exams"])
         self.finished = list(state["finished"])
@@ -137,11 +140,22 @@ class Curriculum:
         return stage
 
     def _why_over(self, stage: StageRecipe) -> str | None:
-        mastery = stage.mastery
-        is_full = mastery is not None and len(self.recent_rewards) == mastery.window
-        if mastery and is_full and sum(self.recent_rewards) / mastery.window >= mastery.pass_rate:
+        if stage.mastery and self._has_mastered(stage.mastery):
             return "mastery"
+        if stage.plateau and self._has_levelled_off(stage.plateau):
+            return "plateau"
+        if stage.max_response_tok is not None and self.response_tok >= stage.max_response_tok:
+            return "max_response_tok"
         return "steps" if self.steps_done == stage.steps else None
+
+    def _has_mastered(self, mastery: Mastery) -> bool:
+        last = self.recent_rewards[-mastery.window :]
+        return len(last) == mastery.window and sum(last) / mastery.window >= mastery.pass_rate
+
+    def _has_levelled_off(self, plateau: Plateau) -> bool:
+        size = plateau.window
+        last, before = self.recent_rewards[-size:], self.recent_rewards[-2 * size : -size]
+        return len(before) == size and (sum(last) - sum(before)) / size < plateau.min_gain
 
     def _next_prompt(self) -> Prompt:
         prompt_id = self.next_prompt_id

@@ -196,8 +196,8 @@ def process_memory_gib() -> tuple[float | None, float | None]:
     """Resident memory now, and the most since ``begin`` (where the system cannot forget: since the start)."""
     status = Path("/proc/self/status")
     if not status.is_file():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return None, peak / (2**30 if sys.platform == "darwin" else 2**20)
+        max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None, max_rss / (2**30 if sys.platform == "darwin" else 2**20)
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
     rss, peak = (int(fields[name].split()[0]) / 2**20 for name in ("VmRSS", "VmHWM"))
     return rss, peak

@@ -98,6 +98,51 @@ def test_mastery_is_the_mean_of_the_last_steps() -> None:
     assert source.stage() is None and source.finished[0] == {"name": "one", "steps": 4, "ended_by": "mastery"}
 
 
+def test_a_plateau_is_a_window_that_gains_too_little_over_the_one_before() -> None:
+    source = curriculum(stage("one", steps=20, plateau={"window": 2, "min_gain": 0.1}))
+    for reward in (0.0, 0.1, 0.2, 0.3, 0.4):  # each pair of steps gains 0.2 over the pair before
+        do_step(source, reward)
+    assert source.stage() is not None
+    do_step(source, 0.4)  # (0.4 + 0.4) - (0.2 + 0.3), halved: 0.15
+    assert source.stage() is not None
+    do_step(source, 0.45)  # 0.425 against 0.35
+    assert source.stage() is None and source.finished[0] == {"name": "one", "steps": 7, "ended_by": "plateau"}
+
+
+def test_a_plateau_needs_two_whole_windows() -> None:
+    source = curriculum(stage("one", steps=20, plateau={"window": 3}))
+    for _ in range(5):
+        do_step(source, 0.0)
+    assert source.stage() is not None
+    do_step(source, 0.0)
+    assert source.stage() is None
+
+
+def test_windows_of_mastery_and_plateau_do_not_disturb_each_other() -> None:
+    ends = {"mastery": {"pass_rate": 0.8, "window": 1}, "plateau": {"window": 2, "min_gain": 0.0}}
+    source = curriculum(stage("one", steps=20, **ends))
+    for reward in (0.1, 0.2, 0.3, 0.4, 0.9):
+        assert source.stage() is not None
+        do_step(source, reward)
+    assert source.finished[0]["ended_by"] == "mastery"
+
+
+def test_a_budget_of_response_tokens_ends_each_stage_by_itself() -> None:
+    source = curriculum(stage("one", steps=20, max_response_tok=17), stage("two", steps=20, max_response_tok=16))
+    while source.stage() is not None:
+        do_step(source)  # 4 prompts, 2 responses each, of one token
+    assert source.finished == [
+        {"name": "one", "steps": 3, "ended_by": "max_response_tok"},
+        {"name": "two", "steps": 2, "ended_by": "max_response_tok"},
+    ]
+
+
+@pytest.mark.parametrize("end", [{"plateau": {"min_gain": -0.1}}, {"plateau": {"window": 0}}, {"max_response_tok": 0}])
+def test_an_impossible_end_is_refused(end: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="greater than or equal to"):
+        curriculum(stage("one", **end))
+
+
 def test_exams_stand_at_the_boundaries_only_once() -> None:
     source = curriculum(supervised("warm-up"), stage("one"), stage("two"))
     labels = []
@@ -149,10 +194,11 @@ def test_training_and_exam_never_share_a_procedure() -> None:
 
 
 def test_a_restored_curriculum_asks_what_the_first_one_would_have_asked() -> None:
-    stages = (stage("one", mastery={"pass_rate": 0.9, "window": 2}), stage("two"))
+    ends = {"mastery": {"pass_rate": 0.9, "window": 2}, "plateau": {"window": 1}, "max_response_tok": 99}
+    stages = (stage("one", **ends), stage("two"))
     first, second = curriculum(*stages), curriculum(*stages)
     sit(first, 0.0)
-    do_step(first, 0.5)
+    do_step(first, 0.4)
     do_step(first, 0.5)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for _ in range(4):

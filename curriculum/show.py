@@ -1,0 +1,69 @@
+"""``isomorph show``: a run's answers in the terminal, right and wrong ones in turn."""
+
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.text import Text
+
+from isomorph.curriculum.run_record import read_completions, read_run_json
+from isomorph.engine.config import UserError
+from isomorph.engine.record.runlog import Row
+
+MAX_PROMPT_CHARS = 1_500
+
+
+def show_answers(run: Path, step: int | None, num: int, console: Console) -> None:
+    """``num`` answers of each representation, of ``step`` or of the newest file under completions/.
+
+    Raises:
+        UserError: ``run`` is no run folder, or there is nothing to show.
+    """
+    read_run_json(run)  # says so where it is no run
+    file = _answers_file(run, step)
+    rows = read_completions(file)
+    if rows is None:
+        raise UserError(f"{file} is not whole: wait until it is written, or name another step")
+    console.print(Text(f"{run.name}: {file.stem}", style="bold"))
+    for representation in dict.fromkeys(row["representation"] for row in rows):
+        answers = [row for row in rows if row["representation"] == representation]
+        rate = sum(row["reward"] > 0 for row in answers) / len(answers)
+        console.print(Rule(f"{representation}: {len(answers)} answers, {rate:.0%} right"))
+        for row in _right_and_wrong_in_turn(answers)[:num]:
+            console.print(_panel(row))
+
+
+def _answers_file(run: Path, step: int | None) -> Path:
+    folder = run / "completions"
+    files = sorted(folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+    if not files:
+        raise UserError(f"{folder} holds no answers yet: they are written every run.completions_every steps")
+    if step is None:
+        return files[-1]
+    file = folder / f"step-{step:08d}.jsonl"
+    if file not in files:
+        steps = sorted(int(f.stem.removeprefix("step-")) for f in files if f.stem.startswith("step-"))
+        raise UserError(
+            f"{run} holds no answers of step {step}; there are those of {', '.join(map(str, steps)) or 'no step'} "
+            "(run.completions_every says how often they are written)"
+        )
+    return file
+
+
+def _right_and_wrong_in_turn(rows: Sequence[Row]) -> list[Row]:
+    right, wrong = ([row for row in rows if (row["reward"] > 0) is wanted] for wanted in (True, False))
+    return [row for row in chain.from_iterable(zip_longest(right, wrong)) if row is not None]
+
+
+def _panel(row: Row) -> Panel:
+    """As it is, brackets and all: Text knows no markup."""
+    asked = row["prompt"] if len(row["prompt"]) <= MAX_PROMPT_CHARS else row["prompt"][:MAX_PROMPT_CHARS] + " .."
+    facts = [f"reward {row['reward']:g}"]
+    facts += [f"advantage {row['advantage']:+.2f}"] if "advantage" in row else []
+    facts += ["cut off at max_new_tok"] if row.get("finish") == "length" else []
+    style = "green" if row["reward"] > 0 else "red"
+    body = Group(Text(asked, style="dim"), Text(), Text(row["text"]))
+    return Panel(body, title=Text(f"prompt {row['prompt_id']}"), subtitle=Text(", ".join(facts)), border_style=style)

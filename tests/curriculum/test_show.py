@@ -1,0 +1,59 @@
+"""A run's answers in the terminal."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from isomorph.curriculum.show import show_answers
+from isomorph.engine.config import UserError
+
+
+def shown(run: Path, step: int | None = None, num: int = 3) -> str:
+    out = io.StringIO()
+    show_answers(run, step, num, Console(file=out, width=100))
+    return out.getvalue()
+
+
+def write(run: Path, name: str, rewards: list[float]) -> None:
+    facts = {"prompt_id": 7, "representation": "graph", "prompt": "a [b] :stir:", "text": "<answer>[5]</answer>"}
+    rows = [{**facts, "reward": reward, "advantage": reward - 0.5, "finish": "length"} for reward in rewards]
+    (run / "completions" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "run.json").write_text('{"recipe": {}}')
+    write(tmp_path, "step-00000010", [0.0, 0.0, 0.0, 0.0, 1.0])
+    return tmp_path
+
+
+def test_a_right_and_a_wrong_answer_stand_beside_each_other_as_they_are(run: Path) -> None:
+    text = shown(run, num=2)
+    assert "step-00000010" in text and "graph: 5 answers, 20% right" in text
+    assert text.count("reward 1, advantage +0.50") == 1 and text.count("reward 0, advantage -0.50") == 1
+    assert "a [b] :stir:" in text and "<answer>[5]</answer>" in text and "cut off at max_new_tok" in text
+
+
+def test_the_newest_answers_are_shown_or_those_of_a_step(run: Path) -> None:
+    write(run, "exam-words", [1.0])
+    assert "exam-words" in shown(run)
+    assert "step-00000010" in shown(run, step=10)
+
+
+def test_what_is_not_there_is_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no answers of step 3; there are those of 10"):
+        shown(run, step=3)
+    shutil.rmtree(run / "completions")
+    with pytest.raises(UserError, match="no answers yet"):
+        shown(run)
+    with pytest.raises(UserError, match="must be the folder of a run"):
+        shown(tmp_path / "nowhere")
+
+
+def test_a_real_runs_answers_are_shown(finished_run: Path) -> None:
+    assert all(name in shown(finished_run, num=1) for name in ("natural", "graph", "code", "table"))
