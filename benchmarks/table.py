@@ -14,6 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 OP_MARKERS = r"(<!-- bench:(\w+) -->)\n.*?(<!-- /bench -->)"
 KEY = ("machine", "op", "size", "dtype", "provider")
+STEP_KEY = ("machine", "model", "sampler", "dtype", "kl", "prompts", "group", "max_new_tok", "trl_generation")
 OURS, EAGER, COMPILED = "isomorph", "torch eager", "torch.compile"
 SHORT_HEAD = (
     "| Op | Size | Dtype | Ours, ms | % of ceiling | Eager | Compiled | Best peer | MiB (eager) | Error (eager) |\n"
@@ -73,11 +74,11 @@ def _by_machine(rows: list[Row]) -> dict[str, list[Row]]:
 
 # -- a whole step, and publishing
 def _steps(rows: list[Row]) -> list[str]:
-    latest = {(row["machine"], row["sampler"], row["dtype"]): row for row in rows if row["who"] == "ratio"}
+    latest = {tuple(row[name] for name in STEP_KEY): row for row in rows if row["who"] == "ratio"}
     return [
-        f"One GRPO step of {row['model']} ({row['dtype']}, sampler {row['sampler']}, {row['prompts']} prompts of "
-        f"{row['group']} completions; {row['machine']}; torch {row['torch']}; {row['date']}): TRL "
-        f"{row['trl']['step_s']:.1f} s, "
+        f"One GRPO step of {row['model']} ({row['dtype']}, sampler {row['sampler']}, KL {row['kl']:g}, "
+        f"{row['prompts']} prompts of {row['group']} completions; {row['machine']}; torch {row['torch']}; "
+        f"{row['date']}): TRL {row['trl']['step_s']:.1f} s, "
         f"isomorph {row[OURS]['step_s']:.1f} s, **{row['ratio']:.1f} times**. Median of {row['turns'] - 1} turns. "
         f"`{row['command']}`\n\n{_anatomy(row)}"
         for row in latest.values()

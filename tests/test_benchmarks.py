@@ -97,6 +97,40 @@ def test_tables_name_the_best_peer_and_put_the_fastest_first(tmp_path: Path) -> 
     assert order == ["fast peer", "isomorph", "slow peer", "torch eager", "gone"]
 
 
+def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_readme(tmp_path: Path) -> None:
+    step, table = load("bench_step"), load("table")
+    args = step.parse_args(["--model", "/some/where/SmolLM2-135M", "--steps", "3", "--device", "cpu", "--kl", "0.01"])
+    turn = {
+        "generate_s": 1.0,
+        "judge_s": 0.5,
+        "completion_tok": 30,
+        "all_tok": 90,
+        "peak_mib": 7.0,
+        "padding_share": 0.25,
+    }
+    rows = [
+        {"who": who, "turn": i, **turn, "step_s": seconds, "update_s": seconds - 1.5}
+        for who, times in (("trl", (900.0, 8.0, 10.0)), ("isomorph", (900.0, 2.0, 4.0)))
+        for i, seconds in enumerate(times)
+    ]
+    summary = step.summarized(rows, args)
+    assert summary["ratio"] == 3.0 and summary["trl"]["step_s"] == 9.0 and "/some/where" not in summary["command"]
+    assert summary["isomorph"]["completion_tok_s"] == (30 / 2 + 30 / 4) / 2
+    (tmp_path / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, summary]))
+    text = table.section(tmp_path)
+    assert "SmolLM2-135M (float32, sampler builtin, KL 0.01, 4 prompts of 8 completions" in text
+    assert "| TRL | 9.0 | 1.0 | 8.0 |" in text and "| 25 % |" in text
+
+
+@pytest.mark.parametrize(
+    "options", [["--trl-liger"], ["--trl-generation", "vllm"], ["--group", "3", "--prompts", "3"]], ids=" ".join
+)
+def test_a_step_that_cannot_be_taken_is_refused_before_it_starts(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load("bench_step").parse_args(["--model", "x", "--device", "cpu", *options])
+    assert stopped.value.code == 2
+
+
 PEERS = ("trl", "liger_kernel", "cut_cross_entropy")
 
 
@@ -156,6 +190,8 @@ def test_gpu_suite_rehearsal_runs_every_part_without_the_native_module(tmp_path:
     assert {row["part"] for row in rows if "ended" not in row} == set(suite.PARTS)
     assert {row["code"] for row in rows if "code" in row} == {0}
     assert not [row for row in rows if row.get("provider") == "isomorph (native)"]
+    step = [row for row in rows if row["part"] == "step" and "ended" not in row]
+    assert step[0].get("value", 0) > 0 or importlib.util.find_spec("trl") is None, step
     assert all(f"== {part}: ended with 0" in done.stdout for part in suite.PARTS)
 
 
