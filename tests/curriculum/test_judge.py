@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,8 @@ from isomorph.curriculum import judge as judge_module
 from isomorph.curriculum.judge import JudgePool, judge, last_answer
 from isomorph.curriculum.task import Task
 from isomorph.curriculum.tasks.duration import UNIT_SECONDS, parse_duration, parse_timedeltas
+from isomorph.engine.types import Prompt, Rollout
+from isomorph.engine.update.score import Judging
 
 HAVE_MATH = all(importlib.util.find_spec(name) for name in ("math_verify", "pint"))
 needs_math = pytest.mark.skipif(not HAVE_MATH, reason="needs the extra [math]")
@@ -482,6 +485,40 @@ def test_a_hang_ends_at_its_deadline_and_is_counted() -> None:
         assert pool.num_timeouts == 1
         assert pool.judge("math", _answer("5"), "5") == 1.0  # goes on with a new worker
     assert set(multiprocessing.active_children()) <= others
+
+
+@needs_math
+def test_mathematics_is_judged_while_further_responses_are_drawn() -> None:
+    is_judged = threading.Event()
+    texts = {4: _answer("4"), 5: HANG, 6: _answer("5")}
+    prompts = [
+        Prompt(prompt_id=i, token_ids=(1,), task="math", representation="natural", payload=_task("math", "5"))
+        for i in range(2)
+    ]
+
+    def drawn(prompt_id: int, token: int) -> Rollout:
+        return Rollout(
+            prompt_id=prompt_id,
+            sample=0,
+            token_ids=torch.tensor([token]),
+            sampler_logprob=None,
+            finish="stop",
+            policy_version=0,
+        )
+
+    with JudgePool(max_workers=1, deadline_s=2.0) as pool:
+
+        def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+            rewards = pool(prompts, texts)
+            is_judged.set()
+            return rewards
+
+        with Judging(judge, lambda token_ids: texts[token_ids[0]], prompts) as judging:
+            judging.add(1, [drawn(1, 4), drawn(1, 6)])
+            assert is_judged.wait(60)  # by workers that the judge's thread has started
+            judging.add(0, [drawn(0, 6), drawn(0, 5)])
+            assert judging.results()[1] == [1.0, 0.0, 0.0, 1.0]
+        assert pool.num_timeouts == 1
 
 
 @needs_math
