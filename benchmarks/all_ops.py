@@ -24,6 +24,7 @@ FILES = {
     "token_logprob": "bench_token_logprob",
     "packed_attention": "bench_packed_attention",
     "decode_attention": "bench_decode_attention",
+    "sample_token": "bench_sample_token",
     "advantage": "bench_advantage",
     "packing": "bench_packing",
 }
@@ -42,7 +43,7 @@ def main() -> None:
         for case in importlib.import_module(FILES[op]).cases(args.quick):
             started = time.monotonic()
             with args.out.open("a") as file:
-                for row in measure(case, max_rounds=rounds, budget_s=6.0):
+                for row in measure(case, max_rounds=rounds, budget_s=5.0):
                     file.write(json.dumps(row) + "\n")
                     file.flush()
                     table.add_row(*_cells(row))

@@ -16,6 +16,7 @@ from torch import Tensor
 from isomorph.kernels.linear_logprob import linear_loss
 from isomorph.kernels.token_logprob import TokenStats
 
+Logprobs = dict[str, Callable[[], peers.Logprob]]
 LossOfLogprob = Callable[[Tensor, slice], Tensor]
 
 
@@ -36,7 +37,7 @@ def _case(num: int, dim: int, vocab: int, dtype: torch.dtype) -> Case:
         return -torch.minimum(ratio_n * advantage_n, ratio_n.clamp(0.8, 1.2) * advantage_n).sum() / num
 
     whole = {"liger LigerFusedLinearGRPOLoss": lambda: peers.liger_grpo(head.target_N, old_N, advantage_N)}
-    return _of(f"GRPO, N={num} H={dim} V={vocab}", head, grpo, whole)
+    return _of(f"GRPO, N={num} H={dim} V={vocab}", head, grpo, whole, peers.LOGPROBS)
 
 
 def _cross_entropy(num: int, dim: int, vocab: int, dtype: torch.dtype) -> Case:
@@ -46,10 +47,13 @@ def _cross_entropy(num: int, dim: int, vocab: int, dtype: torch.dtype) -> Case:
         return -logprob_n.sum() / num
 
     whole = {name: lambda make=make: make(head.target_N) for name, make in peers.CROSS_ENTROPIES.items()}  # type: ignore[misc]
-    return _of(f"cross-entropy, N={num} H={dim} V={vocab}", head, mean, whole)
+    logprobs = {name: make for name, make in peers.LOGPROBS.items() if name.startswith("cce")}  # the rest is for RL
+    return _of(f"cross-entropy, N={num} H={dim} V={vocab}", head, mean, whole, logprobs)
 
 
-def _of(size: str, head: Head, loss_of: LossOfLogprob, whole: dict[str, Callable[[], peers.Loss]]) -> Case:
+def _of(
+    size: str, head: Head, loss_of: LossOfLogprob, whole: dict[str, Callable[[], peers.Loss]], logprobs: Logprobs
+) -> Case:
     target_N = head.target_N
     num, dim = head.hidden_ND.shape
 
@@ -83,7 +87,7 @@ def _of(size: str, head: Head, loss_of: LossOfLogprob, whole: dict[str, Callable
         **ours("linear_loss", _run(head, fused)),
         EAGER: lambda: _run(head, eager),
         COMPILED: lambda: _run(head, peers.compiled(eager)),
-        **{name: on(make) for name, make in peers.LOGPROBS.items() if name not in whole},
+        **{name: on(make) for name, make in logprobs.items()},
         **{name: lambda make=make: _run(head, make()) for name, make in whole.items()},  # type: ignore[misc]
     }
     return Case(

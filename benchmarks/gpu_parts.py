@@ -151,6 +151,8 @@ def _tiny(module: Any) -> list[Any]:
         "bench_packed_attention": (4, 3, 2, 2, 1, 16),
         "bench_decode_attention": (1, 2, 2, 1, 16, 8, 4),
     }
+    if module.__name__ == "bench_sample_token":
+        return [module._case(3, 300, torch.float32)]
     if module.__name__ == "bench_advantage":
         return [module._groups(4, 3), module._gae(3, 5)]
     return [module._case(*sizes[module.__name__], torch.float32)]

@@ -43,6 +43,7 @@ PARTS: dict[str, tuple[Callable[[bool], ask.Rows], float]] = {
     "step": (ask.step_beside_trl, 90.0),
     "linear_logprob": (ask.ops("bench_linear_logprob"), 60.0),
     "token_logprob": (ask.ops("bench_token_logprob"), 30.0),
+    "sample_token": (ask.ops("bench_sample_token"), 20.0),
     "advantage": (ask.ops("bench_advantage"), 30.0),
     "kernel_tests": (ask.kernel_tests, 120.0),
 }
