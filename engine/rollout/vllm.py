@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.policy import Policy
-from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights, combine_hashes
+from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
 from isomorph.engine.types import Finish, OnGroup, Prompt, Publication, Rollout, RunFailed, Sampling
 
 OLDEST, NEWEST = (0, 24), (0, 32)  # vLLM versions whose insides we know; run on the newest only
@@ -99,34 +100,43 @@ class VllmSampler:
 
         On the CPU vLLM can give nothing back: its KV cache stays.
         """
-        if self.policy.device.type != "cuda" or _vllm_version() < KV_RELEASE:
+        if self.policy.device.type != "cuda":
             yield
             return
-        self.llm.sleep(level=0)  # levels 1 and 2 would move the weights away
-        self.llm.release_kv_cache_memory()
+        has_call = _vllm_version() >= KV_RELEASE
+        if has_call:
+            self.llm.sleep(level=0)  # levels 1 and 2 would move the weights away
+            self.llm.release_kv_cache_memory()
+        else:  # nothing runs between two generations, so there is no scheduler to stop
+            _unmap_kv()
         try:
             yield
         finally:
             torch.cuda.empty_cache()  # what the learner cached is what the KV needs
-            self.llm.wake_up(tags=["kv_cache"])
-            self.llm.wake_up(tags=["scheduling"])
+            if has_call:
+                self.llm.wake_up(tags=["kv_cache"])
+                self.llm.wake_up(tags=["scheduling"])
+            else:
+                _map_kv()
 
     def publish(self, version: int) -> Publication:
         """From now on sample from the policy's present weights."""
+        start = time.perf_counter()
         num_bytes = self._weights.publish()
         self._forget_prefixes()
+        move_s = time.perf_counter() - start
         self.policy_version = version
-        return Publication(version=version, num_bytes=num_bytes, fingerprint=self.fingerprint())
+        return Publication(version=version, num_bytes=num_bytes, fingerprint=self.fingerprint(), move_s=move_s)
 
     def fingerprint(self) -> str:
-        """Of vLLM's weights, cut into the policy's tensors.
+        """Of vLLM's weights, cut into the policy's tensors; of their places where they are shared.
 
         Where vLLM keeps nothing but a packed copy: of the tensor that the copy was made of.
         """
-        return combine_hashes(self._weights.hashes())
+        return self._weights.fingerprint()
 
     def close(self) -> None:
-        """Ends vLLM. The policy keeps its weights, shared ones too."""
+        """Ends vLLM, and the process group with it. The policy keeps its weights, shared ones too."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
@@ -205,6 +215,7 @@ def _vllm_version() -> tuple[int, int]:
 
 
 def _refuse_what_is_not_exact(policy: Policy, version: tuple[int, int]) -> None:
+    from vllm.distributed import model_parallel_is_initialized
     from vllm.platforms import current_platform
 
     if not OLDEST <= version <= NEWEST:
@@ -223,8 +234,10 @@ def _refuse_what_is_not_exact(policy: Policy, version: tuple[int, int]) -> None:
             f"vLLM's CPU build compiles a function at its first use and finds no C++ compiler {compiler!r}: install "
             "g++ or set CXX"
         )
-    if torch.distributed.is_initialized():
-        raise UserError("vLLM needs a process group of its own and there is one already: one process, one vLLM")
+    if model_parallel_is_initialized():
+        raise UserError("there is a vLLM in this process already: close it first; one process, one vLLM")
+    if torch.distributed.is_initialized() and not torch.distributed.is_torchelastic_launched():
+        raise UserError("vLLM takes part in a process group that torchrun made, or makes its own: there is another one")
 
 
 def _start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, seed: int) -> Any:
@@ -242,9 +255,11 @@ def _start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, see
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_seqs,
         "gpu_memory_utilization": config.memory_frac,
-        "enable_sleep_mode": not is_cpu and _vllm_version() >= KV_RELEASE,
+        "enable_sleep_mode": not is_cpu,
         "seed": seed,
     }
+    if torch.distributed.is_initialized():  # several ranks: one vLLM each, which takes part in the group that there is
+        options["distributed_executor_backend"] = "external_launcher"
     if is_cpu:
         options["enforce_eager"] = True
         options["block_size"] = CPU_BLOCK_TOK
@@ -346,6 +361,23 @@ def _unpacked_cpu_weights() -> Iterator[None]:
 
 def _keep_weight(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
+
+
+def _unmap_kv() -> None:
+    """What ``release_kv_cache_memory`` does, in versions that lack it: the cache's pages go, its addresses stay."""
+    from vllm.device_allocator import cumem
+
+    torch.cuda.synchronize()
+    for allocation in cumem.CuMemAllocator.get_instance().pointer_to_data.values():
+        if allocation.tag == "kv_cache":
+            cumem.unmap_and_release(allocation.handle)
+
+
+def _map_kv() -> None:
+    """The cache's addresses get pages again; what was cached is lost, and every generation begins without it."""
+    from vllm.device_allocator import cumem
+
+    cumem.CuMemAllocator.get_instance().wake_up(tags=["kv_cache"])
 
 
 def _cuda_devices(device: torch.device) -> list[int]:

@@ -7,8 +7,9 @@ A sampler such as vLLM keeps several of the trainer's tensors one below the othe
 Every other tensor stands alone under the trainer's name; the embedding may have padding below its last row.
 
 After each publish ``check_publication`` compares fingerprints of both sides, and has the trainer score a few tokens
-that the sampler drew. The fingerprint sees a tensor that was left behind by a single bit. The probe sees what a
-fingerprint cannot: a sampler that computes with a copy it made of its weights earlier.
+that the sampler drew. Where both sides share storage the fingerprint is of addresses: tensors of one name, shape and
+place hold the same bits, and no memory is read. Where they do not it is of every bit. The probe sees what neither can:
+a sampler that computes with a copy it made of its weights earlier.
 """
 
 import dataclasses
@@ -88,11 +89,34 @@ def _in_order(name: str, parts: list[str]) -> tuple[str, ...]:
 # -- fingerprint
 def fingerprint(named: Mapping[str, Tensor]) -> str:
     """32 hex digits of the names, shapes, dtypes and bits of all tensors; one pass over memory, whatever the device."""
-    return combine_hashes({name: tensor_hash(tensor) for name, tensor in named.items()})
+    return combine_hashes(tensor_hashes(named))
+
+
+def storage_fingerprint(named: Mapping[str, Tensor]) -> str:
+    """32 hex digits of the names, shapes, dtypes and places of all tensors: equal where they are one memory."""
+    places = {
+        name: f"{tuple(t.shape)} {tuple(t.stride())} {t.dtype} {t.device} {t.data_ptr():x}" for name, t in named.items()
+    }
+    return combine_hashes(places)
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """Of one tensor's shape, dtype and bits; swapped rows are seen, and every single bit.
+    """Of one tensor's shape, dtype and bits; swapped rows are seen, and every single bit."""
+    return tensor_hashes({"": tensor})[""]
+
+
+def tensor_hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """``tensor_hash`` of each. The device is waited for once, not once a tensor."""
+    sums = {name: _weighted_bits(tensor) for name, tensor in named.items()}
+    totals = torch.stack(list(sums.values())).tolist() if sums else []
+    return {
+        name: f"{tuple(tensor.shape)} {tensor.dtype} {total & _64_BITS:016x}"
+        for (name, tensor), total in zip(named.items(), totals, strict=True)
+    }
+
+
+def _weighted_bits(tensor: Tensor) -> Tensor:
+    """[] int64 on the tensor's device.
 
     Blocks of 8-byte words are added up, and the sums weighted by 1, 3, 5, .., all modulo 2**64: a change of one word
     is multiplied by an odd number and cannot vanish.
@@ -101,12 +125,14 @@ def tensor_hash(tensor: Tensor) -> str:
     size = flat.element_size()
     per_block = _BLOCK * 8 // size
     whole = flat.numel() // per_block * per_block
-    total = _weighted_sum(flat[:whole].view(-1, per_block), 1) if whole else 0
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    if whole:
+        total = _weighted_sum(flat[:whole].view(-1, per_block), 1)
     if whole < flat.numel():
         rest = torch.zeros(per_block, dtype=flat.dtype, device=flat.device)
         rest[: flat.numel() - whole] = flat[whole:]
         total += _weighted_sum(rest[None], 2 * (whole // per_block) + 1)
-    return f"{tuple(tensor.shape)} {tensor.dtype} {total & _64_BITS:016x}"
+    return total
 
 
 def combine_hashes(hashes: Mapping[str, str]) -> str:
@@ -115,12 +141,12 @@ def combine_hashes(hashes: Mapping[str, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> int:
+def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> Tensor:
     is_aligned = blocks_BW.storage_offset() * blocks_BW.element_size() % 8 == 0
     words_BW = (blocks_BW if is_aligned else blocks_BW.clone()).view(torch.int64)
     sums_B = words_BW.sum(1)
     weights_B = torch.arange(first_weight, first_weight + 2 * sums_B.numel(), 2, device=sums_B.device)
-    return int((sums_B * weights_B).sum())
+    return (sums_B * weights_B).sum()
 
 
 # -- whose storage
@@ -128,10 +154,10 @@ class SharedWeights:
     """The policy's parameters view vLLM's tensors."""
 
     def __init__(self, model: Any, policy: Policy) -> None:
-        self.views, packs = _pair(model, policy)
-        assert not packs, packs
+        self.model, self.policy = model, policy
+        views = self._views()
         for name, parameter in policy.named_parameters().items():
-            view = self.views[name]
+            view = views[name]
             if view.dtype != parameter.dtype or view.device != parameter.device:
                 raise UserError(
                     f'sampler.publish = "shared" needs one dtype and device; {name} is {parameter.dtype} on '
@@ -143,8 +169,14 @@ class SharedWeights:
     def publish(self) -> int:
         return 0
 
-    def hashes(self) -> dict[str, str]:
-        return {name: tensor_hash(view) for name, view in self.views.items()}
+    def fingerprint(self) -> str:
+        return storage_fingerprint(self._views())
+
+    def _views(self) -> dict[str, Tensor]:
+        """Of the tensors that vLLM holds now: it may have taken others."""
+        views, packs = _pair(self.model, self.policy)
+        assert not packs, packs
+        return views
 
 
 class _Pack(NamedTuple):
@@ -178,17 +210,18 @@ class CopiedWeights:
             module.quant_method.process_weights_after_loading(module)
         return sum(p.nbytes for p in parameters.values())
 
-    def hashes(self) -> dict[str, str]:
+    def fingerprint(self) -> str:
         own = self.policy.named_parameters()
         # a bias may be held in float32 beside packed bfloat16 weights: the same number
-        return {**self.pack_hashes, **{name: tensor_hash(v.to(own[name].dtype)) for name, v in self.views.items()}}
+        views = {name: view.to(own[name].dtype) for name, view in self.views.items()}
+        return combine_hashes({**self.pack_hashes, **tensor_hashes(views)})
 
     def _pack_again(self, pack: _Pack, parts: list[Tensor]) -> None:
         whole = torch.cat(parts)
         pack.module.weight = torch.nn.Parameter(whole, requires_grad=False)
         num_rows = {name: len(part) for name, part in zip(pack.standing.parts, parts, strict=True)}
         views = split_rows(whole, pack.standing, num_rows)
-        self.pack_hashes.update({name: tensor_hash(view) for name, view in views.items()})
+        self.pack_hashes.update(tensor_hashes(views))
         pack.module.quant_method.process_weights_after_loading(pack.module)  # leaves an empty weight behind
 
 
@@ -262,14 +295,15 @@ def check_publication(
 ) -> None:
     """Proves that ``sampler`` samples from ``policy`` as it is now, or raises RunFailed.
 
-    Three things must hold: the sampler's version is the published one; both sides have one fingerprint (a sampler
-    without weights of its own publishes ""); and a few tokens, drawn by the sampler after the beginning of
-    ``probe_prompt``, get the same log-probabilities from the trainer. ``max_drift``: nats; None: by dtype.
+    Three things must hold: the sampler's version is the published one; both sides have one fingerprint; and a few
+    tokens, drawn by the sampler after the beginning of ``probe_prompt``, get the same log-probabilities from the
+    trainer. ``max_drift``: nats; None: by dtype.
     """
     if sampler.policy_version != publication.version:
         raise RunFailed(f"published version {publication.version}, but the sampler says {sampler.policy_version}")
     if publication.fingerprint:
-        own = fingerprint(policy.named_parameters())
+        is_shared = publication.num_bytes == 0
+        own = (storage_fingerprint if is_shared else fingerprint)(policy.named_parameters())
         if own != publication.fingerprint:
             raise RunFailed(
                 f"after publishing version {publication.version} the sampler's weights have fingerprint "

@@ -18,7 +18,9 @@ from isomorph.engine.rollout.weights import (
     fingerprint,
     split_rows,
     standings,
+    storage_fingerprint,
     tensor_hash,
+    tensor_hashes,
     trainer_logprob,
 )
 from isomorph.engine.types import OnGroup, Prompt, Publication, Rollout, RunFailed, Sampling
@@ -124,6 +126,22 @@ def test_the_fingerprint_depends_on_names_shapes_and_dtypes() -> None:
     assert fingerprint({"b": b, "a": a}) == prints[0]
 
 
+def test_the_fingerprint_of_storage_is_that_of_places() -> None:
+    a, b = torch.ones(4, 8), torch.ones(4, 8)
+    here = storage_fingerprint({"a": a, "b": b})
+    assert storage_fingerprint({"b": b.view(4, 8), "a": a[:]}) == here
+    moved = [{"a": a.clone(), "b": b}, {"a": b, "b": a}, {"a": a.T, "b": b}, {"a": a.view(8, 4), "b": b}, {"a": a}]
+    assert here not in map(storage_fingerprint, moved)
+    a.add_(1)  # in place, so both sides see it
+    assert storage_fingerprint({"a": a, "b": b}) == here
+
+
+def test_many_hashes_at_once_are_those_of_each() -> None:
+    named = {"a": torch.randn(33, 65), "b": torch.randn(7).bfloat16(), "c": torch.arange(12.0).double()}
+    assert tensor_hashes(named) == {name: tensor_hash(tensor) for name, tensor in named.items()}
+    assert tensor_hashes({}) == {}
+
+
 # -- the trainer's log-probabilities
 def test_trainer_logprob_is_that_of_every_sequence_alone() -> None:
     policy = make_policy()
@@ -198,6 +216,17 @@ def test_an_honest_publication_passes() -> None:
     check_publication(policy, sampler, sampler.publish(1), prompt, None)
     builtin = BuiltinSampler(policy, SamplerConfig())
     check_publication(policy, builtin, builtin.publish(1), prompt, None)
+
+
+def test_a_sampler_that_says_shared_and_has_storage_of_its_own_is_caught() -> None:
+    policy = make_policy()
+    shared = Publication(version=0, num_bytes=0, fingerprint=storage_fingerprint(policy.named_parameters()))
+    sampler, prompt = BuiltinSampler(policy, SamplerConfig()), make_prompts(policy)[0]
+    check_publication(policy, sampler, shared, prompt, None)
+    weight = policy.named_parameters()["model.layers.1.mlp.down_proj.weight"]
+    weight.data = weight.data.clone()  # the same bits, for now
+    with pytest.raises(RunFailed, match="stale weights"):
+        check_publication(policy, sampler, shared, prompt, None)
 
 
 def test_one_tensor_left_behind_by_one_bit_is_caught() -> None:
