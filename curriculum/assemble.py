@@ -26,7 +26,7 @@ from isomorph.engine.record.telemetry import Telemetry, find_gpu
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import RunFailed, RunState, Sampler
-from isomorph.engine.update.distributed import Ranks, lost_ranks_explained
+from isomorph.engine.update.distributed import Ranks, cut, lost_ranks_explained
 from isomorph.engine.update.learner import Learner
 from isomorph.kernels import backend
 from isomorph.kernels.attention_route import Route
@@ -55,6 +55,8 @@ def run_recipe(
     resume: bool,
 ) -> dict[str, Any]:
     """Trains in ``folder`` to the end of the last stage; returns the summary; the first rank has written it there."""
+    if recipe.parallel.kind == "fsdp" and ranks.size == 1:
+        raise UserError('parallel.kind = "fsdp" cuts the weights up between ranks: start several with torchrun')
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     check_readers(recipe.log)
@@ -75,11 +77,14 @@ def run_recipe(
             with contextlib.suppress(RunFailed):  # on a full disk the first error is the one to tell
                 log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
-        summary = _summary(crew, state)
+        with crew.policy.whole():
+            summary = _summary(crew, state)
+            if ranks.is_first:
+                crew.policy.save(folder / "model")
         if ranks.is_first:
-            crew.policy.save(folder / "model")
             log.write_json("summary.json", summary)
             write_report([folder], folder / "report")
+        ranks.wait()  # for the first one; afterwards samplers close, and vLLM takes the process group along
         return summary
 
 
@@ -94,7 +99,10 @@ def _crew_at_work(
     if resume:
         curriculum.load_state_dict(state.source)
     with open_sampler(recipe, policy) as sampler, JudgePool() as judges:
-        learner = Learner(policy, ranks)  # after the sampler: it may have moved the parameters into its own storage
+        # after the sampler: it may have moved the parameters into its own storage
+        if recipe.parallel.kind == "fsdp":
+            cut(policy)
+        learner = Learner(policy, ranks)
         if learned is not None:
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)

@@ -1,6 +1,6 @@
 """The recipe: one TOML file that says what is trained on what, in which order.
 
-[model] [sampler] [run] [log]                  the engine's tables
+[model] [sampler] [parallel] [run] [log]       the engine's tables
 [objective] [optim] [batch] [sampling]         defaults of all stages
 [data.NAME]                                    where tasks come from
 [[stage]]                                      name, steps, mixture, what differs from the defaults

@@ -221,6 +221,12 @@ class Stage(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """How several ranks share the work; one alone has nothing to share."""
+
+    kind: Literal["data", "fsdp"] = "data"  # all of the model on every rank; fsdp: masters, moments, gradients in parts
+
+
 class RunConfig(Section):
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)  # of PyTorch on the CPU; None: all cores
@@ -250,8 +256,22 @@ class EngineConfig(Section):
 
     model: ModelConfig
     sampler: SamplerConfig = SamplerConfig()
+    parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _storage_can_be_shared(self) -> "EngineConfig":
+        if self.parallel.kind == "fsdp" and self.sampler.kind == "vllm" and self.sampler.publish == "shared":
+            raise ValueError(
+                'parallel.kind = "fsdp" keeps a part of each weight on a rank, vLLM needs all of it: '
+                'set sampler.publish = "copy"'
+            )
+        if self.parallel.kind == "fsdp" and self.model.compile:
+            raise ValueError(
+                'model.compile cannot see through what parallel.kind = "fsdp" hangs on the layers: leave it'
+            )
+        return self
 
 
 C = TypeVar("C", bound=Section)

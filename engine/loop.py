@@ -123,7 +123,7 @@ def draw(crew: Crew, sampler: Sampler, prompts: Sequence[Prompt], stage: Stage) 
     """
     own, sampling = crew.ranks.share(prompts), _sampling(crew, stage)
     with Judging(crew.judge, crew.policy.text.decode, own) as judging:
-        with crew.log.time("generate"):
+        with crew.log.time("generate"), crew.policy.whole():
             rollouts = sampler.generate(own, sampling, judging.add)
         with crew.log.time("judge"):  # what is left of it
             texts, rewards = judging.results()
@@ -162,9 +162,10 @@ def bring_up_to_date(crew: Crew, sampler: Sampler, version: int, probe: Prompt) 
 
 def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication:
     """Brings the sampler to the policy's present weights, and proves that it is there."""
-    publication = sampler.publish(version)
-    if sampler is crew.sampler:
-        check_publication(crew.policy, sampler, publication, probe, crew.config.max_drift)
+    with crew.policy.whole():
+        publication = sampler.publish(version)
+        if sampler is crew.sampler:
+            check_publication(crew.policy, sampler, publication, probe, crew.config.max_drift)
     return publication
 
 
@@ -173,7 +174,8 @@ def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     bring_up_to_date(crew, crew.sampler, state.policy_version, exam.prompts[0])
     own = crew.ranks.share(exam.prompts)
     with Judging(crew.judge, crew.policy.text.decode, own) as judging:
-        rollouts = crew.sampler.generate(own, _greedy(crew, exam.max_new_tok), judging.add)
+        with crew.policy.whole():
+            rollouts = crew.sampler.generate(own, _greedy(crew, exam.max_new_tok), judging.add)
         _, texts, rewards = crew.ranks.exchange(rollouts, *judging.results(), 1)
     crew.log.say(crew.source.grade(exam, rewards))
     crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards, crew.policy.text.decode))
@@ -181,12 +183,13 @@ def sit(crew: Crew, state: RunState, exam: Exam) -> None:
 
 def save(crew: Crew, state: RunState) -> None:
     """A checkpoint of everything, written by the first rank."""
-    weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}
     state = dataclasses.replace(state, source=crew.source.state_dict(), num_ranks=crew.ranks.size)
     tensors = crew.learner.state_tensors()
-    if crew.ranks.is_first:
-        root = crew.log.folder / "checkpoints"
-        save_checkpoint(root, state, weights, tensors, keep=crew.config.keep_checkpoints)
+    with crew.policy.whole():
+        if crew.ranks.is_first:
+            root = crew.log.folder / "checkpoints"
+            weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}
+            save_checkpoint(root, state, weights, tensors, keep=crew.config.keep_checkpoints)
     crew.ranks.wait()  # whoever goes on may count on it
 
 
@@ -280,6 +283,7 @@ def _row(
         "drift/max": stats.drift_max,
         "updates": stats.num_updates,
         "publish/bytes": publication.num_bytes if publication else None,
+        "publish/move_s": publication.move_s if publication else None,
         "wall_s": state.totals["wall_s"],
     }
 

@@ -13,10 +13,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault(
@@ -49,6 +52,10 @@ def _attend_from_outside(
 
 
 ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
+
+
+def _run(model: Any, decode: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return decode(*arguments)
 
 
 class TextCodec:
@@ -100,21 +107,18 @@ class Policy:
                 f"the model must be made with attn_implementation='isomorph', got {model.config._attn_implementation!r}"
             )
         self.model = model.eval().requires_grad_(True)  # eval: these decoders have no dropout, and nothing else differs
+        self.model.run = MethodType(_run, model)  # FSDP gathers what a pass needs around the model's own methods
         self.config = model.config
         self.text = text
+        self.device: torch.device = self.unembedding.device
+        self.dtype: torch.dtype = self.unembedding.dtype  # that the model computes in
+        # while open every parameter is here in full; of a model that FSDP has cut only then
+        self.whole: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         run = torch.compile(_run_layer, dynamic=True) if compiles else _run_layer
         self._learner_runs: list[RunLayer] = [
             partial(_run_again_in_backward, run) if recompute_every and i % recompute_every == 0 else run
             for i in range(len(model.model.layers))
         ]
-
-    @property
-    def device(self) -> torch.device:
-        return self.unembedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unembedding.dtype
 
     @property
     def unembedding(self) -> Tensor:
@@ -145,6 +149,9 @@ class Policy:
     def _through_layers(
         self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend, runs: Sequence[RunLayer]
     ) -> Tensor:
+        return self.model.run(self._decoded, token_ids_BT, positions_BT, attend, runs)
+
+    def _decoded(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend, runs: Sequence[RunLayer]) -> Tensor:
         decoder = self.model.model
         hidden_BTD = decoder.embed_tokens(token_ids_BT)
         rotary = decoder.rotary_emb(hidden_BTD, position_ids=positions_BT)
@@ -172,14 +179,21 @@ class Policy:
             self.overwrite(own)
 
     def snapshot(self) -> list[Tensor]:
-        """A copy of all parameters in host memory, in the order of ``named_parameters``."""
-        return [p.detach().to("cpu", copy=True) for p in self.named_parameters().values()]
+        """A copy of all parameters in host memory, in the order of ``named_parameters``; of what FSDP left here."""
+        return [p.to("cpu", copy=True) for p in self._stored()]
 
     @torch.no_grad()
     def overwrite(self, weights: Sequence[Tensor]) -> None:
         """In place, so that whoever shares the storage sees the new values."""
-        for parameter, weight in zip(self.named_parameters().values(), weights, strict=True):
+        for parameter, weight in zip(self._stored(), weights, strict=True):
             parameter.copy_(weight)
+
+    def _stored(self) -> list[Tensor]:
+        """The parameters' storage on this rank."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # what a pass has gathered would hide it
+        parameters = (p.detach() for p in self.named_parameters().values())
+        return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
     def save(self, folder: Path) -> None:
         """As transformers and vLLM load it. The copies undo any sharing of storage, which the format cannot express."""

@@ -1,6 +1,7 @@
-"""Two ranks on the command line: a whole run, a killed one that goes on, ranks that die. Real torchrun, gloo, CPU."""
+"""Two ranks on the command line: a run, a killed one that goes on, and ranks that die. Real torchrun, gloo, CPU."""
 
 import contextlib
+import importlib.util
 import json
 import signal
 import subprocess
@@ -16,7 +17,12 @@ import pytest
 SMOKE = Path(__file__).parents[1] / "curriculum" / "recipes" / "smoke.toml"
 PROGRAM = "import sys; from isomorph.curriculum.cli import main; main()"
 SHORT = ("stage.0.steps=6", "run.checkpoint_every=4", "eval.prompts=4")
-UNTIMED = ("time/", "wall_s", "publish/")  # a resumed run publishes before its first step
+KINDS = {
+    "data": ("parallel.kind=data",),
+    "fsdp": ("parallel.kind=fsdp", "model.recompute_every=1"),
+}
+# what is measured differs; and a resumed run publishes before its first step
+UNTIMED = ("time/", "wall_s", "mem/", "gpu/", "energy/", "publish/")
 
 pytestmark = pytest.mark.slow
 
@@ -80,12 +86,14 @@ def at_work(isomorph: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str
         launcher.wait()
 
 
-@pytest.fixture(scope="module")
-def whole_run(isomorph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=list(KINDS))
+def whole_run(request: pytest.FixtureRequest, isomorph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    out = finished(torchrun(isomorph, "train", SMOKE, "--run", "whole", *SHORT, cwd=folder))
-    assert out.count("run folder: whole") == 1  # one rank speaks
-    return folder / "whole"
+    out = finished(
+        torchrun(isomorph, "train", SMOKE, "--run", request.param, *KINDS[request.param], *SHORT, cwd=folder)
+    )
+    assert out.count(f"run folder: {request.param}") == 1  # one rank speaks
+    return folder / request.param
 
 
 def test_a_run_on_two_ranks_leaves_what_one_would(whole_run: Path) -> None:
@@ -100,7 +108,7 @@ def test_a_run_on_two_ranks_leaves_what_one_would(whole_run: Path) -> None:
 
 
 def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, whole_run: Path, tmp_path: Path) -> None:
-    launcher = torchrun(isomorph, "train", SMOKE, "--run", "killed", *SHORT, cwd=tmp_path)
+    launcher = torchrun(isomorph, "train", SMOKE, "--run", "killed", *KINDS[whole_run.name], *SHORT, cwd=tmp_path)
     wait_for(lambda: (tmp_path / "killed" / "checkpoints" / "step-00000008" / "state.json").exists())
     everyone = [launcher, *ranks_of(launcher)]
     for process in everyone:
@@ -118,8 +126,23 @@ def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, whole_run: Path, tmp_p
 def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(isomorph: Path, whole_run: Path) -> None:
     command = [sys.executable, str(isomorph), "train", "--resume", str(whole_run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if whole_run.name == "fsdp":
+        assert done.returncode == 2 and "cuts the weights up between ranks: start several" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     assert "warning: the run had 2 ranks and goes on with 1" in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM's CPU build")
+@pytest.mark.parametrize("publish", ["copy", "shared"])
+def test_every_rank_has_a_vllm_of_its_own(isomorph: Path, tmp_path: Path, publish: str) -> None:
+    small = ("stage.0.steps=2", "stage.1.steps=2", "stage.2.steps=1", "eval.prompts=1", "model.tiny.hidden_size=64")
+    sampler = ("sampler.kind=vllm", f"sampler.publish={publish}", "sampler.max_seqs=16", "sampler.max_model_len=192")
+    finished(torchrun(isomorph, "train", SMOKE, "--run", "run", *small, *sampler, cwd=tmp_path))
+    rows = [row for row in step_rows(tmp_path / "run") if row["stage"] != "warm-up"]
+    assert len(rows) == 3 and all(row["drift/max"] is None or row["drift/max"] < 1e-4 for row in rows)
+    assert any(row["drift/max"] is not None for row in rows)
 
 
 # -- whoever dies, the others do not wait for it

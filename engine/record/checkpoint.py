@@ -121,5 +121,6 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        own = weights[name].detach().to("cpu", copy=True)  # an array upon FSDP's storage would pin it
+        digest.update(own.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

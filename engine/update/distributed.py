@@ -16,13 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from isomorph.engine.config import UserError
+from isomorph.engine.policy import Policy
 from isomorph.engine.types import Finish, Rollout, RunFailed
 from isomorph.kernels.packing import balanced_bins
 
@@ -31,6 +36,7 @@ T = TypeVar("T")
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective: ranks wait for each other's longest response
 BEAT_S = 1.0
 SILENCE_S = 20.0  # a rank not heard of for so long is lost; torchrun kills the others after 30 s
+FAREWELL = b"farewell"  # instead of a beat
 BUCKET_BYTES = 64 * 2**20  # of gradients summed at once: beyond it a collective gains nothing, and it is held twice
 
 
@@ -87,10 +93,10 @@ class Ranks:
         return made
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Each tensor becomes, in place, its sum over the ranks: the same bits everywhere."""
+        """Each tensor becomes, in place, its sum over the ranks: the same bits everywhere. What FSDP has cut is one."""
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
+        for bucket in _buckets(t for t in tensors if not isinstance(t, DTensor)):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             dist.all_reduce(flat)
             parts = flat.split([tensor.numel() for tensor in bucket])
@@ -173,12 +179,78 @@ class _Wire(NamedTuple):
         return rollouts, self.texts, self.rewards
 
 
+# -- FSDP2
+def cut(policy: Policy) -> None:
+    """Every rank keeps its part of each weight; a layer is gathered while it computes. Gradients are summed on the way.
+
+    The parts are the float32 masters, and what is gathered is rounded to the policy's dtype: so this comes before the
+    optimizer, and after whatever wants the weights as they are.
+    """
+    model, wide = policy.model, torch.promote_types(policy.dtype, torch.float32)
+    mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    model.to(wide)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # the unembedding is read after the pass through the layers
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    for module in (*model.model.layers, model):
+        module.set_gradient_divide_factor(1.0)  # a sum: the denominator is one for all ranks
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "run")
+    policy.whole = partial(_whole, model)
+
+
+@contextlib.contextmanager
+def _whole(model: Any) -> Iterator[None]:
+    units = [*model.model.layers, model]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What lies on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor of which FSDP has left a part here. All ranks must ask."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.full_tensor()
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of ``whole``, cut as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.detach().to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_of(part: Tensor, like: Tensor) -> Tensor:
+    """Undoes ``part_of`` for a local part. All ranks must ask."""
+    if not isinstance(like, DTensor):
+        return part
+    cut_up = DTensor.from_local(
+        part.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+    return cut_up.full_tensor()
+
+
 # -- the group of processes
 @contextlib.contextmanager
 def open_ranks() -> Iterator[Ranks]:
     """The ranks that torchrun started, this process among them; without torchrun, one alone.
 
-    On a GPU each rank of a machine takes a device of its own. At the end of the block the ranks wait for each other.
+    On a GPU each rank of a machine takes a device of its own.
     """
     size = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
     if size == 1:
@@ -191,10 +263,11 @@ def open_ranks() -> Iterator[Ranks]:
     try:
         with lost_ranks_explained():
             yield ranks
-            ranks.wait()  # the first one may still have been writing
+        heartbeat.bid_farewell()
     finally:
         heartbeat.stop()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # vLLM ends the group with itself
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -238,6 +311,11 @@ class _Heartbeat:
         ranks.wait()  # every rank has beaten once
         self._thread.start()
 
+    def bid_farewell(self) -> None:
+        """The others must not miss this rank: it is done."""
+        self.stop()
+        self._store.set(self._keys[self.ranks.rank], FAREWELL.decode())
+
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
@@ -255,7 +333,7 @@ class _Heartbeat:
                 return
             now = time.monotonic()
             heard = [last if last[0] == new else (new, now) for last, new in zip(heard, beats, strict=True)]
-            silent = [rank for rank, (_, since) in enumerate(heard) if now - since > SILENCE_S]
+            silent = [r for r, (said, since) in enumerate(heard) if now - since > SILENCE_S and said != FAREWELL]
             if silent:
                 _end(f"rank {silent[0]} of this run has not been heard of for {SILENCE_S:.0f} s")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from isomorph.engine.config import Stage
 from isomorph.engine.policy import Policy
 from isomorph.engine.types import PackedBatch, RunFailed, StepStats
-from isomorph.engine.update.distributed import ALONE, Ranks
+from isomorph.engine.update.distributed import ALONE, Ranks, local, part_of, whole_of
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.pack import Update
@@ -123,16 +123,18 @@ class Learner:
     def state_tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: optimizer and reference."""
         assert self.optimizer is not None
-        named = zip(self.policy.named_parameters(), self.reference or [], strict=False)
-        return {**self.optimizer.state_tensors(), **{f"reference/{name}": weight for name, weight in named}}
+        named = zip(self.policy.named_parameters().items(), self.reference or [], strict=False)
+        reference = {f"reference/{name}": whole_of(weight, parameter) for (name, parameter), weight in named}
+        return {**self.optimizer.state_tensors(), **reference}
 
     def restore(self, stage: Stage, tensors: dict[str, Tensor]) -> None:
         """Into the middle of ``stage``; the policy's parameters have been restored before."""
         self._open_optimizer(stage)
         assert self.optimizer is not None
         self.optimizer.load_state_tensors(tensors)
-        names = [f"reference/{name}" for name in self.policy.named_parameters()]
-        self.reference = [tensors[name] for name in names] if names[0] in tensors else None
+        named = {f"reference/{name}": p for name, p in self.policy.named_parameters().items()}
+        is_there = all(name in tensors for name in named)
+        self.reference = [local(part_of(tensors[name], p)).cpu() for name, p in named.items()] if is_there else None
 
     def _open_optimizer(self, stage: Stage) -> None:
         if self.optimizer is not None:

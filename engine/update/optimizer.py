@@ -9,10 +9,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from isomorph.engine.config import OptimConfig
 from isomorph.engine.types import RunFailed
+from isomorph.engine.update.distributed import gathered, local, part_of
 
 
 class MasterAdamW:
@@ -66,7 +68,7 @@ class MasterAdamW:
 
         Raises RunFailed where the norm is not finite: nothing has changed then.
         """
-        total = torch.nn.utils.get_total_norm(self.gradients())
+        total = gathered(torch.nn.utils.get_total_norm(self.gradients()))
         norm = total.item()
         if not math.isfinite(norm):
             raise RunFailed(
@@ -74,7 +76,8 @@ class MasterAdamW:
                 "lower the learning rate or look at the rewards"
             )
         if norm > clip_norm:  # else a pass over all gradients would multiply them by 1
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), clip_norm, total)
+            factor = (clip_norm / (total + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(gradient) for gradient in self.gradients()], factor)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -85,24 +88,27 @@ class MasterAdamW:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Masters and moments by name, for a checkpoint."""
-        tensors = {f"master/{name}": m for name, m in self.masters.items() if m is not self.parameters[name]}
+        tensors = {f"master/{name}": gathered(master) for name, master in self.masters.items() if self._is_apart(name)}
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value
+                tensors[f"{key}/{name}"] = gathered(value)
         return tensors
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                master.copy_(tensors[f"master/{name}"])
-            state = {
-                key: tensors[f"{key}/{name}"].clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}/{name}" in tensors
-            }
-            if state:
-                self.adamw.state[master] = {key: value.to(master.device) for key, value in state.items()}
+            if self._is_apart(name):
+                master.copy_(part_of(tensors[f"master/{name}"], master))
+            if f"step/{name}" not in tensors:
+                continue
+            moments = {key: part_of(tensors[f"{key}/{name}"], master).clone() for key in ("exp_avg", "exp_avg_sq")}
+            state = {"step": tensors[f"step/{name}"].clone(), **moments}
+            self.adamw.state[master] = {key: value.to(master.device) for key, value in state.items()}
+
+    def _is_apart(self, name: str) -> bool:
+        """The master knows more than the policy's weight: it is another tensor, or what FSDP rounds the weight from."""
+        master = self.masters[name]
+        return master is not self.parameters[name] or isinstance(master, DTensor)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -12,6 +12,7 @@ from isomorph.engine.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     SamplerConfig,
     SamplingConfig,
@@ -21,6 +22,8 @@ from isomorph.engine.config import (
     UserError,
     load_recipe,
 )
+
+FSDP = dict(model=dict(path="x"), parallel=dict(kind="fsdp"))
 
 
 class StageBeyond(Stage):
@@ -274,6 +277,9 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (ObjectiveConfig, dict(name="rft", tis="token")),
         (ObjectiveConfig, dict(name="rft", ratio="sequence")),
         (RunConfig, dict(seed=-1)),
+        (ParallelConfig, dict(kind="tensor")),
+        (EngineConfig, dict(FSDP, sampler=dict(kind="vllm", publish="shared"))),
+        (EngineConfig, dict(FSDP, model=dict(path="x", compile=True))),
         (RunConfig, dict(keep_checkpoints=0)),
         (Stage, dict(name="s", steps=0)),
         (Stage, dict(name="s", steps=1, sampling=dict(samples_per_prompt=1))),
@@ -294,6 +300,7 @@ def test_what_cannot_work_is_refused(section: type[Section], values: dict[str, o
     [
         (ModelConfig, dict(path="x")),
         (ModelConfig, dict(tiny=dict())),
+        (EngineConfig, dict(FSDP, sampler=dict(kind="vllm", publish="copy"))),
         (ObjectiveConfig, dict(name="grpo", clip_low=None, clip_high=None)),
         (ObjectiveConfig, dict(name="cispo", clip_high=5.0, tis="sequence", tis_mode="mask")),
         (Stage, dict(name="s", steps=1, objective=dict(name="sft"), sampling=dict(samples_per_prompt=1))),

@@ -24,7 +24,7 @@ from isomorph.engine.config import (
 )
 from isomorph.engine.policy import Policy, build_tiny
 from isomorph.engine.types import Group, Prompt, Rollout, StepStats
-from isomorph.engine.update.distributed import ALONE, Ranks, open_ranks
+from isomorph.engine.update.distributed import ALONE, Ranks, cut, gathered, open_ranks
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
 
@@ -158,10 +158,12 @@ def crowd() -> Iterator[Crowd]:
 
 # -- invariant 1: the gradient does not depend on the number of ranks
 def step_on(
-    ranks: Ranks, objective: ObjectiveConfig, groups: list[Group], batch: dict[str, Any]
+    ranks: Ranks, objective: ObjectiveConfig, groups: list[Group], batch: dict[str, Any], kind: str = "data"
 ) -> tuple[list[Tensor], StepStats]:
     """The gradient of each update of a step, before clipping; the policy stands still."""
     policy, stage = make_policy(), make_stage(objective, batch=batch)
+    if kind == "fsdp":
+        cut(policy)
     learner = Learner(policy, ranks)
     learner.enter(stage)
     if objective.kl_coef:
@@ -170,7 +172,7 @@ def step_on(
 
     def look(**_: Any) -> float:
         assert learner.optimizer is not None
-        seen.append(torch.cat([gradient.flatten() for gradient in learner.optimizer.gradients()]))
+        seen.append(torch.cat([gathered(gradient).flatten() for gradient in learner.optimizer.gradients()]))
         return float(seen[-1].norm())
 
     assert learner.optimizer is not None
@@ -186,9 +188,11 @@ def step_on(
     return seen, learner.update(updates, stage, 0)
 
 
-def assert_same_step(crowd: Crowd, objective: ObjectiveConfig, groups: list[Group], **batch: Any) -> None:
+def assert_same_step(
+    crowd: Crowd, objective: ObjectiveConfig, groups: list[Group], kind: str = "data", **batch: Any
+) -> None:
     whole, stats = step_on(ALONE, objective, groups, batch)
-    (first, first_stats), (second, second_stats) = crowd.ask(step_on, objective, groups, batch)
+    (first, first_stats), (second, second_stats) = crowd.ask(step_on, objective, groups, batch, kind)
     assert len(whole) == len(first) == len(second)
     for one, ours, theirs in zip(whole, first, second, strict=True):
         assert one.norm() > 1e-3
@@ -201,22 +205,28 @@ def assert_same_step(crowd: Crowd, objective: ObjectiveConfig, groups: list[Grou
         assert getattr(second_stats, name) == pytest.approx(value, rel=1e-9, nan_ok=True), name
 
 
+by_kind = pytest.mark.parametrize("kind", ["data", "fsdp"])
+
+
+@by_kind
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
-def test_gradient_and_statistics_are_those_of_one_rank(crowd: Crowd, objective: ObjectiveConfig) -> None:
-    assert_same_step(crowd, objective, make_groups(), max_tok=14)  # the first group has several micro-batches
+def test_gradient_and_statistics_are_those_of_one_rank(crowd: Crowd, objective: ObjectiveConfig, kind: str) -> None:
+    assert_same_step(crowd, objective, make_groups(), kind, max_tok=14)  # the first group has several micro-batches
 
 
-def test_a_rank_without_groups_takes_part(crowd: Crowd) -> None:
+@by_kind
+def test_a_rank_without_groups_takes_part(crowd: Crowd, kind: str) -> None:
     groups = make_groups(((5, (4, 1, 7)),))
-    assert_same_step(crowd, ObjectiveConfig(name="gspo"), groups, max_tok=14)
-    assert_same_step(crowd, ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1), groups, max_tok=14)
-    assert_same_step(crowd, ObjectiveConfig(name="sft"), groups)
+    assert_same_step(crowd, ObjectiveConfig(name="gspo"), groups, kind, max_tok=14)
+    assert_same_step(crowd, ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1), groups, kind, max_tok=14)
+    assert_same_step(crowd, ObjectiveConfig(name="sft"), groups, kind)
 
 
-def test_every_update_of_a_step_has_a_denominator_of_its_own(crowd: Crowd) -> None:
+@by_kind
+def test_every_update_of_a_step_has_a_denominator_of_its_own(crowd: Crowd, kind: str) -> None:
     groups = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1))))
     for objective in (GRPO, ObjectiveConfig(name="dapo")):
-        assert_same_step(crowd, objective, groups, max_tok=14, prompts=4, prompts_per_update=2, epochs=2)
+        assert_same_step(crowd, objective, groups, kind, max_tok=14, prompts=4, prompts_per_update=2, epochs=2)
 
 
 def test_responses_without_advantage_count_whichever_rank_has_them(crowd: Crowd) -> None:
@@ -231,11 +241,18 @@ def test_a_step_without_any_gradient_is_left_out_everywhere(crowd: Crowd) -> Non
         assert gradients == [] and stats.num_updates == 0 and stats.num_loss_tok == 28
 
 
-def weights_after_steps(ranks: Ranks, dtype: torch.dtype) -> Tensor:
-    policy, stage = make_policy(dtype), make_stage(optim=dict(lr=1e-2, clip_norm=0.5))
-    learner = Learner(policy, ranks)
+def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, resumes: bool = False) -> Tensor:
+    """After three steps; ``resumes``: the last one by another policy and learner that were restored."""
+    stage = make_stage(ObjectiveConfig(name="grpo", kl_coef=0.1), optim=dict(lr=1e-2, clip_norm=0.5))
+    policy, learner = started(ranks, dtype, kind)
     learner.enter(stage)
     for seed in range(3):
+        if resumes and seed == 2:
+            tensors = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
+            with policy.whole():
+                weights = [p.detach().clone() for p in policy.named_parameters().values()]
+            policy, learner = started(ranks, dtype, kind, weights)
+            learner.restore(stage, tensors)
         updates = pack(
             make_groups(seed=seed),
             max_tok=100,
@@ -245,15 +262,33 @@ def weights_after_steps(ranks: Ranks, dtype: torch.dtype) -> Tensor:
             ranks=ranks,
         )
         learner.update(updates, stage, seed)
-    return torch.cat([w.flatten() for w in policy.snapshot()])
+    with policy.whole():
+        return torch.cat([p.detach().flatten() for p in policy.named_parameters().values()])
 
 
-def test_weights_stay_the_same_bits_on_all_ranks_and_those_of_one_rank(crowd: Crowd) -> None:
-    first, second = crowd.ask(weights_after_steps, torch.float64)
+def started(ranks: Ranks, dtype: torch.dtype, kind: str, weights: list[Tensor] | None = None) -> tuple[Policy, Learner]:
+    policy = make_policy(dtype)
+    if weights is not None:
+        policy.overwrite(weights)
+    if kind == "fsdp":
+        cut(policy)
+    return policy, Learner(policy, ranks)
+
+
+@by_kind
+def test_weights_stay_the_same_bits_on_all_ranks_and_those_of_one_rank(crowd: Crowd, kind: str) -> None:
+    first, second = crowd.ask(weights_after_steps, torch.float64, kind)
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, weights_after_steps(ALONE, torch.float64), rtol=0, atol=1e-10)
-    first, second = crowd.ask(weights_after_steps, torch.bfloat16)
-    assert torch.equal(first, second)
+    torch.testing.assert_close(first, weights_after_steps(ALONE, torch.float64, "data"), rtol=0, atol=1e-10)
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_learner_goes_on_bit_for_bit(crowd: Crowd, kind: str, dtype: torch.dtype) -> None:
+    whole, other = crowd.ask(weights_after_steps, dtype, kind)
+    assert whole.dtype == dtype and torch.equal(whole, other)
+    for resumed in crowd.ask(weights_after_steps, dtype, kind, True):
+        assert torch.equal(resumed, whole)
 
 
 # -- what the ranks tell each other
