@@ -1,5 +1,6 @@
 """The whole loop with real parts: decoder, built-in sampler, learner, disk; the judge and the questions are toys."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from isomorph.engine.config import (
     BatchConfig,
@@ -31,6 +33,7 @@ from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import Exam, Group, OnGroup, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import Update, pack
+from isomorph.kernels import backend
 
 WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
 QUESTIONS = ("one", "two", "three", "four", "five", "six")
@@ -177,6 +180,24 @@ def test_reward_rises_within_twenty_steps(tmp_path: Path, objective: str) -> Non
     before, after = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
     assert before < 0.6
     assert after > before + 0.3
+
+
+def test_fifty_steps_with_the_fast_bodies_follow_the_references(tmp_path: Path) -> None:
+    """Reward and entropy: two bodies of one seed lie closer together than one body of two seeds."""
+
+    def curves(name: str, seed: int, bodies: contextlib.AbstractContextManager[None]) -> Tensor:
+        stage = make_stage(steps=50, objective="grpo", objective_choices=dict(kl_coef=0.01))  # keeps flat groups in
+        with bodies:
+            train(make_crew(tmp_path / name, stage, seed=seed), RunState())
+        return torch.tensor([[row["reward/mean"], row["entropy"]] for row in read_steps(tmp_path / name)])
+
+    fast = curves("fast", 0, contextlib.nullcontext())
+    ops = ("linear_loss", "linear_logprob", "packed_attention", "group_advantage")
+    plain = curves("plain", 0, backend.using(",".join(f"{op}=reference" for op in ops)))
+    other = curves("other", 1, contextlib.nullcontext())
+    between_bodies, between_seeds = ((fast - curve).abs().mean(0) for curve in (plain, other))
+    assert (between_bodies < between_seeds).all(), (between_bodies, between_seeds)
+    torch.testing.assert_close(fast[0], plain[0], rtol=1e-5, atol=1e-6)  # before the first update only rounding differs
 
 
 def test_a_run_is_the_same_bit_for_bit_when_run_again(tmp_path: Path) -> None:
