@@ -87,6 +87,7 @@ def _of(
         **ours("linear_loss", _run(head, fused)),
         EAGER: lambda: _run(head, eager),
         COMPILED: lambda: _run(head, peers.compiled(eager)),
+        **(_of_our_precision(head, eager) if head.weight_VD.dtype == torch.bfloat16 else {}),
         **{name: on(make) for name, make in logprobs.items()},
         **{name: lambda make=make: _run(head, make()) for name, make in whole.items()},  # type: ignore[misc]
     }
@@ -100,6 +101,18 @@ def _of(
         "3 GEMMs",
         flop=6 * num * dim * len(head.weight_VD),
     )
+
+
+def _of_our_precision(head: Head, eager: peers.Loss) -> dict[str, Callable[[], Run]]:
+    """PyTorch with logits that are not rounded to bfloat16. On the CPU it has no such product of bfloat16 matrices."""
+
+    def wide(hidden: Tensor, weight: Tensor) -> Tensor:
+        return eager(hidden.float(), weight.float())
+
+    return {
+        f"{EAGER}, float32 logits": lambda: _run(head, wide),
+        f"{COMPILED}, float32 logits": lambda: _run(head, peers.compiled(wide)),
+    }
 
 
 def _run(head: Head, loss: peers.Loss) -> Run:

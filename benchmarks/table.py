@@ -135,7 +135,7 @@ def _cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
 
 
 def _best_peer(by: dict[str, Row]) -> Row | None:
-    peers = [row for name, row in by.items() if not name.startswith(OURS) and name not in (EAGER, COMPILED)]
+    peers = [row for name, row in by.items() if not name.startswith((OURS, EAGER, COMPILED))]
     return min((row for row in peers if row["status"] == "ok"), key=lambda row: row["median_s"], default=None)
 
 
