@@ -122,11 +122,11 @@ def draw(crew: Crew, sampler: Sampler, prompts: Sequence[Prompt], stage: Stage) 
     Each rank draws and judges its share.
     """
     own, sampling = crew.ranks.share(prompts), _sampling(crew, stage)
-    with Judging(crew.judge, crew.policy.text.decode, own) as judging:
+    # judging, as far as it does not run beside drawing
+    with crew.log.time("judge"), Judging(crew.judge, crew.policy.text.decode, own) as judging:
         with crew.log.time("generate"), crew.policy.whole():
             rollouts = sampler.generate(own, sampling, judging.add)
-        with crew.log.time("judge"):  # what is left of it
-            texts, rewards = judging.results()
+        texts, rewards = judging.results()
     with crew.log.time("exchange"):
         rollouts, texts, rewards = crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
     with crew.log.time("judge"):

@@ -5,14 +5,21 @@ A reader gets each row after it has been written, and takes the numbers out of i
 
 import contextlib
 import importlib.util
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from isomorph.engine.config import LogConfig, UserError
 from isomorph.engine.record.runlog import Reader, Row
+from isomorph.engine.types import RunFailed
+
+FLUSH_S = 10.0  # between what a watching TensorBoard gets to see
 
 
 @contextlib.contextmanager
@@ -38,14 +45,42 @@ def check_readers(config: LogConfig) -> None:
 
 @contextlib.contextmanager
 def _tensorboard(folder: Path, done: int) -> Iterator[Reader]:
-    # what a lost process wrote after the checkpoint is hidden by TensorBoard
-    with SummaryWriter(str(folder), purge_step=done + 1 if done else None) as writer:
+    """One file of events. Not by SummaryWriter: its thread would meet a full disk where nobody listens."""
+    folder.mkdir(exist_ok=True)
+    file = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"))
+    flushed = time.monotonic()
 
-        def read(row: Row) -> None:
-            for name, value in numbers(row).items():
-                writer.add_scalar(name, value, row["step"])
+    def write(**what: Any) -> None:
+        file.write(Event(wall_time=time.time(), **what).SerializeToString())
 
+    def read(row: Row) -> None:
+        nonlocal flushed
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(row).items()]
+        with _refusal_told(folder):
+            write(step=row["step"], summary=Summary(value=values))
+            if time.monotonic() - flushed > FLUSH_S:
+                file.flush()
+                flushed = time.monotonic()
+
+    write(file_version="brain.Event:2")
+    if done:  # what a lost process wrote after the checkpoint is hidden by TensorBoard
+        write(step=done + 1, session_log=SessionLog(status=SessionLog.START))
+    try:
         yield read
+    except BaseException:
+        with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
+            file.close()
+        raise
+    with _refusal_told(folder):
+        file.close()
+
+
+@contextlib.contextmanager
+def _refusal_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{folder} cannot be written: {error}") from error
 
 
 @contextlib.contextmanager

@@ -62,7 +62,8 @@ class RunLog:
             self._inner[-1] += seconds
 
     def begin_step(self) -> None:
-        self.telemetry.begin()
+        with self.time("record"):
+            self.telemetry.begin()
         self._started = time.perf_counter()
         self._between_s = self._started - self._ended
         self._between, self.times = self.times, {}
@@ -72,7 +73,8 @@ class RunLog:
 
         ``num_tok``: that counted in the loss. ``num_correct``: answers worth something.
         """
-        machine = self.telemetry.end(num_tok=num_tok, num_correct=num_correct)
+        with self.time("record"):
+            machine = self.telemetry.end(num_tok=num_tok, num_correct=num_correct)
         self._ended = time.perf_counter()
         times, self.times = self.times, {}
         return {

@@ -62,7 +62,10 @@ def test_the_phases_of_a_step_and_what_lies_between_two_are_told_apart(tmp_path:
     assert 0.04 <= row["time/generate_s"] <= row["time/step_s"]
     assert 0.02 <= row["time/between/exam_s"] <= row["time/between_s"]
     assert {key for key in row if key.startswith("time/")} == {
-        *(f"time/{name}_s" for name in ("generate", "update", "step", "between", "between/exam"))
+        *(
+            f"time/{name}_s"
+            for name in ("generate", "update", "record", "step", "between", "between/exam", "between/record")
+        )
     }
     with log.time("checkpoint"):
         time.sleep(0.01)
