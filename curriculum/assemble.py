@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from isomorph.curriculum.judge import JudgePool
+from isomorph.curriculum.planning import FirstSteps
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report import write_report
 from isomorph.curriculum.stage import Curriculum
@@ -22,7 +23,7 @@ from isomorph.engine.policy import Policy, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.readers import check_readers, open_readers
 from isomorph.engine.record.runlog import QuietLog, RunLog
-from isomorph.engine.record.telemetry import Telemetry, find_gpu
+from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory_gib
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import RunFailed, RunState, Sampler
@@ -63,11 +64,14 @@ def run_recipe(
     log = RunLog(folder, console) if ranks.is_first else QuietLog(folder, console)
     with contextlib.ExitStack() as stack:
         with log.time("load"):
+            before_gib, _ = process_memory_gib()
             crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, ranks, resume=resume))
             stack.enter_context(log.telemetry.watching())
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
                 log.readers += stack.enter_context(open_readers(recipe.log, folder, tables, state.step))
+                if not resume:
+                    log.readers.append(FirstSteps(recipe, crew.policy, log, before_gib))
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:
@@ -129,13 +133,18 @@ def open_policy(recipe: Recipe) -> Policy:
     """The recipe's model on this machine's device."""
     silence_loaders()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_policy(recipe.model, vocabulary=tiny_vocabulary(recipe), seed=recipe.run.seed, device=device)
+
+
+def tiny_vocabulary(recipe: Recipe) -> list[str]:
+    """The words of a tiny model; [] for any other."""
     words: set[str] = set()
     if recipe.model.tiny is not None:
         for name, data in recipe.data.items():
             if not isinstance(data, GeneratedData):
                 raise UserError(f"a tiny model knows only generated words: [data.{name}] must be of kind 'async_plan'")
             words |= set(vocabulary(data.difficulty))
-    return load_policy(recipe.model, vocabulary=sorted(words), seed=recipe.run.seed, device=device)
+    return sorted(words)
 
 
 @contextlib.contextmanager

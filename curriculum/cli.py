@@ -102,6 +102,31 @@ def train(
             _print_result(summary, folder)
 
 
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; its model may be a folder with only a config.json")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="A known GPU, for example h200; default: this machine's CPU")
+    ] = None,
+    device_gib: Annotated[
+        float | None, typer.Option("--device-gib", min=0.1, help="Its memory, where it differs")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")] = False,
+) -> None:
+    """What fits and how long a step takes, stage by stage. Loads no weights and touches no GPU."""
+    import json
+
+    from isomorph.curriculum.planning import plan_recipe, show_plan
+    from isomorph.curriculum.recipe import Recipe
+
+    planned = plan_recipe(load_recipe(recipe, overrides or [], Recipe), device, device_gib)
+    if as_json:
+        sys.stdout.write(json.dumps(planned, indent=2) + "\n")
+    else:
+        show_plan(planned, console)
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Run folder, model folder, .gguf or hub name")],

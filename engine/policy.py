@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isomorph.engine.config import ModelConfig, TinyModel, UserError
+from isomorph.engine.plan import ModelShape
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.packed_attention import packed_attention
 
@@ -40,7 +41,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 # model_type -> seen with this interface in tests/engine/test_policy.py
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 WORD = r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]"  # a tag, a word, a number or a sign: one token each
-PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
+SPECIAL = PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
 
 
 @torch.compiler.disable  # it knows its layer by number: compiled, each layer would be compiled by itself
@@ -238,6 +239,41 @@ def _loaded_model(path: str, dtype: torch.dtype, *, chat_template: bool) -> tupl
     return model, TextCodec(tokenizer, chat_template=chat_template, stop_ids=_stop_ids(model, tokenizer))
 
 
+def read_shape(config: ModelConfig, vocabulary: Sequence[str]) -> ModelShape:
+    """The sizes of the recipe's model, from its config alone: no weights are read. Raises UserError."""
+    if config.tiny is not None:
+        return shape_of(_tiny_model(config.tiny, vocabulary, seed=0, dtype=torch.float32)[0])
+    assert config.path is not None
+    folder, gguf = _locate(config.path)
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(folder, **gguf)
+    except Exception as error:  # as in load_policy
+        raise UserError(
+            f"model.path: no config could be read from {config.path!r} (a folder with nothing but the model's "
+            f"config.json is enough here): {_first_line(error)}"
+        ) from error
+    _refuse_what_we_cannot_train(model_config)
+    with torch.device("meta"):
+        return shape_of(AutoModelForCausalLM.from_config(model_config, attn_implementation="isomorph"))
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The sizes of a loaded model, or of one on the meta device."""
+    config = model.config
+    return ModelShape(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        inner=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=model.model.layers[0].self_attn.head_dim,
+        num_vocab=config.vocab_size,
+        is_tied=config.tie_word_embeddings,
+        normalises_heads=config.model_type == "qwen3",
+    )
+
+
 def build_tiny(
     tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Policy:
@@ -272,7 +308,7 @@ def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype:
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     """One token a word, number, tag or sign; what is not in the vocabulary is [UNK]."""
-    words = [PAD, EOS, BOS, UNK, *vocabulary]
+    words = [*SPECIAL, *vocabulary]
     if len(set(words)) != len(words):
         raise ValueError("vocabulary must hold each word once, and none of [PAD] [EOS] [BOS] [UNK]")
     table = {word: index for index, word in enumerate(words)}

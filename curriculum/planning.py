@@ -1,0 +1,178 @@
+"""``isomorph plan``: a recipe's memory and time before it runs; and, after its first steps, plan against fact."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from isomorph.curriculum import machine
+from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
+from isomorph.curriculum.tasks.async_plan import draw_tasks, vocabulary
+from isomorph.engine.config import UserError
+from isomorph.engine.plan import (
+    GIB,
+    MOMENTS,
+    Facts,
+    arenas,
+    card_ceilings,
+    facts_of,
+    largest_kv_tok,
+    largest_micro_tok,
+    measure_ceilings,
+    peak_bytes,
+    seconds,
+)
+from isomorph.engine.policy import WORD, Policy, read_shape, shape_of
+from isomorph.engine.record.runlog import Row, RunLog
+
+NUM_SAMPLES = 20  # questions drawn to learn how long they are
+
+
+def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None) -> dict[str, Any]:
+    """The plan of every stage, JSON-able. ``card``: a GPU of the table; None: this machine's CPU. Raises UserError."""
+    words = {w for d in recipe.data.values() if isinstance(d, GeneratedData) for w in vocabulary(d.difficulty)}
+    shape = read_shape(recipe.model, sorted(words))
+    if card is not None:
+        known, ceilings = card_ceilings(card)
+        device_gib = device_gib or known.gib
+    else:
+        ceilings = measure_ceilings(torch.device("cpu"), getattr(torch, recipe.model.dtype))
+        device_gib = device_gib or machine.available_gib()
+    if device_gib is None:
+        raise UserError("this system does not say how much memory is free: give --device-gib")
+    stages = []
+    for stage in recipe.stage:
+        length = _prompt_tok(recipe, stage)
+        facts = facts_of(recipe, stage, shape, prompt_tok=length, device_gib=device_gib, is_gpu=card is not None)
+        stages.append({"stage": stage.name, **_planned(facts), "seconds": seconds(facts, ceilings)})
+    return {
+        "device": card or "cpu",
+        "device_gib": device_gib,
+        "ceilings": ceilings._asdict(),
+        "model": dataclasses.asdict(shape),
+        "stages": stages,
+    }
+
+
+def _planned(facts: Facts) -> dict[str, Any]:
+    return {
+        "arenas_gib": {a.name: a.num_bytes / GIB for a in arenas(facts)},
+        "when": {a.name: list(a.moments) for a in arenas(facts)},
+        "host": [a.name for a in arenas(facts) if a.is_host],
+        "peak_gib": {moment: peak_bytes(facts, moment) / GIB for moment in MOMENTS},
+        "largest_micro_tok": largest_micro_tok(facts),
+        "largest_kv_tok": largest_kv_tok(facts) if facts.is_sampled else None,
+        "tok": {"prompt": facts.prompt_tok, "response": facts.response_tok, "micro_batch": facts.micro_tok},
+    }
+
+
+def _prompt_tok(recipe: Recipe, stage: StageRecipe) -> float:
+    """Of a file the most that is let in; of generated questions the mean number of words and signs."""
+    lengths = []
+    for part in stage.mixture:
+        data = recipe.data[part.data]
+        if isinstance(data, GeneratedData):
+            tasks = draw_tasks(data.difficulty, part.representation, NUM_SAMPLES, seed=0, split="train")
+            lengths.append(sum(1 + len(re.findall(WORD, task.question)) for task in tasks) / len(tasks))
+        else:
+            lengths.append(float(data.max_prompt_tok))
+    weights = [part.weight for part in stage.mixture]
+    return sum(w * n for w, n in zip(weights, lengths, strict=True)) / sum(weights)
+
+
+def show_plan(planned: dict[str, Any], console: Console) -> None:
+    """Two tables: bytes, and what fits with how long it takes; a column a stage."""
+    stages, size = planned["stages"], planned["model"]["num_parameters"]
+    heading = f"{planned['device']}, {planned['device_gib']:.1f} GiB; {size / 1e9:.3f} B parameters"
+    memory = _table(heading, "memory", stages)
+    for name in dict.fromkeys(name for stage in stages for name in stage["arenas_gib"]):
+        when = next(stage["when"][name] for stage in stages if name in stage["when"])
+        place = " (host)" if name in stages[0]["host"] or any(name in s["host"] for s in stages) else ""
+        cells = [_size(s["arenas_gib"][name]) if name in s["arenas_gib"] else "-" for s in stages]
+        memory.add_row(name + place, "always" if len(when) == len(MOMENTS) else ", ".join(when), *cells)
+    memory.add_section()
+    for moment in MOMENTS:
+        cells = [_peak(stage["peak_gib"][moment], planned["device_gib"]) for stage in stages]
+        memory.add_row(f"peak, {moment}", "", *cells)
+    console.print(memory)
+    rest = _table("what fits, and how long a step takes at most", "", stages)
+    rest.add_row("largest batch.max_tok", "tokens", *(f"{s['largest_micro_tok']:,}" for s in stages))
+    rest.add_row("planned micro-batch", "tokens", *(f"{s['tok']['micro_batch']:,.0f}" for s in stages))
+    kv = ("-" if s["largest_kv_tok"] is None else f"{s['largest_kv_tok']:,}" for s in stages)
+    rest.add_row("keys and values", "tokens", *kv)
+    for phase in ("generate", "update"):
+        rest.add_row(phase, "s/step", *(f"{stage['seconds'][phase]:,.1f}" for stage in stages))
+    console.print(rest)
+    ceilings = planned["ceilings"]
+    console.print(
+        f"ceilings: {ceilings['flops'] / 1e12:.2f} TFLOP/s, {ceilings['bandwidth'] / 1e9:,.0f} GB/s "
+        f"({ceilings['source']}); every response as long as sampling.max_new_tok allows",
+        highlight=False,
+    )
+
+
+def _table(title: str, unit: str, stages: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(unit)
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage["stage"], justify="right")
+    return table
+
+
+def _peak(gib: float, device_gib: float) -> str:
+    return _size(gib) if gib <= device_gib else f"[red]{_size(gib)}, does not fit[/red]"
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
+
+
+class FirstSteps:
+    """A reader of a run's rows: tells plan against fact once a stage, on the lengths that came.
+
+    On the stage's second update: before the first there are no moments, and everything is warming up.
+    """
+
+    def __init__(self, recipe: Recipe, policy: Policy, log: RunLog, before_gib: float | None) -> None:
+        self.recipe, self.log, self.before_gib = recipe, log, before_gib
+        self.shape, self.device = shape_of(policy.model), policy.device
+        self.ceilings = measure_ceilings(policy.device, policy.dtype)
+        self.told: dict[str, Any] = {}
+        self.warm: set[str] = set()  # stages that have been updated
+
+    def __call__(self, row: Row) -> None:
+        if row["stage"] in self.told or not row["updates"]:
+            return
+        if row["stage"] not in self.warm:
+            self.warm.add(row["stage"])
+            return
+        stage = next(s for s in self.recipe.stage if s.name == row["stage"])
+        facts = self._facts(row, stage)
+        is_gpu = self.device.type == "cuda"
+        peak = max(peak_bytes(facts, moment) for moment in MOMENTS) / GIB
+        fact = row["mem/gpu_peak_gib"] if is_gpu else row["mem/peak_rss_gib"]
+        if not is_gpu and self.before_gib is not None and fact is not None:
+            fact -= self.before_gib
+        times = seconds(facts, self.ceilings)
+        told = {"peak_gib": [peak, fact], **{f"{p}_s": [times[p], row[f"time/{p}_s"]] for p in times}}
+        self.told[stage.name] = {name: {"plan": planned, "fact": got} for name, (planned, got) in told.items()}
+        run = self.log.folder / "run.json"
+        self.log.write_json("run.json", {**json.loads(run.read_text()), "plan": self.told})
+        pairs = (f"{name} {p:.2f}/{'-' if f is None else format(f, '.2f')}" for name, (p, f) in told.items())
+        self.log.say(f"plan/fact in {stage.name}: {'  '.join(pairs)}")
+
+    def _facts(self, row: Row, stage: StageRecipe) -> Facts:
+        facts = facts_of(self.recipe, stage, self.shape, prompt_tok=1, device_gib=0, is_gpu=self.device.type == "cuda")
+        num_responses = row["groups/all"] * facts.samples
+        facts = dataclasses.replace(
+            facts,
+            prompts=row["groups/all"],
+            prompt_tok=row["tok/prompt"] / row["groups/all"],
+            response_tok=row["tok/response"] / num_responses,
+        )
+        return dataclasses.replace(facts, micro_tok=min(stage.batch.max_tok, row["tok/trunk"] / row["updates"]))

@@ -1,0 +1,312 @@
+"""What fits, and how long it takes: bytes per arena and seconds per phase, by arithmetic alone. No device is touched.
+
+A step has three moments at which memory peaks:
+
+    generate   the sampler's keys and values beside everything that stays
+    update     the end of a micro-batch's forward: its activations, one chunk of logits
+    step       the end of the last backward: all gradients, no activations
+
+A phase's seconds are its FLOPs over the GEMM ceiling plus its bytes over the memory ceiling (``Ceilings``): what a
+machine could do that never waits. Activations are what autograd keeps of transformers' Llama layers, tensor by tensor.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from isomorph.engine.config import EngineConfig, Stage, UserError
+
+Moment = Literal["generate", "update", "step"]
+MOMENTS: tuple[Moment, ...] = ("generate", "update", "step")
+GIB = 2**30
+CONTEXT_BYTES = GIB  # of a GPU: driver, cuBLAS and Triton before the first tensor
+VLLM_OVERHEAD_BYTES = 2 * GIB  # CUDA graphs and the activations of its largest batch
+CHUNK_BYTES, CUDA_CHUNK_ROWS = 64 * 2**20, 8192  # of logits, as in engine/update/learner.py
+SAMPLER_LOGIT_COPIES = 4  # logits, log-probabilities, probabilities, their sums; float32
+UPDATE_TRAFFIC = 3  # times an activation is moved: written, read for the next op, read or written in backward
+OPTIMIZER_TRAFFIC = 32  # bytes a parameter: gradient (twice, for its norm), master and moments read and written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder of the Llama family."""
+
+    num_parameters: int  # a tied unembedding once
+    num_layers: int
+    width: int  # D
+    inner: int  # of the MLP
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_vocab: int
+    is_tied: bool
+    normalises_heads: bool  # Qwen3: RMSNorm on queries and keys
+
+    @property
+    def num_trunk(self) -> int:
+        """Parameters that multiply every token: all but embedding and unembedding."""
+        return self.num_parameters - self.num_head * (1 if self.is_tied else 2)
+
+    @property
+    def num_head(self) -> int:
+        return self.num_vocab * self.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """All that memory and time depend on. One step of one stage."""
+
+    shape: ModelShape
+    weight_bytes: int  # of one weight
+    is_gpu: bool
+    recompute_every: int | None
+    has_reference: bool
+    is_sampled: bool  # else demonstrations
+    is_repeated: bool  # old log-probabilities need a pass of their own
+    sampler: Literal["builtin", "vllm"]
+    memory_frac: float  # vllm
+    max_seqs: int
+    kv_limit_tok: int | None  # builtin: sampler.kv_tok
+    prompts: int  # of the step
+    samples: int
+    prompt_tok: float  # mean
+    response_tok: float  # mean
+    micro_tok: float  # packed tokens of the largest micro-batch
+    num_updates: int
+    device_gib: float
+
+    @property
+    def trunk_tok(self) -> float:
+        """Through the decoder in one pass over the step; a group's prompt once."""
+        return self.prompts * (self.prompt_tok + self.samples * self.response_tok)
+
+    @property
+    def loss_tok(self) -> float:
+        return self.prompts * self.samples * self.response_tok
+
+    @property
+    def has_several_micro_batches(self) -> bool:
+        return self.trunk_tok > self.micro_tok * self.num_updates
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences decoded at once."""
+        return min(self.max_seqs, self.prompts * self.samples)
+
+    @property
+    def kv_bytes_per_tok(self) -> int:
+        return 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_dim * self.weight_bytes
+
+    @property
+    def kv_tok(self) -> float:
+        """Of all sequences decoded at once: a prompt once, room for every response."""
+        wanted = self.num_rows * (self.response_tok + self.prompt_tok / self.samples)
+        return wanted if self.kv_limit_tok is None else min(wanted, self.kv_limit_tok)
+
+
+class Arena(NamedTuple):
+    """Memory of one use."""
+
+    name: str
+    num_bytes: float
+    moments: tuple[Moment, ...]
+    is_host: bool = False  # host memory, also on a GPU
+
+
+class Ceilings(NamedTuple):
+    """What the machine does at its best."""
+
+    flops: float  # of a GEMM in the weights' dtype, per second
+    bandwidth: float  # bytes read or written per second
+    source: str
+
+
+class Card(NamedTuple):
+    gib: float
+    tflops: float  # dense bf16, as its maker states it
+    tb_per_s: float
+
+
+CARDS = {
+    "h100": Card(79.6, 989, 3.35),
+    "h200": Card(139.8, 989, 4.8),
+    "a100": Card(79.3, 312, 2.04),
+    "b200": Card(178.4, 2250, 8.0),
+    "l40s": Card(44.4, 362, 0.864),
+    "rtx4090": Card(23.6, 165, 1.01),
+}
+
+
+# -- memory
+def arenas(facts: Facts) -> list[Arena]:
+    """Everything that is held, one line each."""
+    shape, size = facts.shape, facts.shape.num_parameters
+    has_masters = facts.weight_bytes < 4
+    most_rows = CUDA_CHUNK_ROWS if facts.is_gpu else CHUNK_BYTES // (4 * shape.num_vocab)
+    chunk_rows = min(most_rows, facts.micro_tok)
+    first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
+    found = [
+        Arena("weights", size * facts.weight_bytes, MOMENTS),
+        Arena("masters", size * 4.0 if has_masters else 0, MOMENTS),
+        Arena("moments", size * 8.0, MOMENTS),
+        Arena("gradients", size * 4.0, first),
+        Arena("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
+        Arena("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
+        Arena("head gradient", shape.num_head * 4.0 + facts.micro_tok * shape.width * 8, ("update",)),
+        Arena("reference", size * facts.weight_bytes if facts.has_reference else 0, MOMENTS, is_host=True),
+        Arena("keys and values", facts.kv_tok * facts.kv_bytes_per_tok if facts.is_sampled else 0, ("generate",)),
+        Arena("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
+        Arena("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
+    ]
+    return [arena for arena in found if arena.num_bytes]
+
+
+def activation_bytes_per_tok(facts: Facts) -> float:
+    """Kept between forward and backward, and the one layer that is being worked on."""
+    shape, size = facts.shape, facts.weight_bytes
+    layer = layer_bytes_per_tok(shape, size)
+    every = facts.recompute_every
+    num_recomputed = 0 if every is None else -(-shape.num_layers // every)
+    kept = (shape.num_layers - num_recomputed) * layer + num_recomputed * shape.width * size
+    run_again = layer if num_recomputed else 0
+    at_work = size * (2 * shape.inner + 2 * shape.width)  # gradients of the MLP's inner rows
+    return kept + run_again + at_work + 3 * size * shape.width
+
+
+def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
+    """What autograd keeps of one decoder layer. RMSNorm keeps its input as float32, the normed rows and its output."""
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    norms = 2 * shape.width * (4 + 2 * size)
+    head_norms = (queries + keys) * (4 + 2 * size) if shape.normalises_heads else 0
+    attention = size * (2 * queries + 2 * keys) + 4 * shape.num_heads  # q, out, k, v; LSE
+    mlp = size * 4 * shape.inner  # gate, silu(gate), up, their product
+    return norms + head_norms + attention + mlp
+
+
+def _sampler_bytes(facts: Facts) -> float:
+    if facts.sampler == "vllm":
+        return VLLM_OVERHEAD_BYTES
+    return SAMPLER_LOGIT_COPIES * 4 * facts.num_rows * facts.shape.num_vocab
+
+
+def peak_bytes(facts: Facts, moment: Moment) -> float:
+    """On the device; without one, of the process."""
+    return sum(a.num_bytes for a in arenas(facts) if moment in a.moments and not (facts.is_gpu and a.is_host))
+
+
+def largest_micro_tok(facts: Facts) -> int:
+    """Packed tokens of the largest micro-batch that fits; 0 where none does."""
+    low, high = 0, 1
+    while _fits(facts, high) and high < 2**24:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _fits(facts, middle) else (low, middle)
+    return low
+
+
+def _fits(facts: Facts, micro_tok: int) -> bool:
+    tried = dataclasses.replace(facts, micro_tok=micro_tok)
+    return max(peak_bytes(tried, "update"), peak_bytes(tried, "step")) <= facts.device_gib * GIB
+
+
+def largest_kv_tok(facts: Facts) -> int:
+    """Tokens whose keys and values fit beside what stays; with vLLM within its share of the memory."""
+    rest = sum(
+        a.num_bytes
+        for a in arenas(facts)
+        if "generate" in a.moments and a.name != "keys and values" and not (facts.is_gpu and a.is_host)
+    )
+    free = facts.device_gib * GIB - rest
+    if facts.sampler == "vllm":
+        own = facts.shape.num_parameters * facts.weight_bytes + VLLM_OVERHEAD_BYTES
+        free = min(free, facts.memory_frac * facts.device_gib * GIB - own)
+    return max(0, int(free / facts.kv_bytes_per_tok))
+
+
+# -- time
+def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
+    """Of the phases that are arithmetic; the judge's is not."""
+    shape = facts.shape
+    context = facts.prompt_tok + facts.response_tok / 2
+    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * context  # FLOPs a token
+    forward = facts.trunk_tok * (2 * shape.num_trunk + attention) + facts.loss_tok * 2 * shape.num_head
+    share_again = 0.0 if facts.recompute_every is None else 1 / facts.recompute_every
+    num_passes = 3 + share_again + facts.has_reference + facts.is_repeated
+    moved = UPDATE_TRAFFIC * facts.trunk_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
+    moved += OPTIMIZER_TRAFFIC * shape.num_parameters * facts.num_updates
+    update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth
+    return {"generate": _generate_s(facts, ceilings, attention) if facts.is_sampled else 0.0, "update": update}
+
+
+def _generate_s(facts: Facts, ceilings: Ceilings, attention: float) -> float:
+    """The prompts in one pass; then a round a token, each of which reads the weights and the keys and values."""
+    shape = facts.shape
+    prefill = facts.prompts * facts.prompt_tok * (2 * shape.num_trunk + attention)
+    decode = facts.loss_tok * (2 * shape.num_trunk + 2 * shape.num_head + attention)
+    num_rounds = facts.response_tok * -(-facts.prompts * facts.samples // facts.num_rows)
+    read = num_rounds * (shape.num_parameters * facts.weight_bytes + facts.kv_tok * facts.kv_bytes_per_tok / 2)
+    return (prefill + decode) / ceilings.flops + read / ceilings.bandwidth
+
+
+# -- from a recipe, and from the machine
+def facts_of(
+    config: EngineConfig, stage: Stage, shape: ModelShape, *, prompt_tok: float, device_gib: float, is_gpu: bool
+) -> Facts:
+    """The stage's step at its longest: every response as long as it may be."""
+    is_supervised, batch = stage.objective.is_supervised, stage.batch
+    num_updates = batch.epochs * (batch.prompts // (batch.prompts_per_update or batch.prompts))
+    facts = Facts(
+        shape=shape,
+        weight_bytes={"float32": 4, "bfloat16": 2}[config.model.dtype],
+        is_gpu=is_gpu,
+        recompute_every=config.model.recompute_every,
+        has_reference=stage.objective.kl_coef > 0,
+        is_sampled=not is_supervised,
+        is_repeated=num_updates > 1,
+        sampler=config.sampler.kind,
+        memory_frac=config.sampler.memory_frac,
+        max_seqs=config.sampler.max_seqs,
+        kv_limit_tok=config.sampler.kv_tok,
+        prompts=batch.prompts,
+        samples=stage.sampling.samples_per_prompt,
+        prompt_tok=prompt_tok,
+        response_tok=stage.sampling.max_new_tok,
+        micro_tok=batch.max_tok,
+        num_updates=num_updates,
+        device_gib=device_gib,
+    )
+    return dataclasses.replace(facts, micro_tok=min(batch.max_tok, facts.trunk_tok / num_updates * batch.epochs))
+
+
+def card_ceilings(name: str) -> tuple[Card, Ceilings]:
+    """Of a known card. Raises UserError."""
+    if name not in CARDS:
+        raise UserError(f"--device must be one of {', '.join(CARDS)}, or be left out for this machine, got {name!r}")
+    card = CARDS[name]
+    return card, Ceilings(card.tflops * 1e12, card.tb_per_s * 1e12, f"{name}, as its maker states it")
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
+    """By a square GEMM and a copy, the best of what fits into ``seconds`` each."""
+    size, num_copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    source, target = (torch.ones(num_copied, dtype=torch.uint8, device=device) for _ in range(2))
+    product_s = _best_s(lambda: torch.mm(a, b), device, seconds)
+    copy_s = _best_s(lambda: target.copy_(source), device, seconds)
+    return Ceilings(2 * size**3 / product_s, 2 * num_copied / copy_s, f"measured on this {device.type.upper()}")
+
+
+def _best_s(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds or best == float("inf"):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

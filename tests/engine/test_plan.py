@@ -1,0 +1,174 @@
+"""The plan's bytes and FLOPs against what PyTorch keeps, and a budget that is known."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isomorph.engine.config import EngineConfig, ModelConfig, Stage, TinyModel, UserError
+from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.plan import (
+    GIB,
+    Ceilings,
+    Facts,
+    arenas,
+    card_ceilings,
+    facts_of,
+    largest_kv_tok,
+    largest_micro_tok,
+    layer_bytes_per_tok,
+    peak_bytes,
+    seconds,
+)
+from isomorph.engine.policy import build_tiny, read_shape, shape_of
+from isomorph.engine.types import Prompt, Rollout
+
+SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
+
+
+def seven_b(**changes: Any) -> Facts:
+    model = ModelConfig(path=str(SEVEN_B), dtype="bfloat16", recompute_every=1)
+    stage = Stage.model_validate({"name": "a", "steps": 1, "objective": {"kl_coef": 0.01}, "batch": {"max_tok": 16384}})
+    config = EngineConfig.model_validate({"model": model, "sampler": {"kind": "vllm", "memory_frac": 0.3}})
+    facts = facts_of(config, stage, read_shape(model, []), prompt_tok=600, device_gib=139.8, is_gpu=True)
+    return dataclasses.replace(facts, **changes)
+
+
+def gib(facts: Facts) -> dict[str, float]:
+    return {arena.name: arena.num_bytes / GIB for arena in arenas(facts)}
+
+
+def test_a_folder_with_nothing_but_a_config_is_enough() -> None:
+    shape = read_shape(ModelConfig(path=str(SEVEN_B)), [])
+    assert shape.num_parameters == 7_615_616_512  # as its makers count them
+    assert (shape.num_layers, shape.head_dim, shape.is_tied) == (28, 128, False)
+
+
+def test_a_seven_billion_models_states_are_what_everybody_knows() -> None:
+    found = gib(seven_b())
+    billions = 7.615616512e9 / GIB
+    assert found["weights"] == found["reference"] == pytest.approx(2 * billions)
+    assert found["masters"] == found["gradients"] == pytest.approx(4 * billions)
+    assert found["moments"] == pytest.approx(8 * billions)
+
+
+def test_the_reference_is_in_host_memory_and_gradients_are_gone_while_sampling() -> None:
+    facts = seven_b()
+    generate = peak_bytes(facts, "generate") / GIB
+    parts = ("weights", "masters", "moments", "keys and values", "sampler", "device context")
+    assert generate == pytest.approx(sum(gib(facts)[part] for part in parts))
+
+
+def test_what_fits_fits_exactly() -> None:
+    facts = seven_b()
+    largest = largest_micro_tok(facts)
+    assert largest > 0
+    for num_tok, fits in ((largest, True), (largest + 1, False)):
+        assert (peak_bytes(dataclasses.replace(facts, micro_tok=num_tok), "update") <= 139.8 * GIB) is fits
+    assert largest_micro_tok(seven_b(recompute_every=None)) < largest / 2
+    assert largest_micro_tok(seven_b(device_gib=79.6)) == 0
+    kv_gib = largest_kv_tok(facts) * facts.kv_bytes_per_tok / GIB
+    assert kv_gib == pytest.approx(0.3 * 139.8 - 2 - gib(facts)["weights"], rel=1e-3)
+
+
+def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
+    assert seven_b(kv_limit_tok=1000).kv_tok == 1000
+
+
+@pytest.mark.parametrize("recompute_every", [None, 1, 2])
+def test_a_layers_bytes_are_those_that_autograd_keeps(recompute_every: int | None) -> None:
+    """Counted by hooks on a real packed pass: the difference that two layers make, so that all else cancels."""
+    facts_by_layers = {}
+    for num_layers in (2, 4):
+        tiny = TinyModel(hidden_size=64, num_layers=num_layers, num_heads=4, num_kv_heads=2, intermediate_size=96)
+        policy = build_tiny(tiny, ["a", "b"], seed=0, dtype=torch.float32, device=torch.device("cpu"))
+        policy = type(policy)(policy.model, policy.text, recompute_every=recompute_every)
+        num_tok, kept = _kept_bytes(policy)
+        facts_by_layers[num_layers] = kept / num_tok
+        shape = shape_of(policy.model)
+    measured = (facts_by_layers[4] - facts_by_layers[2]) / 2
+    whole, light = layer_bytes_per_tok(shape, 4), 4 * shape.width
+    expected = {None: whole, 1: light, 2: (whole + light) / 2}[recompute_every]
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
+def _kept_bytes(policy: Any) -> tuple[int, int]:
+    rollout = Rollout(
+        prompt_id=0,
+        sample=0,
+        token_ids=torch.ones(64, dtype=torch.int64),
+        sampler_logprob=None,
+        finish="stop",
+        policy_version=0,
+    )
+    prompt = Prompt(prompt_id=0, token_ids=(1,) * 65, task="t", representation="graph", payload=None)
+    batch = pack_parts([Part(prompt, (rollout, rollout), (1.0, 1.0))], policy.device)
+    parameters = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    storages: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_TD = policy.hidden(batch)
+    assert hidden_TD.requires_grad
+    return len(batch.token_ids), sum(storage.nbytes() for storage in storages.values())
+
+
+def test_seconds_are_flops_over_one_ceiling_and_bytes_over_the_other() -> None:
+    facts = seven_b(has_reference=False, is_repeated=False, recompute_every=None)
+    endless = Ceilings(1e15, 1e30, "test")
+    one = seconds(facts, endless)["update"]
+    ideal = 6 * facts.shape.num_trunk * facts.trunk_tok + 6 * facts.shape.num_head * facts.loss_tok
+    assert ideal < one * 1e15 < 1.1 * ideal  # the rest is attention
+    again = seconds(dataclasses.replace(facts, recompute_every=1, has_reference=True), endless)["update"]
+    assert again == pytest.approx(one * 5 / 3)
+    assert seconds(dataclasses.replace(facts, is_sampled=False), endless)["generate"] == 0
+    slow = seconds(facts, Ceilings(1e30, 4e12, "test"))["generate"]
+    assert slow > facts.response_tok * facts.shape.num_parameters * 2 / 4e12  # each round reads the weights
+
+
+def test_an_unknown_card_is_refused() -> None:
+    with pytest.raises(UserError, match="h200"):
+        card_ceilings("h300")
+
+
+def test_the_command_tells_the_budget_of_a_recipe_it_has_no_weights_for(tmp_path: Path) -> None:
+    recipe = SEVEN_B.parents[1] / "paper" / "graph_natural.toml"
+    command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "plan", str(recipe)]
+    command += [f"model.path={SEVEN_B}", "model.recompute_every=1", "--device", "h200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("weights", "moments", "reference (host)", "largest batch.max_tok", "989.00 TFLOP/s"):
+        assert word in done.stdout, done.stdout
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    planned = json.loads(done.stdout)
+    assert [stage["stage"] for stage in planned["stages"]] == ["graph", "natural"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(smollm2_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[model]\npath = "{smollm2_folder}"\n[run]\ncheckpoint_every = 99\n[data.plans]\nkind = "async_plan"\n'
+        '[[stage]]\nname = "rl"\nsteps = 2\nobjective = { name = "dapo", entropy_coef = 0.01 }\n'
+        "sampling = { max_new_tok = 8, samples_per_prompt = 4 }\nbatch = { prompts = 4, max_tok = 512 }\n"
+        'mixture = [{ data = "plans", representation = "graph" }]\n'
+        '[eval]\ndata = "plans"\nrepresentations = ["graph"]\nprompts = 1\nmax_new_tok = 2\n'
+    )
+    command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "train", str(recipe)]
+    done = subprocess.run([*command, "--run", str(tmp_path / "run")], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "plan/fact in rl: peak_gib" in done.stdout
+    peak = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["rl"]["peak_gib"]
+    assert peak["plan"] == pytest.approx(peak["fact"], rel=0.1)
