@@ -73,7 +73,7 @@ def make_head(
 ) -> Head:
     bias_V = None if bias_V is None else bias_V.to(stats_dtype(weight_VD.dtype)).contiguous()
     rows_body = backend.choose(op, hidden_TD.device)
-    return Head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, rows_body)
+    return Head(hidden_TD, weight_VD, target_ids_N.contiguous(), row_index_N, bias_V, temperature, rows_body)
 
 
 def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:

@@ -97,7 +97,7 @@ def row_stats(
     if body == "triton":
         from isomorph.kernels.gpu import rows
 
-        return TokenStats(*rows.row_stats(logits_nV, target_n, bias_V, inv_temperature))
+        return TokenStats(*rows.row_stats(logits_nV, target_n.contiguous(), bias_V, inv_temperature))
     if body in ("native", "cuda"):
         module, stream = _compiled(body, logits_nV.device)
         out = TokenStats(*(logits_nV.new_empty(len(target_n), dtype=stats_dtype(logits_nV.dtype)) for _ in range(3)))
@@ -132,7 +132,7 @@ def row_gradient(
     if body == "triton":
         from isomorph.kernels.gpu import rows
 
-        rows.row_gradient(logits_nV, target_n, stats, grads, bias_V, inv_temperature, out_nV)
+        rows.row_gradient(logits_nV, target_n.contiguous(), stats, grads, bias_V, inv_temperature, out_nV)
         return out_nV
     if body in ("native", "cuda"):
         module, stream = _compiled(body, logits_nV.device)

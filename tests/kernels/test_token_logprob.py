@@ -205,3 +205,17 @@ def test_triton_agrees_with_the_truth(num_vocab: int) -> None:
     grads: RowGrads = tuple(g.to(DEVICE) for g in d if g is not None)  # type: ignore[assignment]
     out = _gradient(logits, target, stats, grads, "triton", torch.empty_like(logits), None, 0.7)
     assert (out.cpu().double() - truth_grad).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("body", ["reference", "torch", "native", "triton"])
+def test_targets_may_be_a_strided_view(body: str) -> None:
+    if body not in backend.bodies("token_logprob", DEVICE):
+        pytest.skip(f"{body} does not run on {DEVICE} here")
+    logits, target = _rows(8, 17, torch.float32)
+    logits = logits[:4].to(DEVICE).requires_grad_()
+    strided = target.to(DEVICE)[::2]
+    with backend.using(f"token_logprob={body}"):
+        got, wanted = token_logprob(logits, strided), token_logprob(logits, strided.contiguous())
+        grads = [torch.autograd.grad(stats.logprob.sum(), logits)[0] for stats in (got, wanted)]
+    assert torch.equal(got.logprob, wanted.logprob)
+    assert torch.equal(*grads)
