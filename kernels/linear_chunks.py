@@ -167,12 +167,13 @@ class OffsetChunks:
 
     def add_gradients(self, rows: slice, stats: TokenStats, grads: RowGrads, into: "Gradients") -> None:
         dlogprob_n, dentropy_n, dlse_n = grads
-        operands = self.target_n, self.head.temperature, self.exp_nV
+        temperature = self.head.temperature
         if dlogprob_n is None or dentropy_n is not None or dlse_n is not None:
-            self.offset.whole_gradient_(self.facts, grads, *operands)
+            self.offset.whole_gradient_(self.exp_nV, self.facts, grads, self.target_n, temperature)
             into.add(self.head, rows, self.hidden_nD, self.exp_nV)
         else:
-            scale_n1 = self.offset.row_scales(self.facts, dlogprob_n, *operands)[:, None]
+            scale_n = self.offset.row_scales(self.facts, dlogprob_n, self.target_n, temperature, self.exp_nV)
+            scale_n1 = scale_n[:, None]
             into.add(self.head, rows, (self.hidden_nD * scale_n1).to(self.hidden_nD.dtype), self.exp_nV, scale_n1)
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isomorph.kernels.advantage import EPS
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
 
 BLOCK_G, GROUP_WARPS = 128, 1  # a group is rarely wider
@@ -145,6 +146,7 @@ def gae_kernel(
 
 
 # -- launches
+@on_its_device
 def group_advantage(reward_S: Tensor, offsets: Tensor, baseline: str, scale: str) -> tuple[Tensor, Tensor]:
     """Advantages [S], and flags [P]: where one is not 0, the arguments cannot be used, nor can the advantages."""
     num_groups = len(offsets) - 1
@@ -167,6 +169,7 @@ def group_advantage(reward_S: Tensor, offsets: Tensor, baseline: str, scale: str
     return out_S, fault_P
 
 
+@on_its_device
 def gae(reward_T: Tensor, value_T: Tensor, offsets: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages [T], returns [T], and flags [S] as above."""
     num_seqs = len(offsets) - 1

@@ -22,6 +22,7 @@ from torch import Tensor
 from isomorph.kernels.gpu import attention_rows
 from isomorph.kernels.gpu.attention_rows import add_pieces, deltas, load_rows, store_rows, variant
 from isomorph.kernels.gpu.attention_tiles import CONFIGS, Tile, block_d, config_of, tables_on
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
 from isomorph.kernels.packed_layout import PackedLayout
 
@@ -266,6 +267,7 @@ def grad_kv_kernel(
 
 
 # -- launches
+@on_its_device
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, H, D], contiguous, and the base-2 LSE [H, T], float32."""
     q_THD, k_TKD, v_TKD = (_unit_stride(x) for x in (q_THD, k_TKD, v_TKD))
@@ -284,6 +286,7 @@ def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
     return out_THD, lse_HT
 
 
+@on_its_device
 def attend_backward(
     dout_THD: Tensor,
     q_THD: Tensor,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isomorph.kernels.gpu.attention_tiles import block_d
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
 
 DELTA_ROWS = 32
@@ -131,6 +132,7 @@ def merge_kernel(
 
 
 # -- launches
+@on_its_device
 def deltas(out_THD: Tensor, dout_THD: Tensor, lse_HT: Tensor) -> Tensor:
     """[H, T] dot of every row of out, contiguous, and dout; typed as the LSE."""
     num_tok, num_heads, dim = out_THD.shape
@@ -142,6 +144,7 @@ def deltas(out_THD: Tensor, dout_THD: Tensor, lse_HT: Tensor) -> Tensor:
     return delta_HT
 
 
+@on_its_device
 def add_pieces(partial: Tensor, dk_TKD: Tensor, dv_TKD: Tensor, tiles: Tensor) -> None:
     """Sum the partials [2, slots, K, rows of a tile, D] into the rows of ``tiles``; see ``add_pieces_kernel``."""
     _, num_slots, num_heads, block_k, dim = partial.shape
@@ -151,6 +154,7 @@ def add_pieces(partial: Tensor, dk_TKD: Tensor, dv_TKD: Tensor, tiles: Tensor) -
     )  # fmt: skip
 
 
+@on_its_device
 def merge(out_THD: Tensor, lse_HT: Tensor, part_NHD: Tensor, part_lse_HN: Tensor, rows_N: Tensor) -> None:
     """Merge a part of the softmax into the rows ``rows_N`` of out and LSE, in place. All but ``rows_N`` contiguous."""
     num_tok, num_heads, dim = out_THD.shape

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def merge_kernel(
 
 
 # -- launch
+@on_its_device
 def decode_attention(q_BHD: Tensor, prompt: "CachedKV", own: "CachedKV", scale: float) -> Tensor:
     """The op after its checks; bfloat16, float16 or float32."""
     if q_BHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -203,11 +205,14 @@ def _plain(x: Tensor) -> Tensor:
 
 
 # -- what is compiled and looked at without a GPU
+HEADS = ((64, 3), (128, 7), (64, 4), (64, 7), (128, 2), (128, 4), (128, 6))  # width, query heads a KV head
+
+
 def variants(arch: int) -> list[Variant]:
     """The dtypes, head widths and ratios of heads of the supported families."""
     found = []
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for dim, repeats in ((64, 3), (128, 7)):
+        for dim, repeats in HEADS if dtype == "bf16" else HEADS[:2]:
             for name, rows in (("prompt", prompt_rows(repeats, itemsize)), ("own", 1)):
                 found.append(_partial_variant(arch, dtype, itemsize, dim, repeats, name, rows))
     merge = {

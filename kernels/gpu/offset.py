@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
 
 LOG2_E = math.log2(math.e)
@@ -266,6 +267,7 @@ class Stats(NamedTuple):
     at_target: Tensor  # E[y], exact
 
 
+@on_its_device
 def exp_chunk(
     hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, temperature: float, exp_MV: Tensor | None
 ) -> Stats:
@@ -332,12 +334,13 @@ def row_scales(stats: Stats, dlogprob_M: Tensor, target_M: Tensor, temperature: 
     return dlogprob_M / (-temperature * stats.total)
 
 
+@on_its_device
 def whole_gradient_(
+    exp_MV: Tensor,
     stats: Stats,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     target_M: Tensor,
     temperature: float,
-    exp_MV: Tensor,
 ) -> None:
     """E becomes dz."""
     num_rows, num_vocab = exp_MV.shape

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
 
 BLOCK_V = 4096  # part of the numerical contract, hence not tuned: 16 values a thread
@@ -162,6 +163,7 @@ def add_rows_kernel(
 
 
 # -- launches
+@on_its_device
 def row_stats(
     logits_NV: Tensor, target_N: Tensor, bias_V: Tensor | None, inv_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,6 +180,7 @@ def row_stats(
     return logprob, entropy, lse
 
 
+@on_its_device
 def row_gradient(
     logits_NV: Tensor,
     target_N: Tensor,
@@ -201,6 +204,7 @@ def row_gradient(
     )  # fmt: skip
 
 
+@on_its_device
 def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
     """into[row_index[i]] += rows[i]; a row's additions happen in the order of i. The host waits for nothing."""
     if not len(row_index_N):
@@ -214,7 +218,7 @@ def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
 
 def _split(x: float) -> tuple[float, float]:
     """Triton passes a Python float as float32."""
-    rounded = torch.tensor(x, dtype=torch.float32).item()
+    rounded = torch.tensor(x, dtype=torch.float32, device="cpu").item()
     return rounded, x - rounded
 
 
@@ -223,6 +227,10 @@ def _wide(dtype: torch.dtype) -> Any:
 
 
 # -- what is compiled and looked at without a GPU
+# a policy's loss, one with an entropy bonus, and all that a caller can ask for
+GRADIENT_TERMS = (("dlogprob",), ("dlogprob", "dentropy"), ("bias", "dlogprob", "dentropy", "dlse"))
+
+
 def variants(arch: int) -> list[Variant]:
     """Every launch configuration above; ``arch`` does not matter to them."""
     found = []
@@ -244,9 +252,9 @@ def variants(arch: int) -> list[Variant]:
                 "dentropy_ptr": f"*{wide}", "dlse_ptr": f"*{wide}", "stride_n": "i32", "out_stride_n": "i32",
                 "V": "i32", "inv_temperature": "fp32", "inv_temperature_rest": "fp32",
             }  # fmt: skip
-            for has_entropy in (False, True):
-                given = {"HAS_BIAS": False, "HAS_DLOGPROB": True, "HAS_DENTROPY": has_entropy, "HAS_DLSE": False}
-                label = f"{dtype} -> {out}" + (", entropy" if has_entropy else "")
+            for terms in GRADIENT_TERMS:
+                given = {f"HAS_{term.upper()}": term in terms for term in ("bias", "dlogprob", "dentropy", "dlse")}
+                label = f"{dtype} -> {out}, {' '.join(terms)}"
                 found.append(Variant(gradient_kernel, label, gradient, {**given, **fixed}, num_warps=NUM_WARPS))
     add = {
         "into_ptr": "*fp32", "rows_ptr": "*fp32", "place_ptr": "*i64", "order_ptr": "*i64", "N": "i32", "D": "i32",

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.rows import _split, _wide
 from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
 
@@ -77,6 +78,7 @@ def _take(row_ptr, column, word, top, total, best, winner, V, scale, WIDE: tl.co
 
 
 # -- launch
+@on_its_device
 def draw_token(
     logits_BV: Tensor, key_B: Tensor, position_B: Tensor, inv_temperature: float, token_B: Tensor, logprob_B: Tensor
 ) -> None:

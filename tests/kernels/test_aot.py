@@ -1,14 +1,19 @@
 """Compiling for GPUs that are not here. Each test compiles in a process of its own: this one interprets Triton."""
 
 import ast
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from isomorph.kernels.gpu.launch import on_its_device
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 HERE = Path(__file__).parent
@@ -85,6 +90,30 @@ def test_nothing_is_tuned_at_run_time_and_no_launch_leaves_the_compiler_a_choice
     for name, keywords in _launches(source):
         assert {"enable_fp_fusion", "num_warps"} <= keywords or "**" in keywords, (file.name, name)
     assert "enable_fp_fusion=True" in source  # also where options are handed on
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_every_launch_happens_on_the_device_of_its_tensors(file: Path) -> None:
+    """Triton launches on the current device. A private function is called by one that has made it the right one."""
+    functions = [n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)]
+    for function in functions:
+        if _launches(ast.unparse(function)) and not function.name.startswith("_"):
+            assert "on_its_device" in map(ast.unparse, function.decorator_list), function.name
+
+
+def test_the_device_of_the_first_argument_is_the_current_one_during_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        entered.append(x)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.ones(2)
+    assert on_its_device(lambda first, other: (len(entered) == 1 and entered[0] is first, other))(x, 3) == (True, 3)
+    assert not entered
 
 
 def test_launches_are_found_where_they_are_planted() -> None:
