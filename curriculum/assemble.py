@@ -84,7 +84,8 @@ def run_recipe(
         with crew.policy.whole():
             summary = _summary(crew, state)
             if ranks.is_first:
-                crew.policy.save(folder / "model")
+                with log.writing("model"):
+                    crew.policy.save(folder / "model")
         if ranks.is_first:
             log.write_json("summary.json", summary)
             write_report([folder], folder / "report")

@@ -3,6 +3,8 @@
 Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 interrupted, with a checkpoint written.
 """
 
+import contextlib
+import importlib.metadata
 import os
 import signal
 import sys
@@ -44,6 +46,8 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except typer.TyperException as error:
+        if not error.format_message():  # without arguments: the help has been printed
+            sys.exit(2)
         _fail(error.format_message(), 2)
     except RuntimeError as error:
         from isomorph.engine.types import RunFailed  # imports PyTorch, for which --help does not wait
@@ -53,8 +57,18 @@ def main() -> None:
         _fail(str(error), 1)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        console.print(f"isomorph {importlib.metadata.version('isomorph')}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end")
+    ] = False,
+) -> None:
     """Carry a procedure from symbols into words by reinforcement learning."""
 
 
@@ -76,7 +90,8 @@ def train(
 
     if (recipe is None) == (resume is None):
         raise UserError(
-            "give either a recipe or --resume DIR: isomorph train RECIPE.toml, or isomorph train --resume DIR"
+            "give either a recipe or --resume DIR: isomorph train RECIPE.toml, or isomorph train --resume DIR (which "
+            "takes no overrides)"
         )
     if resume is not None:
         if run is not None or overrides:
@@ -86,15 +101,21 @@ def train(
         assert recipe is not None
         loaded = load_recipe(recipe, overrides or [], Recipe)
         folder = run or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _check_backends()
     with _stop_on_signal() as stop, open_ranks() as ranks:
         console.quiet = not ranks.is_first
         if resume is None:
-            folder = ranks.from_first(lambda: _new_folder(folder))
+            folder = ranks.from_first(lambda: _new_folder(folder, is_named=run is not None))
         console.print(f"run folder: {folder}", highlight=False)
         try:
             summary = run_recipe(loaded, folder, console, stop.requested, ranks, resume=resume is not None)
         except KeyboardInterrupt:
             console.print(f"interrupted; go on with: isomorph train --resume {folder}", highlight=False)
+            raise
+        except UserError:
+            if resume is None and ranks.is_first:
+                with contextlib.suppress(OSError):  # it may hold something by now
+                    folder.rmdir()
             raise
         except RunFailed as error:
             _fail(str(error), 1)  # before signals end the process again: torchrun sends one where a rank has died
@@ -146,6 +167,8 @@ def evaluate(
     import json
 
     from isomorph.curriculum.evaluate import evaluate, show_scores
+
+    _check_backends()
 
     def say(line: str) -> None:
         sys.stderr.write(line + "\n")
@@ -298,16 +321,35 @@ def _stop_on_signal() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _new_folder(folder: Path) -> Path:
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UserError(
-            f"{folder} is not empty: name another folder, or go on with it: isomorph train --resume {folder}"
-        )
+def _new_folder(folder: Path, *, is_named: bool) -> Path:
+    """Made, and nobody else's: of two runs that start in one second the second gets a name of its own."""
+    if folder.is_file():
+        raise UserError(f"--run must name a folder, {folder} is a file")
+    if is_named and folder.is_dir() and not any(folder.iterdir()):
+        return folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if is_named:
+            raise UserError(
+                f"{folder} is not empty: name another folder, or go on with it: isomorph train --resume {folder}"
+            ) from None
+        return _new_folder(folder.with_name(f"{folder.name}-{os.getpid()}"), is_named=True)
     except OSError as error:
         raise UserError(f"{folder}: the run folder cannot be made: {error}") from None
     return folder
+
+
+def _check_backends() -> None:
+    """What ISOMORPH_BACKEND asks for, before anything is loaded."""
+    import torch
+
+    from isomorph.kernels import backend
+
+    try:
+        backend.table("cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _print_result(summary: dict[str, Any], folder: Path) -> None:

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from isomorph.curriculum.cli import _new_folder
+from isomorph.engine.config import UserError
 
 RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
 SMOKE = RECIPES / "smoke.toml"
@@ -158,6 +162,38 @@ def test_a_used_run_folder_is_not_overwritten(whole_run: Path) -> None:
 
 def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "must be the folder of a run" in error_line(isomorph("train", "--resume", tmp_path, cwd=tmp_path))
+
+
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    message = error_line(isomorph("train", SMOKE, "parallel.kind=fsdp", "--run", "refused", cwd=tmp_path))
+    assert "torchrun" in message
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("request_", ["gea=reference", "foo", "triton"])
+def test_a_wrong_choice_of_bodies_is_refused_before_anything_is_made(tmp_path: Path, request_: str) -> None:
+    if request_ == "triton" and torch.cuda.is_available():
+        pytest.skip("a GPU has these bodies")
+    for command in (("train", SMOKE, "--run", "refused"), ("eval", "refused")):
+        done = isomorph(*command, cwd=tmp_path, ISOMORPH_BACKEND=request_, TRITON_INTERPRET="0")
+        assert "ISOMORPH_BACKEND" in error_line(done) or "Triton bodies" in error_line(done)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path) -> None:
+    first, second = (_new_folder(tmp_path / "smoke-1", is_named=False) for _ in range(2))
+    assert first == tmp_path / "smoke-1" and second != first and second.is_dir()
+    with pytest.raises(UserError, match="is not empty"):
+        (first / "run.json").touch()
+        _new_folder(first, is_named=True)
+    with pytest.raises(UserError, match="is a file"):
+        _new_folder(first / "run.json", is_named=True)
+
+
+def test_the_version_is_told_and_no_command_gets_the_help(tmp_path: Path) -> None:
+    assert isomorph("--version", cwd=tmp_path).stdout.startswith("isomorph 0.")
+    bare = isomorph(cwd=tmp_path)
+    assert bare.returncode == 2 and "train" in bare.stdout + bare.stderr and "error:" not in bare.stderr
 
 
 def recipe_for_files(folder: Path, rows: str, model: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
 from torch.profiler import record_function
 
 from isomorph.engine.record.telemetry import Telemetry
@@ -88,7 +89,7 @@ class RunLog:
     def write_step(self, row: Row, line: str) -> None:
         """One row, flushed to the disk's cache, and one line. Raises RunFailed where the disk refuses."""
         row = _jsonable(row)
-        with self._writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
+        with self.writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.say(line)
         rss_gib = row.get("mem/rss_gib")
@@ -102,14 +103,14 @@ class RunLog:
     def write_completions(self, name: str, rows: Sequence[Row]) -> None:
         """``completions/name.jsonl``: what was answered, with what it was worth. Raises RunFailed as above."""
         folder = self.folder / "completions"
-        with self._writing(f"completions/{name}.jsonl"):
+        with self.writing(f"completions/{name}.jsonl"):
             folder.mkdir(exist_ok=True)
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """``name`` under the run folder, replaced in one piece. Raises RunFailed as above."""
         partial = self.folder / f".{name}"
-        with self._writing(name):
+        with self.writing(name):
             partial.write_text(json.dumps(_jsonable(dict(value)), indent=2) + "\n")
             os.replace(partial, self.folder / name)
 
@@ -119,10 +120,11 @@ class RunLog:
         console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)  # as it is, brackets and all
 
     @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def writing(self, name: str) -> Iterator[None]:
+        """A disk that refuses inside becomes a RunFailed about ``name`` under the run folder."""
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunFailed(f"{name} cannot be written in {self.folder}: {error}") from error
 
     @contextlib.contextmanager
@@ -145,8 +147,9 @@ class RunLog:
         if file.exists():
             kept = [line for line in file.read_text().splitlines() if _is_before(line, step)]
             partial = self.folder / ".steps.jsonl"
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, file)
+            with self.writing("steps.jsonl"):
+                partial.write_text("".join(line + "\n" for line in kept))
+                os.replace(partial, file)
         for path in (self.folder / "completions").glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -135,3 +136,18 @@ def test_resuming_before_the_first_row_finds_nothing_to_drop(tmp_path: Path) -> 
     log, _ = make_log(tmp_path)
     log.cut_after(0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_while_a_lost_run_is_cut_ends_the_run_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, _ = make_log(tmp_path)
+    (tmp_path / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+
+    def refused(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(RunFailed, match="steps.jsonl cannot be written"):
+        log.cut_after(1)
+    assert (tmp_path / "steps.jsonl").read_text().count("\n") == 2
