@@ -7,9 +7,9 @@ A recipe is one TOML file. Top-level tables are defaults; a stage may override a
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -129,6 +129,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# TOML has no null: a recipe takes a preset's clip away by a word
+Clip = Annotated[float | None, BeforeValidator(lambda value: None if value == "off" else value)]
+
+
 class ObjectiveConfig(Section):
     """A loss by its name, and every choice the name stands for."""
 
@@ -137,8 +141,8 @@ class ObjectiveConfig(Section):
     scale: Literal["std", "none", "batch"] = "std"
     aggregation: Literal["token", "sequence", "constant"] = "token"
     ratio: Literal["token", "sequence"] = "token"
-    clip_low: float | None = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; None: not clipped
-    clip_high: float | None = Field(0.2, gt=0)  # ratio <= 1 + clip_high
+    clip_low: Clip = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; "off" (with clip_high): not clipped
+    clip_high: Clip = Field(0.2, gt=0)  # ratio <= 1 + clip_high
     kl_coef: float = Field(0.0, ge=0)
     kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of KL(policy || reference); k1 is taken off the advantage
     entropy_coef: float = Field(0.0, ge=0)
@@ -159,7 +163,7 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "ObjectiveConfig":
         if (self.clip_low is None) != (self.clip_high is None):
-            raise ValueError("clip_low and clip_high must both be given or both be left out")
+            raise ValueError('clip_low and clip_high must both be numbers or both be "off"')
         if self.name in ("sft", "rft"):
             for key, idle in (("kl_coef", 0.0), ("entropy_coef", 0.0), ("tis", "off"), ("ratio", "token")):
                 if getattr(self, key) != idle:

@@ -20,6 +20,7 @@ from isomorph.engine.config import (
     Stage,
     TinyModel,
     UserError,
+    check_tables,
     load_recipe,
 )
 
@@ -269,6 +270,8 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (ObjectiveConfig, dict(name="ppo")),
         (ObjectiveConfig, dict(clip_low=None)),
         (ObjectiveConfig, dict(clip_high=None)),
+        (ObjectiveConfig, dict(clip_low="off")),
+        (ObjectiveConfig, dict(clip_low="none", clip_high="none")),
         (ObjectiveConfig, dict(clip_low=1.5)),
         (ObjectiveConfig, dict(kl_coef=-0.1)),
         (ObjectiveConfig, dict(kl="k4")),
@@ -311,6 +314,13 @@ def test_what_cannot_work_is_refused(section: type[Section], values: dict[str, o
 )
 def test_what_can_work_is_accepted(section: type[Section], values: dict[str, object]) -> None:
     section.model_validate(values)
+
+
+def test_a_recipe_takes_a_presets_clip_away_by_a_word() -> None:
+    assert ObjectiveConfig(name="grpo").clip_low == 0.2
+    off = check_tables({"name": "grpo", "clip_low": "off", "clip_high": "off"}, ObjectiveConfig, where="here")
+    assert (off.clip_low, off.clip_high) == (None, None)
+    assert check_tables(off.model_dump(mode="json"), ObjectiveConfig, where="run.json") == off
 
 
 # -- what follows from the choices
