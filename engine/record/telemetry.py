@@ -127,7 +127,7 @@ class Telemetry:
             yield
             return
         done = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(self.gpu, done), name="telemetry", daemon=True)
+        thread = threading.Thread(target=self._watch, args=(done,), name="telemetry", daemon=True)
         thread.start()
         try:
             yield
@@ -140,22 +140,31 @@ class Telemetry:
         _forget_peak()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
-        if self.gpu is not None:
-            self._samples.append(self.gpu.sample())
+        self._look()
 
     def end(self, *, num_tok: int, num_correct: int) -> dict[str, Any]:
         """The step's numbers. ``num_tok``: that counted in the loss."""
         rss_gib, peak_gib = process_memory_gib()
         gpu_peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
         memory = {"mem/rss_gib": rss_gib, "mem/peak_rss_gib": peak_gib, "mem/gpu_peak_gib": gpu_peak}
+        self._look()
         if self.gpu is None:
             return {**memory, **dict.fromkeys(GPU_KEYS)}
-        self._samples.append(self.gpu.sample())
         return {**memory, **_summed_up(list(self._samples), num_tok, num_correct)}
 
-    def _watch(self, gpu: Gpu, done: threading.Event) -> None:
+    def _watch(self, done: threading.Event) -> None:
         while not done.wait(PERIOD_S):
+            self._look()
+
+    def _look(self) -> None:
+        """A GPU that NVML loses is looked at no more: numbers that are missing must not end a run."""
+        gpu = self.gpu
+        if gpu is None:
+            return
+        try:
             self._samples.append(gpu.sample())
+        except gpu.nvml.NVMLError as error:
+            self.gpu, self.reason = None, f"NVML: {error}"
 
 
 GPU_KEYS = (

@@ -13,7 +13,11 @@ from isomorph.engine.record import telemetry
 from isomorph.engine.record.telemetry import GPU_KEYS, NUM_GROWING, WINDOW, Gpu, Growth, Telemetry, connect, find_gpu
 
 
-class NotSupported(Exception):
+class NVMLError(Exception):
+    pass
+
+
+class NotSupported(NVMLError):
     pass
 
 
@@ -21,7 +25,7 @@ class PlayedNvml:
     """100 W, then 10 W more with every look; the energy counter, where there is one, 50 J more."""
 
     NVML_CLOCK_SM = 1
-    NVMLError_NotSupported = NotSupported
+    NVMLError, NVMLError_NotSupported = NVMLError, NotSupported
 
     def __init__(self, *, has_counter: bool = True) -> None:
         self.num_looks, self.has_counter = 0, has_counter
@@ -77,6 +81,21 @@ def test_without_a_counter_the_power_is_integrated() -> None:
     time.sleep(0.1)
     row = log.end(num_tok=1, num_correct=1)
     assert row["energy/step_j"] == pytest.approx(105 * 0.1, rel=0.3)
+
+
+def test_a_gpu_that_is_lost_in_the_middle_leaves_holes_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = PlayedNvml()
+    log = watched(nvml)
+    log.begin()
+
+    def lost(handle: Any) -> Any:
+        raise NVMLError("GPU is lost")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", lost)
+    row = log.end(num_tok=1, num_correct=1)
+    assert [row[key] for key in GPU_KEYS] == [None] * len(GPU_KEYS) and row["mem/rss_gib"] > 0
+    assert log.reason == "NVML: GPU is lost"
+    log.begin()
 
 
 def test_a_thread_looks_while_the_step_runs_and_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
