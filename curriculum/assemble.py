@@ -241,7 +241,7 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
 
 
 def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
-    assert isinstance(crew.source, Curriculum)
+    assert isinstance(crew.source, Curriculum) and isinstance(crew.judge, JudgePool)
     accuracy = crew.source.accuracy()
     return {
         "status": "done",
@@ -255,9 +255,17 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
         "floor": crew.source.floor(),
         "stages": crew.source.finished,
         "exams": crew.source.exams,
+        "judge": _counted(crew.judge, crew.ranks),
         "memory_growth_alarms": crew.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(dict(crew.policy.named_parameters())),
     }
+
+
+def _counted(judges: JudgePool, ranks: Ranks) -> dict[str, int]:
+    """Responses worth 0.0 because judging them failed, on all ranks; of a resumed run, since it goes on."""
+    own = {"timeouts": judges.num_timeouts, "crashes": judges.num_crashes, "errors": judges.num_errors}
+    counted = ranks.gather(own)
+    return {name: sum(counts[name] for counts in counted) for name in own}
 
 
 def _status(error: BaseException) -> str:

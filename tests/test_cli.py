@@ -55,6 +55,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     assert set(summary["accuracy"]) == {"before", "after"}
     assert set(summary["accuracy"]["after"]) == {"natural", "graph", "code", "table"}
     assert [stage["name"] for stage in summary["stages"]] == ["warm-up", "symbols", "words"]
+    assert summary["judge"] == {"timeouts": 0, "crashes": 0, "errors": 0}
     assert len(summary["weights_sha256"]) == 64 and summary["wall_s"] > 0
     described = json.loads((whole_run / "run.json").read_text())
     assert described["recipe"]["stage"][2]["objective"]["clip_high"] == 0.28  # resolved, presets filled in

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from isomorph.curriculum import assemble
+from isomorph.curriculum.judge import JudgePool
+from isomorph.engine.update.distributed import Ranks
 from isomorph.kernels import backend
 
 
@@ -38,3 +40,13 @@ def test_attention_that_makes_all_scores_is_a_fallback_unless_it_was_asked_for(
 def test_a_gpu_without_triton_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton_reason", lambda: "triton is not installed")
     assert any("PyTorch bodies on the GPU: triton is not installed" in x for x in assemble.fallbacks(a_policy(128)))
+
+
+def test_what_could_not_be_judged_is_summed_over_the_ranks() -> None:
+    class Two(Ranks):
+        def gather(self, own: Any) -> list[Any]:
+            return [own, {"timeouts": 1, "crashes": 0, "errors": 4}]
+
+    with JudgePool() as judges:
+        judges.num_timeouts, judges.num_crashes = 2, 3
+        assert assemble._counted(judges, Two(0, 2)) == {"timeouts": 3, "crashes": 3, "errors": 4}
