@@ -100,7 +100,8 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
             device=crew.policy.device,
             ranks=crew.ranks,
         )
-    with log.time("handover"), sampler.asleep(), log.time("update"):
+    # in a supervised stage, too: an exam may have left the sampler awake
+    with log.time("handover"), crew.sampler.asleep(), log.time("update"):
         stats = crew.learner.update(updates, stage, stage_step)
     with log.time("record"):
         check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
@@ -165,7 +166,7 @@ def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Public
     with crew.policy.whole():
         publication = sampler.publish(version)
         if sampler is crew.sampler:
-            check_publication(crew.policy, sampler, publication, probe, crew.config.max_drift)
+            publication = check_publication(crew.policy, sampler, publication, probe, crew.config.max_drift)
     return publication
 
 
@@ -284,6 +285,8 @@ def _row(
         "updates": stats.num_updates,
         "publish/bytes": publication.num_bytes if publication else None,
         "publish/move_s": publication.move_s if publication else None,
+        "publish/fingerprint_s": publication.fingerprint_s if publication else None,
+        "publish/probe_s": publication.probe_s if publication else None,
         "wall_s": state.totals["wall_s"],
     }
 

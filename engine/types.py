@@ -110,7 +110,9 @@ class Publication:
     version: int
     num_bytes: int  # moved from the trainer's storage to the sampler's; 0 where they are one
     fingerprint: str  # of the sampler's weights; of where they lie, where num_bytes is 0; "": it has none of its own
-    move_s: float = 0.0  # seconds that the weights took to get there, without the fingerprint
+    move_s: float = 0.0  # seconds that the weights took to get there
+    fingerprint_s: float = 0.0  # of both sides
+    probe_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

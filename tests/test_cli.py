@@ -18,7 +18,7 @@ from isomorph.engine.config import UserError
 RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
 SMOKE = RECIPES / "smoke.toml"
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
-UNTIMED = ("time/", "wall_s", "mem/", "gpu/", "energy/")
+UNTIMED = ("time/", "wall_s", "mem/", "gpu/", "energy/", "publish/probe_s", "publish/fingerprint_s", "publish/move_s")
 
 
 def isomorph(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -126,7 +126,9 @@ class VllmSampler:
         self._forget_prefixes()
         move_s = time.perf_counter() - start
         self.policy_version = version
-        return Publication(version=version, num_bytes=num_bytes, fingerprint=self.fingerprint(), move_s=move_s)
+        own = self.fingerprint()
+        seconds = time.perf_counter() - start - move_s
+        return Publication(version=version, num_bytes=num_bytes, fingerprint=own, move_s=move_s, fingerprint_s=seconds)
 
     def fingerprint(self) -> str:
         """Of vLLM's weights, cut into the policy's tensors; of their places where they are shared.

@@ -15,6 +15,7 @@ a sampler that computes with a copy it made of its weights earlier.
 import dataclasses
 import hashlib
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -292,13 +293,16 @@ def trainer_logprob(
 # -- tripwire
 def check_publication(
     policy: Policy, sampler: Sampler, publication: Publication, probe_prompt: Prompt, max_drift: float | None
-) -> None:
+) -> Publication:
     """Proves that ``sampler`` samples from ``policy`` as it is now, or raises RunFailed.
+
+    Returns the publication with the seconds that the proof took.
 
     Three things must hold: the sampler's version is the published one; both sides have one fingerprint; and a few
     tokens, drawn by the sampler after the beginning of ``probe_prompt``, get the same log-probabilities from the
     trainer. ``max_drift``: nats; None: by dtype.
     """
+    start = time.perf_counter()
     if sampler.policy_version != publication.version:
         raise RunFailed(f"published version {publication.version}, but the sampler says {sampler.policy_version}")
     if publication.fingerprint:
@@ -309,10 +313,16 @@ def check_publication(
                 f"after publishing version {publication.version} the sampler's weights have fingerprint "
                 f"{publication.fingerprint}, the trainer's {own}: responses would come from stale weights"
             )
+    compared = time.perf_counter()
     drift = probe_drift(policy, sampler, probe_prompt)
     if not math.isfinite(drift):
         raise RunFailed(f"after publishing version {publication.version} a probe's log-probabilities are not finite")
     check_drift(drift, policy.dtype, max_drift)
+    return dataclasses.replace(
+        publication,
+        fingerprint_s=publication.fingerprint_s + compared - start,
+        probe_s=time.perf_counter() - compared,
+    )
 
 
 def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> float:

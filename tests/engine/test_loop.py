@@ -206,7 +206,7 @@ def test_a_run_is_the_same_bit_for_bit_when_run_again(tmp_path: Path) -> None:
         crew = make_crew(tmp_path / name, *stages, examines=True)
         train(crew, RunState())
         rows = [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "wall", "mem/"))}
+            {k: v for k, v in row.items() if not k.startswith("mem/") and not k.endswith("_s")}
             for row in read_steps(tmp_path / name)
         ]
         return sha(crew), rows
@@ -242,7 +242,9 @@ def test_every_step_leaves_a_row_whose_numbers_fit_together(tmp_path: Path) -> N
         assert row["lr"] == 3e-3 and row["kl"] is None
         phases = ("ask", "publish", "generate", "judge", "exchange", "pack", "handover", "update", "record")
         assert 0 < sum(row[f"time/{phase}_s"] for phase in phases) <= row["time/step_s"]
+        assert row["publish/probe_s"] is None or 0 < row["publish/probe_s"] < row["time/publish_s"]
         assert {r.policy_version for g in groups for r in g.rollouts} == {number - 1}
+    assert [row["publish/probe_s"] is None for row in rows] == [True, False, False]  # the first is before the step
     assert (state.step, state.num_updates, state.policy_version) == (3, 3, 3)
     assert state.totals["response_tok"] == sum(row["tok/response"] for row in rows)
     assert len([line for line in console(crew).splitlines() if line.startswith("step ")]) == 3
@@ -268,6 +270,23 @@ def test_exams_are_sat_before_between_and_after_the_stages_and_graded_once(tmp_p
     names = sorted(p.name for p in (tmp_path / "completions").iterdir())
     assert names == ["exam-a.jsonl", "exam-b.jsonl", "exam-start.jsonl"]
     assert "exam after a: " in console(crew)
+
+
+def test_the_sampler_sleeps_while_the_policy_learns_from_demonstrations_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = make_crew(tmp_path, make_stage("warm-up", 1, "sft"), examines=True)
+    assert isinstance(crew.sampler, BuiltinSampler)
+    caches: list[object] = []
+    update = crew.learner.update
+
+    def spy(*given: Any) -> Any:
+        caches.append(crew.sampler._decoder)  # type: ignore[attr-defined]
+        return update(*given)
+
+    monkeypatch.setattr(crew.learner, "update", spy)
+    train(crew, RunState())
+    assert source_of(crew).graded[0][0] == "start" and caches == [None]
 
 
 # -- groups without variance

@@ -213,7 +213,8 @@ def test_an_honest_publication_passes() -> None:
     policy = make_policy()
     prompt = make_prompts(policy)[2]
     sampler = CopyingSampler(policy)
-    check_publication(policy, sampler, sampler.publish(1), prompt, None)
+    proven = check_publication(policy, sampler, sampler.publish(1), prompt, None)
+    assert proven.version == 1 and proven.fingerprint_s > 0 and proven.probe_s > 0
     builtin = BuiltinSampler(policy, SamplerConfig())
     check_publication(policy, builtin, builtin.publish(1), prompt, None)
 
