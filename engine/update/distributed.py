@@ -173,7 +173,7 @@ class _Wire(NamedTuple):
                 policy_version=version,
             )
             for (prompt_id, sample, finish, version), tokens, logprob in zip(
-                self.about, token_ids, known or unknown, strict=False
+                self.about, token_ids, known or unknown, strict=True
             )
         ]
         return rollouts, self.texts, self.rewards
