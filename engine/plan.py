@@ -158,7 +158,7 @@ def arenas(facts: Facts) -> list[Arena]:
         Arena("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
         Arena("head gradient", shape.num_head * 4.0 + facts.micro_tok * shape.width * 8, ("update",)),
         Arena("reference", size * facts.weight_bytes if facts.has_reference else 0, MOMENTS, is_host=True),
-        Arena("keys and values", facts.kv_tok * facts.kv_bytes_per_tok if facts.is_sampled else 0, ("generate",)),
+        Arena("keys and values", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         Arena("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         Arena("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
     ]
@@ -185,6 +185,21 @@ def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
     attention = size * (2 * queries + 2 * keys) + 4 * shape.num_heads  # q, out, k, v; LSE
     mlp = size * 4 * shape.inner  # gate, silu(gate), up, their product
     return norms + head_norms + attention + mlp
+
+
+def _kv_bytes(facts: Facts) -> float:
+    """The built-in sampler takes what its sequences need. vLLM stays within its share; on a GPU it takes all of it."""
+    wanted = facts.kv_tok * facts.kv_bytes_per_tok
+    if facts.sampler == "builtin":
+        return wanted
+    share = _vllm_share_bytes(facts)
+    return share if facts.is_gpu else min(wanted, share)
+
+
+def _vllm_share_bytes(facts: Facts) -> float:
+    """What ``sampler.memory_frac`` leaves for keys and values."""
+    own = facts.shape.num_parameters * facts.weight_bytes + VLLM_OVERHEAD_BYTES
+    return max(0.0, facts.memory_frac * facts.device_gib * GIB - own)
 
 
 def _sampler_bytes(facts: Facts) -> float:
@@ -223,8 +238,7 @@ def largest_kv_tok(facts: Facts) -> int:
     )
     free = facts.device_gib * GIB - rest
     if facts.sampler == "vllm":
-        own = facts.shape.num_parameters * facts.weight_bytes + VLLM_OVERHEAD_BYTES
-        free = min(free, facts.memory_frac * facts.device_gib * GIB - own)
+        free = min(free, _vllm_share_bytes(facts))
     return max(0, int(free / facts.kv_bytes_per_tok))
 
 

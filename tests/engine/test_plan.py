@@ -76,6 +76,13 @@ def test_what_fits_fits_exactly() -> None:
     assert kv_gib == pytest.approx(0.3 * 139.8 - 2 - gib(facts)["weights"], rel=1e-3)
 
 
+def test_vllm_keeps_to_its_share_of_the_memory_however_many_sequences_are_asked_for() -> None:
+    own = 7.615616512e9 * 2 / GIB + 2
+    for rows in (64, 8192):
+        assert gib(seven_b(max_seqs=rows))["keys and values"] == pytest.approx(0.3 * 139.8 - own)
+    assert gib(seven_b(is_gpu=False, max_seqs=1))["keys and values"] < 1  # what one sequence needs
+
+
 def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
     assert seven_b(kv_limit_tok=1000).kv_tok == 1000
 
