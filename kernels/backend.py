@@ -62,6 +62,7 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "gae": ("native",),
         "assign_groups": ("native",),
         "take_ragged": ("native",),
+        "bit_hash": ("native",),
     },
     "cuda": {
         "token_logprob": ("triton", "torch", "cuda"),

@@ -27,13 +27,13 @@ from isomorph.engine.config import UserError
 from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.policy import Policy
 from isomorph.engine.types import Prompt, Publication, Rollout, RunFailed, Sampler, Sampling
+from isomorph.kernels.bit_hash import bit_hash
 from isomorph.kernels.linear_logprob import linear_logprob
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
 
 PROBE_TOK, PROBE_SAMPLES, PROBE_PROMPT_TOK = 8, 2, 64
-_BLOCK = 16  # 8-byte words; the order within a block of a fingerprint is not seen
 _64_BITS = (1 << 64) - 1
 
 
@@ -108,7 +108,7 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def tensor_hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
     """``tensor_hash`` of each. The device is waited for once, not once a tensor."""
-    sums = {name: _weighted_bits(tensor) for name, tensor in named.items()}
+    sums = {name: bit_hash(tensor) for name, tensor in named.items()}
     totals = torch.stack(list(sums.values())).tolist() if sums else []
     return {
         name: f"{tuple(tensor.shape)} {tensor.dtype} {total & _64_BITS:016x}"
@@ -116,38 +116,10 @@ def tensor_hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def _weighted_bits(tensor: Tensor) -> Tensor:
-    """[] int64 on the tensor's device.
-
-    Blocks of 8-byte words are added up, and the sums weighted by 1, 3, 5, .., all modulo 2**64: a change of one word
-    is multiplied by an odd number and cannot vanish.
-    """
-    flat = tensor.detach().reshape(-1)
-    size = flat.element_size()
-    per_block = _BLOCK * 8 // size
-    whole = flat.numel() // per_block * per_block
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    if whole:
-        total = _weighted_sum(flat[:whole].view(-1, per_block), 1)
-    if whole < flat.numel():
-        rest = torch.zeros(per_block, dtype=flat.dtype, device=flat.device)
-        rest[: flat.numel() - whole] = flat[whole:]
-        total += _weighted_sum(rest[None], 2 * (whole // per_block) + 1)
-    return total
-
-
 def combine_hashes(hashes: Mapping[str, str]) -> str:
     """The fingerprint of tensors whose ``tensor_hash`` is known."""
     text = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> Tensor:
-    is_aligned = blocks_BW.storage_offset() * blocks_BW.element_size() % 8 == 0
-    words_BW = (blocks_BW if is_aligned else blocks_BW.clone()).view(torch.int64)
-    sums_B = words_BW.sum(1)
-    weights_B = torch.arange(first_weight, first_weight + 2 * sums_B.numel(), 2, device=sums_B.device)
-    return (sums_B * weights_B).sum()
 
 
 # -- whose storage

@@ -6,5 +6,6 @@ NB_MODULE(_native, module) {
     isomorph::bind_advantage(module);
     isomorph::bind_decode(module);
     isomorph::bind_gemm(module);
+    isomorph::bind_bit_hash(module);
     isomorph::bind_rows(module);
 }

@@ -20,6 +20,7 @@ void bind_packing(nanobind::module_& module);
 void bind_advantage(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);
 void bind_gemm(nanobind::module_& module);
+void bind_bit_hash(nanobind::module_& module);
 void bind_rows(nanobind::module_& module);
 
 }  // namespace isomorph

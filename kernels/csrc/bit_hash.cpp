@@ -1,0 +1,48 @@
+// A hash of bytes at the speed of memory. The specification is kernels/bit_hash.py. Sums modulo 2**64 have no order, so
+// that the number of threads changes nothing.
+#include <cstdint>
+#include <cstring>
+
+#include "native.h"
+
+namespace nb = nanobind;
+
+namespace isomorph {
+namespace {
+
+constexpr int64_t kWords = 16, kBlockBytes = kWords * 8;
+constexpr int64_t kAlone = 4096;  // blocks: fewer are summed before other threads are awake
+
+uint64_t block_sum(const uint8_t* bytes) {
+    uint64_t word[kWords], sum = 0;
+    std::memcpy(word, bytes, kBlockBytes);  // a tensor may begin at any byte
+    for (const uint64_t w : word) sum += w;
+    return sum;
+}
+
+uint64_t weight(int64_t block) { return 2 * static_cast<uint64_t>(block) + 1; }
+
+void bit_hash(Array1<const uint8_t> value, Array1<int64_t> out) {
+    const nb::gil_scoped_release release;
+    const uint8_t* bytes = value.data();
+    const int64_t num_bytes = static_cast<int64_t>(value.shape(0)), num_blocks = num_bytes / kBlockBytes;
+    uint64_t total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total) if (num_blocks > kAlone)
+    for (int64_t block = 0; block < num_blocks; ++block) {
+        total += weight(block) * block_sum(bytes + block * kBlockBytes);
+    }
+    if (const int64_t rest = num_bytes % kBlockBytes) {
+        uint8_t last[kBlockBytes] = {};
+        std::memcpy(last, bytes + num_blocks * kBlockBytes, rest);
+        total += weight(num_blocks) * block_sum(last);
+    }
+    std::memcpy(out.data(), &total, sizeof(total));
+}
+
+}  // namespace
+
+void bind_bit_hash(nb::module_& module) {
+    module.def("bit_hash", &bit_hash, nb::arg("value").noconvert(), nb::arg("out").noconvert());
+}
+
+}  // namespace isomorph
