@@ -225,17 +225,18 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
 
 def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
     """Medians of the turns that count, and what they were measured on."""
-    sides = {}
+    sides, step_s = {}, {}
     for who in ("trl", "isomorph"):
         turns = [row for row in rows if row["who"] == who and (row["turn"] or args.steps == 1)]
         side = {key: statistics.median(turn[key] for turn in turns) for key in turns[0] if key not in ("who", "turn")}
         for kind in ("completion", "all"):
             side[f"{kind}_tok_s"] = statistics.median(turn[f"{kind}_tok"] / turn["step_s"] for turn in turns)
-        sides[who] = side
+        sides[who], step_s[who] = side, [turn["step_s"] for turn in turns]
     return {
         "who": "ratio",
         **sides,
         "ratio": sides["trl"]["step_s"] / sides["isomorph"]["step_s"],
+        "ratios": [trl / ours for trl, ours in zip(step_s["trl"], step_s["isomorph"], strict=True)],
         **{name: getattr(args, name) for name in ("sampler", "dtype", "prompts", "group", "max_new_tok", "kl")},
         **{name: getattr(args, name) for name in ("trl_generation", "trl_accumulation", "trl_liger")},
         "model": args.name or Path(args.model).name,

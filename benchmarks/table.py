@@ -2,6 +2,8 @@
 
 python benchmarks/table.py writes all three; tests/test_benchmarks.py fails where they say something else. Of each op,
 size, dtype, provider and machine the latest row counts. The README has a line a case: ours, PyTorch, the best peer.
+Times of a processor are given as multiples of ours, with their spread: seconds and rates stand here of a GPU only, and
+of every machine in benchmarks/results/.
 """
 
 import json
@@ -17,13 +19,11 @@ KEY = ("machine", "op", "size", "dtype", "provider")
 STEP_KEY = ("machine", "model", "sampler", "dtype", "kl", "prompts", "group", "max_new_tok", "trl_generation")
 OURS, EAGER, COMPILED = "isomorph", "torch eager", "torch.compile"
 SHORT_HEAD = (
-    "| Op | Size | Dtype | Ours, ms | % of ceiling | Eager | Compiled | Best peer | MiB (eager) | Error (eager) |\n"
+    "| Op | Size | Dtype | p20 to p80 | % of ceiling | Eager | Compiled | Best peer | MiB (eager) | Error (eager) |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )  # fmt: skip
-FULL_HEAD = (
-    "| Size | Dtype | Provider | Median ms (p20 to p80) | Time over ours | Rate | % of ceiling | Extra MiB | Error |\n"
-    "|---|---|---|---|---|---|---|---|---|"
-)
+FULL_COLUMNS = ("Size", "Dtype", "Provider", "Time over ours (p20 to p80)", "% of ceiling", "Extra MiB", "Error")
+GPU_COLUMNS = ("Median, ms", "Rate")
 Row = dict[str, Any]
 
 
@@ -72,31 +72,37 @@ def _by_machine(rows: list[Row]) -> dict[str, list[Row]]:
     return {m: [row for key, row in latest.items() if key[0] == m] for m in dict.fromkeys(key[0] for key in latest)}
 
 
+def _is_gpu(machine: str) -> bool:
+    return " cores" not in machine
+
+
 # -- a whole step, and publishing
 def _steps(rows: list[Row]) -> list[str]:
     latest = {tuple(row[name] for name in STEP_KEY): row for row in rows if row["who"] == "ratio"}
     return [
         f"One GRPO step of {row['model']} ({row['dtype']}, sampler {row['sampler']}, KL {row['kl']:g}, "
         f"{row['prompts']} prompts of {row['group']} completions; {row['machine']}; torch {row['torch']}; "
-        f"{row['date']}): TRL {row['trl']['step_s']:.1f} s, "
-        f"isomorph {row[OURS]['step_s']:.1f} s, **{row['ratio']:.1f} times**. Median of {row['turns'] - 1} turns. "
-        f"`{row['command']}`\n\n{_anatomy(row)}"
+        f"{row['date']}): TRL takes **{row['ratio']:.1f} times** as long as we do, median of {row['turns'] - 1} turns, "
+        f"{min(row['ratios']):.1f} to {max(row['ratios']):.1f} turn by turn. `{row['command']}`\n\n{_anatomy(row)}"
         for row in latest.values()
     ]
 
 
 def _anatomy(row: Row) -> str:
+    unit = "s" if _is_gpu(row["machine"]) else "of our step"
     head = (
-        "| | Step, s | Generate, s | Rest, s | Completion tok/s | All tok/s | Peak MiB above rest | Padding |\n"
+        f"| | Step, {unit} | Generate | Rest | Completion tok | All tok | Peak MiB above rest | Padding |\n"
         "|---|---|---|---|---|---|---|---|"
     )
-    return "\n".join([head, *(_anatomy_line(name, row[who]) for name, who in (("TRL", "trl"), (OURS, OURS)))])
+    one = 1.0 if _is_gpu(row["machine"]) else row[OURS]["step_s"]
+    return "\n".join([head, *(_anatomy_line(name, row[who], one) for name, who in (("TRL", "trl"), (OURS, OURS)))])
 
 
-def _anatomy_line(name: str, side: Row) -> str:
+def _anatomy_line(name: str, side: Row, one: float) -> str:
     return (
-        f"| {name} | {side['step_s']:.1f} | {side['generate_s']:.1f} | {side['step_s'] - side['generate_s']:.1f} "
-        f"| {side['completion_tok_s']:.0f} | {side['all_tok_s']:.0f} | {side['peak_mib']:.0f} "
+        f"| {name} | {side['step_s'] / one:.2f} | {side['generate_s'] / one:.2f} "
+        f"| {(side['step_s'] - side['generate_s']) / one:.2f} "
+        f"| {side['completion_tok']:.0f} | {side['all_tok']:.0f} | {side['peak_mib']:.0f} "
         f"| {100 * side['padding_share']:.0f} % |"
     )
 
@@ -105,10 +111,15 @@ def _publishing(rows: list[Row]) -> list[str]:
     latest = {(row["machine"], row["mode"], row["dtype"]): row for row in rows}
     return [
         f"Publishing {row['parameters'] / 1e6:.0f} M parameters to vLLM, mode {row['mode']} ({row['dtype']}; "
-        f"{row['machine']}; load average {row['load_average']:.1f}; {row['time'][:10]}): {row['publish_s']:.2f} s, "
-        f"{row['publish_bytes'] / 1e6:.0f} MB copied."
+        f"{row['machine']}; load average {row['load_average']:.1f}; {row['time'][:10]}): "
+        f"{row['publish_bytes'] / 1e6:.0f} MB copied; with its proof {_publishing_share(row):.1f} % of the time "
+        f"of drawing {row['seqs']} sequences of {row['new_tok']} tokens."
         for row in latest.values()
     ]
+
+
+def _publishing_share(row: Row) -> float:
+    return 100 * (row["publish_s"] + row["check_s"]) / row["generate_s"]
 
 
 # -- ops
@@ -120,7 +131,7 @@ def _title(machine: str, rows: list[Row]) -> str:
 def _short(machine: str, rows: list[Row]) -> str:
     lines = [_short_line(case, by) for case, by in _cases(rows).items()]
     note = (
-        "Eager, compiled, best peer: how many times as long as ours. "
+        "Eager, compiled, best peer: how many times as long as ours; p20 to p80: our rounds over their median. "
         "[Every provider, with spread and memory](benchmarks/RESULTS.md)."
     )
     return "\n".join([f"{_title(machine, rows)}. {note}\n", SHORT_HEAD, *lines])
@@ -152,8 +163,9 @@ def _sentences(machine: str, rows: list[Row]) -> str:
         others = [(name, by[name]) for name in (EAGER, COMPILED) if by.get(name, {}).get("status") == "ok"]
         best = _best_peer(by)
         others += [(best["provider"], best)] if best else []
-        than = "".join(f", {name} {_times(row)} times that" for name, row in others)
-        parts.append(f"{size}, {dtype}: {1e3 * by[OURS]['median_s']:.2f} ms{than}")
+        than = [f"{name} {_times(row)} times as long" for name, row in others]
+        ours = [f"{1e3 * by[OURS]['median_s']:.2f} ms"] if _is_gpu(machine) else []
+        parts.append(f"{size}, {dtype}: {', '.join([*ours, *than])}")
     return f"Measured ({machine}): {'; '.join(parts)}. [All](../benchmarks/RESULTS.md)"
 
 
@@ -162,7 +174,7 @@ def _short_line(case: tuple[str, ...], by: dict[str, Row]) -> str:
     best = _best_peer(by)
     cells = [
         *case,
-        f"{1e3 * ours['median_s']:.2f}",
+        f"{1e3 * ours['median_s']:.2f} ms, {_spread(ours)}" if _is_gpu(ours["machine"]) else _spread(ours),
         _percent(ours),
         _times(eager),
         _times(by.get(COMPILED, {"status": "absent"})),
@@ -175,9 +187,11 @@ def _short_line(case: tuple[str, ...], by: dict[str, Row]) -> str:
 
 def _full(machine: str, rows: list[Row]) -> str:
     parts = [f"## {_title(machine, rows)}"]
+    columns = (*FULL_COLUMNS, *GPU_COLUMNS) if _is_gpu(machine) else FULL_COLUMNS
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     for op in dict.fromkeys(row["op"] for row in rows):
         ordered = sorted((row for row in rows if row["op"] == op), key=_order(rows))
-        parts.append("\n".join([f"### {op}\n", FULL_HEAD, *(_full_line(row) for row in ordered)]))
+        parts.append("\n".join([f"### {op}\n", head, *(_full_line(row, len(columns)) for row in ordered)]))
     return "\n\n".join(parts)
 
 
@@ -187,15 +201,24 @@ def _order(rows: list[Row]):  # type: ignore[no-untyped-def]
     return lambda row: (cases.index((row["op"], row["size"], row["dtype"])), row.get("median_s", float("inf")))
 
 
-def _full_line(row: Row) -> str:
-    name = f"| {row['size']} | {row['dtype']} | {row['provider']} |"
+def _full_line(row: Row, num_columns: int) -> str:
+    cells = [row["size"], row["dtype"], row["provider"]]
     if row["status"] != "ok":
         reason = row["reason"].split("\n")[0].replace("|", "/")
-        return f"{name} {row['status']}: {reason} | | | | | |"
-    time = f"{1e3 * row['median_s']:.2f} ({1e3 * row['p20_s']:.2f} to {1e3 * row['p80_s']:.2f})"
-    rate = f"{row['gflop_s']:.0f} GFLOP/s" if "gflop_s" in row else f"{row['gb_s']:.1f} GB/s" if "gb_s" in row else ""
-    ceiling = f"{_percent(row)} ({row['ceiling']})" if "ceiling" in row else ""
-    return f"{name} {time} | {_times(row)} | {rate} | {ceiling} | {_memory(row)} | {row['error']:.1e} |"
+        cells += [f"{row['status']}: {reason}"]
+    else:
+        ceiling = f"{_percent(row)} ({row['ceiling']})" if "ceiling" in row else ""
+        times = f"{_times(row)} ({_spread(row, row['ratio'])})" if "ratio" in row else ""
+        cells += [times, ceiling, _memory(row), f"{row['error']:.1e}"]
+        if _is_gpu(row["machine"]):
+            rate = f"{row['gflop_s']:.0f} GFLOP/s" if "gflop_s" in row else ""
+            cells += [f"{1e3 * row['median_s']:.2f}", f"{row['gb_s']:.1f} GB/s" if "gb_s" in row else rate]
+    return f"| {' | '.join([*cells, *[''] * (num_columns - len(cells))])} |"
+
+
+def _spread(row: Row, median: float = 1.0) -> str:
+    """p20 to p80, where the row's median is ``median``."""
+    return " to ".join(f"{median * row[quantile] / row['median_s']:.2f}" for quantile in ("p20_s", "p80_s"))
 
 
 def _percent(row: Row) -> str:

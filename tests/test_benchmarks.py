@@ -80,7 +80,7 @@ def test_latest_row_counts(tmp_path: Path) -> None:
     rows = rows_of_a_case(isomorph=0.001) + rows_of_a_case(isomorph=0.002)
     (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for text in (table.section(tmp_path), table.full(tmp_path)):
-        assert "| 2.00 " in text and "| 1.00 (" not in text and "| 1.00 | | 1" not in text
+        assert "| 2.00 " in text and "| 1.00 ms" not in text and "| 1.00 |" not in text
 
 
 def test_tables_name_the_best_peer_and_put_the_fastest_first(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_tables_name_the_best_peer_and_put_the_fastest_first(tmp_path: Path) -> 
     (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [gone, *rows]))
     assert "| 5.00 | absent | fast peer: 0.50 |" in table.section(tmp_path)
     page = table.with_rows("before\n<!-- bench:o -->\nold\n<!-- /bench -->\nafter", tmp_path)
-    assert "o -->\nMeasured (m): s, float32: 2.00 ms, torch eager 5.00 times that, fast peer 0.50" in page
+    assert "o -->\nMeasured (m): s, float32: 2.00 ms, torch eager 5.00 times as long, fast peer 0.50" in page
     assert page.startswith("before\n") and page.endswith("<!-- /bench -->\nafter") and "old" not in page
     order = [line.split(" | ")[2] for line in table.full(tmp_path).splitlines() if line.startswith("| s |")]
     assert order == ["fast peer", "isomorph", "slow peer", "torch eager", "gone"]
@@ -119,7 +119,23 @@ def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_readme(tmp_p
     (tmp_path / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, summary]))
     text = table.section(tmp_path)
     assert "SmolLM2-135M (float32, sampler builtin, KL 0.01, 4 prompts of 8 completions" in text
-    assert "| TRL | 9.0 | 1.0 | 8.0 |" in text and "| 25 % |" in text
+    assert "**3.0 times** as long as we do" in text and ", 2.5 to 4.0 turn by turn" in text
+    assert "| TRL | 3.00 | 0.33 | 2.67 |" in text and "| 25 % |" in text
+
+
+def test_of_a_processor_the_tables_say_no_seconds_and_no_rates(tmp_path: Path) -> None:
+    table = load("table")
+    rows = rows_of_a_case(**{"isomorph": 0.002, "torch eager": 0.01})
+    for machine, says_ms in (("x86_64, 2 cores, AVX512", False), ("NVIDIA H100", True)):
+        here = [{**row, "machine": machine, "p20_s": 0.5 * row["median_s"], "gb_s": 7.0} for row in rows]
+        (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in here))
+        pages = [
+            table.section(tmp_path),
+            table.full(tmp_path),
+            table.with_rows("<!-- bench:o -->\n<!-- /bench -->", tmp_path),
+        ]
+        assert ["2.00 ms" in pages[0], "GB/s" in pages[1], "2.00 ms" in pages[2]] == [says_ms] * 3
+        assert "0.50 to " in pages[0] and "| 5.00 (2.50 to " in pages[1] and "eager 5.00 times" in pages[2]
 
 
 @pytest.mark.parametrize(
