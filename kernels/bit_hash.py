@@ -18,7 +18,7 @@ BLOCK_BYTES = 128
 # -- reference: the specification
 def bit_hash_ref(tensor: Tensor) -> Tensor:
     """What ``bit_hash`` computes."""
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1).contiguous()
     per_block = BLOCK_BYTES // flat.element_size()
     whole = flat.numel() // per_block * per_block
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
@@ -45,5 +45,5 @@ def bit_hash(tensor: Tensor) -> Tensor:
     if backend.choose("bit_hash", tensor.device) == "reference":
         return bit_hash_ref(tensor)
     out = torch.empty(1, dtype=torch.int64)
-    backend.native().bit_hash(tensor.detach().reshape(-1).view(torch.uint8), out)
+    backend.native().bit_hash(tensor.detach().reshape(-1).contiguous().view(torch.uint8), out)
     return out[0]
