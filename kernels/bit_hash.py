@@ -18,7 +18,7 @@ BLOCK_BYTES = 128
 # -- reference: the specification
 def bit_hash_ref(tensor: Tensor) -> Tensor:
     """What ``bit_hash`` computes."""
-    flat = tensor.detach().reshape(-1).contiguous()
+    flat = _flat(tensor)
     per_block = BLOCK_BYTES // flat.element_size()
     whole = flat.numel() // per_block * per_block
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
@@ -29,6 +29,11 @@ def bit_hash_ref(tensor: Tensor) -> Tensor:
         rest[: flat.numel() - whole] = flat[whole:]
         total += _weighted_sum(rest[None], 2 * (whole // per_block) + 1)
     return total
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[numel], of stride 1 even where a single number had another."""
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
 
 
 def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> Tensor:
@@ -45,5 +50,5 @@ def bit_hash(tensor: Tensor) -> Tensor:
     if backend.choose("bit_hash", tensor.device) == "reference":
         return bit_hash_ref(tensor)
     out = torch.empty(1, dtype=torch.int64)
-    backend.native().bit_hash(tensor.detach().reshape(-1).contiguous().view(torch.uint8), out)
+    backend.native().bit_hash(_flat(tensor).view(torch.uint8), out)
     return out[0]
