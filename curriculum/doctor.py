@@ -39,7 +39,11 @@ BASE: dict[str, tuple[str, str, str]] = {
     "matplotlib": ("3.9", "", ""),
     "tensorboardX": ("2.6", "", ""),
 }
-EXTRAS: dict[str, tuple[str, ...]] = {"math": ("math-verify", "pint"), "gguf": ("gguf", "accelerate")}
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "math": ("math-verify", "pint"),
+    "gguf": ("gguf", "accelerate"),
+    "lora": ("peft",),
+}
 VLLM_PIN = "0.32.0"
 TRIO = ("torchvision", "torchaudio", "torchcodec")
 VARIABLES = {
@@ -152,7 +156,11 @@ def _vllm() -> Finding:
 
 
 def _extra(extra: str, packages: tuple[str, ...]) -> Finding:
-    uses = {"math": "tasks of mathematics and physics", "gguf": "loading .gguf files"}[extra]
+    uses = {
+        "math": "tasks of mathematics and physics",
+        "gguf": "loading .gguf files",
+        "lora": "recipes with a table [lora]",
+    }[extra]
     lacking = [name for name in packages if _version(name) is None]
     if lacking:
         advice = f"only {uses} need it: pip install 'isomorph[{extra}]'"

@@ -1,5 +1,6 @@
 """``isomorph eval``: what a model gets right, greedily, per representation."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from isomorph.curriculum.assemble import open_policy
+from isomorph.curriculum.assemble import check_base, open_policy
 from isomorph.curriculum.judge import JudgePool, judge
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
 from isomorph.curriculum.run_record import read_run_json, read_summary
@@ -138,6 +139,7 @@ def _open_run(folder: Path) -> Candidate:
         raise UserError(f"{folder} holds neither a finished model nor a checkpoint: wait for its first checkpoint")
     policy = open_policy(recipe)
     try:
+        check_base(policy, json.loads((newest / "state.json").read_text()).get("base", ""), newest)
         weights = load_file(newest / "weights.safetensors")
         policy.overwrite([weights[name] for name in policy.named_parameters()])
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:

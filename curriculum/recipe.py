@@ -1,10 +1,10 @@
 """The recipe: one TOML file that says what is trained on what, in which order.
 
-[model] [sampler] [parallel] [run] [log]       the engine's tables
-[objective] [optim] [batch] [sampling]         defaults of all stages
-[data.NAME]                                    where tasks come from
-[[stage]]                                      name, steps, mixture, what differs from the defaults
-[eval]                                         what is asked at every boundary
+[model] [lora] [sampler] [parallel] [run] [log]    the engine's tables
+[objective] [optim] [batch] [sampling]             defaults of all stages
+[data.NAME]                                        where tasks come from
+[[stage]]                                          name, steps, mixture, what differs from the defaults
+[eval]                                             what is asked at every boundary
 """
 
 from typing import Annotated, Literal

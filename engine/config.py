@@ -63,6 +63,17 @@ class ModelConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Adapters of low rank on the decoder's linear layers are trained; the weights stay as loaded. Needs peft.
+
+    An adapter wants a learning rate about ten times as high as the weights themselves.
+    """
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False)  # what an adapter adds is multiplied by alpha / rank
+    targets: tuple[str, ...] | None = Field(None, min_length=1)  # by name, for example "q_proj"; None: all of them
+
+
 class SamplerConfig(Section):
     kind: Literal["builtin", "vllm"] = "builtin"
     publish: Literal["shared", "copy"] = "copy"  # vllm: one storage for both, or a copy after each step
@@ -259,6 +270,7 @@ class EngineConfig(Section):
     """The tables of a recipe that the engine reads; the curriculum's Recipe adds its own."""
 
     model: ModelConfig
+    lora: LoraConfig | None = None  # None: every weight is trained
     sampler: SamplerConfig = SamplerConfig()
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
@@ -274,6 +286,20 @@ class EngineConfig(Section):
         if self.parallel.kind == "fsdp" and self.model.compile:
             raise ValueError(
                 'model.compile cannot see through what parallel.kind = "fsdp" hangs on the layers: leave it'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_stand_apart(self) -> "EngineConfig":
+        if self.lora is not None and self.sampler.kind == "vllm" and self.sampler.publish == "shared":
+            raise ValueError(
+                "[lora] never writes into the weights, and vLLM would go on with those of the base: "
+                'set sampler.publish = "copy"'
+            )
+        if self.lora is not None and self.parallel.kind == "fsdp":
+            raise ValueError(
+                'parallel.kind = "fsdp" cuts up masters, moments and gradients, of which [lora] has next to none: '
+                'set parallel.kind = "data"'
             )
         return self
 

@@ -10,7 +10,7 @@ by token, the attention, is a function handed in from outside:
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -31,7 +31,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from isomorph.engine.config import ModelConfig, TinyModel, UserError
+from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
+from isomorph.engine.lora import Adapters, attach, is_adapter, require_peft
 from isomorph.engine.plan import ModelShape
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.packed_attention import packed_attention
@@ -97,17 +98,29 @@ def _run_again_in_backward(
 
 
 class Policy:
-    """Decoder layers, embedding and unembedding; the parameters may be views of another owner's storage."""
+    """Decoder layers, embedding and unembedding; the parameters may be views of another owner's storage.
+
+    With ``adapters``, which are part of ``model`` already, they alone are trained.
+    """
 
     def __init__(
-        self, model: Any, text: TextCodec, *, recompute_every: int | None = None, compiles: bool = False
+        self,
+        model: Any,
+        text: TextCodec,
+        *,
+        recompute_every: int | None = None,
+        compiles: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         _refuse_what_we_cannot_train(model.config)
         if model.config._attn_implementation != "isomorph":  # it would never call ``attend``
             raise ValueError(
                 f"the model must be made with attn_implementation='isomorph', got {model.config._attn_implementation!r}"
             )
-        self.model = model.eval().requires_grad_(True)  # eval: these decoders have no dropout, and nothing else differs
+        self.model = model.eval()  # these decoders have no dropout, and nothing else differs
+        self.adapters = adapters
+        for parameter in self.named_parameters().values():
+            parameter.requires_grad_(True)
         self.model.run = MethodType(_run, model)  # FSDP gathers what a pass needs around the model's own methods
         self.config = model.config
         self.text = text
@@ -140,8 +153,20 @@ class Policy:
         return self.config.max_position_embeddings
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Every parameter once: a tied unembedding stands under the embedding's name."""
-        return dict(self.model.named_parameters())
+        """All that is trained, once: a tied unembedding stands under the embedding's name; adapters stand alone."""
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if self.adapters is None or is_adapter(name)}
+
+    def base(self) -> Mapping[str, Tensor]:
+        """The parameters by the names of transformers and vLLM, without what adapters add."""
+        return self.named_parameters() if self.adapters is None else self.adapters.base()
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """What a model without adapters computes the same with, by the names of transformers and vLLM.
+
+        A weight with an adapter is made anew each time it is read.
+        """
+        return self.named_parameters() if self.adapters is None else self.adapters.merged()
 
     def trunk(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         """[B, T, D] hidden rows after the last norm."""
@@ -171,7 +196,16 @@ class Policy:
 
     @contextlib.contextmanager
     def borrowed_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """While open the parameters hold ``weights`` (of ``snapshot``); afterwards their own values, bit for bit."""
+        """While open the parameters hold ``weights`` (of ``snapshot``); afterwards their own values, bit for bit.
+
+        Adapters that would add 0 are left out of the computation instead.
+        """
+        if self.adapters is not None and self.adapters.are_idle(
+            dict(zip(self.named_parameters(), weights, strict=True))
+        ):
+            with self.adapters.disabled():
+                yield
+            return
         own = self.snapshot()
         self.overwrite(weights)
         try:
@@ -180,7 +214,7 @@ class Policy:
             self.overwrite(own)
 
     def snapshot(self) -> list[Tensor]:
-        """A copy of all parameters in host memory, in the order of ``named_parameters``; of what FSDP left here."""
+        """A copy of what is trained in host memory, in the order of ``named_parameters``; of what FSDP left here."""
         return [p.to("cpu", copy=True) for p in self._stored()]
 
     @torch.no_grad()
@@ -197,8 +231,11 @@ class Policy:
         return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
     def save(self, folder: Path) -> None:
-        """As transformers and vLLM load it. The copies undo any sharing of storage, which the format cannot express."""
-        state = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.named_parameters().items()}
+        """As transformers and vLLM load it, adapters merged into the weights.
+
+        The copies undo any sharing of storage, which the format cannot express.
+        """
+        state = {name: w.detach().to("cpu", copy=True).contiguous() for name, w in self.weights().items()}
         self.model.save_pretrained(folder, state_dict=state)
         self.text.tokenizer.save_pretrained(folder)
 
@@ -208,15 +245,26 @@ def silence_loaders() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_policy(config: ModelConfig, *, vocabulary: Sequence[str], seed: int, device: torch.device) -> Policy:
+def load_policy(
+    config: ModelConfig,
+    *,
+    vocabulary: Sequence[str],
+    seed: int,
+    device: torch.device,
+    lora: LoraConfig | None = None,
+) -> Policy:
     """The policy that the recipe names. ``vocabulary``: the words of a tiny model. Raises UserError."""
+    if lora is not None:
+        require_peft()  # before weights are read for nothing
     dtype = getattr(torch, config.dtype)
     if config.tiny is not None:
         model, text = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
     else:
         assert config.path is not None
         model, text = _loaded_model(config.path, dtype, chat_template=config.chat_template)
-    return Policy(model.to(device), text, recompute_every=config.recompute_every, compiles=config.compile)
+    adapters = None if lora is None else attach(model, lora, seed=seed, base=config.path)
+    recompute_every, compiles = config.recompute_every, config.compile
+    return Policy(model.to(device), text, recompute_every=recompute_every, compiles=compiles, adapters=adapters)
 
 
 def _loaded_model(path: str, dtype: torch.dtype, *, chat_template: bool) -> tuple[Any, TextCodec]:

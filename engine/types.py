@@ -141,6 +141,7 @@ class RunState:
     num_updates: int = 0  # completed optimizer steps
     policy_version: int = 0
     stage: str = ""
+    base: str = ""  # fingerprint of the weights that a checkpoint of adapters belongs to
     num_ranks: int = 1  # of the run that wrote it: sums over other ranks differ in their last bits
     source: dict[str, Any] = field(default_factory=dict)  # the prompt source's own state, its random numbers included
     totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens

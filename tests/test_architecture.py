@@ -16,6 +16,7 @@ OF_KERNELS = {"torch", "triton", "numpy"}  # besides the standard library
 ONE_FILE = {
     "vllm": "engine/rollout/vllm.py",
     "transformers": "engine/policy.py",
+    "peft": "engine/lora.py",
     "flash_attn": "kernels/varlen_attention.py",
 }
 APART = ("rollout", "update")  # rooms of the engine that only its loop brings together
@@ -130,6 +131,7 @@ def test_the_rooms_are_read_at_all() -> None:
         ("engine/rollout/weights.py", "from vllm import LLM", "vllm is imported"),
         ("engine/rollout/vllm.py", "import transformers", "transformers is imported"),
         ("curriculum/a.py", "from transformers.modeling_utils import x", "transformers is imported"),
+        ("engine/policy.py", "import peft", "peft is imported"),
         ("engine/rollout/a.py", "from isomorph.engine.update.pack import pack", "do not know each other"),
         ("engine/update/a.py", "from isomorph.engine import rollout", "do not know each other"),
     ],

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def weights_sha256(weights: dict[str, Tensor]) -> str:
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     """Of names and bytes, in the order of the names: equal for bit-equal policies."""
     digest = hashlib.sha256()
     for name in sorted(weights):

@@ -4,7 +4,7 @@ vLLM starts with random weights; every weight that it ever computes with was pub
 
     shared   vLLM's fused tensors are the storage and the policy's parameters view them: publishing moves 0 bytes.
              Start the sampler before the learner, so that nothing holds on to the policy's earlier storage.
-    copy     vLLM has tensors of its own; publishing copies every parameter.
+    copy     vLLM has tensors of its own; publishing copies every weight, adapters merged in.
 
 On the CPU vLLM multiplies with packed copies of its weights and throws the originals away. With "copy" the packs are
 made anew at each publish, tensor by tensor. With "shared" nothing is packed, which costs decoding speed.
@@ -278,7 +278,7 @@ def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> 
     memory = psutil.virtual_memory()
     per_tok = 2 * policy.config.num_hidden_layers * policy.num_kv_heads * policy.head_dim * policy.dtype.itemsize
     per_seq = per_tok * (-(-max_model_len // CPU_BLOCK_TOK) + 1) * CPU_BLOCK_TOK  # one block stays empty
-    weights = sum(p.nbytes for p in policy.named_parameters().values())
+    weights = sum(p.nbytes for p in policy.base().values())
     allowed = int(config.memory_frac * memory.total) - weights
     if allowed < per_seq:
         raise UserError(

@@ -108,11 +108,10 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def tensor_hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
     """``tensor_hash`` of each. The device is waited for once, not once a tensor."""
-    sums = {name: bit_hash(tensor) for name, tensor in named.items()}
-    totals = torch.stack(list(sums.values())).tolist() if sums else []
+    found = [(f"{tuple(tensor.shape)} {tensor.dtype}", bit_hash(tensor)) for tensor in named.values()]
+    totals = torch.stack([bits for _, bits in found]).tolist() if found else []
     return {
-        name: f"{tuple(tensor.shape)} {tensor.dtype} {total & _64_BITS:016x}"
-        for (name, tensor), total in zip(named.items(), totals, strict=True)
+        name: f"{kind} {total & _64_BITS:016x}" for name, (kind, _), total in zip(named, found, totals, strict=True)
     }
 
 
@@ -175,16 +174,17 @@ class CopiedWeights:
 
     @torch.no_grad()
     def publish(self) -> int:
-        parameters = {name: p.detach() for name, p in self.policy.named_parameters().items()}
-        torch._foreach_copy_(list(self.views.values()), [parameters[name] for name in self.views])
+        weights = self.policy.weights()
+        for name, view in self.views.items():
+            view.copy_(weights[name])
         for pack in self.packs:
-            self._pack_again(pack, [parameters[name] for name in pack.standing.parts])
+            self._pack_again(pack, [weights[name].detach() for name in pack.standing.parts])
         for module in self.half_packed:
             module.quant_method.process_weights_after_loading(module)
-        return sum(p.nbytes for p in parameters.values())
+        return sum(p.nbytes for p in self.policy.base().values())
 
     def fingerprint(self) -> str:
-        own = self.policy.named_parameters()
+        own = self.policy.base()
         # a bias may be held in float32 beside packed bfloat16 weights: the same number
         views = {name: view.to(own[name].dtype) for name, view in self.views.items()}
         return combine_hashes({**self.pack_hashes, **tensor_hashes(views)})
@@ -201,7 +201,7 @@ class CopiedWeights:
 def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
     """For each of the policy's tensors its view in vLLM's, or the module that packed it. Raises UserError."""
     theirs = dict(model.named_parameters())
-    num_rows = {name: len(p) for name, p in policy.named_parameters().items()}
+    num_rows = {name: len(p) for name, p in policy.base().items()}
     wanted = standings(num_rows)
     if {standing.name for standing in wanted} != set(theirs):
         differing = sorted({standing.name for standing in wanted} ^ set(theirs))
@@ -279,7 +279,7 @@ def check_publication(
         raise RunFailed(f"published version {publication.version}, but the sampler says {sampler.policy_version}")
     if publication.fingerprint:
         is_shared = publication.num_bytes == 0
-        own = (storage_fingerprint if is_shared else fingerprint)(policy.named_parameters())
+        own = storage_fingerprint(policy.base()) if is_shared else fingerprint(policy.weights())
         if own != publication.fingerprint:
             raise RunFailed(
                 f"after publishing version {publication.version} the sampler's weights have fingerprint "

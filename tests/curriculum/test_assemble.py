@@ -1,14 +1,24 @@
-"""What a run says about the bodies that it uses. The wiring itself is tested through the command line."""
+"""What a run says about the bodies that it uses; a run of adapters. The rest is tested through the command line."""
 
+import io
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors import safe_open
 
 from isomorph.curriculum import assemble
+from isomorph.curriculum.evaluate import open_candidate
 from isomorph.curriculum.judge import JudgePool
-from isomorph.engine.update.distributed import Ranks
+from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.run_record import read_run_json
+from isomorph.engine.config import UserError, check_tables, load_recipe
+from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.kernels import backend
 
 
@@ -50,3 +60,77 @@ def test_what_could_not_be_judged_is_summed_over_the_ranks() -> None:
     with JudgePool() as judges:
         judges.num_timeouts, judges.num_crashes = 2, 3
         assert assemble._counted(judges, Two(0, 2)) == {"timeouts": 3, "crashes": 3, "errors": 4}
+
+
+# -- a run of adapters
+SMOKE = Path(__file__).parents[2] / "curriculum" / "recipes" / "smoke.toml"
+ADAPTERS = ("lora.rank=4", "stage.0.steps=6", "stage.1.steps=2", "stage.2.steps=1", "eval.prompts=2")
+
+
+def run(folder: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    try:
+        return assemble.run_recipe(recipe, folder, Console(file=io.StringIO()), lambda: False, ALONE, resume=resume)
+    finally:
+        torch.set_num_threads(threads)  # the recipe asks for one
+
+
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "adapters"
+    folder.mkdir()
+    overrides = [*ADAPTERS, "run.checkpoint_every=4", "run.keep_checkpoints=9"]
+    run(folder, load_recipe(SMOKE, overrides, Recipe))
+    return folder
+
+
+@pytest.fixture
+def killed(adapter_run: Path, tmp_path: Path) -> Path:
+    """The run as if it had been killed after step 4, in the middle of the warm-up."""
+    folder = tmp_path / "killed"
+    shutil.copytree(adapter_run, folder)
+    for later in ("step-00000008", "step-00000009"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    (folder / "summary.json").unlink()
+    for left in ("model", "adapter"):
+        shutil.rmtree(folder / left)
+    return folder
+
+
+def reread(folder: Path) -> Recipe:
+    return check_tables(read_run_json(folder)["recipe"], Recipe, where="run.json")
+
+
+def test_a_killed_run_of_adapters_goes_on_bit_for_bit(adapter_run: Path, killed: Path) -> None:
+    resumed = run(killed, reread(killed), resume=True)
+    whole = json.loads((adapter_run / "summary.json").read_text())
+    assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["steps"] == 9
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (killed / file).read_bytes() == (adapter_run / file).read_bytes()
+
+
+def test_its_checkpoints_hold_adapters_alone_and_run_json_says_how_many(adapter_run: Path) -> None:
+    for file in ("weights", "optimizer"):
+        with safe_open(adapter_run / "checkpoints" / "step-00000004" / f"{file}.safetensors", "pt") as tensors:
+            assert all(".lora_" in name for name in tensors.keys())  # noqa: SIM118 (not a dict)
+    with safe_open(adapter_run / "model" / "model.safetensors", "pt") as tensors:
+        assert not any("lora" in name or "base_layer" in name for name in tensors.keys())  # noqa: SIM118
+    model = read_run_json(adapter_run)["model"]
+    widths = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)  # in + out of q and o; k and v; the MLP
+    assert model["trained"] == 2 * 4 * widths < model["parameters"]
+
+
+def test_adapters_are_not_put_on_another_base(killed: Path) -> None:
+    described = read_run_json(killed)
+    described["recipe"]["run"]["seed"] = 1  # a tiny model's weights come from it
+    (killed / "run.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="trained on weights with fingerprint .* put the model back"):
+        run(killed, reread(killed), resume=True)
+    with pytest.raises(UserError, match="trained on weights with fingerprint"):
+        open_candidate(str(killed))
+
+
+def test_a_killed_run_of_adapters_is_evaluated_from_its_checkpoint(killed: Path) -> None:
+    candidate = open_candidate(str(killed))
+    assert candidate.policy.adapters is not None
+    assert all(p.any() for p in candidate.policy.named_parameters().values())  # no B is 0 any more

@@ -34,7 +34,18 @@ def line_of(name: str, out: str) -> str:
 
 
 def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
-    expected = {"Python", *doctor.BASE, *doctor.TRIO, "vLLM", "[math]", "[gguf]", "processor", "GPU", "Triton"}
+    expected = {
+        "Python",
+        *doctor.BASE,
+        *doctor.TRIO,
+        "vLLM",
+        "[math]",
+        "[gguf]",
+        "[lora]",
+        "processor",
+        "GPU",
+        "Triton",
+    }
     expected |= {
         "native kernels",
         "ops on cpu",

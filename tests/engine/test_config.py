@@ -9,6 +9,7 @@ from isomorph.engine.config import (
     PRESETS,
     BatchConfig,
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -283,6 +284,13 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (ParallelConfig, dict(kind="tensor")),
         (EngineConfig, dict(FSDP, sampler=dict(kind="vllm", publish="shared"))),
         (EngineConfig, dict(FSDP, model=dict(path="x", compile=True))),
+        (LoraConfig, dict(rank=0)),
+        (LoraConfig, dict(alpha=0.0)),
+        (LoraConfig, dict(alpha=math.inf)),
+        (LoraConfig, dict(targets=())),
+        (LoraConfig, dict(dropout=0.1)),
+        (EngineConfig, dict(FSDP, lora=dict())),
+        (EngineConfig, dict(model=dict(path="x"), lora=dict(), sampler=dict(kind="vllm", publish="shared"))),
         (RunConfig, dict(keep_checkpoints=0)),
         (Stage, dict(name="s", steps=0)),
         (Stage, dict(name="s", steps=1, sampling=dict(samples_per_prompt=1))),
@@ -304,6 +312,8 @@ def test_what_cannot_work_is_refused(section: type[Section], values: dict[str, o
         (ModelConfig, dict(path="x")),
         (ModelConfig, dict(tiny=dict())),
         (EngineConfig, dict(FSDP, sampler=dict(kind="vllm", publish="copy"))),
+        (EngineConfig, dict(model=dict(path="x"), lora=dict(), sampler=dict(kind="vllm", publish="copy"))),
+        (LoraConfig, dict(rank=1, targets=("q_proj",))),
         (ObjectiveConfig, dict(name="grpo", clip_low=None, clip_high=None)),
         (ObjectiveConfig, dict(name="cispo", clip_high=5.0, tis="sequence", tis_mode="mask")),
         (Stage, dict(name="s", steps=1, objective=dict(name="sft"), sampling=dict(samples_per_prompt=1))),
@@ -336,3 +346,24 @@ def test_a_sequence_without_advantage_is_left_out_only_where_nothing_else_gives_
     assert not ObjectiveConfig(name="grpo", kl_coef=0.1).drops_flat_groups
     assert not ObjectiveConfig(name="grpo", entropy_coef=0.1).drops_flat_groups
     assert not ObjectiveConfig(name="sft").drops_flat_groups
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("lora.rank=0",), "lora.rank: input should be greater than or equal to 1, got 0"),
+        (("lora.dropout=0.1",), "lora.dropout: unknown key"),
+        (("lora.targets=[]",), "lora.targets: "),
+        (("lora.rank=4", "sampler.kind=vllm", "sampler.publish=shared"), 'set sampler.publish = "copy"'),
+        (("lora.rank=4", "parallel.kind=fsdp"), 'set parallel.kind = "data"'),
+    ],
+)
+def test_what_adapters_cannot_do_is_said_with_what_to_do(
+    overrides: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    assert expected in refusal(tmp_path, *overrides)
+
+
+def test_every_weight_is_trained_unless_there_is_a_table_for_adapters(tmp_path: Path) -> None:
+    assert recipe(tmp_path).lora is None
+    assert recipe(tmp_path, overrides=("lora.rank=4",)).lora == LoraConfig(rank=4)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isomorph.engine.config import (
     BatchConfig,
+    LoraConfig,
     ObjectiveConfig,
     OptimConfig,
     SamplingConfig,
@@ -22,6 +23,7 @@ from isomorph.engine.config import (
     TinyModel,
     UserError,
 )
+from isomorph.engine.lora import attach
 from isomorph.engine.policy import Policy, build_tiny
 from isomorph.engine.types import Group, Prompt, Rollout, StepStats
 from isomorph.engine.update.distributed import ALONE, Ranks, cut, gathered, open_ranks
@@ -44,9 +46,11 @@ OBJECTIVES = [  # every aggregation, ratio and weight that looks beyond its own 
 
 
 # -- a small world
-def make_policy(dtype: torch.dtype = torch.float64) -> Policy:
+def make_policy(dtype: torch.dtype = torch.float64, lora: LoraConfig | None = None) -> Policy:
     tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
     policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=torch.device("cpu"))
+    if lora is not None:
+        policy = Policy(policy.model, policy.text, adapters=attach(policy.model, lora, seed=0, base=None))
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([0.4 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     for norm in (module for module in policy.model.modules() if hasattr(module, "variance_epsilon")):
@@ -161,7 +165,8 @@ def step_on(
     ranks: Ranks, objective: ObjectiveConfig, groups: list[Group], batch: dict[str, Any], kind: str = "data"
 ) -> tuple[list[Tensor], StepStats]:
     """The gradient of each update of a step, before clipping; the policy stands still."""
-    policy, stage = make_policy(), make_stage(objective, batch=batch)
+    policy = make_policy(lora=LoraConfig(rank=2) if kind == "adapters" else None)
+    stage = make_stage(objective, batch=batch)
     if kind == "fsdp":
         cut(policy)
     learner = Learner(policy, ranks)
@@ -191,7 +196,7 @@ def step_on(
 def assert_same_step(
     crowd: Crowd, objective: ObjectiveConfig, groups: list[Group], kind: str = "data", **batch: Any
 ) -> None:
-    whole, stats = step_on(ALONE, objective, groups, batch)
+    whole, stats = step_on(ALONE, objective, groups, batch, "data" if kind == "fsdp" else kind)
     (first, first_stats), (second, second_stats) = crowd.ask(step_on, objective, groups, batch, kind)
     assert len(whole) == len(first) == len(second)
     for one, ours, theirs in zip(whole, first, second, strict=True):
@@ -203,6 +208,10 @@ def assert_same_step(
             continue
         assert getattr(first_stats, name) == pytest.approx(value, rel=1e-9, nan_ok=True), name
         assert getattr(second_stats, name) == pytest.approx(value, rel=1e-9, nan_ok=True), name
+
+
+def test_adapters_get_the_gradient_of_one_rank(crowd: Crowd) -> None:
+    assert_same_step(crowd, ObjectiveConfig(name="grpo", kl_coef=0.1), make_groups(), "adapters", max_tok=14)
 
 
 by_kind = pytest.mark.parametrize("kind", ["data", "fsdp"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from isomorph.engine.config import ModelConfig, SamplerConfig, UserError
+from isomorph.engine.config import LoraConfig, ModelConfig, SamplerConfig, UserError
 from isomorph.engine.policy import Policy, TextCodec, load_policy, word_tokenizer
 from isomorph.engine.rollout import vllm as vllm_sampler
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
@@ -172,6 +172,35 @@ def test_every_family_agrees_with_the_trainer(
             assert drift(policy, prompts, rollouts) < (1e-4 if dtype == torch.float32 else 0.2)
             assert {r.policy_version for r in rollouts} == {version}
             policy.overwrite([0.9 * weight for weight in policy.snapshot()])
+    finally:
+        sampler.close()
+
+
+@with_real_model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_published_merged_into_weights_that_stay(dtype: Any, smollm2_folder: Path) -> None:
+    config = ModelConfig(path=str(smollm2_folder), dtype=dtype)
+    policy = load_policy(config, vocabulary=[], seed=0, device=CPU, lora=LoraConfig(rank=8))
+    base, limit = fingerprint(policy.base()), {"float32": 1e-3, "bfloat16": 2.0}[dtype]
+    prompts = make_prompts(policy, ["Say a word on rivers.", "Say a word on mountains."])
+    sampler = start_vllm(policy, SamplerConfig(kind="vllm", max_model_len=256, max_seqs=8), 0)
+    try:
+        assert sampler.fingerprint() == base  # B = 0
+        before = sampler.generate(prompts, make_sampling(policy))
+        assert drift(policy, prompts, before) <= limit
+        for seed, (name, parameter) in enumerate(policy.named_parameters().items()):
+            if ".lora_B." in name:
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.data.copy_(0.01 * noise)
+        assert drift(policy, prompts, before) > 2 * limit  # stale weights would be seen
+        publication = sampler.publish(1)
+        assert publication.num_bytes == sum(w.nbytes for w in policy.base().values())
+        assert publication.fingerprint == fingerprint(policy.weights()) != base == fingerprint(policy.base())
+        check_publication(policy, sampler, publication, prompts[0], None)
+        assert drift(policy, prompts, sampler.generate(prompts, make_sampling(policy))) <= limit
+        parameter.data[3, 2] += 0.01
+        with pytest.raises(RunFailed, match="stale weights"):
+            check_publication(policy, sampler, publication, prompts[0], None)
     finally:
         sampler.close()
 

@@ -1,0 +1,132 @@
+"""Adapters of low rank (LoRA, arXiv 2106.09685) in place of the weights' own training. The only file that imports peft.
+
+    layer(x) = W x + scale * B (A x)        scale = alpha / rank        B = 0 at first: exactly the base
+
+W stays as it was loaded, whatever happens. A [rank, in] and B [out, rank] have its dtype, so that learner and built-in
+sampler multiply as fast as without them; the small changes of a step live on in the optimizer's float32 masters, as
+those of any other parameter. Who cannot multiply by A and B (vLLM, the saved model) gets
+
+    W' = W + scale * B A                    in float32, rounded once to the dtype of W
+
+a matrix at a time: a second copy of the model never exists.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from isomorph.engine.config import LoraConfig, UserError
+
+NAME = "default"  # of the one adapter, as peft calls it
+
+
+def require_peft() -> None:
+    """Raises UserError where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError('[lora] needs the package peft: pip install "isomorph[lora]"')
+
+
+def attach(model: Any, config: LoraConfig, *, seed: int, base: str | None) -> "Adapters":
+    """Puts adapters on linear layers of the decoder, in place, and freezes all else. Raises UserError.
+
+    ``base``: where the model was loaded from, for those who load the adapters by themselves.
+    """
+    require_peft()
+    import peft  # takes seconds
+
+    names = linear_names(model)
+    targets = config.targets or names
+    if unknown := [target for target in targets if target not in names]:
+        raise UserError(f"lora.targets must be linear layers of the decoder: {', '.join(names)}; got {unknown[0]!r}")
+    peft_config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it, and says int
+        target_modules=list(targets),
+        base_model_name_or_path=base,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(peft_config, model)
+    return Adapters(model, peft_config)
+
+
+def linear_names(model: Any) -> list[str]:
+    """Of the linear layers in a decoder layer."""
+    modules = model.model.layers[0].named_modules()
+    return [name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear)]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter called ``name`` is an A or a B."""
+    return f".{NAME}." in name
+
+
+class Adapters:
+    """The adapters of a model, made by ``attach``."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self.model, self.config = model, config
+        self.layers: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
+
+    def base(self) -> dict[str, Tensor]:
+        """The frozen weights, under the names they have in a model without adapters."""
+        named = self.model.named_parameters()
+        return {name.replace(".base_layer.", "."): p for name, p in named if not is_adapter(name)}
+
+    def merged(self) -> "Merged":
+        return Merged(self)
+
+    def are_idle(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether with these values of A and B the model is the base: every B is 0."""
+        return not any(weight.any() for name, weight in weights.items() if ".lora_B." in name)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While open the model is the base, and does no work for A and B."""
+        for layer in self.layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapters(True)
+
+    def save(self, folder: Path) -> None:
+        """As ``peft.PeftModel.from_pretrained(base, folder)`` loads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        named = ((n, p.detach()) for n, p in self.model.named_parameters() if is_adapter(n))
+        state = {f"base_model.model.{n.replace(f'.{NAME}.', '.')}": p.to("cpu", copy=True) for n, p in named}
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        self.config.save_pretrained(folder)
+
+
+class Merged(Mapping[str, Tensor]):
+    """The weights of a model without adapters that computes the same; W' is made when it is asked for, every time."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._base = adapters.base()
+        self._layers = {f"{name}.weight": layer for name, layer in adapters.layers.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight_OI = self._base[name].detach()
+        return _merge(weight_OI, self._layers[name]) if name in self._layers else weight_OI
+
+
+@torch.no_grad()
+def _merge(weight_OI: Tensor, layer: Any) -> Tensor:
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    a_RI, b_OR = (module[NAME].weight.to(wide) for module in (layer.lora_A, layer.lora_B))
+    return torch.add(weight_OI.to(wide), b_OR @ a_RI, alpha=layer.scaling[NAME]).to(weight_OI.dtype)
