@@ -35,7 +35,7 @@ NUM_SAMPLES = 20  # questions drawn to learn how long they are
 def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None) -> dict[str, Any]:
     """The plan of every stage, JSON-able. ``card``: a GPU of the table; None: this machine's CPU. Raises UserError."""
     words = {w for d in recipe.data.values() if isinstance(d, GeneratedData) for w in vocabulary(d.difficulty)}
-    shape = read_shape(recipe.model, sorted(words))
+    shape = read_shape(recipe.model, sorted(words), recipe.lora)
     if card is not None:
         known, ceilings = card_ceilings(card)
         device_gib = device_gib or known.gib
@@ -88,6 +88,8 @@ def show_plan(planned: dict[str, Any], console: Console) -> None:
     """Two tables: bytes, and what fits with how long it takes; a column a stage."""
     stages, size = planned["stages"], planned["model"]["num_parameters"]
     heading = f"{planned['device']}, {planned['device_gib']:.1f} GiB; {size / 1e9:.3f} B parameters"
+    if (trained := planned["model"]["num_trained"]) < size:
+        heading += f", {trained / 1e6:.1f} M trained"
     memory = _table(heading, "memory", stages)
     for name in dict.fromkeys(name for stage in stages for name in stage["arenas_gib"]):
         when = next(stage["when"][name] for stage in stages if name in stage["when"])

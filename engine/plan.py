@@ -35,7 +35,9 @@ OPTIMIZER_TRAFFIC = 32  # bytes a parameter: gradient (twice, for its norm), mas
 class ModelShape:
     """The sizes of a decoder of the Llama family."""
 
-    num_parameters: int  # a tied unembedding once
+    num_parameters: int  # a tied unembedding once; adapters count
+    num_trained: int  # fewer where there are adapters: these alone
+    adapter_rows: int  # of all A in a layer: what they make of a token
     num_layers: int
     width: int  # D
     inner: int  # of the MLP
@@ -50,6 +52,10 @@ class ModelShape:
     def num_trunk(self) -> int:
         """Parameters that multiply every token: all but embedding and unembedding."""
         return self.num_parameters - self.num_head * (1 if self.is_tied else 2)
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.num_trained < self.num_parameters
 
     @property
     def num_head(self) -> int:
@@ -144,20 +150,21 @@ CARDS = {
 # -- memory
 def arenas(facts: Facts) -> list[Arena]:
     """Everything that is held, one line each."""
-    shape, size = facts.shape, facts.shape.num_parameters
+    shape, trained = facts.shape, facts.shape.num_trained
+    head_gradient = 0 if shape.has_adapters else shape.num_head * 4.0
     has_masters = facts.weight_bytes < 4
     most_rows = CUDA_CHUNK_ROWS if facts.is_gpu else CHUNK_BYTES // (4 * shape.num_vocab)
     chunk_rows = min(most_rows, facts.micro_tok)
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
     found = [
-        Arena("weights", size * facts.weight_bytes, MOMENTS),
-        Arena("masters", size * 4.0 if has_masters else 0, MOMENTS),
-        Arena("moments", size * 8.0, MOMENTS),
-        Arena("gradients", size * 4.0, first),
+        Arena("weights", shape.num_parameters * facts.weight_bytes, MOMENTS),
+        Arena("masters", trained * 4.0 if has_masters else 0, MOMENTS),
+        Arena("moments", trained * 8.0, MOMENTS),
+        Arena("gradients", trained * 4.0, first),
         Arena("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
         Arena("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
-        Arena("head gradient", shape.num_head * 4.0 + facts.micro_tok * shape.width * 8, ("update",)),
-        Arena("reference", size * facts.weight_bytes if facts.has_reference else 0, MOMENTS, is_host=True),
+        Arena("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
+        Arena("reference", trained * facts.weight_bytes if facts.has_reference else 0, MOMENTS, is_host=True),
         Arena("keys and values", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         Arena("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         Arena("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
@@ -178,13 +185,17 @@ def activation_bytes_per_tok(facts: Facts) -> float:
 
 
 def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
-    """What autograd keeps of one decoder layer. RMSNorm keeps its input as float32, the normed rows and its output."""
+    """What autograd keeps of one decoder layer. RMSNorm keeps its input as float32, the normed rows and its output.
+
+    With adapters no norm is trained, and the normed rows go; instead each A's product stays.
+    """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    norms = 2 * shape.width * (4 + 2 * size)
-    head_norms = (queries + keys) * (4 + 2 * size) if shape.normalises_heads else 0
+    of_norm = 4 + (1 if shape.has_adapters else 2) * size
+    norms = 2 * shape.width * of_norm
+    head_norms = (queries + keys) * of_norm if shape.normalises_heads else 0
     attention = size * (2 * queries + 2 * keys) + 4 * shape.num_heads  # q, out, k, v; LSE
     mlp = size * 4 * shape.inner  # gate, silu(gate), up, their product
-    return norms + head_norms + attention + mlp
+    return norms + head_norms + attention + mlp + size * shape.adapter_rows
 
 
 def _kv_bytes(facts: Facts) -> float:
@@ -250,9 +261,10 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * context  # FLOPs a token
     forward = facts.trunk_tok * (2 * shape.num_trunk + attention) + facts.loss_tok * 2 * shape.num_head
     share_again = 0.0 if facts.recompute_every is None else 1 / facts.recompute_every
-    num_passes = 3 + share_again + facts.has_reference + facts.is_repeated
+    num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights need no gradient of their own
+    num_passes += facts.has_reference + facts.is_repeated
     moved = UPDATE_TRAFFIC * facts.trunk_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
-    moved += OPTIMIZER_TRAFFIC * shape.num_parameters * facts.num_updates
+    moved += OPTIMIZER_TRAFFIC * shape.num_trained * facts.num_updates
     update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth
     return {"generate": _generate_s(facts, ceilings, attention) if facts.is_sampled else 0.0, "update": update}
 

@@ -287,10 +287,17 @@ def _loaded_model(path: str, dtype: torch.dtype, *, chat_template: bool) -> tupl
     return model, TextCodec(tokenizer, chat_template=chat_template, stop_ids=_stop_ids(model, tokenizer))
 
 
-def read_shape(config: ModelConfig, vocabulary: Sequence[str]) -> ModelShape:
+def read_shape(config: ModelConfig, vocabulary: Sequence[str], lora: LoraConfig | None = None) -> ModelShape:
     """The sizes of the recipe's model, from its config alone: no weights are read. Raises UserError."""
+    model = _weightless_model(config, vocabulary)
+    if lora is not None:
+        attach(model, lora, seed=0, base=None)
+    return shape_of(model)
+
+
+def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
     if config.tiny is not None:
-        return shape_of(_tiny_model(config.tiny, vocabulary, seed=0, dtype=torch.float32)[0])
+        return _tiny_model(config.tiny, vocabulary, seed=0, dtype=torch.float32)[0]
     assert config.path is not None
     folder, gguf = _locate(config.path)
     try:
@@ -302,14 +309,17 @@ def read_shape(config: ModelConfig, vocabulary: Sequence[str]) -> ModelShape:
         ) from error
     _refuse_what_we_cannot_train(model_config)
     with torch.device("meta"):
-        return shape_of(AutoModelForCausalLM.from_config(model_config, attn_implementation="isomorph"))
+        return AutoModelForCausalLM.from_config(model_config, attn_implementation="isomorph")
 
 
 def shape_of(model: Any) -> ModelShape:
     """The sizes of a loaded model, or of one on the meta device."""
     config = model.config
+    adapters = (p for name, p in model.model.layers[0].named_parameters() if ".lora_A." in name)
     return ModelShape(
         num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        adapter_rows=sum(len(a_RI) for a_RI in adapters),
         num_layers=config.num_hidden_layers,
         width=config.hidden_size,
         inner=config.intermediate_size,

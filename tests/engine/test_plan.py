@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from isomorph.engine.config import EngineConfig, ModelConfig, Stage, TinyModel, UserError
+from isomorph.engine.config import EngineConfig, LoraConfig, ModelConfig, Stage, TinyModel, UserError
+from isomorph.engine.lora import attach
 from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.plan import (
     GIB,
@@ -31,11 +32,11 @@ from isomorph.engine.types import Prompt, Rollout
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
 
 
-def seven_b(**changes: Any) -> Facts:
+def seven_b(*, lora: LoraConfig | None = None, **changes: Any) -> Facts:
     model = ModelConfig(path=str(SEVEN_B), dtype="bfloat16", recompute_every=1)
     stage = Stage.model_validate({"name": "a", "steps": 1, "objective": {"kl_coef": 0.01}, "batch": {"max_tok": 16384}})
     config = EngineConfig.model_validate({"model": model, "sampler": {"kind": "vllm", "memory_frac": 0.3}})
-    facts = facts_of(config, stage, read_shape(model, []), prompt_tok=600, device_gib=139.8, is_gpu=True)
+    facts = facts_of(config, stage, read_shape(model, [], lora), prompt_tok=600, device_gib=139.8, is_gpu=True)
     return dataclasses.replace(facts, **changes)
 
 
@@ -55,6 +56,28 @@ def test_a_seven_billion_models_states_are_what_everybody_knows() -> None:
     assert found["weights"] == found["reference"] == pytest.approx(2 * billions)
     assert found["masters"] == found["gradients"] == pytest.approx(4 * billions)
     assert found["moments"] == pytest.approx(8 * billions)
+
+
+def test_adapters_alone_have_masters_moments_gradients_and_a_reference() -> None:
+    facts = seven_b(lora=LoraConfig(rank=16))
+    queries, keys, mlp = 3584 + 3584, 3584 + 512, 3584 + 18944  # in + out, of q and o; k and v; gate, up and down
+    trained = 28 * 16 * (2 * queries + 2 * keys + 3 * mlp)
+    assert facts.shape.num_trained == trained == 40_370_176
+    found, every = gib(facts), gib(seven_b())
+    assert found["weights"] == pytest.approx(every["weights"] + 2 * trained / GIB)
+    assert found["masters"] == found["gradients"] == pytest.approx(4 * trained / GIB)
+    assert found["moments"] == pytest.approx(8 * trained / GIB)
+    assert found["reference"] == pytest.approx(2 * trained / GIB)
+    assert every["head gradient"] - found["head gradient"] == pytest.approx(4 * facts.shape.num_head / GIB)
+    few = seven_b(lora=LoraConfig(rank=16, targets=("q_proj",)))
+    assert few.shape.num_trained == 28 * 16 * queries
+
+
+def test_frozen_weights_need_no_gradients_of_their_own() -> None:
+    endless = Ceilings(1e15, 1e30, "test")
+    options: dict[str, Any] = dict(has_reference=False, is_repeated=False, recompute_every=None)
+    one, every = (seconds(seven_b(lora=lora, **options), endless)["update"] for lora in (LoraConfig(rank=1), None))
+    assert one == pytest.approx(every * 2 / 3, rel=1e-3)
 
 
 def test_the_reference_is_in_host_memory_and_gradients_are_gone_while_sampling() -> None:
@@ -87,14 +110,16 @@ def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
     assert seven_b(kv_limit_tok=1000).kv_tok == 1000
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=8)], ids=["every weight", "adapters"])
 @pytest.mark.parametrize("recompute_every", [None, 1, 2])
-def test_a_layers_bytes_are_those_that_autograd_keeps(recompute_every: int | None) -> None:
+def test_a_layers_bytes_are_those_that_autograd_keeps(recompute_every: int | None, lora: LoraConfig | None) -> None:
     """Counted by hooks on a real packed pass: the difference that two layers make, so that all else cancels."""
     facts_by_layers = {}
     for num_layers in (2, 4):
         tiny = TinyModel(hidden_size=64, num_layers=num_layers, num_heads=4, num_kv_heads=2, intermediate_size=96)
         policy = build_tiny(tiny, ["a", "b"], seed=0, dtype=torch.float32, device=torch.device("cpu"))
-        policy = type(policy)(policy.model, policy.text, recompute_every=recompute_every)
+        adapters = None if lora is None else attach(policy.model, lora, seed=0, base=None)
+        policy = type(policy)(policy.model, policy.text, recompute_every=recompute_every, adapters=adapters)
         num_tok, kept = _kept_bytes(policy)
         facts_by_layers[num_layers] = kept / num_tok
         shape = shape_of(policy.model)
