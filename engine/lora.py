@@ -80,6 +80,11 @@ class Adapters:
         named = self.model.named_parameters()
         return {name.replace(".base_layer.", "."): p for name, p in named if not is_adapter(name)}
 
+    @property
+    def weight_names(self) -> set[str]:
+        """Of the weights that have adapters."""
+        return {f"{name}.weight" for name in self.layers}
+
     def merged(self) -> "Merged":
         return Merged(self)
 

@@ -174,9 +174,12 @@ class CopiedWeights:
 
     @torch.no_grad()
     def publish(self) -> int:
-        weights = self.policy.weights()
-        for name, view in self.views.items():
-            view.copy_(weights[name])
+        base, weights = self.policy.base(), self.policy.weights()
+        merged = self.views.keys() & (self.policy.adapters.weight_names if self.policy.adapters else ())
+        plain = self.views.keys() - merged
+        torch._foreach_copy_([self.views[name] for name in plain], [base[name].detach() for name in plain])
+        for name in merged:  # a matrix at a time
+            self.views[name].copy_(weights[name])
         for pack in self.packs:
             self._pack_again(pack, [weights[name].detach() for name in pack.standing.parts])
         for module in self.half_packed:
