@@ -81,7 +81,10 @@ class _FlashMerged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_TKD, v_TKD, out_THD, lse_TH = ctx.saved_tensors
+        *inputs, lse_TH = ctx.saved_tensors
+        dtype = inputs[0].dtype
+        # ATen's backward is faster in float32 than in bfloat16, conversions included, and sums parts unrounded
+        q_THD, k_TKD, v_TKD, out_THD, dout_THD = (x.to(lse_TH.dtype) for x in (*inputs, dout_THD))
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD))
         for batch in (*ctx.plan.own, *ctx.plan.cross):
             queries, keys = batch.queries, batch.keys
@@ -100,7 +103,7 @@ class _FlashMerged(torch.autograd.Function):
             for ranges, grad, part in zip((queries, keys, keys), grads, parts, strict=True):
                 # own batches come first and cover every row
                 (ranges.put if batch.is_causal else ranges.add)(grad, part)
-        return *grads, None, None
+        return *(grad.to(dtype) for grad in grads), None, None
 
 
 def _attend(batch: Batch, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
