@@ -6,7 +6,9 @@
 All draw from the full softmax at temperature 1 and stop nowhere. Round by round each provider answers twice, with one
 new token (its prefill) and with all; a decoding rate is the tokens beyond the first over the difference of the medians.
 vLLM is our VllmSampler, its weights packed as it likes them best; it and ours also give the log-probability of each
-token, generate does not. Models stay loaded, threads are PyTorch's default.
+token, generate does not. "bare products" is a floor that nobody passes with these products: one multiplication of
+[seqs, in] with each matrix of the model for each token, and nothing else. Models stay loaded, threads are PyTorch's
+default.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from isomorph.engine.rollout.vllm import start_vllm
 from isomorph.engine.types import Prompt, Sampling
 from isomorph.kernels import backend
 
-OURS, VLLM, GENERATE = "isomorph", "vllm", "transformers generate"
+OURS, VLLM, GENERATE, BARE = "isomorph", "vllm", "transformers generate", "bare products"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Answer = Callable[[int], Any]  # takes the number of new tokens
 
@@ -56,7 +58,21 @@ def providers(policy: Policy, prompts: list[Prompt], args: argparse.Namespace) -
     except UserError as reason:
         found[VLLM] = str(reason)
     found[GENERATE] = _generate(policy, prompts, args)
+    found[BARE] = _bare_products(policy, num_seqs)
     return found
+
+
+def _bare_products(policy: Policy, num_seqs: int) -> Answer:
+    weights = [p for name, p in policy.named_parameters().items() if p.dim() == 2 and ".layers." in name]
+    weights.append(policy.unembedding)
+    inputs = {w.shape[1]: torch.randn(num_seqs, w.shape[1], device=DEVICE).to(policy.dtype) for w in weights}
+
+    def answer(new_tok: int) -> None:
+        for _ in range(new_tok):
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    return answer
 
 
 def _generate(policy: Policy, prompts: list[Prompt], args: argparse.Namespace) -> Answer:

@@ -29,9 +29,14 @@ Row = dict[str, Any]
 
 def section(results: Path = RESULTS) -> str:
     """What belongs between the README's markers."""
-    steps, publishing = _steps(_read(results / "step.jsonl")), _publishing(_read(results / "publish.jsonl"))
+    parts = [
+        *_steps(_read(results / "step.jsonl")),
+        *_updates(_read(results / "update.jsonl")),
+        *_decoding(_read(results / "sampler.jsonl")),
+        *_publishing(_read(results / "publish.jsonl")),
+    ]
     machines = _by_machine(_read(results / "kernels.jsonl"))
-    return "\n\n".join([*steps, *publishing, *(_short(name, rows) for name, rows in machines.items())])
+    return "\n\n".join([*parts, *(_short(name, rows) for name, rows in machines.items())])
 
 
 def full(results: Path = RESULTS) -> str:
@@ -76,7 +81,7 @@ def _is_gpu(machine: str) -> bool:
     return " cores" not in machine
 
 
-# -- a whole step, and publishing
+# -- a whole step, and its parts
 def _steps(rows: list[Row]) -> list[str]:
     latest = {tuple(row[name] for name in STEP_KEY): row for row in rows if row["who"] == "ratio"}
     return [
@@ -105,6 +110,36 @@ def _anatomy_line(name: str, side: Row, one: float) -> str:
         f"| {side['completion_tok']:.0f} | {side['all_tok']:.0f} | {side['peak_mib']:.0f} "
         f"| {100 * side['padding_share']:.0f} % |"
     )
+
+
+def _updates(rows: list[Row]) -> list[str]:
+    latest = {(row["machine"], row["dtype"]): row for row in rows if row["who"] == "ratio"}
+    return [
+        f"One update, the prompt of a group computed once, beside it repeated for each response ({row['dtype']}; "
+        f"{row['machine']}; torch {row['torch']}; {row['date']}): **{row['speed']:.1f} times** as fast in "
+        f"{row['memory']:.1f} times less memory above what is at rest. `{row['command']}`"
+        for row in latest.values()
+    ]
+
+
+def _decoding(rows: list[Row]) -> list[str]:
+    latest: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        latest.setdefault((row["machine"], row["dtype"], row["seqs"]), {})[row["provider"]] = row
+    return [_decoding_of(by) for by in latest.values()]
+
+
+def _decoding_of(by: dict[str, Row]) -> str:
+    ours = by[OURS]
+    beside = [f"**{_decoding_ratio(row)}** {name}" for name, row in by.items() if name != OURS]
+    return (
+        f"Decoding {ours['seqs']} sequences with the built-in sampler ({ours['dtype']}; {ours['machine']}; "
+        f"{ours['time'][:10]}), tokens a second over those of: {', '.join(beside)}. `{ours['command']}`"
+    )
+
+
+def _decoding_ratio(row: Row) -> str:
+    return f"{row['ours_over_this']:.2f}" if row["status"] == "ok" else f"absent ({row['reason']})"
 
 
 def _publishing(rows: list[Row]) -> list[str]:
