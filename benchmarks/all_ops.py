@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python lea
 from compare import DEVICE, measure
 
 FILES = {
+    "linear": "bench_linear",
     "linear_loss": "bench_linear_loss",
     "linear_logprob": "bench_linear_logprob",
     "token_logprob": "bench_token_logprob",

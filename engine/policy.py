@@ -35,6 +35,7 @@ from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.lora import Adapters, attach, is_adapter, require_peft
 from isomorph.engine.plan import ModelShape
 from isomorph.engine.types import PackedBatch
+from isomorph.kernels.linear import linear
 from isomorph.kernels.packed_attention import packed_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -54,6 +55,13 @@ def _attend_from_outside(
 
 
 ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
+
+
+class _Linear(torch.nn.Linear):
+    """A layer that is there already takes this class: its parameters and their names stay."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 def _run(model: Any, decode: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -121,6 +129,9 @@ class Policy:
         self.adapters = adapters
         for parameter in self.named_parameters().values():
             parameter.requires_grad_(True)
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = _Linear
         self.model.run = MethodType(_run, model)  # FSDP gathers what a pass needs around the model's own methods
         self.config = model.config
         self.text = text

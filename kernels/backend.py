@@ -52,6 +52,7 @@ ENVIRONMENT = "ISOMORPH_BACKEND"
 # preferred first; every op also has "reference", last
 BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
+        "linear": ("torch",),
         "token_logprob": ("native", "torch"),
         "linear_logprob": ("native", "torch"),
         "linear_loss": ("native", "torch"),

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
+from isomorph.kernels.linear import product, takes_onednn
 from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats, stats_dtype
 
 # of logits at a time where the caller does not say how many rows: a CPU's caches; on a GPU enough rows for its GEMMs
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
 WIDEN_BYTES = 16 * 2**20  # of low-precision weight that is widened at a time, where no GEMM takes it as it is
+ONEDNN_COLUMNS = 4096  # of logits at a time: oneDNN returns new memory, which is touched first while in the caches
 
 
 class Head(NamedTuple):
@@ -221,7 +223,10 @@ class Gradients:
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if left.dtype == out.dtype:
+    if takes_onednn(left, right):
+        for columns in row_chunks(out.shape[1], ONEDNN_COLUMNS):
+            out[:, columns] = product(left, right[:, columns].T)
+    elif left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     elif left.is_cuda:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
@@ -230,7 +235,9 @@ def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == into.dtype:
+    if takes_onednn(left, right):
+        into += product(left, right.T)
+    elif left.dtype == into.dtype:
         into.addmm_(left, right)
     elif left.is_cuda:
         torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
@@ -240,7 +247,10 @@ def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _add_outer(into_VD: Tensor, dlogits_nV: Tensor, hidden_nD: Tensor) -> None:
     """into += dlogits^T hidden, summed in float32 where the sum is."""
-    if into_VD.is_cuda or dlogits_nV.dtype == into_VD.dtype:
+    if takes_onednn(dlogits_nV, hidden_nD):
+        for columns in row_chunks(len(into_VD), ONEDNN_COLUMNS):
+            into_VD[columns] += product(dlogits_nV[:, columns].T, hidden_nD.T)
+    elif into_VD.is_cuda or dlogits_nV.dtype == into_VD.dtype:
         _addmm(into_VD, dlogits_nV.T, hidden_nD)
     else:
         backend.native().bfloat16_outer(dlogits_nV, hidden_nD, into_VD)

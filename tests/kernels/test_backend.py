@@ -82,7 +82,7 @@ def test_single_ops_are_chosen_by_name_and_the_block_outranks_the_environment(
     ("request_", "message"),
     [
         ("fastest", "must name one of triton, offset, varlen, native, cuda, torch, reference, got 'fastest'"),
-        ("attention=torch", "names an op 'attention'; there are: token_logprob"),
+        ("attention=torch", "names an op 'attention'; there are: linear, token_logprob"),
         ("gae=torch", "asks for gae=torch, but on cpu gae has:"),
     ],
 )

@@ -1,0 +1,80 @@
+"""y = x W^T + b, as ``torch.nn.functional.linear`` has it, by the faster of PyTorch's two CPU libraries.
+
+PyTorch hands float32 products to MKL, which runs AVX2 code on processors that are not Intel's. oneDNN, which comes in
+the same wheel and takes PyTorch's bfloat16 products already, runs AVX-512 there: 2.2 times as fast. So here all three
+products of a layer are oneDNN's, by the operator that torch.compile's own CPU code calls:
+
+    product(L, R) = L R^T        y = product(x, W)        dx = product(dy, W^T)        dW = product(dy^T, x^T)
+
+Everything else (other dtypes, other devices, the reference body) is PyTorch's own ``linear``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from isomorph.kernels import backend
+
+
+# -- reference: the specification
+def linear_ref(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """What ``linear`` computes."""
+    return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+
+
+# -- oneDNN
+def takes_onednn(*operands: Tensor) -> bool:
+    """Whether ``product`` can multiply these, and is to."""
+    fit = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 for x in operands)
+    return fit and _body() == "torch"
+
+
+@torch.compiler.assume_constant_result  # compiled code keeps the body it was compiled with
+def _body() -> str:
+    return backend.choose("linear", "cpu")
+
+
+def product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    """[M, N] float32: left right^T, of float32 CPU matrices of any strides, none of them empty. No gradient."""
+    if torch.compiler.is_compiling():  # Inductor's own form of the operator wants weights that never change
+        return _opaque_product(left_MK, right_NK)
+    return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
+
+
+@torch.library.custom_op("isomorph::product", mutates_args=())
+def _opaque_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
+
+
+@_opaque_product.register_fake
+def _(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    return left_MK.new_empty(left_MK.shape[0], right_NK.shape[0])  # len() would fix a number that varies
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_OI)
+        y_TO = product(x_TI, weight_OI)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(dy_TO, weight_OI.T) if needs_x else None,
+            product(dy_TO.T, x_TI.T) if needs_weight else None,
+            dy_TO.sum(0) if needs_bias else None,
+        )
+
+
+# -- public
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """[..., I] -> [..., O]. Differentiable once in all three where oneDNN multiplies."""
+    if not takes_onednn(x, weight_OI):
+        return linear_ref(x, weight_OI, bias_O)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)

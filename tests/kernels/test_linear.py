@@ -1,0 +1,78 @@
+"""A linear layer by oneDNN: PyTorch's own in float64 is the truth, PyTorch's own in float32 the bound."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from isomorph.kernels import backend
+from isomorph.kernels.linear import linear, linear_ref, takes_onednn
+
+SIZE = st.integers(1, 70)
+
+
+def grown(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, body: str) -> list[Tensor]:
+    """Output and all gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+    with backend.using(f"linear={body}"):
+        y = linear(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZE, SIZE, SIZE, st.booleans(), st.integers(0, 2**31))
+def test_output_and_gradients_are_as_near_to_float64_as_pytorchs(
+    num_rows: int, num_in: int, num_out: int, has_bias: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, weight, dy = normal(2, num_rows, num_in), normal(num_out, num_in), normal(2, num_rows, num_out)
+    bias = normal(num_out) if has_bias else None
+    inputs = [None if t is None else t.float() for t in (x, weight, bias, dy)]
+    exact = grown(*(None if t is None else t.double() for t in inputs), "reference")  # type: ignore[arg-type]
+    ours, theirs = (grown(*inputs, body) for body in ("torch", "reference"))  # type: ignore[arg-type]
+    for truth, mine, its in zip(exact, ours, theirs, strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == truth.shape
+        rounding = 2**-23 * truth.abs().max()  # where PyTorch happens to be exact
+        longest = max(2 * num_rows, num_in, num_out)
+        assert (mine - truth).abs().max() <= 2 * (its - truth).abs().max() + longest**0.5 * rounding
+
+
+def test_strided_views_are_multiplied_as_their_copies() -> None:
+    x, weight = torch.randn(30, 20).T, torch.randn(40, 60)[::2, ::2]
+    torch.testing.assert_close(linear(x, weight), linear(x.contiguous(), weight.contiguous()), rtol=0, atol=1e-5)
+
+
+def test_frozen_weights_get_no_gradient_and_still_pass_one_on() -> None:
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 8))
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_no_rows_give_no_rows(shape: tuple[int, ...]) -> None:
+    assert linear(torch.empty(shape), torch.randn(3, 8)).shape == (*shape[:-1], 3)
+
+
+def test_only_float32_on_the_cpu_is_taken_from_pytorch() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    assert takes_onednn(x, weight)
+    assert not takes_onednn(x.double(), weight.double())
+    assert not takes_onednn(x.bfloat16(), weight.bfloat16())
+    with backend.using("reference"):
+        assert not takes_onednn(x, weight)
+        assert torch.equal(linear(x, weight), linear_ref(x, weight))
+
+
+def test_infinity_and_nan_stay_in_their_rows() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    clean = linear(x, weight)
+    x[1, 2], x[2, 0] = float("inf"), float("nan")
+    found = linear(x, weight)
+    assert not found[1:3].isfinite().any()
+    torch.testing.assert_close(found[[0, 3]], clean[[0, 3]])
