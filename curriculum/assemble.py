@@ -238,7 +238,13 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
     policy.overwrite([weights[name] for name in policy.named_parameters()])
     log.cut_after(state.step)
     log.seconds_before = state.totals["wall_s"]
-    log.say(f"resuming after step {state.step} from {newest}")
+    where = "within the step after" if state.draws else "after"
+    log.say(f"resuming {where} step {state.step} from {newest}")
+    if state.num_ranks != ranks.size and state.draws:
+        raise UserError(
+            f"{newest} was written within a step by {state.num_ranks} ranks, each with its part of the updates: "
+            f"resume with {state.num_ranks} ranks, got {ranks.size}"
+        )
     if state.num_ranks != ranks.size:
         log.say(
             f"warning: the run had {state.num_ranks} ranks and goes on with {ranks.size}: the same prompts, the same "

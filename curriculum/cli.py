@@ -295,7 +295,7 @@ def bench_kernels(
 
 
 class _Stop:
-    """Remembers the first signal; the loop asks between steps. The second one ends the process where it is."""
+    """Remembers the first signal; the loop asks between updates. The second one ends the process where it is."""
 
     def __init__(self) -> None:
         self.signals = 0
@@ -307,7 +307,7 @@ class _Stop:
         self.signals += 1
         if self.signals > 1:
             raise KeyboardInterrupt
-        console.print("stopping after this step (once more: at once)", highlight=False)
+        console.print("stopping as soon as a checkpoint can be written (once more: at once)", highlight=False)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ Who does each part is decided outside and handed in as a ``Crew``. Nothing here 
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from isomorph.engine.config import RunConfig, Stage
 from isomorph.engine.policy import Policy
@@ -15,6 +17,7 @@ from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.runlog import Row, RunLog
 from isomorph.engine.rollout.weights import check_drift, check_publication
 from isomorph.engine.types import (
+    Draw,
     Exam,
     Group,
     Judge,
@@ -44,7 +47,7 @@ class Crew:
     learner: Learner
     log: RunLog
     config: RunConfig
-    stop_requested: Callable[[], bool]  # asked between steps
+    stop_requested: Callable[[], bool]  # asked between steps, after a step's draws, and between its updates
     ranks: Ranks = ALONE
 
 
@@ -62,7 +65,7 @@ def train(crew: Crew, state: RunState) -> RunState:
                 sit(crew, state, exam)
         stage = crew.source.stage()
         if stage is None:
-            save(crew, state)
+            save(crew, dataclasses.replace(state, source=crew.source.state_dict()))
             return state
         if stage.name != state.stage:
             with log.time("enter"):
@@ -70,27 +73,28 @@ def train(crew: Crew, state: RunState) -> RunState:
             state = dataclasses.replace(state, stage=stage.name)
         with profiled(log.folder, state.step + 1, crew.config.profile if crew.ranks.is_first else None):
             state = step(crew, state, stage)
-        # asked once: a request between two questions would find no checkpoint
-        is_stopping = crew.ranks.any(crew.stop_requested())
-        if is_stopping or state.step % crew.config.checkpoint_every == 0:
+        stop_if_requested(crew, state)
+        if state.step % crew.config.checkpoint_every == 0:
             with log.time("checkpoint"):
                 save(crew, state)
-        if is_stopping:
-            raise KeyboardInterrupt
 
 
 def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
-    """One round of rollouts and every update on it."""
+    """One round of rollouts and every update on it; of an interrupted one, what is left of it."""
     log, source = crew.log, crew.source
     stage_step = source.stage_step()
+    state = dataclasses.replace(state, source=source.state_dict())  # to ask the same once more, should it end here
     sampler = crew.demonstrations if stage.objective.is_supervised else crew.sampler
+    draws = Draws(crew, sampler, stage, state.draws)
     log.begin_step()
     with log.time("ask"):
         prompts = source.take(stage.batch.prompts)
     with log.time("publish"):
-        publication = bring_up_to_date(crew, sampler, state.policy_version, prompts[0])
-    groups, texts = draw(crew, sampler, prompts, stage)
-    learned, groups, texts = refill(crew, sampler, stage, groups, texts)
+        publication = bring_up_to_date(crew, sampler, state.policy_version)
+    groups, texts = draws.take(prompts)
+    learned, groups, texts = refill(draws, groups, texts)
+    state = dataclasses.replace(state, draws=tuple(draws.taken))
+    stop_if_requested(crew, state)
     with log.time("pack"):
         updates = pack(
             learned,
@@ -102,9 +106,14 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
         )
     # in a supervised stage, too: an exam may have left the sampler awake
     with log.time("handover"), crew.sampler.asleep(), log.time("update"):
-        stats = crew.learner.update(updates, stage, stage_step)
+        check = partial(check_drift, dtype=crew.policy.dtype, max_drift=crew.config.max_drift)
+        work = crew.learner.begin(updates, stage, stage_step, check)
+        while not work.is_done:
+            crew.learner.advance(work)
+            if not work.is_done:
+                stop_if_requested(crew, state)
+        stats = crew.learner.stats(work)
     with log.time("record"):
-        check_drift(stats.drift_max, crew.policy.dtype, crew.config.max_drift)
         source.observe(groups)
         state = _advanced(state, source, groups, stats, log.wall_s())
         row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication)
@@ -117,36 +126,56 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
     return state
 
 
-def draw(crew: Crew, sampler: Sampler, prompts: Sequence[Prompt], stage: Stage) -> tuple[list[Group], list[str]]:
-    """A judged group for each prompt, and the texts that were judged. A group is judged while others are drawn.
-
-    Each rank draws and judges its share.
-    """
-    own, sampling = crew.ranks.share(prompts), _sampling(crew, stage)
-    # judging, as far as it does not run beside drawing
-    with crew.log.time("judge"), Judging(crew.judge, crew.policy.text.decode, own) as judging:
-        with crew.log.time("generate"), crew.policy.whole():
-            rollouts = sampler.generate(own, sampling, judging.add)
-        texts, rewards = judging.results()
-    with crew.log.time("exchange"):
-        rollouts, texts, rewards = crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
-    with crew.log.time("judge"):
-        return score(prompts, rollouts, rewards, stage.objective), texts
+def stop_if_requested(crew: Crew, state: RunState) -> None:
+    """Raises KeyboardInterrupt, with a checkpoint of ``state`` written, where any rank was asked to stop."""
+    # asked once: a request between two questions would find no checkpoint
+    if crew.ranks.any(crew.stop_requested()):
+        with crew.log.time("checkpoint"):
+            save(crew, dataclasses.replace(state, totals={**state.totals, "wall_s": crew.log.wall_s()}))
+        raise KeyboardInterrupt
 
 
-def refill(
-    crew: Crew, sampler: Sampler, stage: Stage, groups: list[Group], texts: list[str]
-) -> tuple[list[Group], list[Group], list[str]]:
+class Draws:
+    """The responses of a step, drawn and judged; first those that it had when it was interrupted."""
+
+    def __init__(self, crew: Crew, sampler: Sampler, stage: Stage, known: Sequence[Draw]) -> None:
+        self.crew, self.sampler, self.stage = crew, sampler, stage
+        self.known = deque(known)
+        self.taken: list[Draw] = []
+
+    def take(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[str]]:
+        """A judged group for each prompt, and the texts that were judged."""
+        with self.crew.log.time("generate"):
+            draw = self.known.popleft() if self.known else self._ask(prompts)
+        self.taken.append(draw)
+        with self.crew.log.time("judge"):
+            return score(prompts, draw.rollouts, draw.rewards, self.stage.objective), list(draw.texts)
+
+    def _ask(self, prompts: Sequence[Prompt]) -> Draw:
+        """Each rank draws and judges its share; a group is judged while others are drawn."""
+        crew, sampling = self.crew, _sampling(self.crew, self.stage)
+        own = crew.ranks.share(prompts)
+        # judging, as far as it does not run beside drawing
+        with crew.log.time("judge"), Judging(crew.judge, crew.policy.text.decode, own) as judging:
+            with crew.log.time("generate"), crew.policy.whole():
+                rollouts = self.sampler.generate(own, sampling, judging.add)
+            texts, rewards = judging.results()
+        with crew.log.time("exchange"):
+            rollouts, texts, rewards = crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
+        return Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
+
+
+def refill(draws: Draws, groups: list[Group], texts: list[str]) -> tuple[list[Group], list[Group], list[str]]:
     """Dynamic sampling: groups without variance give way to further prompts' groups, in ``batch.refills`` rounds.
 
     Returns the groups to learn from, as many as before; and all that were drawn, with their texts.
     """
-    learned = list(groups)
+    learned, stage = list(groups), draws.stage
     for _ in range(stage.batch.refills):
         flat = [i for i, group in enumerate(learned) if group.is_flat]
         if not flat:
             break
-        more, more_texts = draw(crew, sampler, crew.source.take(len(flat)), stage)
+        more, more_texts = draws.take(draws.crew.source.take(len(flat)))
         for i, group in zip(flat, more, strict=True):
             learned[i] = group
         groups, texts = [*groups, *more], [*texts, *more_texts]
@@ -156,13 +185,17 @@ def refill(
     return learned, groups, texts
 
 
-def bring_up_to_date(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication | None:
+def bring_up_to_date(crew: Crew, sampler: Sampler, version: int, probe: Prompt | None = None) -> Publication | None:
     """Publishes where the sampler is behind; None where it is not."""
     return None if sampler.policy_version == version else publish(crew, sampler, version, probe)
 
 
-def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt) -> Publication:
-    """Brings the sampler to the policy's present weights, and proves that it is there."""
+def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt | None) -> Publication:
+    """Brings the sampler to the policy's present weights, and proves that it is there.
+
+    Without a ``probe`` the last proof is left to the learner: it compares every token that a step learns from with what
+    the sampler said of it, and refuses before its first update.
+    """
     with crew.policy.whole():
         publication = sampler.publish(version)
         if sampler is crew.sampler:
@@ -184,7 +217,7 @@ def sit(crew: Crew, state: RunState, exam: Exam) -> None:
 
 def save(crew: Crew, state: RunState) -> None:
     """A checkpoint of everything, written by the first rank."""
-    state = dataclasses.replace(state, source=crew.source.state_dict(), num_ranks=crew.ranks.size)
+    state = dataclasses.replace(state, num_ranks=crew.ranks.size)
     tensors = crew.learner.state_tensors()
     with crew.policy.whole():
         if crew.ranks.is_first:
@@ -238,6 +271,7 @@ def _advanced(
         num_updates=state.num_updates + stats.num_updates,
         policy_version=state.policy_version + (stats.num_updates > 0),
         source=source.state_dict(),
+        draws=(),
         totals={**{key: state.totals.get(key, 0) + value for key, value in added.items()}, "wall_s": wall_s},
     )
 

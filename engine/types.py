@@ -112,7 +112,7 @@ class Publication:
     fingerprint: str  # of the sampler's weights; of where they lie, where num_bytes is 0; "": it has none of its own
     move_s: float = 0.0  # seconds that the weights took to get there
     fingerprint_s: float = 0.0  # of both sides
-    probe_s: float = 0.0
+    probe_s: float | None = None  # None: no probe was drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +133,15 @@ class StepStats:
     num_dropped_tok: int  # their sampler log-probability was not finite
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Draw:
+    """The responses of all ranks to one lot of prompts, in their order, and what the judge said."""
+
+    rollouts: tuple[Rollout, ...]
+    texts: tuple[str, ...]
+    rewards: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
     """All that resuming needs beside weights and optimizer."""
@@ -145,6 +154,7 @@ class RunState:
     num_ranks: int = 1  # of the run that wrote it: sums over other ranks differ in their last bits
     source: dict[str, Any] = field(default_factory=dict)  # the prompt source's own state, its random numbers included
     totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens
+    draws: tuple[Draw, ...] = ()  # of the step that was interrupted, in the order in which it asked; else none
 
 
 # takes a prompt's place among those asked, and its rollouts, samples ascending

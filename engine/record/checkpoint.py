@@ -1,6 +1,8 @@
 """Save and resume. A checkpoint is a folder that appears under its final name only when it is complete and on the disk.
 
-checkpoints/step-00000050/  state.json   weights.safetensors   optimizer.safetensors
+checkpoints/step-00000050/  state.json   weights.safetensors   optimizer.safetensors   draws.safetensors
+
+The last file holds the responses of a step that was interrupted between its updates; mostly it is empty.
 """
 
 import dataclasses
@@ -8,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.types import RunFailed, RunState
+from isomorph.engine.types import Draw, Rollout, RunFailed, RunState
 
-FORMAT = 1
+FORMAT = 2
 REPLACED = ".replaced-"  # before the name of a checkpoint while another one of its step takes its place
 
 
@@ -38,7 +41,10 @@ def save_checkpoint(
         partial.mkdir()
         _write_tensors(partial / "weights.safetensors", weights)
         _write_tensors(partial / "optimizer.safetensors", learner)
-        _write_text(partial / "state.json", json.dumps({"format": FORMAT, **dataclasses.asdict(state)}))
+        about, tensors = _apart(state.draws)
+        _write_tensors(partial / "draws.safetensors", tensors)
+        fields = dataclasses.asdict(dataclasses.replace(state, draws=()))
+        _write_text(partial / "state.json", json.dumps({"format": FORMAT, **fields, "draws": about}))
         _sync(partial)
         if final.exists():
             replaced = root / f"{REPLACED}{final.name}"
@@ -70,13 +76,58 @@ def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str
         fields = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         found = fields.pop("format")
         if found == FORMAT:
+            draws = _together(fields.pop("draws"), load_file(folder / "draws.safetensors"))
             weights = load_file(folder / "weights.safetensors")
-            return RunState(**fields), weights, load_file(folder / "optimizer.safetensors")
+            return RunState(**fields, draws=draws), weights, load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: not a readable checkpoint ({error}); delete it to resume from the one before"
         ) from error
-    raise UserError(f"{folder}: checkpoint format {found}, this version reads {FORMAT}")
+    raise UserError(
+        f"{folder}: checkpoint format {found}, this version reads {FORMAT}: resume with the version that wrote it, "
+        "whose name run.json tells, or start anew"
+    )
+
+
+def _apart(draws: Sequence[Draw]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """What of ``draws`` goes into JSON, and the tensors, one of a kind for each draw."""
+    about, tensors = [], {}
+    for i, draw in enumerate(draws):
+        known = [r.sampler_logprob for r in draw.rollouts if r.sampler_logprob is not None]
+        tensors[f"{i}/token_ids"] = torch.cat([r.token_ids for r in draw.rollouts])
+        if known:
+            tensors[f"{i}/sampler_logprob"] = torch.cat(known)
+        about.append(
+            {
+                "rollouts": [
+                    {
+                        "prompt_id": r.prompt_id,
+                        "sample": r.sample,
+                        "finish": r.finish,
+                        "policy_version": r.policy_version,
+                    }
+                    for r in draw.rollouts
+                ],
+                "lens": [len(r.token_ids) for r in draw.rollouts],
+                "texts": draw.texts,
+                "rewards": draw.rewards,
+            }
+        )
+    return about, tensors
+
+
+def _together(about: list[dict[str, Any]], tensors: dict[str, Tensor]) -> tuple[Draw, ...]:
+    draws = []
+    for i, told in enumerate(about):
+        token_ids = tensors[f"{i}/token_ids"].split(told["lens"])
+        joined = tensors.get(f"{i}/sampler_logprob")  # demonstrations have none
+        logprobs = [None] * len(token_ids) if joined is None else joined.split(told["lens"])
+        rollouts = tuple(
+            Rollout(**fields, token_ids=ids, sampler_logprob=logprob)
+            for fields, ids, logprob in zip(told["rollouts"], token_ids, logprobs, strict=True)
+        )
+        draws.append(Draw(rollouts=rollouts, texts=tuple(told["texts"]), rewards=tuple(told["rewards"])))
+    return tuple(draws)
 
 
 def _complete(root: Path) -> list[Path]:

@@ -267,7 +267,7 @@ def trainer_logprob(
 
 # -- tripwire
 def check_publication(
-    policy: Policy, sampler: Sampler, publication: Publication, probe_prompt: Prompt, max_drift: float | None
+    policy: Policy, sampler: Sampler, publication: Publication, probe_prompt: Prompt | None, max_drift: float | None
 ) -> Publication:
     """Proves that ``sampler`` samples from ``policy`` as it is now, or raises RunFailed.
 
@@ -275,7 +275,8 @@ def check_publication(
 
     Three things must hold: the sampler's version is the published one; both sides have one fingerprint; and a few
     tokens, drawn by the sampler after the beginning of ``probe_prompt``, get the same log-probabilities from the
-    trainer. ``max_drift``: nats; None: by dtype.
+    trainer. ``probe_prompt``: None where all that is drawn next will be compared before it is learned from.
+    ``max_drift``: nats; None: by dtype.
     """
     start = time.perf_counter()
     if sampler.policy_version != publication.version:
@@ -289,15 +290,14 @@ def check_publication(
                 f"{publication.fingerprint}, the trainer's {own}: responses would come from stale weights"
             )
     compared = time.perf_counter()
+    publication = dataclasses.replace(publication, fingerprint_s=publication.fingerprint_s + compared - start)
+    if probe_prompt is None:
+        return publication
     drift = probe_drift(policy, sampler, probe_prompt)
     if not math.isfinite(drift):
         raise RunFailed(f"after publishing version {publication.version} a probe's log-probabilities are not finite")
     check_drift(drift, policy.dtype, max_drift)
-    return dataclasses.replace(
-        publication,
-        fingerprint_s=publication.fingerprint_s + compared - start,
-        probe_s=time.perf_counter() - compared,
-    )
+    return dataclasses.replace(publication, probe_s=time.perf_counter() - compared)
 
 
 def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> float:

@@ -3,9 +3,13 @@
 An optimizer step goes through its micro-batches one after the other; every one adds its share of a single loss, whose
 denominator was counted over all of them before. Log-probabilities of the old policy get a pass of their own only where
 the policy will have moved before: the first update of a round of rollouts sees them in its own forward pass.
+
+    round = begin(updates)        advance(round) until round.is_done        stats(round)
+
+Between two steps a round can be laid down in a checkpoint and taken up again, bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +52,64 @@ class Tally:
         return self.sums[name].item() / self.num_tok if self.num_tok else float("nan")
 
 
+class Round:
+    """How far the optimizer steps on one round of rollouts have come."""
+
+    def __init__(
+        self,
+        updates: list[Update],
+        stage: Stage,
+        stage_step: int,
+        device: torch.device,
+        check_drift: Callable[[float], None],
+    ) -> None:
+        self.updates, self.stage, self.stage_step = updates, stage, stage_step
+        self.learned = [update for update in updates if update.batches]
+        self.check_drift = check_drift
+        self.device = device
+        self.reference: list[list[Tensor]] | None = None
+        self.old: list[list[Tensor] | None] = []  # of each update, by the policy that no step had moved yet
+        self.tally, self.drift = Tally(), Tally()
+        self.drift_max = 0.0
+        self.norms: list[float] = []  # of the steps made
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.norms) == self.stage.batch.epochs * len(self.learned)
+
+    def compare(self, update: Update, logprobs: Sequence[Tensor]) -> None:
+        """Takes down how far the sampler was off on the tokens of ``update``."""
+        for batch, logprob in zip(update.batches, logprobs, strict=True):
+            if batch.sampler_logprob is not None and batch.num_loss_tok:
+                gap = (logprob - batch.sampler_logprob).abs()
+                self.drift.add(batch.num_loss_tok, drift=gap)
+                self.drift_max = max(self.drift_max, gap.max().item())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold so that ``load`` goes on from here; the rest is computed again."""
+        found = {"norms": torch.tensor(self.norms, dtype=torch.float64)}
+        found["drift_max"] = torch.tensor(self.drift_max, dtype=torch.float64)
+        for kind, tally in (("tally", self.tally), ("drift", self.drift)):
+            found[f"{kind}/num_tok"] = torch.tensor(tally.num_tok)
+            found |= {f"{kind}/sum/{name}": total.cpu() for name, total in tally.sums.items()}
+        for u, logprobs in enumerate(self.old):
+            found |= {f"old/{u}/{b}": logprob.cpu() for b, logprob in enumerate(logprobs or [])}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.norms = tensors["norms"].tolist()
+        self.drift_max = tensors["drift_max"].item()
+        for kind, tally in (("tally", self.tally), ("drift", self.drift)):
+            prefix = f"{kind}/sum/"
+            tally.num_tok = int(tensors[f"{kind}/num_tok"])
+            named = {name: t for name, t in tensors.items() if name.startswith(prefix)}
+            tally.sums = {name.removeprefix(prefix): t.to(self.device) for name, t in named.items()}
+        self.old = [
+            [tensors[f"old/{u}/{b}"].to(self.device) for b in range(len(update.batches))]
+            for u, update in enumerate(self.learned)
+        ]
+
+
 class Learner:
     """Owns the optimizer and the reference weights; everything else is handed in."""
 
@@ -56,6 +118,8 @@ class Learner:
         self.ranks = ranks
         self.optimizer: MasterAdamW | None = None
         self.reference: list[Tensor] | None = None  # host memory; swapped in for one pass a rollout
+        self.round: Round | None = None  # that is under way
+        self._interrupted: dict[str, Tensor] = {}  # of the round that ``begin`` is to take up
 
     def enter(self, stage: Stage) -> None:
         """A new stage begins: its optimizer, and the policy that KL is measured to."""
@@ -72,48 +136,78 @@ class Learner:
             self.reference = self.policy.snapshot()
 
     def update(self, updates: Sequence[Update], stage: Stage, stage_step: int) -> StepStats:
-        """All optimizer steps of one round of rollouts. Raises RunFailed on a non-finite loss or gradient."""
+        """All optimizer steps of one round of rollouts."""
+        work = self.begin(updates, stage, stage_step)
+        while not work.is_done:
+            self.advance(work)
+        return self.stats(work)
+
+    def begin(
+        self,
+        updates: Sequence[Update],
+        stage: Stage,
+        stage_step: int,
+        check_drift: Callable[[float], None] = lambda drift: None,
+    ) -> Round:
+        """What must be computed before anything moves; or, after ``restore``, the round that was interrupted.
+
+        ``check_drift``: told the largest difference to the sampler's log-probabilities before the first step is made;
+        what it raises leaves the weights as they were.
+        """
+        work = Round(list(updates), stage, stage_step, self.policy.device, check_drift)
+        self.round = work
+        work.reference = self._reference_logprobs([update.batches for update in work.learned], stage)
+        if self._interrupted:
+            work.load(self._interrupted)
+            self._interrupted = {}
+            return work
+        work.old = [None for _ in work.learned[:1]]  # the first update sees its own
+        for update in work.learned[1:]:
+            logprobs = [self._logprob(batch, stage) for batch in update.batches]
+            work.old.append(logprobs)
+            work.compare(update, logprobs)
+        return work
+
+    def advance(self, work: Round) -> None:
+        """One optimizer step. Raises RunFailed on a non-finite loss or gradient."""
         assert self.optimizer is not None, "enter a stage first"
-        lr = learning_rate(stage.optim, stage_step, stage.steps)
-        learned = [update for update in updates if update.batches]
-        reference = self._reference_logprobs([update.batches for update in learned], stage)
-        # before anything moves; the first update sees its own
-        old: list[list[Tensor] | None] = [None for _ in learned[:1]]
-        old += [[self._logprob(batch, stage) for batch in update.batches] for update in learned[1:]]
-        tally, drift, norms = Tally(), Tally(), []
-        drift_max = torch.tensor(0.0, device=self.policy.device)
-        for epoch in range(stage.batch.epochs):
-            for u, update in enumerate(learned):
-                before = old[u]
-                seen = []
-                for b, batch in enumerate(update.batches):
-                    rows = self._rows(
-                        batch, update, stage, before[b] if before else None, reference[u][b] if reference else None
-                    )
-                    seen.append(self._backward(batch, rows, stage, tally))
-                if epoch == 0:
-                    old[u] = before or seen
-                    for batch, logprob in zip(update.batches, before or seen, strict=True):
-                        if batch.sampler_logprob is not None and batch.num_loss_tok:
-                            gap = (logprob - batch.sampler_logprob).abs()
-                            drift.add(batch.num_loss_tok, drift=gap)
-                            drift_max = torch.maximum(drift_max, gap.max())
-                self.ranks.sum(self.optimizer.gradients())
-                norms.append(self.optimizer.step(lr=lr, clip_norm=stage.optim.clip_norm))
-                self.optimizer.zero_grad()
-        tally.gather(self.ranks)
-        drift.gather(self.ranks)
+        is_first = not work.norms
+        u = len(work.norms) % len(work.learned)
+        update, before = work.learned[u], work.old[u]
+        reference = work.reference[u] if work.reference else None
+        seen = []
+        for b, batch in enumerate(update.batches):
+            old = before[b] if before else None
+            rows = self._rows(batch, update, work.stage, old, reference[b] if reference else None)
+            seen.append(self._backward(batch, rows, work.stage, work.tally))
+        if before is None:
+            work.old[u] = seen
+            work.compare(update, seen)
+        if is_first:
+            work.drift_max = max(self.ranks.gather(work.drift_max))
+            work.check_drift(work.drift_max)
+        self.ranks.sum(self.optimizer.gradients())
+        lr = learning_rate(work.stage.optim, work.stage_step, work.stage.steps)
+        work.norms.append(self.optimizer.step(lr=lr, clip_norm=work.stage.optim.clip_norm))
+        self.optimizer.zero_grad()
+
+    def stats(self, work: Round) -> StepStats:
+        """Of a round that is done, over all ranks."""
+        self.round = None
+        stage, norms, updates = work.stage, work.norms, work.updates
+        work.tally.gather(self.ranks)
+        work.drift.gather(self.ranks)
         num_own_tok = sum(len(b.token_ids) for u in updates for b in u.batches)
         nan = float("nan")
         return StepStats(
-            loss=tally.sums["loss"].item() / len(norms) if norms else nan,
+            loss=work.tally.sums["loss"].item() / len(norms) if norms else nan,
             grad_norm=sum(norms) / len(norms) if norms else nan,
-            lr=lr,
-            clip_frac=tally.mean("clipped"),
-            entropy=tally.mean("entropy"),
-            kl=tally.mean("kl"),
-            drift_mean=drift.mean("drift"),
-            drift_max=max(self.ranks.gather(drift_max.item())) if drift.num_tok else nan,
+            lr=learning_rate(stage.optim, work.stage_step, stage.steps),
+            clip_frac=work.tally.mean("clipped"),
+            entropy=work.tally.mean("entropy"),
+            kl=work.tally.mean("kl"),
+            drift_mean=work.drift.mean("drift"),
+            drift_max=work.drift_max if work.drift.num_tok else nan,
             num_updates=len(norms),
             num_loss_tok=sum(u.num_loss_tok for u in updates),
             num_trunk_tok=stage.batch.epochs * sum(self.ranks.gather(num_own_tok)),
@@ -121,17 +215,25 @@ class Learner:
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint: optimizer and reference."""
+        """For a checkpoint: optimizer and reference, and the round that is under way. All ranks must ask."""
         assert self.optimizer is not None
+        under_way = self.round.tensors() if self.round is not None and self.round.norms else self._interrupted
+        rounds = {
+            f"round/{rank}/{name}": tensor
+            for rank, tensors in enumerate(self.ranks.gather(under_way))
+            for name, tensor in tensors.items()
+        }
         named = zip(self.policy.named_parameters().items(), self.reference or [], strict=False)
         reference = {f"reference/{name}": whole_of(weight, parameter) for (name, parameter), weight in named}
-        return {**self.optimizer.state_tensors(), **reference}
+        return {**self.optimizer.state_tensors(), **reference, **rounds}
 
     def restore(self, stage: Stage, tensors: dict[str, Tensor]) -> None:
         """Into the middle of ``stage``; the policy's parameters have been restored before."""
         self._open_optimizer(stage)
         assert self.optimizer is not None
         self.optimizer.load_state_tensors(tensors)
+        own = f"round/{self.ranks.rank}/"
+        self._interrupted = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
         named = {f"reference/{name}": p for name, p in self.policy.named_parameters().items()}
         is_there = all(name in tensors for name in named)
         self.reference = [local(part_of(tensors[name], p)).cpu() for name, p in named.items()] if is_there else None

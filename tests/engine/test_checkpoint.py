@@ -280,9 +280,9 @@ def test_a_folder_that_is_no_checkpoint_is_the_users_error(tmp_path: Path) -> No
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.safetensors", "draws.safetensors"])
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"3", b'"x"', b"null", b'{"format": 1, "odd": 2}']
+    "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"3", b'"x"', b"null", b'{"format": 2, "odd": 2}']
 )
 def test_an_unreadable_file_is_the_users_error_and_says_what_to_do(tmp_path: Path, name: str, content: bytes) -> None:
     folder = save(tmp_path)
@@ -293,7 +293,7 @@ def test_an_unreadable_file_is_the_users_error_and_says_what_to_do(tmp_path: Pat
 
 
 def test_a_missing_file_is_the_users_error(tmp_path: Path) -> None:
-    for name in ("weights.safetensors", "optimizer.safetensors"):
+    for name in ("weights.safetensors", "optimizer.safetensors", "draws.safetensors"):
         folder = save(tmp_path)
         (folder / name).unlink()
         with pytest.raises(UserError, match="delete it"):
