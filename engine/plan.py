@@ -167,6 +167,7 @@ def arenas(facts: Facts) -> list[Arena]:
         Arena("reference", trained * facts.weight_bytes if facts.has_reference else 0, MOMENTS, is_host=True),
         Arena("keys and values", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         Arena("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
+        Arena("packed weights", _packed_bytes(facts), ("generate",)),
         Arena("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
     ]
     return [arena for arena in found if arena.num_bytes]
@@ -217,6 +218,12 @@ def _sampler_bytes(facts: Facts) -> float:
     if facts.sampler == "vllm":
         return VLLM_OVERHEAD_BYTES
     return SAMPLER_LOGIT_COPIES * 4 * facts.num_rows * facts.shape.num_vocab
+
+
+def _packed_bytes(facts: Facts) -> float:
+    """Copies by which the built-in sampler's layers multiply on a CPU."""
+    is_packed = facts.is_sampled and facts.sampler == "builtin" and not facts.is_gpu
+    return facts.shape.num_trunk * facts.weight_bytes if is_packed else 0
 
 
 def peak_bytes(facts: Facts, moment: Moment) -> float:

@@ -35,7 +35,7 @@ from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.lora import Adapters, attach, is_adapter, require_peft
 from isomorph.engine.plan import ModelShape
 from isomorph.engine.types import PackedBatch
-from isomorph.kernels.linear import linear
+from isomorph.kernels.linear import linear, linear_packed, pack
 from isomorph.kernels.packed_attention import packed_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -60,7 +60,11 @@ ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
 class _Linear(torch.nn.Linear):
     """A layer that is there already takes this class: its parameters and their names stay."""
 
+    packed: Tensor | None = None
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.packed is not None:
+            return linear_packed(input, self.packed, self.bias)
         return linear(input, self.weight, self.bias)
 
 
@@ -223,6 +227,18 @@ class Policy:
             yield
         finally:
             self.overwrite(own)
+
+    @contextlib.contextmanager
+    def packed(self) -> Iterator[None]:
+        """While open the layers multiply by packed copies of their weights, which must stay as they are: on a CPU."""
+        layers = [module for module in self.model.model.layers.modules() if isinstance(module, _Linear)]
+        try:
+            for layer in layers:
+                layer.packed = pack(layer.weight)
+            yield
+        finally:
+            for layer in layers:
+                layer.packed = None
 
     def snapshot(self) -> list[Tensor]:
         """A copy of what is trained in host memory, in the order of ``named_parameters``; of what FSDP left here."""

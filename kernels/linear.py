@@ -7,6 +7,9 @@ products of a layer are oneDNN's, by the operator that torch.compile's own CPU c
     product(L, R) = L R^T        y = product(x, W)        dx = product(dy, W^T)        dW = product(dy^T, x^T)
 
 Everything else (other dtypes, other devices, the reference body) is PyTorch's own ``linear``.
+
+Few rows cost the reading of the weight, and oneDNN arranges it anew for each product. ``pack`` does that once, for a
+sampler whose weights stay as they are while it decodes.
 """
 
 from typing import Any
@@ -16,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import backend
+
+PACKED_FOR_ROWS = 32  # any number is multiplied; of these the arrangement is the best
 
 
 # -- reference: the specification
@@ -73,6 +78,22 @@ class _Linear(torch.autograd.Function):
 
 
 # -- public
+def pack(weight_OI: Tensor) -> Tensor | None:
+    """A copy of the weight as oneDNN multiplies by it, for ``linear``; None where oneDNN would not.
+
+    It knows nothing of later changes of the weight.
+    """
+    is_fit = weight_OI.device.type == "cpu" and weight_OI.dtype in (torch.float32, torch.bfloat16)
+    if not is_fit or weight_OI.numel() == 0 or _body() != "torch":
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), PACKED_FOR_ROWS)
+
+
+def linear_packed(x: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """[..., I] -> [..., O], in the dtype that ``packed`` was made from. No gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
+
+
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[..., I] -> [..., O]. Differentiable once in all three where oneDNN multiplies."""
     if not takes_onednn(x, weight_OI):

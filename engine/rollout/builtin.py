@@ -37,9 +37,10 @@ class BuiltinSampler:
         if not prompts:
             return []
         batch = _Batch(self._decoder_for(prompts, sampling), prompts, sampling, self.policy_version)
-        for index, rollouts in batch.run():
-            if on_group is not None:
-                on_group(index, rollouts)
+        with self.policy.packed():
+            for index, rollouts in batch.run():
+                if on_group is not None:
+                    on_group(index, rollouts)
         return [rollout for group in batch.groups for rollout in group]
 
     @contextlib.contextmanager

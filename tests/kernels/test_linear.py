@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isomorph.kernels import backend
-from isomorph.kernels.linear import linear, linear_ref, takes_onednn
+from isomorph.kernels.linear import linear, linear_packed, linear_ref, pack, takes_onednn
 
 SIZE = st.integers(1, 70)
 
@@ -76,3 +76,25 @@ def test_infinity_and_nan_stay_in_their_rows() -> None:
     found = linear(x, weight)
     assert not found[1:3].isfinite().any()
     torch.testing.assert_close(found[[0, 3]], clean[[0, 3]])
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 32, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_multiplies_as_the_weight_does(num_rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=generator) for s in ((2, num_rows, 96), (80, 96), (80,)))
+    packed = pack(weight.to(dtype))
+    assert packed is not None
+    exact = linear_ref(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
+    ours = linear_packed(x.to(dtype), packed, bias.to(dtype))
+    theirs = linear_ref(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    assert ours.dtype == dtype and ours.shape == (2, num_rows, 80)
+    rounding = 96**0.5 * 2**-23 * exact.abs().max()
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding
+
+
+def test_what_onednn_does_not_multiply_is_not_packed() -> None:
+    assert pack(torch.randn(3, 8).double()) is None
+    assert pack(torch.empty(0, 8)) is None
+    with backend.using("reference"):
+        assert pack(torch.randn(3, 8)) is None
