@@ -118,7 +118,7 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
         state = _advanced(state, source, groups, stats, log.wall_s())
         row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication)
     num_correct = sum(reward > 0 for group in groups for reward in group.rewards)
-    row |= log.end_step(num_tok=stats.num_loss_tok, num_correct=num_correct)
+    row |= log.end_step(num_tok=stats.num_loss_tok, num_correct=num_correct, gather=crew.ranks.gather)
     with log.time("record"):
         log.write_step(row, _line(row))
         if state.step % crew.config.completions_every == 0:

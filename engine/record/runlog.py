@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch.profiler import record_function
 
-from isomorph.engine.record.telemetry import Telemetry
+from isomorph.engine.record.telemetry import Gather, Telemetry
 from isomorph.engine.types import RunFailed
 
 Row = dict[str, Any]
@@ -69,13 +69,14 @@ class RunLog:
         self._between_s = self._started - self._ended
         self._between, self.times = self.times, {}
 
-    def end_step(self, *, num_tok: int, num_correct: int) -> Row:
+    def end_step(self, *, num_tok: int, num_correct: int, gather: Gather = lambda own: [own]) -> Row:
         """What the step cost, for its row; what comes until the next one begins is between them.
 
-        ``num_tok``: that counted in the loss. ``num_correct``: answers worth something.
+        ``num_tok``: that counted in the loss. ``num_correct``: answers worth something. Both of all ranks, each of
+        which must ask; ``gather``: what they say.
         """
         with self.time("record"):
-            machine = self.telemetry.end(num_tok=num_tok, num_correct=num_correct)
+            machine = self.telemetry.end(num_tok=num_tok, num_correct=num_correct, gather=gather)
         self._ended = time.perf_counter()
         times, self.times = self.times, {}
         return {

@@ -5,7 +5,7 @@ A number that nobody measured is None, never 0; ``Telemetry.reason`` says why. U
     mem/rss_gib  mem/peak_rss_gib  mem/gpu_peak_gib          at the end; the most within the step
     gpu/util  gpu/mem_gib  gpu/power_w  gpu/clock_mhz        mean; mem: the most
     gpu/throttle                                             reasons seen in any sample, joined by commas
-    energy/step_j  energy/j_per_tok  energy/j_per_correct    per token that counts in the loss; per right answer
+    energy/step_j  energy/j_per_tok  energy/j_per_correct    of all ranks' GPUs; per token in the loss; per right answer
 """
 
 import contextlib
@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+Told = tuple[str, float] | None  # a rank's GPU and its joules
+Gather = Callable[[Told], list[Told]]
 
 PERIOD_S = 1.0
 WINDOW, MIN_GROWTH, NUM_GROWING = 20, 0.005, 4  # steps; share of the memory, from window to window; windows in a row
@@ -42,10 +45,10 @@ class Sample:
 
 
 class Gpu:
-    """One GPU through NVML. ``nvml`` is the module pynvml."""
+    """One GPU through NVML. ``nvml`` is the module pynvml; no other GPU has the same ``uuid``."""
 
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self.nvml, self.handle = nvml, handle
+    def __init__(self, nvml: Any, handle: Any, uuid: str) -> None:
+        self.nvml, self.handle, self.uuid = nvml, handle, uuid
 
     def sample(self) -> Sample:
         nvml, handle = self.nvml, self.handle
@@ -81,7 +84,7 @@ def connect(uuid: str) -> tuple[Gpu | None, str]:
         return None, "nvidia-ml-py is not installed: pip install 'isomorph[telemetry]'"
     try:
         nvml.nvmlInit()
-        gpu = Gpu(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}"))
+        gpu = Gpu(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}"), uuid)
         gpu.sample()
     except nvml.NVMLError as error:
         return None, f"NVML: {error}"
@@ -142,15 +145,17 @@ class Telemetry:
             torch.cuda.reset_peak_memory_stats()
         self._look()
 
-    def end(self, *, num_tok: int, num_correct: int) -> dict[str, Any]:
-        """The step's numbers. ``num_tok``: that counted in the loss."""
+    def end(self, *, num_tok: int, num_correct: int, gather: Gather = lambda own: [own]) -> dict[str, Any]:
+        """The step's numbers. ``num_tok``: that counted in the loss, of all ranks; ``gather``: what each rank says."""
         rss_gib, peak_gib = process_memory_gib()
         gpu_peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
         memory = {"mem/rss_gib": rss_gib, "mem/peak_rss_gib": peak_gib, "mem/gpu_peak_gib": gpu_peak}
         self._look()
+        own = (self.gpu.uuid, _energy_j(list(self._samples))) if self.gpu else None
+        energy = _energy(gather(own), num_tok, num_correct)
         if self.gpu is None:
-            return {**memory, **dict.fromkeys(GPU_KEYS)}
-        return {**memory, **_summed_up(list(self._samples), num_tok, num_correct)}
+            return {**memory, **dict.fromkeys(GPU_KEYS), **energy}
+        return {**memory, **_summed_up(list(self._samples)), **energy}
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(PERIOD_S):
@@ -167,26 +172,30 @@ class Telemetry:
             self.gpu, self.reason = None, f"NVML: {error}"
 
 
-GPU_KEYS = (
-    *(f"gpu/{name}" for name in ("util", "mem_gib", "power_w", "clock_mhz", "throttle")),
-    *(f"energy/{name}" for name in ("step_j", "j_per_tok", "j_per_correct")),
-)
+GPU_KEYS = tuple(f"gpu/{name}" for name in ("util", "mem_gib", "power_w", "clock_mhz", "throttle"))
+ENERGY_KEYS = tuple(f"energy/{name}" for name in ("step_j", "j_per_tok", "j_per_correct"))
 
 
-def _summed_up(samples: list[Sample], num_tok: int, num_correct: int) -> dict[str, Any]:
+def _energy(told: list[Told], num_tok: int, num_correct: int) -> dict[str, float | None]:
+    """Of all ranks' GPUs, one that two ranks share counted once; None where any rank did not measure."""
+    known = [one for one in told if one is not None]
+    if len(known) < len(told):
+        return dict.fromkeys(ENERGY_KEYS)
+    step_j = sum(dict(known).values())
+    each = (step_j / num if num else None for num in (num_tok, num_correct))
+    return dict(zip(ENERGY_KEYS, (step_j, *each), strict=True))
+
+
+def _summed_up(samples: list[Sample]) -> dict[str, Any]:
     seen = 0
     for sample in samples:
         seen |= sample.throttle
-    energy_j = _energy_j(samples)
     values = (
         sum(s.util for s in samples) / len(samples),
         max(s.mem_gib for s in samples),
         sum(s.power_w for s in samples) / len(samples),
         sum(s.clock_mhz for s in samples) / len(samples),
         ",".join(name for bit, name in THROTTLE.items() if seen & bit),
-        energy_j,
-        energy_j / num_tok if num_tok else None,
-        energy_j / num_correct if num_correct else None,
     )
     return dict(zip(GPU_KEYS, values, strict=True))
 

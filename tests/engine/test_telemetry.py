@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from isomorph.engine.record import telemetry
-from isomorph.engine.record.telemetry import GPU_KEYS, NUM_GROWING, WINDOW, Gpu, Growth, Telemetry, connect, find_gpu
+from isomorph.engine.record.telemetry import (
+    ENERGY_KEYS,
+    GPU_KEYS,
+    NUM_GROWING,
+    WINDOW,
+    Gpu,
+    Growth,
+    Telemetry,
+    connect,
+    find_gpu,
+)
 
 
 class NVMLError(Exception):
@@ -52,8 +62,8 @@ class PlayedNvml:
         return 50_000 * self.num_looks
 
 
-def watched(nvml: PlayedNvml) -> Telemetry:
-    return Telemetry(Gpu(nvml, handle=None))
+def watched(nvml: PlayedNvml, uuid: str = "a") -> Telemetry:
+    return Telemetry(Gpu(nvml, handle=None, uuid=uuid))
 
 
 def test_a_steps_looks_are_summed_up() -> None:
@@ -75,6 +85,15 @@ def test_no_token_and_no_right_answer_have_no_price() -> None:
     assert row["energy/step_j"] == 50 and row["energy/j_per_tok"] is None and row["energy/j_per_correct"] is None
 
 
+@pytest.mark.parametrize(("others", "joules"), [([("b", 30.0)], 80), ([("a", 50.0)], 50), ([("b", 30.0), None], None)])
+def test_the_energy_is_that_of_all_ranks_and_a_gpu_counts_once(others: list[Any], joules: float | None) -> None:
+    log = watched(PlayedNvml())
+    log.begin()
+    row = log.end(num_tok=10, num_correct=0, gather=lambda own: [own, *others])
+    assert row["energy/step_j"] == joules and row["gpu/power_w"] == 105
+    assert row["energy/j_per_tok"] == (None if joules is None else joules / 10)
+
+
 def test_without_a_counter_the_power_is_integrated() -> None:
     log = watched(PlayedNvml(has_counter=False))
     log.begin()
@@ -93,7 +112,7 @@ def test_a_gpu_that_is_lost_in_the_middle_leaves_holes_and_ends_nothing(monkeypa
 
     monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", lost)
     row = log.end(num_tok=1, num_correct=1)
-    assert [row[key] for key in GPU_KEYS] == [None] * len(GPU_KEYS) and row["mem/rss_gib"] > 0
+    assert {row[key] for key in (*GPU_KEYS, *ENERGY_KEYS)} == {None} and row["mem/rss_gib"] > 0
     assert log.reason == "NVML: GPU is lost"
     log.begin()
 
@@ -119,7 +138,7 @@ def test_what_nobody_measures_is_none_and_the_reason_is_told() -> None:
         log.begin()
         row = log.end(num_tok=1, num_correct=1)
     assert log.reason == "the run is on the CPU"
-    assert {row[key] for key in GPU_KEYS} == {None}
+    assert {row[key] for key in (*GPU_KEYS, *ENERGY_KEYS)} == {None}
     assert row["mem/rss_gib"] > 0 and row["mem/peak_rss_gib"] >= row["mem/rss_gib"]
 
 
