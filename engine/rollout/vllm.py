@@ -76,6 +76,8 @@ class VllmSampler:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
         """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked."""
         self._refuse(prompts, sampling)
+        if not prompts:
+            return []
         self._forget_prefixes()  # what ran before must not change a bit
         requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         params = [_sampling_params(prompt, sampling) for prompt in prompts]

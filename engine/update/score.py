@@ -36,7 +36,10 @@ class Judging:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def add(self, index: int, rollouts: Sequence[Rollout]) -> None:
-        """All responses to prompt ``index``, finished."""
+        """All responses to prompt ``index``, finished. Raises what the judge has raised on earlier ones."""
+        for call in self._calls:
+            if call.done():
+                call.result()
         self._waiting.put((index, rollouts))
         self._calls.append(self._thread.submit(self._judge_what_waits))
 

@@ -137,6 +137,17 @@ def test_a_group_is_judged_while_another_is_still_being_drawn() -> None:
     assert judged == [[2, 2, 2], [4, 4, 4]]
 
 
+def test_what_the_judge_raised_ends_the_drawing_at_the_next_group() -> None:
+    def broken(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        raise RunFailed("the judge is broken")
+
+    with Judging(broken, decode, PROMPTS) as judging:
+        judging.add(1, ROLLOUTS[3:])
+        judging._thread.submit(lambda: None).result()  # its only thread is past the first group
+        with pytest.raises(RunFailed, match="broken"):
+            judging.add(0, ROLLOUTS[:3])
+
+
 def test_what_gathers_during_a_call_of_the_judge_is_judged_in_one_call() -> None:
     prompts, is_first, may_go = [prompt(i) for i in range(5)], threading.Event(), threading.Event()
     calls: list[int] = []

@@ -259,6 +259,7 @@ def test_trainer_and_vllm_agree_on_log_probabilities(pair: Pair) -> None:
     assert sorted(i for i, _ in handed) == list(range(16))
     assert all(group == rollouts[2 * i : 2 * i + 2] for i, group in handed)
     assert drift(policy, prompts, rollouts) <= 1e-3
+    assert sampler.generate([], make_sampling(policy)) == []
     cooler = sampler.generate(prompts[:2], make_sampling(policy, temperature=0.6))
     assert drift(policy, prompts[:2], cooler, temperature=0.6) <= 1e-3
 
