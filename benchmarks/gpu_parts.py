@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,46 @@ def update(rehearse: bool) -> Rows:
         "unpacked_tok_s": prompts * size * (prompt + response) / timing["median_s"],
         "peak_mib": memory.mib(),
     }
+
+
+def optimizers(rehearse: bool) -> Rows:
+    """AdamW's step beside bfloat16 weights, and on the host with its transfers."""
+    from isomorph.engine.config import OptimConfig
+    from isomorph.engine.update.optimizer import MasterAdamW
+
+    num, width = (2, 16) if rehearse else (32, 4096)
+    for on_host in (False, True):
+        weights = {
+            f"{i}": torch.nn.Parameter(torch.randn(width, width, device=DEVICE).bfloat16() * 0.02) for i in range(num)
+        }
+        optimizer = MasterAdamW(weights, OptimConfig(), on_host=on_host)
+        memory = PeakMemory()
+
+        def step(weights: dict[str, Tensor] = weights, optimizer: MasterAdamW = optimizer) -> None:
+            sum((p * 0.5).sum() for p in weights.values()).backward()  # type: ignore[union-attr]
+            optimizer.step(lr=1e-6, clip_norm=1.0)
+            optimizer.zero_grad()
+
+        timing = _timed(step, 0, budget_s=15.0)
+        place = "on the host" if on_host else "beside the weights"
+        check = f"AdamW {place}, {num * width**2 / 1e6:.0f} M weights, gradients included"
+        yield {"check": check, **timing, "peak_mib": memory.mib()}
+
+
+def energy(rehearse: bool) -> Rows:
+    """What NVML says of two busy seconds."""
+    from isomorph.engine.record.telemetry import PERIOD_S, Telemetry, find_gpu
+
+    telemetry = Telemetry(*find_gpu(DEVICE))
+    size = 64 if rehearse else 8192
+    a = torch.randn(size, size, device=DEVICE)
+    with telemetry.watching():
+        telemetry.begin()
+        until = time.perf_counter() + (0.1 if rehearse else 2 * PERIOD_S)
+        while time.perf_counter() < until:
+            (a @ a).sum().item()
+        row = telemetry.end(num_tok=1, num_correct=1)
+    yield {"check": "energy of two busy seconds, J", "value": row["energy/step_j"], "reason": telemetry.reason, **row}
 
 
 def sampler_speed(rehearse: bool) -> Rows:

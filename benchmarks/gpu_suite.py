@@ -41,6 +41,8 @@ PARTS: dict[str, tuple[Callable[[bool], ask.Rows], float]] = {
     "decode_attention": (ask.ops("bench_decode_attention"), 30.0),
     "sampler": (ask.sampler_speed, 45.0),
     "step": (ask.step_beside_trl, 90.0),
+    "energy": (ask.energy, 15.0),
+    "optimizers": (ask.optimizers, 45.0),
     "linear_logprob": (ask.ops("bench_linear_logprob"), 60.0),
     "token_logprob": (ask.ops("bench_token_logprob"), 30.0),
     "sample_token": (ask.ops("bench_sample_token"), 20.0),
