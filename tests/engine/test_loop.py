@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from isomorph.engine.loop import Crew, train
 from isomorph.engine.policy import Policy, build_tiny
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import RunLog, read_steps
+from isomorph.engine.record.telemetry import MIN_GROWTH
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import Exam, Group, OnGroup, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
@@ -514,6 +518,38 @@ def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path)
         with pytest.raises(KeyboardInterrupt) if is_stopping else contextlib.nullcontext():
             train(crew, state)
     assert Counting.calls == 1
+
+
+# -- memory
+class Forgetful(Questions):
+    """Keeps nothing of what it was shown."""
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        super().observe(groups)
+        self.observed.clear()
+
+
+@pytest.mark.slow
+def test_three_hundred_steps_hold_on_to_nothing(tmp_path: Path) -> None:
+    stage = make_stage(steps=300, objective="grpo", objective_choices=dict(kl_coef=0.01), refills=1)
+    crew = make_crew(tmp_path, stage, judge=gold_but_for_one, checkpoint_every=50)
+    crew = dataclasses.replace(crew, source=Forgetful(crew.policy, stage))
+    held: dict[int, tuple[int, int, int]] = {}
+
+    def look(row: dict[str, Any]) -> None:
+        if row["step"] in (100, 300):
+            gc.collect()
+            num_tensors = sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+            held[row["step"]] = num_tensors, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    crew.log.readers.append(look)
+    train(crew, RunState())
+    assert held[300] == held[100]
+    assert crew.log.telemetry.growth.num_alarms == 0
+    rss = [row["mem/rss_gib"] for row in read_steps(tmp_path)]
+    assert min(rss[280:]) < min(rss[80:100]) * (
+        1 + 2 * MIN_GROWTH
+    )  # what the alarm calls growth, from window to window
 
 
 # -- what ends a run
