@@ -72,8 +72,7 @@ def run_recipe(
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
                 log.readers += stack.enter_context(open_readers(recipe.log, folder, tables, state.step))
-                if not resume:
-                    log.readers.append(FirstSteps(recipe, crew.policy, log, before_gib))
+                log.readers.append(FirstSteps(recipe, crew.policy, log, before_gib))
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:
@@ -102,6 +101,7 @@ def _crew_at_work(
     recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], ranks: Ranks, *, resume: bool
 ) -> Iterator[tuple[Crew, RunState]]:
     policy = open_policy(recipe)
+    _refuse_long_responses(recipe, policy.max_tok)
     log.telemetry = Telemetry(*find_gpu(policy.device))
     state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
     curriculum = Curriculum(recipe, policy.text)
@@ -111,7 +111,7 @@ def _crew_at_work(
         # after the sampler: it may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             cut(policy)
-        learner = Learner(policy, ranks)
+        learner = Learner(policy, ranks, optimizer_on_host=recipe.model.optimizer == "host")
         if learned is not None:
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
@@ -132,6 +132,16 @@ def _crew_at_work(
             ranks=ranks,
         )
         yield crew, state
+
+
+def _refuse_long_responses(recipe: Recipe, max_tok: int) -> None:
+    """Before the first stage, what a later one could not draw."""
+    asked = {f"stage {stage.name}: sampling.max_new_tok": stage.sampling.max_new_tok for stage in recipe.stage}
+    for name, num_tok in {**asked, "eval.max_new_tok": recipe.eval.max_new_tok}.items():
+        if num_tok >= max_tok:
+            raise UserError(
+                f"{name} must leave room for a prompt within the model's {max_tok} positions, got {num_tok}"
+            )
 
 
 def open_policy(recipe: Recipe) -> Policy:

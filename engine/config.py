@@ -7,9 +7,19 @@ A recipe is one TOML file. Top-level tables are defaults; a stage may override a
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class UserError(ValueError):
@@ -17,9 +27,31 @@ class UserError(ValueError):
 
 
 class Section(BaseModel):
-    """A frozen table of the recipe; an unknown key is an error."""
+    """A frozen table of the recipe; an unknown key is an error, and so is a number in quotes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """TOML tells numbers, truth and text apart; pydantic would turn one into the other."""
+        kinds = _scalars_in(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("must be a number")
+        if isinstance(value, str) and kinds and kinds <= {int, float}:
+            raise ValueError("must be a number, without quotes")
+        if kinds == {bool} and not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+
+
+def _scalars_in(annotation: Any) -> set[type]:
+    """The types that one value of this annotation may have, None aside; {} where it is a table or a list."""
+    if get_origin(annotation) is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _scalars_in(part)}
+    return {annotation} if annotation in (int, float, bool, str) else set()
 
 
 class TinyModel(Section):
@@ -53,6 +85,7 @@ class ModelConfig(Section):
     tiny: TinyModel | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; masters are always float32
     recompute_every: int | None = Field(None, ge=1)  # of n layers one is run again in backward; 1: all; None: none
+    optimizer: Literal["device", "host"] = "device"  # host: masters, moments and gradients beside it, AdamW on the CPU
     compile: bool = False  # the learner's layers by torch.compile: a minute at the start for fewer passes over memory
     chat_template: bool = True  # wrap the question as a user's turn, where the tokenizer has a template
 
@@ -287,6 +320,11 @@ class EngineConfig(Section):
             raise ValueError(
                 'model.compile cannot see through what parallel.kind = "fsdp" hangs on the layers: leave it'
             )
+        if self.parallel.kind == "fsdp" and self.model.optimizer == "host":
+            raise ValueError(
+                'parallel.kind = "fsdp" cuts masters and moments up between the devices: '
+                'leave model.optimizer = "host", or set parallel.kind = "data"'
+            )
         return self
 
     @model_validator(mode="after")
@@ -305,7 +343,12 @@ class EngineConfig(Section):
 
 
 C = TypeVar("C", bound=Section)
-STAGE_TABLES = ("objective", "optim", "batch", "sampling")
+STAGE_TABLES: dict[str, type[Section]] = {
+    "objective": ObjectiveConfig,
+    "optim": OptimConfig,
+    "batch": BatchConfig,
+    "sampling": SamplingConfig,
+}
 
 
 def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
@@ -316,6 +359,8 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
     tables = _read_toml(path)
     for text in overrides:
         _override(tables, text)
+    for name, section in STAGE_TABLES.items():  # also what every stage overrides; and a defect once, not once a stage
+        check_tables(tables.get(name, {}), section, where=str(path), inside=name)
     return check_tables(_stages_resolved(tables), schema, where=str(path))
 
 
@@ -347,13 +392,20 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**under, **both}
 
 
-def check_tables(tables: dict[str, Any], schema: type[C], *, where: str) -> C:
-    """``tables`` as ``schema``; every defect in one UserError, a line each."""
+def check_tables(tables: dict[str, Any], schema: type[C], *, where: str, inside: str = "") -> C:
+    """``tables`` as ``schema``; every defect in one UserError. ``inside``: the table that ``tables`` stand in."""
     try:
         return schema.model_validate(tables)
     except ValidationError as error:
-        lines = [_explain(schema, defect) for defect in error.errors(include_url=False)]
+        defects = error.errors(include_url=False)
+        causes = [d for d in defects if not any(_is_around(d["loc"], other["loc"]) for other in defects)]
+        lines = [_explain(schema, tables, defect, inside) for defect in causes]
         raise UserError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _is_around(loc: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """A list is then too short because ``other``, in it, is wrong."""
+    return len(loc) < len(other) and other[: len(loc)] == loc
 
 
 def _override(tables: dict[str, Any], text: str) -> None:
@@ -412,16 +464,29 @@ def _layered(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     return layered
 
 
-def _explain(schema: type[BaseModel], defect: Any) -> str:
+def _explain(schema: type[BaseModel], tables: dict[str, Any], defect: Any, inside: str) -> str:
     loc = defect["loc"]
-    where = ".".join(str(part) for part in loc) or "recipe"
+    where = ".".join([inside] * bool(inside) + _as_written(tables, loc)) or "recipe"
     if defect["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(schema, loc)}"
     if defect["type"] == "missing":
         return f"{where}: must be given"
     message = defect["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(defect["input"], (dict, BaseModel)) else f", got {defect['input']!r}"
+    got = "" if isinstance(defect["input"], (dict, list, tuple, BaseModel)) else f", got {defect['input']!r}"
     return f"{where}: {message[0].lower()}{message[1:]}{got}"
+
+
+def _as_written(tables: Any, loc: tuple[Any, ...]) -> list[str]:
+    """``loc`` without the names of kinds that pydantic puts between: keys, and numbers of list items."""
+    path: list[str] = []
+    for i, part in enumerate(loc):
+        is_here = part in tables if isinstance(tables, dict) else isinstance(part, int)
+        if not is_here and i < len(loc) - 1:
+            continue
+        path.append(str(part))
+        is_inside = is_here and (isinstance(tables, dict) or (isinstance(tables, list) and int(part) < len(tables)))
+        tables = tables[part] if is_inside else None
+    return path
 
 
 def _nearest(schema: type[BaseModel], loc: tuple[Any, ...]) -> str:

@@ -19,15 +19,18 @@ from typing import Literal, NamedTuple
 import torch
 
 from isomorph.engine.config import EngineConfig, Stage, UserError
+from isomorph.kernels.linear import linear
 
 Moment = Literal["generate", "update", "step"]
 MOMENTS: tuple[Moment, ...] = ("generate", "update", "step")
 GIB = 2**30
 CONTEXT_BYTES = GIB  # of a GPU: driver, cuBLAS and Triton before the first tensor
 VLLM_OVERHEAD_BYTES = 2 * GIB  # CUDA graphs and the activations of its largest batch
-CHUNK_BYTES, CUDA_CHUNK_ROWS = 64 * 2**20, 8192  # of logits, as in engine/update/learner.py
+CPU_CHUNK_BYTES = 64 * 2**20  # of logits at a time: beyond it they leave the caches and only cost memory
+CUDA_CHUNK_ROWS = 8192  # below it the weight gradient's read and write weigh more than its GEMM
 SAMPLER_LOGIT_COPIES = 4  # logits, log-probabilities, probabilities, their sums; float32
 UPDATE_TRAFFIC = 3  # times an activation is moved: written, read for the next op, read or written in backward
+HOST_BANDWIDTH = 50e9  # bytes/s that an optimizer on the host of a GPU gets, transfers included: assumed, not measured
 OPTIMIZER_TRAFFIC = 32  # bytes a parameter: gradient (twice, for its norm), master and moments read and written
 
 
@@ -84,6 +87,7 @@ class Facts:
     micro_tok: float  # packed tokens of the largest micro-batch
     num_updates: int
     device_gib: float
+    optimizer_on_host: bool
 
     @property
     def trunk_tok(self) -> float:
@@ -152,15 +156,14 @@ def arenas(facts: Facts) -> list[Arena]:
     """Everything that is held, one line each."""
     shape, trained = facts.shape, facts.shape.num_trained
     head_gradient = 0 if shape.has_adapters else shape.num_head * 4.0
-    has_masters = facts.weight_bytes < 4
-    most_rows = CUDA_CHUNK_ROWS if facts.is_gpu else CHUNK_BYTES // (4 * shape.num_vocab)
-    chunk_rows = min(most_rows, facts.micro_tok)
+    is_apart, has_masters = facts.optimizer_on_host, facts.weight_bytes < 4 or facts.optimizer_on_host
+    chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
     found = [
         Arena("weights", shape.num_parameters * facts.weight_bytes, MOMENTS),
-        Arena("masters", trained * 4.0 if has_masters else 0, MOMENTS),
-        Arena("moments", trained * 8.0, MOMENTS),
-        Arena("gradients", trained * 4.0, first),
+        Arena("masters", trained * 4.0 if has_masters else 0, MOMENTS, is_host=is_apart),
+        Arena("moments", trained * 8.0, MOMENTS, is_host=is_apart),
+        Arena("gradients", trained * 4.0, first, is_host=is_apart),
         Arena("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
         Arena("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
         Arena("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
@@ -171,6 +174,11 @@ def arenas(facts: Facts) -> list[Arena]:
         Arena("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
     ]
     return [arena for arena in found if arena.num_bytes]
+
+
+def logits_chunk_rows(num_vocab: int, *, is_gpu: bool) -> int:
+    """Rows of logits that the learner makes at a time."""
+    return CUDA_CHUNK_ROWS if is_gpu else max(1, CPU_CHUNK_BYTES // (4 * num_vocab))
 
 
 def activation_bytes_per_tok(facts: Facts) -> float:
@@ -271,8 +279,9 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
     num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights need no gradient of their own
     num_passes += facts.has_reference + facts.is_repeated
     moved = UPDATE_TRAFFIC * facts.trunk_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
-    moved += OPTIMIZER_TRAFFIC * shape.num_trained * facts.num_updates
-    update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth
+    stepped = OPTIMIZER_TRAFFIC * shape.num_trained * facts.num_updates
+    step_bandwidth = HOST_BANDWIDTH if facts.is_gpu and facts.optimizer_on_host else ceilings.bandwidth
+    update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth + stepped / step_bandwidth
     return {"generate": _generate_s(facts, ceilings, attention) if facts.is_sampled else 0.0, "update": update}
 
 
@@ -312,6 +321,7 @@ def facts_of(
         micro_tok=batch.max_tok,
         num_updates=num_updates,
         device_gib=device_gib,
+        optimizer_on_host=config.model.optimizer == "host",
     )
     return dataclasses.replace(facts, micro_tok=min(batch.max_tok, facts.trunk_tok / num_updates * batch.epochs))
 
@@ -325,11 +335,11 @@ def card_ceilings(name: str) -> tuple[Card, Ceilings]:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
-    """By a square GEMM and a copy, the best of what fits into ``seconds`` each."""
+    """By a square GEMM, as the layers multiply, and a copy, the best of what fits into ``seconds`` each."""
     size, num_copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     source, target = (torch.ones(num_copied, dtype=torch.uint8, device=device) for _ in range(2))
-    product_s = _best_s(lambda: torch.mm(a, b), device, seconds)
+    product_s = _best_s(lambda: linear(a, b), device, seconds)
     copy_s = _best_s(lambda: target.copy_(source), device, seconds)
     return Ceilings(2 * size**3 / product_s, 2 * num_copied / copy_s, f"measured on this {device.type.upper()}")
 

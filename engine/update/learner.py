@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import Stage
+from isomorph.engine.plan import logits_chunk_rows
 from isomorph.engine.policy import Policy
 from isomorph.engine.types import PackedBatch, RunFailed, StepStats
 from isomorph.engine.update.distributed import ALONE, Ranks, local, part_of, whole_of
@@ -23,9 +24,6 @@ from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.pack import Update
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
-
-CPU_CHUNK_BYTES = 64 * 2**20  # of logits at a time: beyond it they leave the caches and only cost memory
-CUDA_CHUNK_ROWS = 8192  # below it the weight gradient's read and write weigh more than its GEMM
 
 
 @dataclass(slots=True)
@@ -113,9 +111,10 @@ class Round:
 class Learner:
     """Owns the optimizer and the reference weights; everything else is handed in."""
 
-    def __init__(self, policy: Policy, ranks: Ranks = ALONE) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks = ALONE, *, optimizer_on_host: bool = False) -> None:
         self.policy = policy
         self.ranks = ranks
+        self.optimizer_on_host = optimizer_on_host
         self.optimizer: MasterAdamW | None = None
         self.reference: list[Tensor] | None = None  # host memory; swapped in for one pass a rollout
         self.round: Round | None = None  # that is under way
@@ -241,7 +240,7 @@ class Learner:
     def _open_optimizer(self, stage: Stage) -> None:
         if self.optimizer is not None:
             self.optimizer.close()
-        self.optimizer = MasterAdamW(self.policy.named_parameters(), stage.optim)
+        self.optimizer = MasterAdamW(self.policy.named_parameters(), stage.optim, on_host=self.optimizer_on_host)
 
     def _rows(
         self, batch: PackedBatch, update: Update, stage: Stage, old: Tensor | None, reference: Tensor | None
@@ -280,7 +279,7 @@ class Learner:
         head = (hidden_TD, self.policy.unembedding, batch.target_ids)
         row_index, temperature = batch.row_index, stage.sampling.temperature
         if stage.objective.is_per_token:
-            chunk_rows = _chunk_rows(self.policy)
+            chunk_rows = logits_chunk_rows(len(self.policy.unembedding), is_gpu=self.policy.device.type == "cuda")
             loss = linear_loss(*head, loss_of, row_index_N=row_index, temperature=temperature, chunk_rows=chunk_rows)
         else:  # a token's coefficient depends on its whole sequence, so no chunk can be finished by itself
             stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature)
@@ -310,10 +309,3 @@ class Learner:
         assert self.reference is not None
         with self.policy.borrowed_weights(self.reference):
             return [[self._logprob(batch, stage) for batch in batches] for batches in updates]
-
-
-def _chunk_rows(policy: Policy) -> int:
-    if policy.device.type == "cuda":
-        return CUDA_CHUNK_ROWS
-    num_vocab = policy.unembedding.shape[0]
-    return max(1, CPU_CHUNK_BYTES // (4 * num_vocab))

@@ -2,6 +2,11 @@
 
 At a learning rate of 1e-6 a bf16 weight changes by less than its own spacing in almost every step; only the master
 remembers. Float32 (and, in tests, float64) parameters are their own masters.
+
+On the host (as ZeRO-Offload has it, arXiv 2101.06840) masters, moments and accumulated gradients stand in host memory,
+16 bytes a weight that a GPU need not have: each gradient goes there when it is made, PyTorch's fused CPU AdamW steps,
+and the rounded weights come back. The arithmetic is the same. torchao 0.18 has the like, but without masters that
+stand apart from the weights, and its 8-bit moments are tensor subclasses, compiled for each shape.
 """
 
 import math
@@ -24,9 +29,10 @@ class MasterAdamW:
     do not round each other away.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], config: OptimConfig) -> None:
+    def __init__(self, parameters: Mapping[str, Parameter], config: OptimConfig, *, on_host: bool = False) -> None:
         self.parameters = dict(parameters)
-        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        make = _host_master if on_host else _master
+        self.masters = {name: make(p) for name, p in self.parameters.items()}
         self.adamw = torch.optim.AdamW(
             list(self.masters.values()),
             lr=config.lr,
@@ -126,10 +132,15 @@ def _master(parameter: Parameter) -> Tensor:
     return parameter.detach().float().clone()
 
 
+def _host_master(parameter: Parameter) -> Tensor:
+    master = parameter.detach().to("cpu", torch.promote_types(parameter.dtype, torch.float32), copy=True)
+    return master.pin_memory() if parameter.is_cuda else master
+
+
 def _accumulator(master: Tensor):  # type: ignore[no-untyped-def]
     def accumulate(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
+        gradient = parameter.grad.to(master.device, master.dtype)
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
 

@@ -367,3 +367,34 @@ def test_what_adapters_cannot_do_is_said_with_what_to_do(
 def test_every_weight_is_trained_unless_there_is_a_table_for_adapters(tmp_path: Path) -> None:
     assert recipe(tmp_path).lora is None
     assert recipe(tmp_path, overrides=("lora.rank=4",)).lora == LoraConfig(rank=4)
+
+
+# -- what pydantic would let pass, or say twice
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ('batch.prompts="80"', "batch.prompts: must be a number, without quotes, got '80'"),
+        ("batch.prompts=true", "batch.prompts: must be a number, got True"),
+        ("run.completions_every=true", "run.completions_every: must be a number, got True"),
+        ("model.compile=1", "model.compile: must be true or false, got 1"),
+        ("objective.name=grppo", "objective.name: input should be 'grpo'"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_once(override: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe(tmp_path, overrides=(override,))
+    assert expected in str(caught.value) and str(caught.value).count(override.partition("=")[0]) == 1
+
+
+def test_a_default_that_every_stage_overrides_is_checked(tmp_path: Path) -> None:
+    stages = ("stage.0.objective.name=sft", "stage.1.objective.name=grpo")
+    with pytest.raises(UserError, match="objective.name: input should be"):
+        recipe(tmp_path, overrides=("objective.name=grppo", *stages))
+
+
+def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
+    assert recipe(tmp_path, overrides=("sampling.temperature=1",)).stage[1].sampling.temperature == 1.0
+
+
+def test_an_optimizer_on_the_host_and_fsdp_exclude_each_other(tmp_path: Path) -> None:
+    assert "model.optimizer" in refusal(tmp_path, "parallel.kind=fsdp", "model.optimizer=host")

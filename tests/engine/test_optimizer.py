@@ -88,6 +88,29 @@ def test_float32_steps_are_bit_equal_to_pytorchs_own() -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_host_the_same_bits_come_out_and_nothing_stays_beside_the_weights(dtype: torch.dtype) -> None:
+    beside, apart = parameters(dtype), parameters(dtype)
+    optimizers = MasterAdamW(beside, CONFIG), MasterAdamW(apart, CONFIG, on_host=True)
+    for step in range(4):
+        norms = []
+        for params, optimizer in zip((beside, apart), optimizers, strict=True):
+            push(params, gradients(step))
+            push(params, gradients(step + 50))  # micro-batches add up
+            norms.append(optimizer.step(lr=0.01, clip_norm=1.0))
+            optimizer.zero_grad()
+        assert norms[0] == norms[1]
+    assert all(torch.equal(beside[name], apart[name]) for name in SHAPES)
+    host = optimizers[1]
+    assert all(host.masters[name].data_ptr() != p.data_ptr() and p.grad is None for name, p in apart.items())
+    copies = {name: Parameter(p.detach().clone()) for name, p in apart.items()}
+    restored = MasterAdamW(copies, CONFIG, on_host=True)
+    restored.load_state_tensors(host.state_tensors())
+    for params, optimizer in ((apart, host), (copies, restored)):
+        run(params, optimizer, range(7, 9))
+    assert all(torch.equal(copies[name], apart[name]) for name in SHAPES)
+
+
 def test_bf16_masters_walk_the_float32_path_and_parameters_are_their_rounding() -> None:
     params = parameters(torch.bfloat16)
     optimizer = MasterAdamW(params, CONFIG)

@@ -44,6 +44,16 @@ def gib(facts: Facts) -> dict[str, float]:
     return {arena.name: arena.num_bytes / GIB for arena in arenas(facts)}
 
 
+def test_an_optimizer_on_the_host_takes_its_bytes_along() -> None:
+    beside, apart = seven_b(), seven_b(optimizer_on_host=True)
+    freed = sum(gib(beside)[name] for name in ("masters", "moments", "gradients"))
+    assert gib(apart) == gib(beside)
+    assert {a.name for a in arenas(apart) if a.is_host} >= {"masters", "moments", "gradients"}
+    assert (peak_bytes(beside, "step") - peak_bytes(apart, "step")) / GIB == pytest.approx(freed)
+    card = card_ceilings("h200")[1]
+    assert seconds(apart, card)["update"] > seconds(beside, card)["update"]
+
+
 def test_a_folder_with_nothing_but_a_config_is_enough() -> None:
     shape = read_shape(ModelConfig(path=str(SEVEN_B)), [])
     assert shape.num_parameters == 7_615_616_512  # as its makers count them
