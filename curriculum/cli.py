@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 interrupted, wit
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import signal
 import sys
@@ -39,12 +40,16 @@ def main() -> None:
     try:
         # without its standalone mode typer returns the code of an interruption or an Exit instead of ending the process
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # here a reader that has gone can still be told from a defect
         if code:
             sys.exit(code)
     except (UserError, DataError) as error:
         _fail(str(error), 2)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except BrokenPipeError:  # who read our output has gone, as head does; Python's own last flush would fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except typer.TyperException as error:
         if not error.format_message():  # without arguments: the help has been printed
             sys.exit(2)
@@ -190,6 +195,8 @@ def report(
     """One HTML page and its pictures: what a run did, or how several compare."""
     from isomorph.curriculum.report import write_report
 
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UserError("a run can stand in a report once, got one of these folders twice: " + " ".join(map(str, runs)))
     page = write_report(runs, out or (runs[0] / "report" if len(runs) == 1 else Path("report")))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
@@ -220,12 +227,13 @@ def make_data(
         list[str] | None, typer.Option("--set", help="Difficulty, key=value, for example max_steps=8")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File; default: the standard output")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there")] = False,
 ) -> None:
     """Write asynchronous-planning tasks as JSON Lines; for a recipe's files, one representation a file."""
     from isomorph.curriculum.data import make_rows, parse_difficulty, write_rows
 
     difficulty = parse_difficulty(settings or [])
-    write_rows(make_rows(representation or [], prompts, difficulty, seed=seed, split=split), out)
+    write_rows(make_rows(representation or [], prompts, difficulty, seed=seed, split=split), out, force=force)
 
 
 @data.command("inspect")
@@ -257,8 +265,6 @@ def compile_kernels(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table")] = False,
 ) -> None:
     """Compile every GPU kernel in every configuration, without a GPU, and check its machine code."""
-    import importlib.util
-
     if importlib.util.find_spec("triton") is None:
         raise UserError("compiling kernels needs Triton, which is not installed: pip install triton==3.9.0")
     from isomorph.kernels import aot
@@ -288,6 +294,8 @@ def bench_kernels(
             f"the benchmarks are not part of the installed package ({script} is missing): clone the repository and "
             "run python benchmarks/all_ops.py there"
         )
+    if importlib.util.find_spec("pytest") is None:
+        raise UserError('the benchmarks need the extra dev: pip install -e ".[dev,bench]"')
     options = [*(["--op", op] if op else []), *(["--out", str(out)] if out else []), *(["--quick"] if quick else [])]
     code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
     if code:

@@ -77,11 +77,16 @@ def _row(task: Task) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def write_rows(rows: Sequence[str], out: Path | None) -> None:
-    """Writes to ``out``, or to the standard output without one. Raises UserError where the file cannot be written."""
+def write_rows(rows: Sequence[str], out: Path | None, *, force: bool = False) -> None:
+    """Writes to ``out``, or to the standard output without one. Raises UserError where the file cannot be written.
+
+    ``force``: also over a file that is there.
+    """
     if out is None:
         _print_rows(rows)
         return
+    if out.exists() and not force:
+        raise UserError(f"--out {out}: is there already; give --force to replace it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(rows), encoding="utf-8")

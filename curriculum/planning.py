@@ -144,7 +144,8 @@ class FirstSteps:
         self.recipe, self.log, self.before_gib = recipe, log, before_gib
         self.shape, self.device = shape_of(policy.model), policy.device
         self.ceilings = measure_ceilings(policy.device, policy.dtype)
-        self.told: dict[str, Any] = {}
+        run = json.loads((log.folder / "run.json").read_text())
+        self.told: dict[str, Any] = run.get("plan", {})  # by the run that this one goes on with
         self.warm: set[str] = set()  # stages that have been updated
 
     def __call__(self, row: Row) -> None:

@@ -125,6 +125,8 @@ class Curriculum:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError for the state of another version, or of a recipe with more stages."""
+        self._refuse(state)
         self.stage_index = state["stage_index"]
         self.steps_done = state["steps_done"]
         self.next_prompt_id = state["next_prompt_id"]
@@ -133,6 +135,14 @@ class Curriculum:
         self.positions = dict(state["positions"])
         self.exams = list(state["exams"])
         self.finished = list(state["finished"])
+
+    def _refuse(self, state: dict[str, Any]) -> None:
+        if state.keys() != self.state_dict().keys() or state["stage_index"] > len(self.recipe.stage):
+            raise UserError(
+                f"the checkpoint's curriculum is in stage {state.get('stage_index', 0) + 1} and remembers "
+                f"{', '.join(state)}; this one has {len(self.recipe.stage)} stages and remembers "
+                f"{', '.join(self.state_dict())}: resume with the recipe and the version that wrote it"
+            )
 
     def _present(self) -> StageRecipe:
         stage = self.stage()

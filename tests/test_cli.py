@@ -139,12 +139,38 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp
         ("model.path=somewhere", "exactly one of model.path and model.tiny"),
         ("stage.0.sampling.max_new_tok=10", "the demonstration of prompt"),
         ("stage.1.sampling.max_new_tok=250", "positions for 256"),
+        ("stage.2.sampling.max_new_tok=256", "stage words: sampling.max_new_tok must leave room for a prompt"),
         ("stage.1.batch.max_tok=60", "cannot hold prompt"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str, tmp_path: Path) -> None:
     quick = ("stage.0.steps=1",)
     assert expected in error_line(isomorph("train", SMOKE, *quick, override, "--run", "x", cwd=tmp_path))
+
+
+def test_a_file_of_tasks_is_not_replaced_unasked(tmp_path: Path) -> None:
+    make = ("data", "make", "--representation", "graph", "--prompts", "1", "--out", "tasks.jsonl")
+    assert isomorph(*make, cwd=tmp_path).returncode == 0
+    assert "--force" in error_line(isomorph(*make, cwd=tmp_path))
+    assert isomorph(*make, "--force", cwd=tmp_path).returncode == 0
+
+
+def test_a_run_stands_in_a_report_once(tmp_path: Path) -> None:
+    assert "twice" in error_line(isomorph("report", "run", "./run", cwd=tmp_path))
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*ISOMORPH, "plan", str(SMOKE), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 1
+    assert process.stderr.read() == ""
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:

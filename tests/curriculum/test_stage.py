@@ -206,6 +206,14 @@ def test_a_restored_curriculum_asks_what_the_first_one_would_have_asked() -> Non
     assert first.state_dict() == second.state_dict()
 
 
+def test_a_state_that_does_not_fit_the_recipe_is_refused() -> None:
+    state = curriculum(stage("one")).state_dict()
+    older = {key: value for key, value in state.items() if key != "response_tok"}
+    for unfit in (older, {**state, "stage_index": 2}):
+        with pytest.raises(UserError, match="resume with the recipe and the version that wrote it"):
+            curriculum(stage("one")).load_state_dict(unfit)
+
+
 def test_another_seed_asks_other_questions() -> None:
     one, two = (curriculum(stage("one"), run={"seed": seed}) for seed in (0, 1))
     assert do_step(one) != do_step(two)
