@@ -4,7 +4,8 @@
                                        [--repeats 3] [--out benchmarks/results/publish.jsonl]
 
 Each way in turn, in one process. ``move_s`` is the publication alone, ``fingerprint_s`` the sampler's fingerprint
-(``publish_s`` is both), ``check_s`` the trainer's fingerprint and the probe (``probe_s``). Decoding: ``seqs`` sequences
+(``publish_s`` is both), ``check_s`` the trainer's fingerprint and the comparison, ``probe_s`` the probe that is drawn
+at the start and before an exam only. Decoding: ``seqs`` sequences
 of one short prompt each, to the full length. Drift: trainer against sampler over all tokens decoded, after AdamW-sized
 noise on every weight. Medians of the repeats.
 """
@@ -79,7 +80,7 @@ def _measure_started(
         "publish_bytes": publication.num_bytes,
         "fingerprint_s": median(args.repeats, sampler.fingerprint),
         "probe_s": median(args.repeats, lambda: probe_drift(policy, sampler, prompts[0])),
-        "check_s": median(args.repeats, lambda: check_publication(policy, sampler, publication, prompts[0], None)),
+        "check_s": median(args.repeats, lambda: check_publication(policy, sampler, publication, None, None)),
         "prefill_s": prefill_s,
         "generate_s": generate_s,
         "generate_tok_s": args.seqs * args.new_tok / generate_s,

@@ -6,9 +6,9 @@
 All draw from the full softmax at temperature 1 and stop nowhere. Round by round each provider answers twice, with one
 new token (its prefill) and with all; a decoding rate is the tokens beyond the first over the difference of the medians.
 vLLM is our VllmSampler, its weights packed as it likes them best; it and ours also give the log-probability of each
-token, generate does not. "bare products" is a floor that nobody passes with these products: one multiplication of
-[seqs, in] with each matrix of the model for each token, and nothing else. Models stay loaded, threads are PyTorch's
-default.
+token, generate does not. "bare products" is nothing but one multiplication of [seqs, in] with each matrix of the model
+for each token, by PyTorch's own linear: what generate could reach at most. Models stay loaded, threads are PyTorch's
+default. Prompts come again round by round: vLLM finds them in its prefix cache, so its prefill is none.
 """
 
 import argparse

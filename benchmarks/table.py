@@ -8,6 +8,7 @@ of every machine in benchmarks/results/.
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _steps(rows: list[Row]) -> list[str]:
     return [
         f"One GRPO step of {row['model']} ({row['dtype']}, sampler {row['sampler']}, KL {row['kl']:g}, "
         f"{row['prompts']} prompts of {row['group']} completions; {row['machine']}; torch {row['torch']}; "
-        f"{row['date']}): TRL takes **{row['ratio']:.1f} times** as long as we do, median of {row['turns'] - 1} turns, "
+        f"{row['date']}): TRL takes **{statistics.median(row['ratios']):.1f} times** as long as we do, median of {row['turns'] - 1} turns, "
         f"{min(row['ratios']):.1f} to {max(row['ratios']):.1f} turn by turn. `{row['command']}`\n\n{_anatomy(row)}"
         for row in latest.values()
     ]
@@ -146,15 +147,16 @@ def _publishing(rows: list[Row]) -> list[str]:
     latest = {(row["machine"], row["mode"], row["dtype"]): row for row in rows}
     return [
         f"Publishing {row['parameters'] / 1e6:.0f} M parameters to vLLM, mode {row['mode']} ({row['dtype']}; "
-        f"{row['machine']}; load average {row['load_average']:.1f}; {row['time'][:10]}): "
-        f"{row['publish_bytes'] / 1e6:.0f} MB copied; with its proof {_publishing_share(row):.1f} % of the time "
-        f"of drawing {row['seqs']} sequences of {row['new_tok']} tokens."
+        f"{row['machine']}; {row['time'][:10]}), of the time of drawing {row['seqs']} sequences of {row['new_tok']} "
+        f"tokens: {_share(row, 'move_s')} for {row['publish_bytes'] / 1e6:.0f} MB, "
+        f"{_share(row, 'fingerprint_s', 'check_s')} for both fingerprints, {_share(row, 'probe_s')} for the probe that "
+        "is drawn at the start and before an exam."
         for row in latest.values()
     ]
 
 
-def _publishing_share(row: Row) -> float:
-    return 100 * (row["publish_s"] + row["check_s"]) / row["generate_s"]
+def _share(row: Row, *parts: str) -> str:
+    return f"{100 * sum(row[part] for part in parts) / row['generate_s']:.2g} %"
 
 
 # -- ops
