@@ -88,10 +88,17 @@ def _steps(rows: list[Row]) -> list[str]:
     return [
         f"One GRPO step of {row['model']} ({row['dtype']}, sampler {row['sampler']}, KL {row['kl']:g}, "
         f"{row['prompts']} prompts of {row['group']} completions; {row['machine']}; torch {row['torch']}; "
-        f"{row['date']}): TRL takes **{statistics.median(row['ratios']):.1f} times** as long as we do, median of {row['turns'] - 1} turns, "
-        f"{min(row['ratios']):.1f} to {max(row['ratios']):.1f} turn by turn. `{row['command']}`\n\n{_anatomy(row)}"
+        f"{row['date']}): TRL takes {_beside_trl(row)}. `{row['command']}`\n\n{_anatomy(row)}"
         for row in latest.values()
     ]
+
+
+def _beside_trl(row: Row) -> str:
+    ratios = row["ratios"]
+    return (
+        f"**{statistics.median(ratios):.1f} times** as long as we do, median of {row['turns'] - 1} turns, "
+        f"{min(ratios):.1f} to {max(ratios):.1f} turn by turn"
+    )
 
 
 def _anatomy(row: Row) -> str:

@@ -85,7 +85,7 @@ def write_rows(rows: Sequence[str], out: Path | None, *, force: bool = False) ->
     if out is None:
         _print_rows(rows)
         return
-    if out.exists() and not force:
+    if out.is_file() and not force:
         raise UserError(f"--out {out}: is there already; give --force to replace it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

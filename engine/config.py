@@ -16,8 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -31,18 +29,22 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+    def _of_its_kind(cls, table: Any) -> Any:
         """TOML tells numbers, truth and text apart; pydantic would turn one into the other."""
-        kinds = _scalars_in(cls.model_fields[info.field_name or ""].annotation)
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            raise ValueError("must be a number")
-        if isinstance(value, str) and kinds and kinds <= {int, float}:
-            raise ValueError("must be a number, without quotes")
-        if kinds == {bool} and not isinstance(value, bool):
-            raise ValueError("must be true or false")
-        return value
+        for key, value in table.items() if isinstance(table, dict) else ():
+            field = cls.model_fields.get(key)
+            if field is None or any(isinstance(rule, BeforeValidator) for rule in field.metadata):
+                continue
+            kinds = _scalars_in(field.annotation)
+            if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+                raise ValueError(f"{key} must be a number, got {value!r}")
+            if isinstance(value, str) and kinds and kinds <= {int, float}:
+                raise ValueError(f"{key} must be a number, without quotes, got {value!r}")
+            if kinds == {bool} and not isinstance(value, bool):
+                raise ValueError(f"{key} must be true or false, got {value!r}")
+        return table
 
 
 def _scalars_in(annotation: Any) -> set[type]:

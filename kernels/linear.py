@@ -6,12 +6,13 @@ products of a layer are oneDNN's, by the operator that torch.compile's own CPU c
 
     product(L, R) = L R^T        y = product(x, W)        dx = product(dy, W^T)        dW = product(dy^T, x^T)
 
-Everything else (other dtypes, other devices, the reference body) is PyTorch's own ``linear``.
+Everything else (other dtypes, other devices, products too small to gain, the reference body) is PyTorch's ``linear``.
 
 Few rows cost the reading of the weight, and oneDNN arranges it anew for each product. ``pack`` does that once, for a
 sampler whose weights stay as they are while it decodes.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import backend
 
+# oneDNN keeps a primitive for every shape, with its code and its scratch about 1 MiB, and 1,024 of them. Numbers of
+# rows differ from step to step; a step repeats a few shapes in every layer. Read when oneDNN first multiplies.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+MIN_TERMS = 2**22  # multiplications of a product that is worth a primitive
+MIN_PACKED = 2**16  # numbers in a weight that is worth packing
 PACKED_FOR_ROWS = 32  # any number is multiplied; of these the arrangement is the best
 
 
@@ -30,10 +36,11 @@ def linear_ref(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
 
 
 # -- oneDNN
-def takes_onednn(*operands: Tensor) -> bool:
-    """Whether ``product`` can multiply these, and is to."""
-    fit = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 for x in operands)
-    return fit and _body() == "torch"
+def takes_onednn(left: Tensor, right_NK: Tensor) -> bool:
+    """Whether ``product`` can multiply the rows of ``left`` [..., K] by these, gains by it, and is to."""
+    fit = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (left, right_NK))
+    num_terms = left.numel() * right_NK.shape[0]
+    return fit and num_terms >= max(1, MIN_TERMS) and _body() == "torch"
 
 
 @torch.compiler.assume_constant_result  # compiled code keeps the body it was compiled with
@@ -79,12 +86,12 @@ class _Linear(torch.autograd.Function):
 
 # -- public
 def pack(weight_OI: Tensor) -> Tensor | None:
-    """A copy of the weight as oneDNN multiplies by it, for ``linear``; None where oneDNN would not.
+    """A copy of the weight as oneDNN multiplies by it, for ``linear_packed``; None where there is nothing to gain.
 
     It knows nothing of later changes of the weight.
     """
     is_fit = weight_OI.device.type == "cpu" and weight_OI.dtype in (torch.float32, torch.bfloat16)
-    if not is_fit or weight_OI.numel() == 0 or _body() != "torch":
+    if not is_fit or weight_OI.numel() < max(1, MIN_PACKED) or _body() != "torch":
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), PACKED_FOR_ROWS)
 

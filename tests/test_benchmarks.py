@@ -119,7 +119,7 @@ def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_readme(tmp_p
     (tmp_path / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, summary]))
     text = table.section(tmp_path)
     assert "SmolLM2-135M (float32, sampler builtin, KL 0.01, 4 prompts of 8 completions" in text
-    assert "**3.0 times** as long as we do" in text and ", 2.5 to 4.0 turn by turn" in text
+    assert "**3.2 times** as long as we do" in text and ", 2.5 to 4.0 turn by turn" in text
     assert "| TRL | 3.00 | 0.33 | 2.67 |" in text and "| 25 % |" in text
 
 

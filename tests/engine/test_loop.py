@@ -522,29 +522,30 @@ def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path)
 
 # -- memory
 class Forgetful(Questions):
-    """Keeps nothing of what it was shown."""
+    """Keeps nothing of what it was shown; looks at what lives at the beginning of some steps."""
+
+    held: dict[int, tuple[int, int, int]]
 
     def observe(self, groups: Sequence[Group]) -> None:
         super().observe(groups)
         self.observed.clear()
+
+    def stage_step(self) -> int:
+        if self.steps_done in (100, 299):
+            gc.collect()
+            num_tensors = sum(type(thing) in (Tensor, torch.nn.Parameter) for thing in gc.get_objects())
+            self.held[self.steps_done] = num_tensors, len(os.listdir("/proc/self/fd")), threading.active_count()
+        return super().stage_step()
 
 
 @pytest.mark.slow
 def test_three_hundred_steps_hold_on_to_nothing(tmp_path: Path) -> None:
     stage = make_stage(steps=300, objective="grpo", objective_choices=dict(kl_coef=0.01), refills=1)
     crew = make_crew(tmp_path, stage, judge=gold_but_for_one, checkpoint_every=50)
-    crew = dataclasses.replace(crew, source=Forgetful(crew.policy, stage))
-    held: dict[int, tuple[int, int, int]] = {}
-
-    def look(row: dict[str, Any]) -> None:
-        if row["step"] in (100, 300):
-            gc.collect()
-            num_tensors = sum(isinstance(thing, Tensor) for thing in gc.get_objects())
-            held[row["step"]] = num_tensors, len(os.listdir("/proc/self/fd")), threading.active_count()
-
-    crew.log.readers.append(look)
-    train(crew, RunState())
-    assert held[300] == held[100]
+    source = Forgetful(crew.policy, stage)
+    source.held = {}
+    train(dataclasses.replace(crew, source=source), RunState())
+    assert source.held[299] == source.held[100]
     assert crew.log.telemetry.growth.num_alarms == 0
     rss = [row["mem/rss_gib"] for row in read_steps(tmp_path)]
     assert min(rss[280:]) < min(rss[80:100]) * (

@@ -1,15 +1,26 @@
 """A linear layer by oneDNN: PyTorch's own in float64 is the truth, PyTorch's own in float32 the bound."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isomorph.kernels import backend
+from isomorph.kernels import backend, linear_chunks
 from isomorph.kernels.linear import linear, linear_packed, linear_ref, pack, takes_onednn
+from isomorph.kernels.linear_logprob import linear_loss
 
 SIZE = st.integers(1, 70)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_too_small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isomorph.kernels.linear.MIN_TERMS", 0)
+        patch.setattr("isomorph.kernels.linear.MIN_PACKED", 0)
+        yield
 
 
 def grown(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, body: str) -> list[Tensor]:
@@ -98,3 +109,25 @@ def test_what_onednn_does_not_multiply_is_not_packed() -> None:
     assert pack(torch.empty(0, 8)) is None
     with backend.using("reference"):
         assert pack(torch.randn(3, 8)) is None
+
+
+def test_a_small_product_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isomorph.kernels.linear.MIN_TERMS", 4 * 8 * 3)
+    monkeypatch.setattr("isomorph.kernels.linear.MIN_PACKED", 3 * 8)
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    assert takes_onednn(x, weight) and not takes_onednn(x[:3], weight)
+    assert pack(weight) is not None and pack(weight[:2]) is None
+
+
+def test_the_heads_products_are_pytorchs_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_chunks, "ONEDNN_COLUMNS", 7)
+    generator = torch.Generator().manual_seed(0)
+    target, found = torch.randint(50, (12,), generator=generator), []
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((12, 16), (50, 16)))
+    for body in ("torch", "reference"):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with backend.using(f"linear={body}"):
+            loss = linear_loss(*leaves, target, lambda stats, rows: -stats.logprob.square().sum(), chunk_rows=5)
+            loss.backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*found)
