@@ -51,7 +51,7 @@ def _check(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float | None) 
             f"q must be [B, H, D] and keys [S, K, L, D], got {tuple(q_BHD.shape)} and {tuple(prompt.k_SKLD.shape)}"
         )
     num_heads, num_kv_heads = q_BHD.shape[1], prompt.k_SKLD.shape[1]
-    if num_heads % num_kv_heads:
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     for name, cache in (("prompt", prompt), ("own", own)):
         _check_cache(name, cache, q_BHD, num_kv_heads)

@@ -39,8 +39,8 @@ def token_logprob_ref(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: f
     z_NV = logits_NV.to(stats_dtype(logits_NV.dtype)) / temperature
     logprob_NV = torch.log_softmax(z_NV, -1)
     logprob = logprob_NV.gather(1, target_ids_N[:, None])[:, 0]
-    # torch.xlogy's rule: a probability of 0 adds 0, also where its logarithm is -inf
-    entropy = -(logprob_NV.exp() * logprob_NV).where(logprob_NV > -math.inf, 0.0).sum(-1)
+    # torch.xlogy's rule: a probability of 0 adds 0, also where its logarithm is -inf; and so does its gradient
+    entropy = -(logprob_NV.exp() * logprob_NV.masked_fill(logprob_NV == -math.inf, 0.0)).sum(-1)
     return TokenStats(logprob, entropy, torch.logsumexp(z_NV, -1))
 
 

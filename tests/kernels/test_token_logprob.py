@@ -148,6 +148,15 @@ def test_adversarial_rows(body: str) -> None:
     assert out[fine].isfinite().all() and (out[3, 7:2400] == 0).all() and out[4].isnan().all()
 
 
+def test_the_specifications_gradients_are_finite_where_a_logit_is_minus_infinity() -> None:
+    logits, target = _rows(2, 9, torch.float64)
+    logits[0, 3:] = -math.inf
+    target[0] = 1
+    leaf = logits.requires_grad_()
+    sum(part.sum() for part in token_logprob_ref(leaf, target)).backward()  # type: ignore[union-attr]
+    assert leaf.grad is not None and leaf.grad.isfinite().all() and (leaf.grad[0, 3:] == 0).all()
+
+
 @pytest.mark.parametrize("body", NATIVE)
 def test_bits_depend_on_the_row_alone(body: str) -> None:
     logits, target = _rows(6, 5000, torch.float32)
