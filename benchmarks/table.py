@@ -9,6 +9,7 @@ of every machine in benchmarks/results/.
 import json
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 OP_MARKERS = r"(<!-- bench:(\w+) -->)\n.*?(<!-- /bench -->)"
 KEY = ("machine", "op", "size", "dtype", "provider")
-STEP_KEY = ("machine", "model", "sampler", "dtype", "kl", "prompts", "group", "max_new_tok", "trl_generation")
+STEP_KEY = ("machine", "model", "sampler", "kl", "prompts", "group", "max_new_tok", "trl_generation")
 OURS, EAGER, COMPILED = "isomorph", "torch eager", "torch.compile"
 SHORT_HEAD = (
     "| Op | Size | Dtype | p20 to p80 | % of ceiling | Eager | Compiled | Best peer | MiB (eager) | Error (eager) |\n"
@@ -37,7 +38,8 @@ def section(results: Path = RESULTS) -> str:
         *_publishing(_read(results / "publish.jsonl")),
     ]
     machines = _by_machine(_read(results / "kernels.jsonl"))
-    return "\n\n".join([*parts, *(_short(name, rows) for name, rows in machines.items())])
+    ops = [_short(name, rows) for name, rows in machines.items()]
+    return "\n\n".join([*parts, "### Every op beside its peers", *ops])
 
 
 def full(results: Path = RESULTS) -> str:
@@ -83,67 +85,100 @@ def _is_gpu(machine: str) -> bool:
 
 
 # -- a whole step, and its parts
+def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    rows = (head, ("---",) * len(head), *lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _part(title: str, says: str, table: str, rows: Iterable[Row]) -> str:
+    commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
+    return f"### {title}\n\n{says}\n\n{table}\n\n```\n{commands}\n```"
+
+
+def _grouped(rows: Iterable[Row], *names: str) -> Iterable[list[Row]]:
+    """Rows that agree in these keys, together, in the order of the first of each."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found.values()
+
+
+def _latest(rows: Iterable[Row], *names: str) -> list[Row]:
+    return [alike[-1] for alike in _grouped(rows, *names)]
+
+
 def _steps(rows: list[Row]) -> list[str]:
-    latest = {tuple(row[name] for name in STEP_KEY): row for row in rows if row["who"] == "ratio"}
+    latest = _latest((row for row in rows if row["who"] == "ratio"), "dtype", *STEP_KEY)
+    return [_step(alike) for alike in _grouped(latest, *STEP_KEY)]
+
+
+def _step(rows: list[Row]) -> str:
+    row = rows[0]
+    on_gpu = _is_gpu(row["machine"])
+    says = (
+        f"{row['model']}, sampler {row['sampler']}, KL {row['kl']:g}, {row['prompts']} prompts of {row['group']} "
+        f"completions, at most {row['max_new_tok']} tokens each; {row['machine']}; torch {row['torch']}; "
+        f"{row['date']}. Both sides in turns of one run; {'seconds' if on_gpu else 'times in multiples of our step'}, "
+        f"medians of {row['turns'] - 1} turns."
+    )
+    head = (
+        *("Dtype", "", "TRL's step over ours, turn by turn", "Step", "Generate", "Rest"),
+        *("Completion tok", "All tok", "Peak MiB above rest", "Padding"),
+    )
+    lines = [line for row in rows for line in _step_lines(row, 1.0 if on_gpu else row[OURS]["step_s"])]
+    return _part("One GRPO step beside TRL", says, _table(head, lines), rows)
+
+
+def _step_lines(row: Row, one: float) -> list[tuple[str, ...]]:
+    ratios = row["ratios"]
+    beside = f"**{statistics.median(ratios):.1f}** ({min(ratios):.1f} to {max(ratios):.1f})"
     return [
-        f"One GRPO step of {row['model']} ({row['dtype']}, sampler {row['sampler']}, KL {row['kl']:g}, "
-        f"{row['prompts']} prompts of {row['group']} completions; {row['machine']}; torch {row['torch']}; "
-        f"{row['date']}): TRL takes {_beside_trl(row)}. `{row['command']}`\n\n{_anatomy(row)}"
-        for row in latest.values()
+        (row["dtype"], "TRL", beside, *_anatomy(row["trl"], one)),
+        (row["dtype"], OURS, "", *_anatomy(row[OURS], one)),
     ]
 
 
-def _beside_trl(row: Row) -> str:
-    ratios = row["ratios"]
+def _anatomy(side: Row, one: float) -> tuple[str, ...]:
+    step, generate = side["step_s"], side["generate_s"]
     return (
-        f"**{statistics.median(ratios):.1f} times** as long as we do, median of {row['turns'] - 1} turns, "
-        f"{min(ratios):.1f} to {max(ratios):.1f} turn by turn"
-    )
-
-
-def _anatomy(row: Row) -> str:
-    unit = "s" if _is_gpu(row["machine"]) else "of our step"
-    head = (
-        f"| | Step, {unit} | Generate | Rest | Completion tok | All tok | Peak MiB above rest | Padding |\n"
-        "|---|---|---|---|---|---|---|---|"
-    )
-    one = 1.0 if _is_gpu(row["machine"]) else row[OURS]["step_s"]
-    return "\n".join([head, *(_anatomy_line(name, row[who], one) for name, who in (("TRL", "trl"), (OURS, OURS)))])
-
-
-def _anatomy_line(name: str, side: Row, one: float) -> str:
-    return (
-        f"| {name} | {side['step_s'] / one:.2f} | {side['generate_s'] / one:.2f} "
-        f"| {(side['step_s'] - side['generate_s']) / one:.2f} "
-        f"| {side['completion_tok']:.0f} | {side['all_tok']:.0f} | {side['peak_mib']:.0f} "
-        f"| {100 * side['padding_share']:.0f} % |"
+        *(f"{seconds / one:.2f}" for seconds in (step, generate, step - generate)),
+        *(f"{side[name]:.0f}" for name in ("completion_tok", "all_tok", "peak_mib")),
+        f"{100 * side['padding_share']:.0f} %",
     )
 
 
 def _updates(rows: list[Row]) -> list[str]:
-    latest = {(row["machine"], row["dtype"]): row for row in rows if row["who"] == "ratio"}
-    return [
-        f"One update, the prompt of a group computed once, beside it repeated for each response ({row['dtype']}; "
-        f"{row['machine']}; torch {row['torch']}; {row['date']}): **{row['speed']:.1f} times** as fast in "
-        f"{row['memory']:.1f} times less memory above what is at rest. `{row['command']}`"
-        for row in latest.values()
-    ]
+    latest = _latest((row for row in rows if row["who"] == "ratio"), "machine", "dtype")
+    return [_update(alike) for alike in _grouped(latest, "machine")]
+
+
+def _update(rows: list[Row]) -> str:
+    row = rows[0]
+    says = (
+        "The prompt of a group computed once, beside the same update with the prompt repeated for each response; "
+        f"{row['machine']}; torch {row['torch']}; {row['date']}."
+    )
+    head = ("Dtype", "Times as fast", "Times less memory above what is at rest")
+    lines = [(row["dtype"], f"**{row['speed']:.1f}**", f"{row['memory']:.1f}") for row in rows]
+    return _part("One update with shared prompts", says, _table(head, lines), rows)
 
 
 def _decoding(rows: list[Row]) -> list[str]:
-    latest: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        latest.setdefault((row["machine"], row["dtype"], row["seqs"]), {})[row["provider"]] = row
-    return [_decoding_of(by) for by in latest.values()]
+    latest = _latest(rows, "machine", "seqs", "dtype", "provider")
+    return [_decoded(alike) for alike in _grouped(latest, "machine", "seqs")]
 
 
-def _decoding_of(by: dict[str, Row]) -> str:
-    ours = by[OURS]
-    beside = [f"**{_decoding_ratio(row)}** {name}" for name, row in by.items() if name != OURS]
-    return (
-        f"Decoding {ours['seqs']} sequences with the built-in sampler ({ours['dtype']}; {ours['machine']}; "
-        f"{ours['time'][:10]}), tokens a second over those of: {', '.join(beside)}. `{ours['command']}`"
+def _decoded(rows: list[Row]) -> str:
+    row = rows[0]
+    peers = tuple(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
+    ours_over = {(row["dtype"], row["provider"]): _decoding_ratio(row) for row in rows}
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    lines = [(dtype, *(ours_over.get((dtype, peer), "not measured") for peer in peers)) for dtype in dtypes]
+    says = (
+        f"{row['seqs']} sequences, tokens a second of the built-in sampler over those of others; {row['machine']}; "
+        f"{row['time'][:10]}. Bare products: the decoder's matrix products by PyTorch and nothing else."
     )
+    return _part("Decoding", says, _table(("Dtype", *peers), lines), rows)
 
 
 def _decoding_ratio(row: Row) -> str:
@@ -151,15 +186,26 @@ def _decoding_ratio(row: Row) -> str:
 
 
 def _publishing(rows: list[Row]) -> list[str]:
-    latest = {(row["machine"], row["mode"], row["dtype"]): row for row in rows}
-    return [
-        f"Publishing {row['parameters'] / 1e6:.0f} M parameters to vLLM, mode {row['mode']} ({row['dtype']}; "
-        f"{row['machine']}; {row['time'][:10]}), of the time of drawing {row['seqs']} sequences of {row['new_tok']} "
-        f"tokens: {_share(row, 'move_s')} for {row['publish_bytes'] / 1e6:.0f} MB, "
-        f"{_share(row, 'fingerprint_s', 'check_s')} for both fingerprints, {_share(row, 'probe_s')} for the probe that "
-        "is drawn at the start and before an exam."
-        for row in latest.values()
+    latest = _latest(rows, "machine", "mode", "dtype")
+    return [_published(alike) for alike in _grouped(latest, "machine", "parameters", "seqs", "new_tok")]
+
+
+def _published(rows: list[Row]) -> str:
+    row = rows[0]
+    says = (
+        f"{row['parameters'] / 1e6:.0f} M parameters to vLLM, in percent of the time of drawing {row['seqs']} "
+        f"sequences of {row['new_tok']} tokens; {row['machine']}; {row['time'][:10]}. The probe is drawn at the start "
+        "and before an exam, the rest at every step."
+    )
+    lines = [
+        (
+            *(row["mode"], row["dtype"], f"{row['publish_bytes'] / 1e6:.0f}", _share(row, "move_s")),
+            *(_share(row, "fingerprint_s", "check_s"), _share(row, "probe_s")),
+        )
+        for row in rows
     ]
+    head = ("Mode", "Dtype", "MB moved", "Moving", "Both fingerprints", "Probe")
+    return _part("Publishing weights", says, _table(head, lines), rows)
 
 
 def _share(row: Row, *parts: str) -> str:
@@ -175,8 +221,9 @@ def _title(machine: str, rows: list[Row]) -> str:
 def _short(machine: str, rows: list[Row]) -> str:
     lines = [_short_line(case, by) for case, by in _cases(rows).items()]
     note = (
-        "Eager, compiled, best peer: how many times as long as ours; p20 to p80: our rounds over their median. "
-        "[Every provider, with spread and memory](benchmarks/RESULTS.md)."
+        "Eager, compiled, best peer: how many times as long as ours; p20 to p80: our rounds over their median; "
+        "% of ceiling: the copy or the products that cannot be avoided, done by PyTorch, over our time (beyond 100 "
+        "where our body is faster than PyTorch's). [Every provider, with spread and memory](benchmarks/RESULTS.md)."
     )
     return "\n".join([f"{_title(machine, rows)}. {note}\n", SHORT_HEAD, *lines])
 

@@ -118,9 +118,9 @@ def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_readme(tmp_p
     assert summary["isomorph"]["completion_tok_s"] == (30 / 2 + 30 / 4) / 2
     (tmp_path / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, summary]))
     text = table.section(tmp_path)
-    assert "SmolLM2-135M (float32, sampler builtin, KL 0.01, 4 prompts of 8 completions" in text
-    assert "**3.2 times** as long as we do" in text and ", 2.5 to 4.0 turn by turn" in text
-    assert "| TRL | 3.00 | 0.33 | 2.67 |" in text and "| 25 % |" in text
+    assert "SmolLM2-135M, sampler builtin, KL 0.01, 4 prompts of 8 completions" in text
+    assert "| float32 | TRL | **3.2** (2.5 to 4.0) | 3.00 | 0.33 | 2.67 |" in text and "| 25 % |" in text
+    assert f"```\n{summary['command']}\n```" in text
 
 
 def test_of_a_processor_the_tables_say_no_seconds_and_no_rates(tmp_path: Path) -> None:
