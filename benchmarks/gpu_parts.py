@@ -323,19 +323,32 @@ def step_beside_trl(rehearse: bool) -> Rows:
     sizes = ["--steps", "1", "--prompts", "2", "--group", "2", "--max-new-tok", "4"]
     if not rehearse:
         sizes = ["--steps", "6", "--prompts", "16", "--group", "8", "--max-new-tok", "256", "--max-tok", "16384"]
+    for row in _beside_trl("bench_step.py", sizes, rehearse):
+        yield {"check": "a step beside TRL's, TRL's seconds over ours", "value": row.get("ratio"), **row}
+
+
+def trl_adapter(rehearse: bool) -> Rows:
+    """bench_trl_adapter.py on a model of SmolLM2-135M's shape."""
+    sizes = ["--prompt-tok", "8", "--response-tok", "4", "--groups", "1", "--group", "2", "--rounds", "2"]
+    if not rehearse:
+        sizes = ["--prompt-tok", "600", "--response-tok", "256", "--groups", "4", "--group", "8", "--rounds", "10"]
+    for row in _beside_trl("bench_trl_adapter.py", sizes, rehearse):
+        yield {"check": "TRL's pass over a micro-batch, as it comes over packed", "value": row.get("speed"), **row}
+
+
+def _beside_trl(script: str, sizes: list[str], rehearse: bool) -> Rows:
+    """The last row that the script writes, or why it wrote none."""
     with tempfile.TemporaryDirectory() as folder:
         _policy(TINY if rehearse else SMOLLM2_135M, 2000 if rehearse else 49_148).save(Path(folder) / "model")
-        out = Path(folder) / "step.jsonl"
+        out = Path(folder) / "rows.jsonl"
         options = ["--model", f"{folder}/model", "--name", "SmolLM2-135M's shape", "--out", str(out)]
         dtype = ["--dtype", "float32" if rehearse else "bfloat16"]
-        command = [sys.executable, str(ROOT / "benchmarks/bench_step.py"), *options, *dtype, *sizes]
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *options, *dtype, *sizes]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     if done.returncode:
-        yield {"check": "a step beside TRL's", "failed": done.stderr.strip()[-1500:]}
-    for row in rows[-1:]:
-        sides = {who: row[who] for who in ("trl", "isomorph")}
-        yield {"check": "a step beside TRL's, TRL's seconds over ours", "value": row["ratio"], **sides}
+        yield {"failed": done.stderr.strip()[-1500:]}
+    yield from rows[-1:]
 
 
 # -- helpers

@@ -41,6 +41,7 @@ PARTS: dict[str, tuple[Callable[[bool], ask.Rows], float]] = {
     "decode_attention": (ask.ops("bench_decode_attention"), 30.0),
     "sampler": (ask.sampler_speed, 45.0),
     "step": (ask.step_beside_trl, 90.0),
+    "trl_adapter": (ask.trl_adapter, 45.0),
     "energy": (ask.energy, 15.0),
     "optimizers": (ask.optimizers, 45.0),
     "linear_logprob": (ask.ops("bench_linear_logprob"), 60.0),

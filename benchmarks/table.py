@@ -34,6 +34,7 @@ def section(results: Path = RESULTS) -> str:
     parts = [
         *_steps(_read(results / "step.jsonl")),
         *_updates(_read(results / "update.jsonl")),
+        *_adapted(_read(results / "trl_adapter.jsonl")),
         *_decoding(_read(results / "sampler.jsonl")),
         *_publishing(_read(results / "publish.jsonl")),
     ]
@@ -161,6 +162,27 @@ def _update(rows: list[Row]) -> str:
     head = ("Dtype", "Times as fast", "Times less memory above what is at rest")
     lines = [(row["dtype"], f"**{row['speed']:.1f}**", f"{row['memory']:.1f}") for row in rows]
     return _part("One update with shared prompts", says, _table(head, lines), rows)
+
+
+def _adapted(rows: list[Row]) -> list[str]:
+    sizes = ("machine", "model", "groups", "group", "prompt_tok", "response_tok")
+    latest = _latest((row for row in rows if row["who"] == "ratio"), "dtype", *sizes)
+    return [_packed_trl(alike) for alike in _grouped(latest, *sizes)]
+
+
+def _packed_trl(rows: list[Row]) -> str:
+    row = rows[0]
+    says = (
+        f"`pack_groups(trainer)` beside TRL as it comes: forward and backward of a micro-batch of {row['model']}, "
+        f"{row['groups']} prompts of {row['prompt_tok']} tokens with {row['group']} responses of at most "
+        f"{row['response_tok']}; {row['machine']}; torch {row['torch']}; {row['date']}."
+        f"{'' if _is_gpu(row['machine']) else ' Without a GPU TRL scores every position, those of prompts included.'}"
+    )
+    head = ("Dtype", "Times as fast", "p20 to p80", "Times less memory above what is at rest")
+    lines = [
+        (r["dtype"], f"**{r['speed']:.1f}**", f"{r['low']:.1f} to {r['high']:.1f}", f"{r['memory']:.1f}") for r in rows
+    ]
+    return _part("TRL's own trainer, packed", says, _table(head, lines), rows)
 
 
 def _decoding(rows: list[Row]) -> list[str]:

@@ -29,6 +29,7 @@ os.environ.setdefault(
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
@@ -36,7 +37,7 @@ from isomorph.engine.lora import Adapters, attach, is_adapter, require_peft
 from isomorph.engine.plan import ModelShape
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.linear import linear, linear_packed, pack
-from isomorph.kernels.packed_attention import packed_attention
+from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -54,7 +55,27 @@ def _attend_from_outside(
     return attend(module.layer_idx, q, k, v, scaling), None
 
 
+def _attend_from_outside_or_sdpa(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, attend: Attend | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    if attend is not None:
+        return _attend_from_outside(module, q, k, v, None, attend=attend, **options)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **options)
+
+
 ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
+ALL_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", _attend_from_outside_or_sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def attend_packed(layout: PackedLayout) -> Attend:
+    """For one packed batch, B = 1, of this layout."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q_THd, k_TKd, v_TKd = (x[0].transpose(0, 1) for x in (q, k, v))
+        return packed_attention(q_THd, k_TKd, v_TKd, layout, scale=scale)[None]
+
+    return attend
 
 
 class _Linear(torch.nn.Linear):
@@ -202,11 +223,7 @@ class Policy:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[T, D] hidden rows of a packed batch, the learner's way: layers compiled and recomputed as configured."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            q_THd, k_TKd, v_TKd = (x[0].transpose(0, 1) for x in (q, k, v))
-            return packed_attention(q_THd, k_TKd, v_TKd, batch.layout, scale=scale)[None]
-
+        attend = attend_packed(batch.layout)
         return self._through_layers(batch.token_ids[None], batch.positions[None], attend, self._learner_runs)[0]
 
     @contextlib.contextmanager
@@ -265,6 +282,17 @@ class Policy:
         state = {name: w.detach().to("cpu", copy=True).contiguous() for name, w in self.weights().items()}
         self.model.save_pretrained(folder, state_dict=state)
         self.text.tokenizer.save_pretrained(folder)
+
+
+def let_attend(model: Any) -> None:
+    """Another trainer's model: ``model(..., attend=...)`` attends by ``attend`` from now on, and as before without it.
+
+    Raises UserError for a model whose attention, positions or dropout ours does not know.
+    """
+    _refuse_what_we_cannot_train(model.config)
+    if (loaded := model.config._attn_implementation) not in ("sdpa", "isomorph_or_sdpa"):
+        raise UserError(f"the model must have been loaded with attn_implementation='sdpa', got {loaded!r}")
+    model.config._attn_implementation = "isomorph_or_sdpa"
 
 
 def silence_loaders() -> None:

@@ -17,6 +17,7 @@ ONE_FILE = {
     "vllm": "engine/rollout/vllm.py",
     "transformers": "engine/policy.py",
     "peft": "engine/lora.py",
+    "trl": "engine/adapters/trl.py",
     "flash_attn": "kernels/varlen_attention.py",
 }
 APART = ("rollout", "update")  # rooms of the engine that only its loop brings together
@@ -132,6 +133,7 @@ def test_the_rooms_are_read_at_all() -> None:
         ("engine/rollout/vllm.py", "import transformers", "transformers is imported"),
         ("curriculum/a.py", "from transformers.modeling_utils import x", "transformers is imported"),
         ("engine/policy.py", "import peft", "peft is imported"),
+        ("engine/loop.py", "import trl", "trl is imported"),
         ("engine/rollout/a.py", "from isomorph.engine.update.pack import pack", "do not know each other"),
         ("engine/update/a.py", "from isomorph.engine import rollout", "do not know each other"),
     ],
