@@ -1,4 +1,4 @@
-"""Which body ``packed_attention`` runs for which inputs on a GPU, and why.
+"""Which body ``packed_attention`` runs for which inputs, and why. On a GPU:
 
     varlen      two calls of flash attention, merged: the fastest where flash attention has kernels for the GPU
     triton      our kernels: any GPU from sm_80 on, float32, trees, the same bits every time and in every batch
@@ -43,7 +43,9 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, *, is_tree: 
             raise ValueError(f"packed_attention={asked} was asked for, but {reason}")
         return Route(asked, "asked for")
     if device.type != "cuda":
-        return Route(backend.choose("packed_attention", device), f"the first that runs on {device.type}")
+        body = backend.choose("packed_attention", device)
+        reason = why_not(body, dtype, head_dim, is_tree)
+        return Route("reference", reason) if reason else Route(body, f"the first that runs on {device.type}")
     capability = torch.cuda.get_device_capability(device)
     deterministic = torch.are_deterministic_algorithms_enabled()
     absent = backend.flash_reason(), backend.triton_reason()
@@ -71,6 +73,8 @@ def route(facts: Facts) -> Route:
 def why_not(body: str, dtype: torch.dtype, head_dim: int, is_tree: bool) -> str:
     """Why a body cannot take such inputs on any machine; empty where it can."""
     name = str(dtype).removeprefix("torch.")
+    if body == "native" and dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"the C++ body takes float32, float64 and bfloat16, not {name}"
     if body == "triton" and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"our kernels take float32, bfloat16 and float16, not {name}"
     if body == "triton" and head_dim > MAX_HEAD_DIM:

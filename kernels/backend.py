@@ -56,7 +56,7 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "token_logprob": ("native", "torch"),
         "linear_logprob": ("native", "torch"),
         "linear_loss": ("native", "torch"),
-        "packed_attention": ("torch",),
+        "packed_attention": ("native",),
         "decode_attention": ("native", "torch"),
         "sample_token": ("native",),
         "group_advantage": ("native",),

@@ -2,14 +2,13 @@
 
 A prompt is seen by itself and by all responses of its group, a response by itself alone; both causally. In a tree of
 segments each one sees all that it continues.
-On a GPU by ``gpu/attention.py`` or ``varlen_attention.py``; ``attention_route.py`` has the rule.
-On the CPU by ATen's flash attention, in parts that are merged by log-sum-exp:
+On a GPU by ``gpu/attention.py`` or ``varlen_attention.py``; ``attention_route.py`` has the rule. On a CPU by
+``csrc/attention_body.cpp``, in float32 whatever is stored: blocks of keys in order, each with all queries that see it
 
-    own     every segment on its own keys, causal                         o1, l1
-    cross   all that continues a segment on its keys, full; by depth      o2, l2
-    merge   l = logaddexp(l1, l2)     o = exp(l1 - l) o1 + exp(l2 - l) o2
+    P = exp(scale q . k - lse)      dS = P (dout . v - delta)      delta = dout . out
+    dv += P^T dout                  dk += scale dS^T q             dq += scale dS k
 
-The backward of each part, given the merged o and l, is exact: a weight is exp(score - l) wherever its key is.
+so that the bits of a group depend on the group alone.
 """
 
 import math
@@ -19,11 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isomorph.kernels import attention_route
-from isomorph.kernels.packed_layout import Batch, PackedLayout, Plan, Ranges
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from isomorph.kernels import attention_route, backend
+from isomorph.kernels.packed_layout import PackedLayout
+from isomorph.kernels.token_logprob import stats_dtype
 
 
 # -- reference: the specification
@@ -61,86 +58,42 @@ def _check(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
     return scale
 
 
-# -- CPU body
-class _FlashMerged(torch.autograd.Function):
+# -- native body
+class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: Plan, scale: float) -> Tensor:
+    def forward(ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments_S4: Tensor, scale: float) -> Tensor:
+        inputs = [_with_dense_heads(x) for x in (q_THD, k_TKD, v_TKD)]
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        lse_dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
-        lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=lse_dtype)
-        for batch in plan.own:
-            out, lse = _attend(batch, q_THD, k_TKD, v_TKD, scale)
-            batch.queries.put(out_THD, out)
-            batch.queries.put(lse_TH, lse)
-        for batch in plan.cross:
-            _merge(batch.queries, out_THD, lse_TH, *_attend(batch, q_THD, k_TKD, v_TKD, scale))
-        ctx.save_for_backward(q_THD, k_TKD, v_TKD, out_THD, lse_TH)
-        ctx.plan, ctx.scale = plan, scale
+        lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=stats_dtype(q_THD.dtype))
+        backend.native().packed_attention(*inputs, segments_S4, scale, out_THD, lse_TH)
+        ctx.save_for_backward(*inputs, out_THD, lse_TH)
+        ctx.segments_S4, ctx.scale = segments_S4, scale
         return out_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, lse_TH = ctx.saved_tensors
-        dtype = inputs[0].dtype
-        # ATen's backward is faster in float32 than in bfloat16, conversions included, and sums parts unrounded
-        q_THD, k_TKD, v_TKD, out_THD, dout_THD = (x.to(lse_TH.dtype) for x in (*inputs, dout_THD))
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD))
-        for batch in (*ctx.plan.own, *ctx.plan.cross):
-            queries, keys = batch.queries, batch.keys
-            parts = _flash_backward(
-                queries.gather(dout_THD),
-                queries.gather(q_THD),
-                keys.gather(k_TKD),
-                keys.gather(v_TKD),
-                queries.gather(out_THD),
-                _gather_lse(queries, lse_TH),
-                0.0,
-                batch.is_causal,
-                attn_mask=_mask(batch, q_THD.dtype),
-                scale=ctx.scale,
-            )
-            for ranges, grad, part in zip((queries, keys, keys), grads, parts, strict=True):
-                # own batches come first and cover every row
-                (ranges.put if batch.is_causal else ranges.add)(grad, part)
-        return *(grad.to(dtype) for grad in grads), None, None
+        saved = ctx.saved_tensors
+        q_THD, k_TKD, *_, lse_TH = saved
+        delta_TH = torch.empty_like(lse_TH)
+        # dk and dv of each query head by itself: a task writes to rows that no other one does
+        dq_THD, dk_THD, dv_THD = (lse_TH.new_empty(q_THD.shape) for _ in range(3))
+        backend.native().packed_attention_backward(
+            _with_dense_heads(dout_THD), *saved, ctx.segments_S4, ctx.scale, delta_TH, dq_THD, dk_THD, dv_THD
+        )
+        dk_TKD, dv_TKD = (x.unflatten(1, (k_TKD.shape[1], -1)).sum(2) for x in (dk_THD, dv_THD))
+        return *(grad.to(q_THD.dtype) for grad in (dq_THD, dk_TKD, dv_TKD)), None, None
 
 
-def _attend(batch: Batch, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, H, L, D] and LSE [B, H, L]; values on padded queries are meaningless."""
-    return _flash(
-        batch.queries.gather(q_THD),
-        batch.keys.gather(k_TKD),
-        batch.keys.gather(v_TKD),
-        0.0,
-        batch.is_causal,
-        attn_mask=_mask(batch, q_THD.dtype),
-        scale=scale,
-    )
+def _with_dense_heads(x_THD: Tensor) -> Tensor:
+    return x_THD.detach() if x_THD.stride(2) == 1 else x_THD.detach().contiguous()
 
 
-def _mask(batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    if batch.hide_padding is None:
-        return None
-    return torch.zeros(batch.hide_padding.shape, dtype=dtype).masked_fill_(batch.hide_padding, -math.inf)
-
-
-def _gather_lse(queries: Ranges, lse_TH: Tensor) -> Tensor:
-    lse_BHL = queries.gather(lse_TH)
-    if queries.is_padding is None:
-        return lse_BHL
-    # exp(score - inf) = 0: a padded query gives nothing to any gradient
-    is_padding = queries.is_padding.view(queries.num_ranges, 1, queries.max_len)
-    return lse_BHL.masked_fill_(is_padding, math.inf)
-
-
-def _merge(queries: Ranges, out_THD: Tensor, lse_TH: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    out_nHD, lse_nH = queries.strip(part_out), queries.strip(part_lse)
-    own_out_nHD, own_lse_nH = out_THD[queries.rows], lse_TH[queries.rows]
-    weight_nH1 = torch.sigmoid(lse_nH - own_lse_nH)[..., None]
-    merged_nHD = torch.lerp(own_out_nHD.to(lse_nH.dtype), out_nHD.to(lse_nH.dtype), weight_nH1)
-    out_THD[queries.rows] = merged_nHD.to(out_THD.dtype)
-    lse_TH[queries.rows] = torch.logaddexp(own_lse_nH, lse_nH)
+def _segments(layout: PackedLayout) -> Tensor:
+    """[S, 4] int64: start, end, vis_end, parent."""
+    if "segments" not in layout.on_device:
+        layout.on_device["segments"] = torch.tensor(layout.segments, dtype=torch.int64).view(-1, 4)
+    return layout.on_device["segments"]
 
 
 # -- GPU bodies
@@ -187,6 +140,6 @@ def packed_attention(
     body = attention_route.choose(q_THD.device, q_THD.dtype, q_THD.shape[2], is_tree=layout.is_tree).body
     if body == "reference":
         return packed_attention_ref(q_THD, k_TKD, v_TKD, layout, scale=scale)
-    if body == "torch":
-        return _FlashMerged.apply(q_THD, k_TKD, v_TKD, layout.plan, scale)
+    if body == "native":
+        return _Native.apply(q_THD, k_TKD, v_TKD, _segments(layout), scale)
     return _OnGpu.apply(q_THD, k_TKD, v_TKD, layout, scale, body)

@@ -1,4 +1,4 @@
-"""Where the segments of packed groups lie, and the plan by which the CPU body walks them.
+"""Where the segments of packed groups lie.
 
 Packed order is [P][R1]..[RG] per group, groups one after the other. Key k is visible to query q iff
 ``k <= q < vis_end[segment of k]``. The same rule with segments in depth-first order describes trees, where a
@@ -7,7 +7,7 @@ segment continues another one and sees all of its ancestors.
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels.packing import consecutive
-
-ALONE_SCORES = 128 * 128  # a pair of ranges with that many scores gets a call of its own, on views, without padding
-MAX_PADDING = 1.35  # padded scores over real ones in a batch of ranges; more calls cost more than this padding
 
 
 class Segment(NamedTuple):
@@ -27,70 +24,6 @@ class Segment(NamedTuple):
     end: int
     vis_end: int
     parent: int  # index of the segment that it continues; -1 for the first of a group
-
-
-class Pair(NamedTuple):
-    """Queries [q_start, q_end) look at keys [k_start, k_end)."""
-
-    q_start: int
-    q_end: int
-    k_start: int
-    k_end: int
-
-    @property
-    def num_q(self) -> int:
-        return self.q_end - self.q_start
-
-    @property
-    def num_k(self) -> int:
-        return self.k_end - self.k_start
-
-
-class Ranges(NamedTuple):
-    """B ranges of packed rows as a [B, L] batch: one range is a view, more are padded with last rows."""
-
-    rows: slice | Tensor  # of the packed rows, in order
-    num_ranges: int
-    max_len: int
-    padded_rows: Tensor | None  # [B * L] int64
-    real: Tensor | None  # [n] int64 into B * L
-    is_padding: Tensor | None  # [B * L] bool; None where nothing is padded
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[T, H, ...] -> [B, H, L, ...]."""
-        picked = x[self.rows] if self.padded_rows is None else x.index_select(0, self.padded_rows)
-        return picked.view(self.num_ranges, self.max_len, *x.shape[1:]).transpose(1, 2)
-
-    def strip(self, x: Tensor) -> Tensor:
-        """[B, H, L, ...] -> [n, H, ...], without the padding."""
-        flat = x.transpose(1, 2).reshape(self.num_ranges * self.max_len, x.shape[1], *x.shape[3:])
-        return flat if self.real is None else flat.index_select(0, self.real)
-
-    def put(self, into: Tensor, x: Tensor) -> None:
-        if isinstance(self.rows, slice):
-            into[self.rows] = self.strip(x)
-        else:
-            into.index_copy_(0, self.rows, self.strip(x))
-
-    def add(self, into: Tensor, x: Tensor) -> None:
-        if isinstance(self.rows, slice):
-            into[self.rows] += self.strip(x)
-        else:
-            into.index_add_(0, self.rows, self.strip(x))  # rows are distinct: the order of addition cannot matter
-
-
-class Batch(NamedTuple):
-    """One call of the attention op."""
-
-    queries: Ranges
-    keys: Ranges
-    is_causal: bool
-    hide_padding: Tensor | None  # [B, 1, 1, K] bool, True on padded keys that a query could see
-
-
-class Plan(NamedTuple):
-    own: tuple[Batch, ...]
-    cross: tuple[Batch, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,7 +44,6 @@ class PackedLayout:
     positions: Tensor  # [T] int64: prompt 0..P-1, every response P..P+R-1; in a tree on from the parent's last
     cu_seqlens: Tensor  # [segments + 1] int32, packed order; zero-length segments are kept
     vis_end: Tensor  # [segments] int32: the segment's keys are seen by queries before it
-    plan: Plan = field(repr=False)  # of the CPU body; stays on the CPU
     on_device: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what bodies made of it, once a device
 
     @classmethod
@@ -172,7 +104,6 @@ class PackedLayout:
             ),
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
             vis_end=torch.tensor(vis_end, dtype=torch.int32),
-            plan=_make_plan(segments),
         )
 
     def to(self, device: torch.device | str) -> "PackedLayout":
@@ -204,61 +135,3 @@ def _check_tree(lens: Sequence[int], parents: Sequence[int]) -> None:
                 "which is not the segment before it nor an ancestor of that one; -1 starts a new tree"
             )
         open_segments.append(i)
-
-
-def _make_plan(segments: Sequence[Segment]) -> Plan:
-    own = [Pair(s.start, s.end, s.start, s.end) for s in segments]
-    # what continues a segment looks at it; pairs of one depth share no query: they may be one batch
-    cross: dict[int, list[Pair]] = {}
-    depths: list[int] = []
-    for s in segments:
-        depths.append(depths[s.parent] + 1 if s.parent >= 0 else 0)
-        cross.setdefault(depths[-1], []).append(Pair(s.end, s.vis_end, s.start, s.end))
-    return Plan(
-        own=tuple(_batch(pairs, is_causal=True) for pairs in _bucket(own)),
-        cross=tuple(_batch(pairs, is_causal=False) for depth in cross for pairs in _bucket(cross[depth])),
-    )
-
-
-def _bucket(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """Batches of pairs of similar size, so that padding stays small; big pairs alone; empty ones nowhere."""
-    buckets: list[list[Pair]] = []
-    num_real = max_q = max_k = 0
-    for pair in sorted(pairs, key=lambda pair: (-pair.num_k, -pair.num_q, pair)):
-        num_scores = pair.num_q * pair.num_k
-        if num_scores == 0:
-            continue
-        grown_q, grown_k = max(max_q, pair.num_q), max(max_k, pair.num_k)
-        padded = grown_q * grown_k * (len(buckets[-1]) + 1) if buckets else 0
-        if not buckets or num_scores >= ALONE_SCORES or padded > MAX_PADDING * (num_real + num_scores) + ALONE_SCORES:
-            buckets.append([])
-            num_real, grown_q, grown_k = 0, pair.num_q, pair.num_k
-        buckets[-1].append(pair)
-        num_real, max_q, max_k = num_real + num_scores, grown_q, grown_k
-    return buckets
-
-
-def _batch(pairs: list[Pair], *, is_causal: bool) -> Batch:
-    queries = _ranges([(pair.q_start, pair.q_end) for pair in pairs])
-    keys = queries if is_causal else _ranges([(pair.k_start, pair.k_end) for pair in pairs])
-    hide = None
-    if not is_causal and keys.is_padding is not None:  # causal: padding comes after all real queries
-        hide = keys.is_padding.view(keys.num_ranges, 1, 1, keys.max_len)
-    return Batch(queries, keys, is_causal, hide)
-
-
-def _ranges(bounds: list[tuple[int, int]]) -> Ranges:
-    starts = [start for start, _ in bounds]
-    lens = [end - start for start, end in bounds]
-    max_len = max(lens)
-    if len(bounds) == 1:
-        return Ranges(slice(*bounds[0]), 1, max_len, None, None, None)
-    rows = consecutive(torch.tensor(starts), torch.tensor(lens))
-    if min(lens) == max_len:
-        return Ranges(rows, len(bounds), max_len, rows, None, None)
-    offset_L = torch.arange(max_len)
-    lens_B1 = torch.tensor(lens)[:, None]
-    padded_rows = torch.tensor(starts)[:, None] + torch.minimum(offset_L, lens_B1 - 1)
-    is_padding = (offset_L >= lens_B1).flatten()
-    real = (~is_padding).nonzero()[:, 0]
-    return Ranges(rows, len(bounds), max_len, padded_rows.flatten(), real, is_padding)

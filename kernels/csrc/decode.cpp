@@ -26,14 +26,6 @@ DecodeFn decode_fn(Storage storage) {
     return baseline::decode_fn(storage);
 }
 
-Storage storage_of(const Array& array) {
-    const nb::dlpack::dtype dtype = array.dtype();
-    if (dtype == nb::dtype<float>()) return Storage::kFloat32;
-    if (dtype == nb::dtype<double>()) return Storage::kFloat64;
-    if (dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16) return Storage::kBFloat16;
-    throw nb::type_error("decode_attention: float32, float64 or bfloat16");
-}
-
 // Address of element (i, j) of the first two dimensions.
 const void* at(const Array& array, int64_t i, int64_t j) {
     const int64_t offset = i * array.stride(0) + j * array.stride(1);
@@ -67,7 +59,7 @@ std::vector<Tile> tiles_of(const Cache& prompt, int64_t num_rows, int64_t rows_p
 
 void decode_attention(Array q, Array k_prompt, Array v_prompt, Array1i prompt_slot, Array1i prompt_len, Array k_own,
                       Array v_own, Array1i own_slot, Array1i own_len, double scale, Array out) {
-    const DecodeFn decode = decode_fn(storage_of(q));
+    const DecodeFn decode = decode_fn(storage_of(q, "decode_attention"));
     const Cache prompt = {k_prompt, v_prompt, prompt_slot.data(), prompt_len.data()};
     const Cache own = {k_own, v_own, own_slot.data(), own_len.data()};
     const int64_t num_rows = q.shape(0), num_kv_heads = k_prompt.shape(1), repeats = q.shape(1) / num_kv_heads;

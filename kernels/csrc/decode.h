@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-namespace isomorph {
+#include "storage.h"
 
-enum class Storage { kFloat32, kFloat64, kBFloat16 };
+namespace isomorph {
 
 struct Rows {
     const void* data;

@@ -1,4 +1,5 @@
-// Which instruction set the bodies that are compiled several times run with: the best of the machine, or a forced one.
+// Which instruction set the bodies that are compiled several times run with: the best of the machine, or a forced one;
+// and what their arrays hold.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -39,6 +40,14 @@ void use_isa(const std::string& isa) {
 const std::string& isa() {
     static const std::string best = isas().front();
     return forced.empty() ? best : forced;
+}
+
+Storage storage_of(const nb::ndarray<nb::device::cpu>& array, const char* op) {
+    const nb::dlpack::dtype dtype = array.dtype();
+    if (dtype == nb::dtype<float>()) return Storage::kFloat32;
+    if (dtype == nb::dtype<double>()) return Storage::kFloat64;
+    if (dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16) return Storage::kBFloat16;
+    throw nb::type_error((std::string(op) + ": float32, float64 or bfloat16").c_str());
 }
 
 void bind_isa(nb::module_& module) {

@@ -32,6 +32,41 @@ ISOMORPH_INLINE void store(P* p, const V& v) {
     memcpy(p, &v, sizeof(v));
 }
 
+// -- storage
+struct BFloat16 {
+    uint16_t bits;
+};
+ISOMORPH_INLINE float widen(float x) { return x; }
+ISOMORPH_INLINE double widen(double x) { return x; }
+ISOMORPH_INLINE float widen(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof(wide));
+    return wide;
+}
+ISOMORPH_INLINE void narrow(float* to, float x) { *to = x; }
+ISOMORPH_INLINE void narrow(double* to, double x) { *to = x; }
+ISOMORPH_INLINE void narrow(BFloat16* to, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    to->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+}
+
+// A vector of A from kLanes entries of storage.
+template <typename A, typename T>
+ISOMORPH_INLINE Vec<A> wide(const T* p) {
+    if constexpr (__is_same(T, BFloat16)) {
+        typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+        typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+        const Words bits = __builtin_convertvector(load<Halves>(p), Words) << 16;
+        return load<Vec<A>>(&bits);
+    } else {
+        return load<Vec<A>>(p);
+    }
+}
+
 // exp of x < 88. NaN stays NaN; -inf gives exactly 0.
 ISOMORPH_INLINE void exp_in_place(Vec<float>& x) {
     typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));

@@ -7,15 +7,21 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include "storage.h"
+
 namespace isomorph {
 
 template <typename T>
 using Array1 = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::device::cpu, nanobind::c_contig>;
 
+// Raises TypeError, in the name of ``op``, for another type than these three.
+Storage storage_of(const nanobind::ndarray<nanobind::device::cpu>& array, const char* op);
+
 // "avx512", "avx2" or "baseline".
 const std::string& isa();
 
 void bind_isa(nanobind::module_& module);
+void bind_attention(nanobind::module_& module);
 void bind_packing(nanobind::module_& module);
 void bind_advantage(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);

@@ -65,9 +65,14 @@ def test_a_gpu_without_triton_has_the_reference() -> None:
     assert route(Facts(H100, BF16, 128, False, False, absent, absent)) == ("reference", f"{absent}; {absent}")
 
 
-def test_the_cpu_has_its_own_body_whatever_the_inputs() -> None:
-    for dtype, head_dim, is_tree in ((BF16, 256, False), (F64, 64, True)):
-        assert attention_route.choose(torch.device("cpu"), dtype, head_dim, is_tree=is_tree).body == "torch"
+def test_the_cpu_has_its_own_bodies_whatever_the_inputs() -> None:
+    cpp = "native" if backend.native_available() else "reference"
+    for dtype, head_dim, is_tree, body in (
+        (BF16, 256, False, cpp),
+        (F64, 64, True, cpp),
+        (F16, 64, False, "reference"),
+    ):
+        assert attention_route.choose(torch.device("cpu"), dtype, head_dim, is_tree=is_tree).body == body
 
 
 def test_facts_of_a_gpu_are_collected_and_what_was_asked_for_outranks_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:

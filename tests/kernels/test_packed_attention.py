@@ -1,5 +1,8 @@
+"""The C++ body of packed_attention with every instruction set; the GPU's in gpu/."""
+
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from isomorph.kernels import backend
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention, packed_attention_ref
 
+ISAS = backend.native().isas() if backend.native_available() else []
 Groups = tuple[list[int], list[list[int]]]
 Tree = tuple[list[int], list[int]]
 
@@ -33,6 +37,13 @@ DEEP: dict[str, Tree] = {
     "a chain, and empty branches": ([6, 0, 5, 1, 0, 3, 12], [-1, 0, 1, 2, 3, 2, 0]),
     "a long tree": ([130, 150, 20, 140, 3, 200], [-1, 0, 1, 1, 3, 0]),
 }
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    backend.native().use_isa(request.param)
+    yield request.param
+    backend.native().use_isa("")
 
 
 def _qkv(num_tok: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -126,32 +137,6 @@ def test_errs_at_most_twice_as_much_as_pytorch_in_the_same_dtype(groups: Groups,
         assert (our.double() - true).norm() <= 2 * (their.double() - true).norm() + ulp
 
 
-class _Attended(TorchDispatchMode):
-    """Counts scores and watches the largest tensor."""
-
-    num_scores = 0
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
-            (batch, _, num_q, _), num_k = args[0].shape, args[1].shape[2]
-            self.num_scores += batch * num_q * num_k
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            self.largest = max(self.largest, x.numel() if isinstance(x, Tensor) else 0)
-        return out
-
-
-def test_the_prompt_of_a_group_is_computed_once_and_no_square_of_all_tokens_exists() -> None:
-    layout = PackedLayout.from_groups([300, 280], [[50] * 4, [40] * 4])
-    q, k, v, dout = _qkv(layout.num_tok, 2, 1, 8, torch.float32)
-    with _Attended() as attended:
-        packed_attention(q, k, v, layout).backward(dout)
-    shared = 300**2 + 280**2 + 4 * (50 * 50 + 40 * 40) + 4 * (50 * 300 + 40 * 280)
-    assert shared <= attended.num_scores <= 1.1 * shared  # repeated prompts would take 3.2 times as many
-    assert attended.largest <= 2 * q.numel()
-
-
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
 def test_layout_says_where_everything_is(tree: Tree) -> None:
     layout = PackedLayout.from_tree(*tree)
@@ -222,6 +207,36 @@ def test_the_same_call_gives_the_same_bits(dtype: torch.dtype) -> None:
     first = once()
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_depend_on_the_group_alone_and_a_responses_output_on_nothing_beside_it(dtype: torch.dtype) -> None:
+    prompt, lens = 70, [80, 3, 64]
+    layout = PackedLayout.from_groups([9, prompt, 5], [[3], lens, [200]])
+    q, k, v, dout = _qkv(layout.num_tok, 4, 2, 20, dtype)
+    out = packed_attention(q, k, v, layout)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    own = slice(*layout.group_offsets[1:3])
+    alone = PackedLayout.from_groups([prompt], [lens])
+    leaves = [x.detach()[own].requires_grad_() for x in (q, k, v)]
+    out_alone = packed_attention(*leaves, alone)
+    assert torch.equal(out_alone, out[own])
+    for grad_alone, grad in zip(torch.autograd.grad(out_alone, leaves, dout[own]), grads, strict=True):
+        assert torch.equal(grad_alone, grad[own])
+    last = torch.cat([torch.arange(prompt), torch.arange(alone.num_tok - lens[-1], alone.num_tok)])
+    one = packed_attention(*(x.detach()[last] for x in leaves), PackedLayout.from_groups([prompt], [lens[-1:]]))
+    assert torch.equal(one, out_alone[last])
+
+
+def test_heads_that_are_not_dense_and_gradients_that_are_one_number_are_taken() -> None:
+    layout = PackedLayout.from_groups([9, 4], [[3, 5], [2]])
+    q, k, v, _ = _qkv(layout.num_tok, 4, 2, 6)
+    strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in (q, k, v)]
+    assert strided[0].stride(2) != 1
+    ours, other = packed_attention(*strided, layout), packed_attention_ref(q, k, v, layout)
+    torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-12)
+    grads = [torch.autograd.grad(out.sum(), inputs) for out, inputs in ((ours, strided), (other, (q, k, v)))]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
 
 
 def test_views_into_one_fused_projection_work() -> None:

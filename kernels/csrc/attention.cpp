@@ -1,0 +1,121 @@
+// Packed attention: tasks over tiles of tokens and KV heads, backwards over groups and query heads. The specification is
+// kernels/packed_attention.py.
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "native.h"
+
+namespace nb = nanobind;
+
+namespace isomorph {
+namespace {
+
+using Array = nb::ndarray<nb::device::cpu>;
+using Segments = nb::ndarray<const int64_t, nb::shape<-1, 4>, nb::device::cpu, nb::c_contig>;
+
+AttentionFns attention_fns(Storage storage) {
+#if defined(ISOMORPH_HAS_AVX2)
+    if (isa() == "avx512") return avx512::attention_fns(storage);
+    if (isa() == "avx2") return avx2::attention_fns(storage);
+#endif
+    return baseline::attention_fns(storage);
+}
+
+Heads heads_of(const Array& array) { return {array.data(), array.stride(0), array.stride(1)}; }
+
+Attention task_of(const Array& q, const Array& k, const Array& v, const Segments& segments, double scale,
+                  const Array& out, const Array& lse) {
+    static_assert(sizeof(Segment) == 4 * sizeof(int64_t));
+    Attention task = {};
+    task.segments = reinterpret_cast<const Segment*>(segments.data());
+    task.num_heads = q.shape(1), task.repeats = q.shape(1) / k.shape(1), task.dim = q.shape(2);
+    task.scale = scale;
+    task.q = heads_of(q), task.k = heads_of(k), task.v = heads_of(v), task.out = heads_of(out);
+    task.lse = lse.data();
+    return task;
+}
+
+class Scratch {
+  public:
+    explicit Scratch(const Attention& task)
+        : data_(std::aligned_alloc(64, (attention_scratch_bytes(task.dim, task.repeats) + 63) / 64 * 64), &std::free) {}
+    void* get() const { return data_.get(); }
+
+  private:
+    std::unique_ptr<void, void (*)(void*)> data_;
+};
+
+struct Range {
+    int64_t segment, first, last;
+};
+
+void attend(Array q, Array k, Array v, Segments segments, double scale, Array out, Array lse) {
+    const AttentionFns fns = attention_fns(storage_of(q, "packed_attention"));
+    const Attention task = task_of(q, k, v, segments, scale, out, lse);
+    const int64_t num_segments = segments.shape(0), num_kv_heads = k.shape(1);
+    nb::gil_scoped_release release;
+    const int64_t tokens = std::max<int64_t>(1, kQueries / task.repeats);
+    std::vector<Range> tiles;
+    for (int64_t s = 0; s < num_segments; ++s) {
+        const Segment& segment = task.segments[s];
+        for (int64_t first = segment.start; first < segment.end; first += tokens) {
+            tiles.push_back({s, first, std::min(first + tokens, segment.end)});
+        }
+    }
+    const int64_t num_tasks = static_cast<int64_t>(tiles.size()) * num_kv_heads;
+#pragma omp parallel
+    {
+        const Scratch scratch(task);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_tasks; ++i) {
+            const Range& tile = tiles[i / num_kv_heads];
+            fns.forward(task, tile.segment, tile.first, tile.last, i % num_kv_heads, scratch.get());
+        }
+    }
+}
+
+void attend_backward(Array dout, Array q, Array k, Array v, Array out, Array lse, Segments segments, double scale,
+                     Array delta, Array dq, Array dk, Array dv) {
+    const AttentionFns fns = attention_fns(storage_of(q, "packed_attention"));
+    Attention task = task_of(q, k, v, segments, scale, out, lse);
+    task.dout = heads_of(dout);
+    task.delta = delta.data(), task.dq = dq.data(), task.dk = dk.data(), task.dv = dv.data();
+    const int64_t num_segments = segments.shape(0);
+    nb::gil_scoped_release release;
+    std::vector<Range> groups;
+    for (int64_t s = 0; s < num_segments; ++s) {
+        if (task.segments[s].parent < 0) groups.push_back({s, s, s});
+        groups.back().last = s + 1;
+    }
+    const int64_t num_groups = static_cast<int64_t>(groups.size()), num_tasks = num_groups * task.num_heads;
+#pragma omp parallel
+    {
+        const Scratch scratch(task);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_groups; ++i) {
+            fns.delta(task, task.segments[groups[i].first].start, task.segments[groups[i].last - 1].end);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_tasks; ++i) {
+            const Range& group = groups[i / task.num_heads];
+            fns.backward(task, group.first, group.last, i % task.num_heads, scratch.get());
+        }
+    }
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& module) {
+    module.def("packed_attention", &attend, nb::arg("q").noconvert(), nb::arg("k").noconvert(), nb::arg("v").noconvert(),
+               nb::arg("segments").noconvert(), nb::arg("scale"), nb::arg("out").noconvert(), nb::arg("lse").noconvert());
+    module.def("packed_attention_backward", &attend_backward, nb::arg("dout").noconvert(), nb::arg("q").noconvert(),
+               nb::arg("k").noconvert(), nb::arg("v").noconvert(), nb::arg("out").noconvert(), nb::arg("lse").noconvert(),
+               nb::arg("segments").noconvert(), nb::arg("scale"), nb::arg("delta").noconvert(), nb::arg("dq").noconvert(),
+               nb::arg("dk").noconvert(), nb::arg("dv").noconvert());
+}
+
+}  // namespace isomorph

@@ -1,0 +1,68 @@
+// Tasks of packed attention. The specification is kernels/packed_attention.py; who sees whom is packed_layout.py's rule:
+//     key k is seen by query q  iff  k <= q < vis_end of k's segment
+// Compiled once per instruction set.
+#pragma once
+
+#include <stdint.h>
+
+#include "storage.h"
+
+namespace isomorph {
+
+// Packed rows [start, end); its keys are seen by queries before vis_end; it continues segment parent, or none (-1).
+struct Segment {
+    int64_t start, end, vis_end, parent;
+};
+
+// [T, heads, dim]; dim is contiguous.
+struct Heads {
+    void* data;
+    int64_t token_stride, head_stride;  // in elements
+};
+
+struct Attention {
+    const Segment* segments;
+    int64_t num_heads, repeats, dim;  // repeats: query heads per KV head
+    double scale;
+    Heads q, k, v, out;
+    void* lse;  // [T, num_heads]; float64 for float64, else float32, like everything below
+    // the backward's
+    Heads dout;
+    void* delta;                       // [T, num_heads] sum of dout * out
+    void *dq, *dk, *dv;                // [T, num_heads, dim] each, contiguous; dk and dv of each query head by itself
+};
+
+constexpr int64_t kKeys = 64;      // in a block
+constexpr int64_t kQueries = 192;  // rows of scores at a time: tokens, or in the forward tokens x repeats
+
+// Bytes of scratch that a task needs at most, whatever the number of lanes.
+inline int64_t attention_scratch_bytes(int64_t dim, int64_t repeats) {
+    const int64_t width = (dim + 15) / 16 * 16, rows = kQueries > repeats ? kQueries : repeats;
+    const int64_t items = rows * (3 * width + 2 * kKeys + 2) + kKeys * 5 * width;
+    return items * static_cast<int64_t>(sizeof(double));
+}
+
+// out and lse of the tokens [first, last) of a segment, for one KV head's query heads.
+using ForwardFn = void (*)(const Attention&, int64_t segment, int64_t first, int64_t last, int64_t kv_head,
+                           void* scratch);
+// delta of the tokens [first, last).
+using DeltaFn = void (*)(const Attention&, int64_t first, int64_t last);
+// dq, dk and dv of the segments [first, last), which are a whole group, for one query head.
+using BackwardFn = void (*)(const Attention&, int64_t first, int64_t last, int64_t head, void* scratch);
+
+struct AttentionFns {
+    ForwardFn forward;
+    DeltaFn delta;
+    BackwardFn backward;
+};
+
+#define ISOMORPH_ATTENTION(isa)                  \
+    namespace isa {                              \
+    AttentionFns attention_fns(Storage storage); \
+    }
+ISOMORPH_ATTENTION(baseline)
+ISOMORPH_ATTENTION(avx2)
+ISOMORPH_ATTENTION(avx512)
+#undef ISOMORPH_ATTENTION
+
+}  // namespace isomorph
