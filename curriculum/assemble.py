@@ -72,7 +72,7 @@ def run_recipe(
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
                 log.readers += stack.enter_context(open_readers(recipe.log, folder, tables, state.step))
-                log.readers.append(FirstSteps(recipe, crew.policy, log, before_gib))
+                log.readers.append(FirstSteps(recipe, crew.policy, log, before_gib, ranks.size))
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:

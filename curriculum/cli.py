@@ -138,6 +138,9 @@ def plan(
     device_gib: Annotated[
         float | None, typer.Option("--device-gib", min=0.1, help="Its memory, where it differs")
     ] = None,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="Devices, as torchrun --nproc-per-node; the tables are of one")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")] = False,
 ) -> None:
     """What fits and how long a step takes, stage by stage. Loads no weights and touches no GPU."""
@@ -146,7 +149,7 @@ def plan(
     from isomorph.curriculum.planning import plan_recipe, show_plan
     from isomorph.curriculum.recipe import Recipe
 
-    planned = plan_recipe(load_recipe(recipe, overrides or [], Recipe), device, device_gib)
+    planned = plan_recipe(load_recipe(recipe, overrides or [], Recipe), device, device_gib, ranks)
     if as_json:
         sys.stdout.write(json.dumps(planned, indent=2) + "\n")
     else:

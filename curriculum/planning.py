@@ -32,8 +32,11 @@ from isomorph.engine.record.runlog import Row, RunLog
 NUM_SAMPLES = 20  # questions drawn to learn how long they are
 
 
-def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None) -> dict[str, Any]:
-    """The plan of every stage, JSON-able. ``card``: a GPU of the table; None: this machine's CPU. Raises UserError."""
+def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_ranks: int = 1) -> dict[str, Any]:
+    """The plan of every stage on one of ``num_ranks`` devices, JSON-able. Raises UserError.
+
+    ``card``: a GPU of the table; None: this machine's CPU, whose memory and cores the ranks share.
+    """
     words = {w for d in recipe.data.values() if isinstance(d, GeneratedData) for w in vocabulary(d.difficulty)}
     shape = read_shape(recipe.model, sorted(words), recipe.lora)
     if card is not None:
@@ -41,17 +44,29 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None) -> d
         device_gib = device_gib or known.gib
     else:
         ceilings = measure_ceilings(torch.device("cpu"), getattr(torch, recipe.model.dtype))
-        device_gib = device_gib or machine.available_gib()
+        ceilings = ceilings._replace(flops=ceilings.flops / num_ranks, bandwidth=ceilings.bandwidth / num_ranks)
     if device_gib is None:
-        raise UserError("this system does not say how much memory is free: give --device-gib")
+        free_gib = machine.available_gib()
+        if free_gib is None:
+            raise UserError("this system does not say how much memory is free: give --device-gib")
+        device_gib = free_gib / num_ranks
     stages = []
     for stage in recipe.stage:
         length = _prompt_tok(recipe, stage)
-        facts = facts_of(recipe, stage, shape, prompt_tok=length, device_gib=device_gib, is_gpu=card is not None)
+        facts = facts_of(
+            recipe,
+            stage,
+            shape,
+            prompt_tok=length,
+            device_gib=device_gib,
+            is_gpu=card is not None,
+            num_ranks=num_ranks,
+        )
         stages.append({"stage": stage.name, **_planned(facts), "seconds": seconds(facts, ceilings)})
     return {
         "device": card or "cpu",
         "device_gib": device_gib,
+        "num_ranks": num_ranks,
         "ceilings": ceilings._asdict(),
         "model": dataclasses.asdict(shape),
         "stages": stages,
@@ -87,7 +102,8 @@ def _prompt_tok(recipe: Recipe, stage: StageRecipe) -> float:
 def show_plan(planned: dict[str, Any], console: Console) -> None:
     """Two tables: bytes, and what fits with how long it takes; a column a stage."""
     stages, size = planned["stages"], planned["model"]["num_parameters"]
-    heading = f"{planned['device']}, {planned['device_gib']:.1f} GiB; {size / 1e9:.3f} B parameters"
+    one_of = "" if planned["num_ranks"] == 1 else f"one of {planned['num_ranks']} ranks: "
+    heading = f"{one_of}{planned['device']}, {planned['device_gib']:.1f} GiB; {size / 1e9:.3f} B parameters"
     if (trained := planned["model"]["num_trained"]) < size:
         heading += f", {trained / 1e6:.1f} M trained"
     memory = _table(heading, "memory", stages)
@@ -137,11 +153,14 @@ def _size(gib: float) -> str:
 class FirstSteps:
     """A reader of a run's rows: tells plan against fact once a stage, on the lengths that came.
 
-    On the stage's second update: before the first there are no moments, and everything is warming up.
+    On the stage's second update: before the first there are no moments, and everything is warming up. Of several ranks
+    it speaks of the first: on average, each has an equal share of what the row counts.
     """
 
-    def __init__(self, recipe: Recipe, policy: Policy, log: RunLog, before_gib: float | None) -> None:
-        self.recipe, self.log, self.before_gib = recipe, log, before_gib
+    def __init__(
+        self, recipe: Recipe, policy: Policy, log: RunLog, before_gib: float | None, num_ranks: int = 1
+    ) -> None:
+        self.recipe, self.log, self.before_gib, self.num_ranks = recipe, log, before_gib, num_ranks
         self.shape, self.device = shape_of(policy.model), policy.device
         self.ceilings = measure_ceilings(policy.device, policy.dtype)
         run = json.loads((log.folder / "run.json").read_text())
@@ -170,12 +189,21 @@ class FirstSteps:
         self.log.say(f"plan/fact in {stage.name}: {'  '.join(pairs)}")
 
     def _facts(self, row: Row, stage: StageRecipe) -> Facts:
-        facts = facts_of(self.recipe, stage, self.shape, prompt_tok=1, device_gib=0, is_gpu=self.device.type == "cuda")
+        facts = facts_of(
+            self.recipe,
+            stage,
+            self.shape,
+            prompt_tok=1,
+            device_gib=0,
+            is_gpu=self.device.type == "cuda",
+            num_ranks=self.num_ranks,
+        )
         num_responses = row["groups/all"] * facts.samples
         facts = dataclasses.replace(
             facts,
-            prompts=row["groups/all"],
+            prompts=-(-row["groups/all"] // self.num_ranks),
             prompt_tok=row["tok/prompt"] / row["groups/all"],
             response_tok=row["tok/response"] / num_responses,
         )
-        return dataclasses.replace(facts, micro_tok=min(stage.batch.max_tok, row["tok/trunk"] / row["updates"]))
+        own_tok = row["tok/trunk"] / row["updates"] / self.num_ranks
+        return dataclasses.replace(facts, micro_tok=min(stage.batch.max_tok, own_tok))

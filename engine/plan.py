@@ -1,5 +1,7 @@
 """What fits, and how long it takes: bytes per arena and seconds per phase, by arithmetic alone. No device is touched.
 
+Of several ranks everything here is one rank's: its share of the prompts, and, with FSDP2, its parts of the weights.
+
 A step has three moments at which memory peaks:
 
     generate   the sampler's keys and values beside everything that stays
@@ -67,7 +69,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that memory and time depend on. One step of one stage."""
+    """All that memory and time depend on. One step of one stage, on one rank."""
 
     shape: ModelShape
     weight_bytes: int  # of one weight
@@ -77,10 +79,12 @@ class Facts:
     is_sampled: bool  # else demonstrations
     is_repeated: bool  # old log-probabilities need a pass of their own
     sampler: Literal["builtin", "vllm"]
+    sampler_copies: bool  # vllm: it has weights of its own
+    num_shards: int  # FSDP2: ranks that each keep a part of masters, moments and gradients; else 1
     memory_frac: float  # vllm
     max_seqs: int
     kv_limit_tok: int | None  # builtin: sampler.kv_tok
-    prompts: int  # of the step
+    prompts: int  # of the step, this rank's share
     samples: int
     prompt_tok: float  # mean
     response_tok: float  # mean
@@ -156,18 +160,22 @@ def arenas(facts: Facts) -> list[Arena]:
     """Everything that is held, one line each."""
     shape, trained = facts.shape, facts.shape.num_trained
     head_gradient = 0 if shape.has_adapters else shape.num_head * 4.0
-    is_apart, has_masters = facts.optimizer_on_host, facts.weight_bytes < 4 or facts.optimizer_on_host
+    is_apart, is_cut = facts.optimizer_on_host, facts.num_shards > 1
+    has_masters = facts.weight_bytes < 4 or is_apart or is_cut
+    own = trained / facts.num_shards
     chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
     found = [
-        Arena("weights", shape.num_parameters * facts.weight_bytes, MOMENTS),
-        Arena("masters", trained * 4.0 if has_masters else 0, MOMENTS, is_host=is_apart),
-        Arena("moments", trained * 8.0, MOMENTS, is_host=is_apart),
-        Arena("gradients", trained * 4.0, first, is_host=is_apart),
+        Arena("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
+        Arena("gathered layers", _gathered_bytes(facts) if is_cut else 0, ("update", "step")),
+        Arena("vLLM's weights", shape.num_parameters * facts.weight_bytes if facts.sampler_copies else 0, MOMENTS),
+        Arena("masters", own * 4.0 if has_masters else 0, MOMENTS, is_host=is_apart),
+        Arena("moments", own * 8.0, MOMENTS, is_host=is_apart),
+        Arena("gradients", own * 4.0, first, is_host=is_apart),
         Arena("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
         Arena("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
         Arena("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
-        Arena("reference", trained * facts.weight_bytes if facts.has_reference else 0, MOMENTS, is_host=True),
+        Arena("reference", _reference_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
         Arena("keys and values", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         Arena("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         Arena("packed weights", _packed_bytes(facts), ("generate",)),
@@ -205,6 +213,19 @@ def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
     attention = size * (2 * queries + 2 * keys) + 4 * shape.num_heads  # q, out, k, v; LSE
     mlp = size * 4 * shape.inner  # gate, silu(gate), up, their product
     return norms + head_norms + attention + mlp + size * shape.adapter_rows
+
+
+def _gathered_bytes(facts: Facts) -> float:
+    """Of a pass: embedding and unembedding stay whole throughout it, one layer computes, the next one is on its way."""
+    shape = facts.shape
+    outside = shape.num_parameters - shape.num_trunk
+    return facts.weight_bytes * (outside + 2 * shape.num_trunk / shape.num_layers)
+
+
+def _reference_bytes(facts: Facts) -> float:
+    """As the weights are stored: whole in their dtype, or a part of the float32 masters."""
+    size = 4 if facts.num_shards > 1 else facts.weight_bytes
+    return facts.shape.num_trained * size / facts.num_shards
 
 
 def _kv_bytes(facts: Facts) -> float:
@@ -279,7 +300,7 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
     num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights need no gradient of their own
     num_passes += facts.has_reference + facts.is_repeated
     moved = UPDATE_TRAFFIC * facts.trunk_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
-    stepped = OPTIMIZER_TRAFFIC * shape.num_trained * facts.num_updates
+    stepped = OPTIMIZER_TRAFFIC * shape.num_trained / facts.num_shards * facts.num_updates
     step_bandwidth = HOST_BANDWIDTH if facts.is_gpu and facts.optimizer_on_host else ceilings.bandwidth
     update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth + stepped / step_bandwidth
     return {"generate": _generate_s(facts, ceilings, attention) if facts.is_sampled else 0.0, "update": update}
@@ -297,9 +318,16 @@ def _generate_s(facts: Facts, ceilings: Ceilings, attention: float) -> float:
 
 # -- from a recipe, and from the machine
 def facts_of(
-    config: EngineConfig, stage: Stage, shape: ModelShape, *, prompt_tok: float, device_gib: float, is_gpu: bool
+    config: EngineConfig,
+    stage: Stage,
+    shape: ModelShape,
+    *,
+    prompt_tok: float,
+    device_gib: float,
+    is_gpu: bool,
+    num_ranks: int = 1,
 ) -> Facts:
-    """The stage's step at its longest: every response as long as it may be."""
+    """The stage's step at its longest: every response as long as it may be. On the rank that has most of it."""
     is_supervised, batch = stage.objective.is_supervised, stage.batch
     num_updates = batch.epochs * (batch.prompts // (batch.prompts_per_update or batch.prompts))
     facts = Facts(
@@ -311,10 +339,12 @@ def facts_of(
         is_sampled=not is_supervised,
         is_repeated=num_updates > 1,
         sampler=config.sampler.kind,
+        sampler_copies=config.sampler.kind == "vllm" and config.sampler.publish == "copy",
+        num_shards=num_ranks if config.parallel.kind == "fsdp" else 1,
         memory_frac=config.sampler.memory_frac,
         max_seqs=config.sampler.max_seqs,
         kv_limit_tok=config.sampler.kv_tok,
-        prompts=batch.prompts,
+        prompts=-(-batch.prompts // num_ranks),
         samples=stage.sampling.samples_per_prompt,
         prompt_tok=prompt_tok,
         response_tok=stage.sampling.max_new_tok,

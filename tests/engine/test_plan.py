@@ -32,11 +32,15 @@ from isomorph.engine.types import Prompt, Rollout
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
 
 
-def seven_b(*, lora: LoraConfig | None = None, **changes: Any) -> Facts:
+def seven_b(
+    *, lora: LoraConfig | None = None, num_ranks: int = 1, kind: str = "data", publish: str = "shared", **changes: Any
+) -> Facts:
     model = ModelConfig(path=str(SEVEN_B), dtype="bfloat16", recompute_every=1)
     stage = Stage.model_validate({"name": "a", "steps": 1, "objective": {"kl_coef": 0.01}, "batch": {"max_tok": 16384}})
-    config = EngineConfig.model_validate({"model": model, "sampler": {"kind": "vllm", "memory_frac": 0.3}})
-    facts = facts_of(config, stage, read_shape(model, [], lora), prompt_tok=600, device_gib=139.8, is_gpu=True)
+    sampler = {"kind": "vllm", "memory_frac": 0.3, "publish": publish}
+    config = EngineConfig.model_validate({"model": model, "sampler": sampler, "parallel": {"kind": kind}})
+    shape = read_shape(model, [], lora)
+    facts = facts_of(config, stage, shape, prompt_tok=600, device_gib=139.8, is_gpu=True, num_ranks=num_ranks)
     return dataclasses.replace(facts, **changes)
 
 
@@ -52,6 +56,35 @@ def test_an_optimizer_on_the_host_takes_its_bytes_along() -> None:
     assert (peak_bytes(beside, "step") - peak_bytes(apart, "step")) / GIB == pytest.approx(freed)
     card = card_ceilings("h200")[1]
     assert seconds(apart, card)["update"] > seconds(beside, card)["update"]
+
+
+def test_several_ranks_share_the_prompts_and_with_fsdp_the_states() -> None:
+    billions, size = 7.615616512e9 / GIB, seven_b().shape
+    alone, data, cut = seven_b(), seven_b(num_ranks=4), seven_b(num_ranks=4, kind="fsdp", publish="copy")
+    assert data.prompts == cut.prompts == -(-alone.prompts // 4)
+    assert data.trunk_tok < alone.trunk_tok / 3 and data.kv_tok < alone.kv_tok
+    states = ("weights", "masters", "moments", "gradients", "reference")
+    assert [gib(data)[name] for name in states] == [gib(alone)[name] for name in states]
+    found = gib(cut)
+    # what is kept in parts is kept in float32, the reference too
+    for name, num_bytes in (("masters", 4), ("moments", 8), ("gradients", 4), ("reference", 4)):
+        assert found[name] == pytest.approx(num_bytes * billions / 4)
+    assert found["weights"] == pytest.approx(2 * billions)  # to generate with
+    assert [a.moments for a in arenas(cut) if a.name == "weights"] == [("generate",)]
+    head = size.num_vocab * size.width
+    layer = (7_615_616_512 - 2 * head) / 28
+    assert found["gathered layers"] == pytest.approx(2 * (2 * head + 2 * layer) / GIB)
+    card = card_ceilings("h200")[1]
+    assert seconds(data, card)["update"] < seconds(alone, card)["update"] / 2
+    own = found["vLLM's weights"] * GIB  # with fsdp it cannot share
+    assert peak_bytes(cut, "step") - own < peak_bytes(data, "step") / 2
+
+
+def test_weights_that_vllm_has_for_itself_are_counted() -> None:
+    shared, copied = seven_b(publish="shared"), seven_b(publish="copy")
+    assert gib(copied).pop("vLLM's weights") == gib(copied)["weights"] and "vLLM's weights" not in gib(shared)
+    for moment in ("generate", "update", "step"):
+        assert peak_bytes(copied, moment) - peak_bytes(shared, moment) == gib(copied)["weights"] * GIB
 
 
 def test_a_folder_with_nothing_but_a_config_is_enough() -> None:
@@ -186,10 +219,10 @@ def test_an_unknown_card_is_refused() -> None:
 def test_the_command_tells_the_budget_of_a_recipe_it_has_no_weights_for(tmp_path: Path) -> None:
     recipe = SEVEN_B.parents[1] / "paper" / "graph_natural.toml"
     command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "plan", str(recipe)]
-    command += [f"model.path={SEVEN_B}", "model.recompute_every=1", "--device", "h200"]
+    command += [f"model.path={SEVEN_B}", "model.recompute_every=1", "--device", "h200", "--ranks", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("weights", "moments", "reference (host)", "largest batch.max_tok", "989.00 TFLOP/s"):
+    for word in ("weights", "moments", "reference (host)", "largest batch.max_tok", "989.00 TFLOP/s", "one of 2 ranks"):
         assert word in done.stdout, done.stdout
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     planned = json.loads(done.stdout)
@@ -199,7 +232,10 @@ def test_the_command_tells_the_budget_of_a_recipe_it_has_no_weights_for(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(smollm2_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(
+    smollm2_folder: Path, tmp_path: Path, num_ranks: int
+) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f'[model]\npath = "{smollm2_folder}"\n[run]\ncheckpoint_every = 99\n[data.plans]\nkind = "async_plan"\n'
@@ -208,8 +244,12 @@ def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(smollm2_folder: 
         'mixture = [{ data = "plans", representation = "graph" }]\n'
         '[eval]\ndata = "plans"\nrepresentations = ["graph"]\nprompts = 1\nmax_new_tok = 2\n'
     )
-    command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "train", str(recipe)]
-    done = subprocess.run([*command, "--run", str(tmp_path / "run")], capture_output=True, text=True, timeout=600)
+    script = tmp_path / "train.py"  # torchrun takes no -c
+    script.write_text("from isomorph.curriculum.cli import main\n\nmain()\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "--"]
+    command = [sys.executable, *(torchrun if num_ranks > 1 else []), str(script), "train", str(recipe)]
+    command += ["--run", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "plan/fact in rl: peak_gib" in done.stdout
     peak = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["rl"]["peak_gib"]
