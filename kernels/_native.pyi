@@ -32,6 +32,23 @@ def group_advantage(reward: Tensor, offset: Tensor, baseline: int, scale: int, e
 def gae(reward: Tensor, value: Tensor, offset: Tensor, gamma: float, lam: float, advantage: Tensor) -> None: ...
 def isas() -> list[str]: ...
 def use_isa(isa: str) -> None: ...
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float, out: Tensor, lse: Tensor
+) -> None: ...
+def packed_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    scale: float,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None: ...
 def decode_attention(
     q: Tensor,
     k_prompt: Tensor,
