@@ -8,6 +8,7 @@ as many FLOP in one product of square matrices.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,118 +22,183 @@ from isomorph.kernels import attention_route, backend
 from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
 from isomorph.kernels.packed_layout import PackedLayout
 
-CPU_SIZES = ((128, 64, 4, 6, 2, 64), (256, 64, 8, 9, 3, 64))  # P, R, G, heads, KV heads, D
-GPU_SIZES = ((2048, 1024, 8, 12, 2, 128), (2048, 1024, 16, 12, 2, 128), (512, 4096, 8, 28, 4, 128))
 SIDE = 8192 if DEVICE.type == "cuda" else 512  # of the square matrix of the ceiling
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class Shape(NamedTuple):
+    prompts: int
+    prompt: int  # tokens of one
+    response: int  # tokens of one
+    group: int  # responses a prompt
+    heads: int
+    kv_heads: int
+    dim: int
+
+    @property
+    def pairs(self) -> int:
+        """Of a query and a key that it sees, packed."""
+        own = self.prompt * (self.prompt + 1) // 2
+        return self.prompts * (
+            own + self.group * (self.prompt * self.response + self.response * (self.response + 1) // 2)
+        )
+
+    @property
+    def gain(self) -> float:
+        """Pairs with the prompt repeated, over the packed ones."""
+        length = self.prompt + self.response
+        return self.prompts * self.group * length * (length + 1) / 2 / self.pairs
+
+    def __str__(self) -> str:
+        groups = "" if self.prompts == 1 else f"{self.prompts} x "
+        sizes = f"P={self.prompt} R={self.response} G={self.group} H={self.heads}/{self.kv_heads} D={self.dim}"
+        return f"{groups}{sizes}, FLOP / {self.gain:.2f}"
+
+
+# a group; on a CPU also many of one response, where nothing is shared
+CPU_SIZES = (Shape(1, 128, 64, 4, 6, 2, 64), Shape(1, 256, 64, 8, 9, 3, 64), Shape(64, 53, 52, 1, 9, 3, 64))
+GPU_SIZES = (
+    Shape(1, 2048, 1024, 8, 12, 2, 128),
+    Shape(1, 2048, 1024, 16, 12, 2, 128),
+    Shape(1, 512, 4096, 8, 28, 4, 128),
+)
+
+
 def cases(quick: bool) -> list[Case]:
     shapes = GPU_SIZES if DEVICE.type == "cuda" else CPU_SIZES
-    return [_case(*shape, dtype) for shape in (shapes[:1] if quick else shapes) for dtype in dtypes()]
+    return [_case(shape, dtype) for shape in (shapes[:1] if quick else shapes) for dtype in dtypes()]
 
 
-def _case(prompt: int, response: int, group: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Case:
+def _case(shape: Shape, dtype: torch.dtype) -> Case:
     torch.manual_seed(0)
-    layout = PackedLayout.from_groups([prompt], [[response] * group])
-    num = layout.num_tok
-    inputs = [torch.randn(num, n, dim, device=DEVICE).to(dtype) for n in (heads, kv_heads, kv_heads)]
-    upstream = torch.randn(num, heads, dim, device=DEVICE).to(dtype)
+    operands = Operands(shape, dtype)
+    repeated = Repeated(shape)
+    flop = round(3.5 * 4 * shape.heads * shape.dim * shape.pairs)
+    sides = (math.ceil(flop / (2 * SIDE**2)), SIDE)
+    left, right = (torch.randn(n, SIDE, device=DEVICE).to(dtype) for n in sides)
+    providers = {
+        **{name: operands.run(make) for name, make in _ours(shape, dtype, operands.layout).items()},
+        EAGER: operands.run(lambda: repeated.eager),
+        "torch varlen, repeated": operands.run(repeated.torch_varlen),
+        "flash-attn, repeated": operands.run(repeated.flash_attn),
+        f"flex attention, {COMPILED}": operands.run(lambda: _flex(operands.layout)),
+    }
+    exact = operands.exact if DEVICE.type == "cpu" else lambda: operands.exact_by_response(repeated.rows_BL)
+    ceiling = "as many FLOP in one GEMM"
+    return Case("packed_attention", str(shape), dtype, providers, exact, lambda: left @ right, ceiling, flop=flop)
 
-    def gradients(attend: Attend, inputs: list[Tensor] = inputs) -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        out = attend(*leaves)
-        return (out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
 
-    def run(make: Callable[[], Attend]) -> Callable[[], Run]:
-        def made() -> Run:
-            attend = make()
-            return lambda: gradients(attend)
+def _ours(shape: Shape, dtype: torch.dtype, layout: PackedLayout) -> dict[str, Callable[[], Attend]]:
+    """The body that is chosen here, and the others that could be asked for."""
 
-        return made
-
-    def ours(body: str) -> Attend:
+    def asked(body: str) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with backend.using(f"packed_attention={body}"):
                 return packed_attention(q, k, v, layout)
 
         return attend
 
-    rows_GL = torch.stack(
-        [torch.cat([torch.arange(prompt), prompt + g * response + torch.arange(response)]) for g in range(group)]
-    ).to(DEVICE)
-
-    def pack(out_GLHD: Tensor) -> Tensor:
-        return torch.cat([out_GLHD[0, :prompt], out_GLHD[:, prompt:].reshape(-1, heads, dim)])
-
-    def repeated(*qkv: Tensor) -> Tensor:
-        q, k, v = (x[rows_GL].transpose(1, 2) for x in qkv)
-        return pack(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2))
-
-    def repeated_varlen(varlen: Callable[..., Tensor]) -> Attend:
-        length = prompt + response
-        cu_seqlens = torch.arange(0, (group + 1) * length, length, dtype=torch.int32, device=DEVICE)
-
-        def attend(*qkv: Tensor) -> Tensor:
-            q, k, v = (x[rows_GL].flatten(0, 1) for x in qkv)
-            return pack(varlen(q, k, v, cu_seqlens, cu_seqlens, length, length).unflatten(0, (group, length)))
-
-        return attend
-
-    def torch_varlen() -> Attend:
-        need_gpu("flash attention in PyTorch")
-        from torch.nn.attention.varlen import varlen_attn
-
-        return repeated_varlen(lambda *args: varlen_attn(*args, window_size=(-1, 0), enable_gqa=heads != kv_heads))
-
-    def flash_attn() -> Attend:
-        need_gpu("flash-attn")
-        from flash_attn import flash_attn_varlen_func
-
-        return repeated_varlen(lambda *args: flash_attn_varlen_func(*args, causal=True))
-
-    providers = {OURS: run(lambda: lambda q, k, v: packed_attention(q, k, v, layout))}
-    chosen = attention_route.choose(DEVICE, dtype, dim, is_tree=False).body
+    found: dict[str, Callable[[], Attend]] = {OURS: lambda: lambda q, k, v: packed_attention(q, k, v, layout)}
+    chosen = attention_route.choose(DEVICE, dtype, shape.dim, is_tree=False).body
     for body in backend.bodies("packed_attention", DEVICE.type):
-        if body not in (chosen, "reference") and not attention_route.why_not(body, dtype, dim, is_tree=False):
-            providers[f"{OURS} ({body})"] = run(lambda body=body: ours(body))  # type: ignore[misc]
-    providers |= {
-        EAGER: run(lambda: repeated),
-        "torch varlen, repeated": run(torch_varlen),
-        "flash-attn, repeated": run(flash_attn),
-        f"flex attention, {COMPILED}": run(lambda: _flex(layout)),
-    }
-    pairs = prompt * (prompt + 1) // 2 + group * (prompt * response + response * (response + 1) // 2)
-    gain = group * (prompt + response) * (prompt + response + 1) / 2 / pairs
-    flop = round(3.5 * 4 * heads * dim * pairs)
-    left, right = (torch.randn(n, SIDE, device=DEVICE).to(dtype) for n in (math.ceil(flop / (2 * SIDE**2)), SIDE))
+        if body not in (chosen, "reference") and not attention_route.why_not(body, dtype, shape.dim, is_tree=False):
+            found[f"{OURS} ({body})"] = lambda body=body: asked(body)  # type: ignore[misc]
+    return found
 
-    def exact() -> tuple[Tensor, ...]:
-        wide = [x.double() for x in inputs]
-        if DEVICE.type == "cuda":  # all T x T scores would not fit
-            return by_response(wide)
-        return gradients(lambda *x: packed_attention_ref(*x, layout), wide)
 
-    def by_response(wide: list[Tensor]) -> tuple[Tensor, ...]:
-        """The same function, one response with its prompt at a time; the prompt's own rows count with the first."""
-        sums = [torch.zeros(num, heads, dim, device=DEVICE, dtype=torch.float64), *map(torch.zeros_like, wide)]
-        for g, rows in enumerate(rows_GL):
-            own = rows if g == 0 else rows[prompt:]
+class Operands:
+    """Random q, k, v and gradient, and what is computed of them: the output and three gradients."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        self.shape = shape
+        self.layout = PackedLayout.from_groups(
+            [shape.prompt] * shape.prompts, [[shape.response] * shape.group] * shape.prompts
+        )
+        num, dim = self.layout.num_tok, shape.dim
+        num_heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        self.inputs = [torch.randn(num, n, dim, device=DEVICE).to(dtype) for n in num_heads]
+        self.upstream = torch.randn(num, shape.heads, dim, device=DEVICE).to(dtype)
+
+    def run(self, make: Callable[[], Attend]) -> Callable[[], Run]:
+        def made() -> Run:
+            attend = make()
+            return lambda: self.gradients(attend, self.inputs)
+
+        return made
+
+    def gradients(self, attend: Attend, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attend(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, self.upstream.to(out.dtype)))
+
+    def exact(self) -> tuple[Tensor, ...]:
+        return self.gradients(lambda *x: packed_attention_ref(*x, self.layout), [x.double() for x in self.inputs])
+
+    def exact_by_response(self, rows_BL: Tensor) -> tuple[Tensor, ...]:
+        """The same function where all T x T scores would not fit: one response with its prompt at a time; the prompt's
+        own rows count with the first."""
+        wide = [x.double() for x in self.inputs]
+        sums = [torch.zeros_like(self.upstream, dtype=torch.float64), *map(torch.zeros_like, wide)]
+        for i, rows in enumerate(rows_BL):
+            own = rows[self.shape.prompt :] if i % self.shape.group else rows
             leaves = [x[rows].requires_grad_() for x in wide]
             q, k, v = (x.transpose(0, 1)[None] for x in leaves)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)[
-                -len(own) :
-            ]
-            grads = torch.autograd.grad(out, leaves, upstream[own].double())
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+            out = out[-len(own) :]
+            grads = torch.autograd.grad(out, leaves, self.upstream[own].double())
             sums[0][own] = out.detach()
             for total, grad in zip(sums[1:], grads, strict=True):
                 total.index_add_(0, rows, grad)
         return tuple(sums)
 
-    size = f"P={prompt} R={response} G={group} H={heads}/{kv_heads} D={dim}, FLOP / {gain:.2f}"
-    return Case(
-        "packed_attention", size, dtype, providers, exact, lambda: left @ right, "as many FLOP in one GEMM", flop=flop
-    )
+
+class Repeated:
+    """What trainers without shared prompts do: the prompt before each response, B = prompts x group sequences of L."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.length = shape, shape.prompt + shape.response
+        size = shape.prompt + shape.group * shape.response
+        starts = [
+            (p * size, p * size + shape.prompt + g * shape.response)
+            for p in range(shape.prompts)
+            for g in range(shape.group)
+        ]
+        rows = [torch.cat([a + torch.arange(shape.prompt), b + torch.arange(shape.response)]) for a, b in starts]
+        self.rows_BL = torch.stack(rows).to(DEVICE)
+
+    def eager(self, *qkv: Tensor) -> Tensor:
+        q, k, v = (x[self.rows_BL].transpose(1, 2) for x in qkv)
+        return self._packed(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2))
+
+    def torch_varlen(self) -> Attend:
+        need_gpu("flash attention in PyTorch")
+        from torch.nn.attention.varlen import varlen_attn
+
+        is_grouped = self.shape.heads != self.shape.kv_heads
+        return self._varlen(lambda *args: varlen_attn(*args, window_size=(-1, 0), enable_gqa=is_grouped))
+
+    def flash_attn(self) -> Attend:
+        need_gpu("flash-attn")
+        from flash_attn import flash_attn_varlen_func
+
+        return self._varlen(lambda *args: flash_attn_varlen_func(*args, causal=True))
+
+    def _varlen(self, varlen: Callable[..., Tensor]) -> Attend:
+        num, length = self.rows_BL.shape
+        cu_seqlens = torch.arange(0, (num + 1) * length, length, dtype=torch.int32, device=DEVICE)
+
+        def attend(*qkv: Tensor) -> Tensor:
+            q, k, v = (x[self.rows_BL].flatten(0, 1) for x in qkv)
+            out = varlen(q, k, v, cu_seqlens, cu_seqlens, length, length)
+            return self._packed(out.unflatten(0, (num, length)))
+
+        return attend
+
+    def _packed(self, out_BLHD: Tensor) -> Tensor:
+        """[T, H, D]: of each group the prompt of its first sequence, then all responses."""
+        out_PGLHD = out_BLHD.unflatten(0, (self.shape.prompts, self.shape.group))
+        prompts, responses = out_PGLHD[:, 0, : self.shape.prompt], out_PGLHD[:, :, self.shape.prompt :].flatten(1, 2)
+        return torch.cat([prompts, responses], 1).flatten(0, 1)
 
 
 def _flex(layout: PackedLayout) -> Attend:

@@ -17,7 +17,6 @@ process: both start Ray, and pin versions of transformers below ours. Needs the 
 """
 
 import argparse
-import json
 import os
 import random
 import shlex
@@ -32,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
 
-from compare import PeakMemory, machine
+from compare import PeakMemory, append_rows, machine, now
 
 from isomorph.curriculum.tasks.async_plan import Difficulty, make_task
 from isomorph.engine.config import ModelConfig, SamplerConfig, Stage
@@ -100,10 +99,10 @@ class Ours:
             stop_ids=text.stop_ids,
             seed=self.version,
         )
-        memory, marks = PeakMemory(), [_now()]
+        memory, marks = PeakMemory(), [now()]
         with Judging(_judge, text.decode, prompts) as judging:
             rollouts = self.sampler.generate(prompts, sampling, judging.add)
-            marks.append(_now())
+            marks.append(now())
             _, rewards = judging.results()
         groups = score(prompts, rollouts, rewards, stage.objective)
         updates = pack(
@@ -113,12 +112,12 @@ class Ours:
             objective=stage.objective,
             device=self.policy.device,
         )
-        marks.append(_now())
+        marks.append(now())
         with self.sampler.asleep():
             stats = self.learner.update(updates, stage, 0)
         self.version += 1
         self.sampler.publish(self.version)
-        marks.append(_now())
+        marks.append(now())
         prompt_tok = stage.sampling.samples_per_prompt * sum(len(p.token_ids) for p in prompts)
         completion_tok = sum(len(r.token_ids) for r in rollouts)
         return {
@@ -154,15 +153,15 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
         turn: Row = {}
 
         def _generate(self, *inputs: Any, **options: Any) -> Any:
-            start = _now()
+            start = now()
             out = super()._generate(*inputs, **options)
-            self.turn["generate_s"] = _now() - start
+            self.turn["generate_s"] = now() - start
             return out
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            start = _now()
+            start = now()
             out = super()._generate_and_score_completions(inputs)
-            self.turn["judge_s"] = _now() - start - self.turn["generate_s"]  # and the reference's pass
+            self.turn["judge_s"] = now() - start - self.turn["generate_s"]  # and the reference's pass
             real = [int(out[name].sum()) for name in ("prompt_mask", "completion_mask")]
             computed = sum(out[name].numel() for name in ("prompt_mask", "completion_mask"))
             self.turn |= {"completion_tok": real[1], "all_tok": sum(real), "computed_tok": computed}
@@ -174,10 +173,10 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
         memory: PeakMemory
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.memory, self.started = PeakMemory(), _now()
+            self.memory, self.started = PeakMemory(), now()
 
         def on_step_end(self, config: Any, state: Any, *_: Any, **__: Any) -> None:
-            index, step_s = state.global_step - 1, _now() - self.started
+            index, step_s = state.global_step - 1, now() - self.started
             turn = {**trainer.turn, "step_s": step_s, "peak_mib": self.memory.mib()}
             turn["update_s"] = step_s - turn["generate_s"] - turn["judge_s"]
             rows.append({"who": "trl", "turn": index, **turn})
@@ -259,12 +258,6 @@ def _command(args: argparse.Namespace) -> str:
     return " ".join(["python benchmarks/bench_step.py", *options, *["--trl-liger"][: int(args.trl_liger)]])
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder in Hugging Face's format, for example SmolLM2-135M's")
@@ -303,9 +296,7 @@ def main() -> None:
         )
     print(f"{summary['ratio']:.2f} times, {shlex.quote(summary['model'])}, {args.dtype}")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in [*rows, summary])
+        append_rows(args.out, [*rows, summary])
 
 
 if __name__ == "__main__":

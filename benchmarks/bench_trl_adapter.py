@@ -9,7 +9,6 @@ Needs the extra [bench].
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
 
-from compare import PeakMemory, machine
+from compare import PeakMemory, append_rows, machine, now
 
 from isomorph.engine.adapters.trl import IGNORED, pack_groups
 
@@ -66,18 +65,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
     forwards["packed"] = model.forward
     batch = random_batch(model.config.vocab_size, args)
     seconds: dict[str, list[float]] = {who: [] for who in forwards}
-    peaks: dict[str, list[float]] = {who: [] for who in forwards}
+    peaks: dict[str, list[float | None]] = {who: [] for who in forwards}
     sums: dict[str, float] = {}
     for turn in range(args.rounds + 1):
         for who, forward in forwards.items():
             model.forward = forward
             model.zero_grad()
-            memory, start = PeakMemory(), _now()
+            memory, start = PeakMemory(), now()
             total = model(**batch, fused_lm_head=True).log_probs.float().sum()
             total.backward()
             if turn:  # the first one of both warms up
-                seconds[who].append(_now() - start)
-                peaks[who].append(memory.mib() or 0.0)
+                seconds[who].append(now() - start)
+                peaks[who].append(memory.mib())
             sums[who] = total.item()
     assert abs(sums["packed"] / sums["trl"] - 1) < 0.01, sums
     return [
@@ -86,7 +85,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
             "median_s": statistics.median(times),
             "p20_s": statistics.quantiles(times, n=5, method="inclusive")[0],
             "p80_s": statistics.quantiles(times, n=5, method="inclusive")[-1],
-            "peak_mib": statistics.median(peaks[who]),
+            "peak_mib": None if None in peaks[who] else statistics.median(filter(None, peaks[who])),
         }
         for who, times in seconds.items()
     ]
@@ -98,10 +97,10 @@ def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
     options = [f"--model {args.name or 'FOLDER'}", f"--dtype {args.dtype}", *sizes, f"--rounds {args.rounds}"]
     return {
         "who": "ratio",
-        "speed": trl["median_s"] / packed["median_s"],
+        "ratio": trl["median_s"] / packed["median_s"],
         "low": trl["p20_s"] / packed["p80_s"],
         "high": trl["p80_s"] / packed["p20_s"],
-        "memory": trl["peak_mib"] / packed["peak_mib"],
+        "memory": trl["peak_mib"] / packed["peak_mib"] if packed["peak_mib"] else None,
         **{name: getattr(args, name) for name in ("dtype", "prompt_tok", "response_tok", "groups", "group")},
         "model": args.name or Path(args.model).name,
         "machine": machine(args.device),
@@ -110,12 +109,6 @@ def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
         "command": " ".join(["python benchmarks/bench_trl_adapter.py", *options, f"--device {args.device}"]),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main() -> None:
@@ -135,12 +128,10 @@ def main() -> None:
     summary = summarized(rows, args)
     for row in rows:
         spread = f"{row['p20_s']:.2f} to {row['p80_s']:.2f}"
-        print(f"{row['who']:<7} {row['median_s']:.2f} s ({spread}), {row['peak_mib']:.0f} MiB")
-    print(f"{summary['speed']:.2f} times as fast, {summary['memory']:.2f} times less memory")
+        print(f"{row['who']:<7} {row['median_s']:.2f} s ({spread}), {row['peak_mib'] or float('nan'):.0f} MiB")
+    print(f"{summary['ratio']:.2f} times as fast, {summary['memory'] or float('nan'):.2f} times less memory")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in [*rows, summary])
+        append_rows(args.out, [*rows, summary])
 
 
 if __name__ == "__main__":

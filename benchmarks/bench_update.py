@@ -13,7 +13,6 @@ Recomputed layers do more than this model counts.
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -25,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
 
-from compare import PeakMemory, machine
+from compare import PeakMemory, append_rows, machine, now
 
 from isomorph.engine.config import ModelConfig, Stage
 from isomorph.engine.policy import Policy, load_policy
@@ -93,9 +92,9 @@ def gemm_flop_s(policy: Policy, num_tok: int, rounds: int) -> float:
     weight_DF = torch.randn(config.hidden_size, config.intermediate_size, device=policy.device).to(policy.dtype)
     seconds = []
     for _ in range(4 * rounds):
-        start = _now()
+        start = now()
         x_TD @ weight_DF
-        seconds.append(_now() - start)
+        seconds.append(now() - start)
     return 2 * num_tok * weight_DF.numel() / statistics.median(seconds)
 
 
@@ -129,10 +128,10 @@ def measure(args: argparse.Namespace) -> list[Row]:
     peaks: dict[str, list[float | None]] = {name: [] for name in updates}
     for turn in range(args.rounds + 1):
         for name, update in updates.items():
-            memory, start = PeakMemory(), _now()
+            memory, start = PeakMemory(), now()
             learner.update(update, stage, 0)
             if turn:  # the first one of both warms up
-                seconds[name].append(_now() - start)
+                seconds[name].append(now() - start)
                 peaks[name].append(memory.mib())
     ceiling = gemm_flop_s(policy, sum(len(b.token_ids) for b in updates["shared"][0].batches), args.rounds)
     return [_row(name, policy, updates[name][0], seconds[name], peaks[name], ceiling) for name in updates]
@@ -156,12 +155,6 @@ def _row(
         "mfu": flop / median / ceiling,
         "gemm_tflop_s": ceiling / 1e12,
     }
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main() -> None:
@@ -195,9 +188,7 @@ def main() -> None:
     }
     print(f"prompt shared: {ratio['speed']:.2f} times faster, {ratio['memory'] or float('nan'):.2f} times less memory")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in [*rows, ratio])
+        append_rows(args.out, [*rows, ratio])
 
 
 def _told(args: argparse.Namespace) -> list[str]:

@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,18 @@ def _quantiles(times: list[float]) -> tuple[float, float]:
 def _wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def now() -> float:
+    """Seconds, when the device has done all that it was given."""
+    _wait()
+    return time.perf_counter()
+
+
+def append_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def machine(device_type: str) -> str:

@@ -108,6 +108,10 @@ def _latest(rows: Iterable[Row], *names: str) -> list[Row]:
     return [alike[-1] for alike in _grouped(rows, *names)]
 
 
+def _ratio(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1f}"
+
+
 def _steps(rows: list[Row]) -> list[str]:
     latest = _latest((row for row in rows if row["who"] == "ratio"), "dtype", *STEP_KEY)
     return [_step(alike) for alike in _grouped(latest, *STEP_KEY)]
@@ -160,7 +164,7 @@ def _update(rows: list[Row]) -> str:
         f"{row['machine']}; torch {row['torch']}; {row['date']}."
     )
     head = ("Dtype", "Times as fast", "Times less memory above what is at rest")
-    lines = [(row["dtype"], f"**{row['speed']:.1f}**", f"{row['memory']:.1f}") for row in rows]
+    lines = [(row["dtype"], f"**{row['speed']:.1f}**", _ratio(row["memory"])) for row in rows]
     return _part("One update with shared prompts", says, _table(head, lines), rows)
 
 
@@ -180,7 +184,7 @@ def _packed_trl(rows: list[Row]) -> str:
     )
     head = ("Dtype", "Times as fast", "p20 to p80", "Times less memory above what is at rest")
     lines = [
-        (r["dtype"], f"**{r['speed']:.1f}**", f"{r['low']:.1f} to {r['high']:.1f}", f"{r['memory']:.1f}") for r in rows
+        (r["dtype"], f"**{r['ratio']:.1f}**", f"{r['low']:.1f} to {r['high']:.1f}", _ratio(r["memory"])) for r in rows
     ]
     return _part("TRL's own trainer, packed", says, _table(head, lines), rows)
 

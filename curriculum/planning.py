@@ -32,7 +32,7 @@ from isomorph.engine.record.runlog import Row, RunLog
 NUM_SAMPLES = 20  # questions drawn to learn how long they are
 
 
-def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_ranks: int = 1) -> dict[str, Any]:
+def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_ranks: int) -> dict[str, Any]:
     """The plan of every stage on one of ``num_ranks`` devices, JSON-able. Raises UserError.
 
     ``card``: a GPU of the table; None: this machine's CPU, whose memory and cores the ranks share.
@@ -157,9 +157,7 @@ class FirstSteps:
     it speaks of the first: on average, each has an equal share of what the row counts.
     """
 
-    def __init__(
-        self, recipe: Recipe, policy: Policy, log: RunLog, before_gib: float | None, num_ranks: int = 1
-    ) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy, log: RunLog, before_gib: float | None, num_ranks: int) -> None:
         self.recipe, self.log, self.before_gib, self.num_ranks = recipe, log, before_gib, num_ranks
         self.shape, self.device = shape_of(policy.model), policy.device
         self.ceilings = measure_ceilings(policy.device, policy.dtype)

@@ -16,7 +16,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import backend
@@ -55,7 +55,7 @@ def product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
 
 
-@torch.library.custom_op("isomorph::product", mutates_args=())
+@library.custom_op("isomorph::product", mutates_args=())
 def _opaque_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
 

@@ -84,15 +84,6 @@ ISOMORPH_INLINE void widen_row(const T* from, int64_t dim, int64_t width, A fact
 }
 
 template <typename A>
-ISOMORPH_INLINE A sum_of(const Vec<A>& x) {
-    A part[kLanes];
-    store(part, x);
-    for (int64_t n = kLanes / 2; n > 0; n /= 2) {
-        for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
-    }
-    return part[0];
-}
-template <typename A>
 ISOMORPH_INLINE A max_of(const Vec<A>& x) {
     A part[kLanes];
     store(part, x);

@@ -59,16 +59,6 @@ void score_prompt(const Matrix<A>& keys, int64_t len, const A* q_dim_query, int6
     }
 }
 
-template <typename A>
-ISOMORPH_INLINE A sum_of(const Vec<A>& x) {
-    A part[kLanes];
-    store(part, x);
-    for (int64_t n = kLanes / 2; n > 0; n /= 2) {
-        for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
-    }
-    return part[0];
-}
-
 // scores[key, one query] = keys . query, for NK keys: as many sums at a time, since one would wait for itself.
 template <int NK, typename T, typename A>
 ISOMORPH_INLINE void dot_block(const Matrix<T>& keys, int64_t first, const A* query, int64_t queries, int64_t width,

@@ -32,6 +32,16 @@ ISOMORPH_INLINE void store(P* p, const V& v) {
     memcpy(p, &v, sizeof(v));
 }
 
+template <typename A>
+ISOMORPH_INLINE A sum_of(const Vec<A>& x) {
+    A part[kLanes];
+    store(part, x);
+    for (int64_t n = kLanes / 2; n > 0; n /= 2) {
+        for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
+    }
+    return part[0];
+}
+
 // -- storage
 struct BFloat16 {
     uint16_t bits;

@@ -6,12 +6,12 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from truth import exact_norms
 
 from isomorph.engine.config import (
     BatchConfig,
@@ -53,14 +53,8 @@ def make_policy(dtype: torch.dtype = torch.float64, lora: LoraConfig | None = No
         policy = Policy(policy.model, policy.text, adapters=attach(policy.model, lora, seed=0, base=None))
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([0.4 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
-    for norm in (module for module in policy.model.modules() if hasattr(module, "variance_epsilon")):
-        norm.forward = MethodType(exact_norm, norm)
+    exact_norms(policy.model)
     return policy
-
-
-def exact_norm(norm: Any, x: Tensor) -> Tensor:
-    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
-    return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
 
 def make_groups(

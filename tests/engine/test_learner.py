@@ -1,13 +1,13 @@
 import copy
 import math
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from truth import exact_norms
 
 from isomorph.engine.config import (
     BatchConfig,
@@ -39,18 +39,6 @@ def one_thread() -> Iterator[None]:
 
 
 # -- a small world
-def exact_norms(model: Any) -> Any:
-    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
-
-    def forward(norm: Any, x: Tensor) -> Tensor:
-        return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
-    return model
-
-
 def make_policy(dtype: torch.dtype = torch.float64, scale: float = 0.4) -> Policy:
     tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
     policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=CPU)

@@ -5,7 +5,6 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import peft
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from truth import exact_norms
 
 from isomorph.engine.config import (
     BatchConfig,
@@ -53,18 +53,6 @@ def one_thread() -> Iterator[None]:
 
 
 # -- a small world
-def exact_norms(model: Any) -> Any:
-    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
-
-    def forward(norm: Any, x: Tensor) -> Tensor:
-        return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
-    return model
-
-
 def make_policy(dtype: str = "float32", lora: LoraConfig | None = LORA, **options: Any) -> Policy:
     config = ModelConfig(tiny=TINY, dtype=dtype, **options)  # type: ignore[arg-type]
     return load_policy(config, vocabulary=WORDS, seed=0, device=CPU, lora=lora)

@@ -10,13 +10,13 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from truth import exact_norms
 
 from isomorph.engine.config import ObjectiveConfig, SamplingConfig, Stage, TinyModel
 from isomorph.engine.policy import Policy, build_tiny
@@ -307,18 +307,6 @@ def test_columns_are_sliced_together() -> None:
 
 
 # -- through packing, decoder and learner
-def exact_norms(model: Any) -> Any:
-    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
-
-    def forward(norm: Any, x: Tensor) -> Tensor:
-        return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
-    return model
-
-
 def random_policy() -> Policy:
     tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
     words = [f"w{chr(97 + i)}" for i in range(16)]

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from truth import exact_norms
 
 from isomorph.engine.config import ModelConfig, TinyModel, UserError
 from isomorph.engine.policy import Policy, TextCodec, build_tiny, load_policy, word_tokenizer
@@ -78,18 +78,6 @@ FAMILIES: dict[str, Any] = {
     "qwen3": dict(head_dim=8),
     "qwen3 tied": dict(head_dim=6, tie_word_embeddings=True),
 }
-
-
-def exact_norms(model: Any) -> Any:
-    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
-
-    def forward(norm: Any, x: Tensor) -> Tensor:
-        return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
-    return model
 
 
 def twins(config: Any) -> tuple[Policy, Any]:

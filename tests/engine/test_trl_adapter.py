@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from truth import exact_norms
 
 from isomorph.engine.adapters.trl import IGNORED, pack_groups, pack_rows
 from isomorph.engine.config import UserError
@@ -129,18 +129,6 @@ def from_logits(model: Any, ids: Tensor, mask: Tensor, labels: Tensor, temperatu
     return with_gradients(model, labels, logprob.gather(2, ids[:, 1:, None])[..., 0], entropy)
 
 
-def in_float64(model: Any) -> Any:
-    """transformers computes RMSNorm in float32 whatever the dtype; the truth needs float64 all the way."""
-
-    def forward(norm: Any, x: Tensor) -> Tensor:
-        return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
-    return model.double()
-
-
 FAMILIES = pytest.mark.parametrize(
     "make",
     [
@@ -165,7 +153,7 @@ def test_the_model_answers_what_trl_asks(tmp_path: Path, make: Callable[[], Any]
     packed = asked(trainer.model, *batch)
     assert seen == [sum(p + sum(n - 1 for n in responses) for p, responses in GROUPS)]  # of 6 rows of 13
 
-    exact_model = in_float64(trainer.model)
+    exact_model = exact_norms(trainer.model).double()
     exact, packed_exactly = from_logits(exact_model, *batch, temperature=0.7), asked(exact_model, *batch)
     assert exact.keys() == packed.keys() == as_it_comes.keys()
     for name, truth in exact.items():
@@ -208,7 +196,7 @@ def test_autocast_and_generation_stay_trls(tmp_path: Path, widens_head: bool) ->
     assert packed["log_probs"].dtype == torch.float32
     again = trainer.model.generate(words, attention_mask=mask, max_new_tokens=6, do_sample=False)
     assert torch.equal(again, drawn)
-    exact = from_logits(in_float64(trainer.model), *batch, temperature=1.0)
+    exact = from_logits(exact_norms(trainer.model).double(), *batch, temperature=1.0)
     for name, truth in exact.items():
         error, bound = ((answers[name] - truth).abs().max() for answers in (packed, as_it_comes))
         assert error <= 2 * bound + 2 * torch.finfo(torch.bfloat16).eps * truth.abs().max(), name
