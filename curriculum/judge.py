@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -34,6 +35,7 @@ MAX_ANSWER_CHARS = 2_000  # of mathematics and physics; longer answers are wrong
 MAX_WORKER_BYTES = 4 << 30  # address space: what a formula may make SymPy allocate
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
+_BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
 
 
 class HasPayload(Protocol):
@@ -45,6 +47,8 @@ class HasPayload(Protocol):
 
 def judge(family: str, response: str, answer: str | float) -> float:
     """1.0 if the last ``<answer>...</answer>`` of ``response`` gives ``answer``, else 0.0.
+
+    In mathematics a response without these tags is judged by its last ``\\boxed{...}``.
 
     family: "async_plan" (the answer is a duration, ``[datetime.timedelta(..), datetime.timedelta(..)]``, or a
     number), "math" (LaTeX, SymPy's notation or text) or "physics" (a value with a unit). Mathematics and physics
@@ -123,7 +127,7 @@ class JudgePool:
 
     def _schedule(self, family: str, response: str, answer: str | float) -> float | ProcessFuture:
         check_answer(family, answer)
-        stated, text = last_answer(response), _answer_text(answer)
+        stated, text = stated_answer(family, response), _answer_text(answer)
         if stated is None or len(stated) > MAX_ANSWER_CHARS:
             return 0.0
         args = (family, stated, text, 2 * self.deadline_s)
@@ -150,6 +154,25 @@ class JudgePool:
             return self._pool
 
 
+def answer_found(family: str, response: str) -> bool:
+    """Whether ``response`` states an answer that the judge can look at, right or wrong. Linear time.
+
+    It does where its last ``<answer>...</answer>``, or in mathematics without one its last ``\\boxed{...}``, is not
+    empty. A response for which this is False is worth 0.0.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    _check_family(family)
+    return bool(stated_answer(family, response))
+
+
+def stated_answer(family: str, response: str) -> str | None:
+    """What the response says its answer is, stripped; None where it marks none. Linear time."""
+    stated = last_answer(response)
+    return last_boxed(response) if stated is None and family == "math" else stated
+
+
 def last_answer(response: str) -> str | None:
     """What stands in the last ``<answer>...</answer>``, stripped; None where there is none. Linear time."""
     end = response.rfind(_CLOSE)
@@ -157,6 +180,23 @@ def last_answer(response: str) -> str | None:
     if start < 0:
         return None
     return response[start + len(_OPEN) : response.index(_CLOSE, start)].strip()
+
+
+def last_boxed(response: str) -> str | None:
+    """What stands in the ``\\boxed{...}`` that begins last, stripped; None where there is none. Linear time.
+
+    Braces inside are balanced, ``\\{`` and ``\\}`` are no braces, and a box that is never closed does not count.
+    """
+    box_starts: list[int] = []  # where the content of each open brace begins; -1 for braces that are no box
+    last: tuple[int, int] | None = None
+    for token in _BRACES.finditer(response):
+        if token.group().endswith("{") and token.group() != r"\{":
+            box_starts.append(token.end() if token.group().startswith("\\") else -1)
+        elif token.group() == "}" and box_starts:
+            start = box_starts.pop()
+            if start >= 0 and (last is None or start > last[0]):
+                last = start, token.start()
+    return None if last is None else response[slice(*last)].strip()
 
 
 def _check_family(family: str) -> None:

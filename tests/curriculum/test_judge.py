@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isomorph.curriculum import judge as judge_module
-from isomorph.curriculum.judge import JudgePool, judge, last_answer
+from isomorph.curriculum.judge import JudgePool, answer_found, judge, last_answer, last_boxed
 from isomorph.curriculum.task import Task
 from isomorph.curriculum.tasks.duration import UNIT_SECONDS, parse_duration, parse_timedeltas
 from isomorph.engine.types import Prompt, Rollout
@@ -206,6 +206,38 @@ def test_months_and_years_are_intervals_that_must_meet(text: str, low_day: int, 
 )
 def test_the_last_answer_counts(response: str, inside: str | None) -> None:
     assert last_answer(response) == inside
+
+
+@pytest.mark.parametrize(
+    ("response", "inside"),
+    [
+        (r"so \boxed{15}.", "15"),
+        (r"\boxed {\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} no: \boxed{2}", "2"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"{ \boxed{1}", "1"),
+        (r"} \boxed{1}", "1"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{}", ""),
+        (r"\boxed 5", None),
+        ("15", None),
+    ],
+)
+def test_the_last_closed_box_counts_in_mathematics_where_there_are_no_tags(response: str, inside: str | None) -> None:
+    assert last_boxed(response) == inside
+    assert answer_found("math", response) == bool(inside)
+    assert not answer_found("async_plan", response)
+    assert not answer_found("physics", response)
+    assert answer_found("math", f"{response} <answer>3</answer>")
+    assert not answer_found("math", f"{response} <answer> </answer>")
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 125_000, "{" * 1_000_000, "}" * 1_000_000, "\\" * 1_000_000])
+def test_boxes_are_found_in_linear_time(text: str) -> None:
+    start = time.process_time()
+    assert last_boxed(text) is None
+    assert last_boxed(rf"{text} \boxed{{5}}") == "5"
+    assert time.process_time() - start < 5.0  # a quadratic search takes minutes
 
 
 @pytest.mark.parametrize(
