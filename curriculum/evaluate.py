@@ -221,7 +221,9 @@ def _refuse_unreadable(prompts: Sequence[Prompt], text: TextCodec) -> None:
 
 def _floor(tasks: Sequence[Task]) -> float | None:
     known = [task for task in tasks if task.naive_answer is not None]
-    right = (judge(task.family, f"<answer>{task.naive_answer}</answer>", task.answer) for task in known)
+    right = (
+        judge(task.family, f"<answer>{task.naive_answer}</answer>", task.answer, reward=task.reward) for task in known
+    )
     return sum(right) / len(known) if known else None
 
 

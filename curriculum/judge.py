@@ -27,7 +27,8 @@ from typing import Any, Protocol, Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from isomorph.curriculum.task import FAMILIES, Task
+from isomorph.curriculum.task import FAMILIES, REWARDS, Task
+from isomorph.curriculum.tasks import paper
 from isomorph.curriculum.tasks.duration import Interval, parse_duration, parse_timedeltas
 
 DEADLINE_S = 5.0
@@ -45,7 +46,7 @@ class HasPayload(Protocol):
     def payload(self) -> Any: ...
 
 
-def judge(family: str, response: str, answer: str | float) -> float:
+def judge(family: str, response: str, answer: str | float, *, reward: str = "strict") -> float:
     """1.0 if the last ``<answer>...</answer>`` of ``response`` gives ``answer``, else 0.0.
 
     In mathematics a response without these tags is judged by its last ``\\boxed{...}``.
@@ -55,14 +56,15 @@ def judge(family: str, response: str, answer: str | float) -> float:
     run in one worker process that this module keeps, and kills after DEADLINE_S seconds; ``JudgePool`` has
     several. No response makes it raise.
 
+    reward: "strict" accepts what a careful reader would; "paper" is the reward of arXiv 2602.03542 with its quirks
+    (``tasks/paper.py``), for figures that are to be compared with it: plans and mathematics only, no ``\\boxed{...}``.
+
     Raises:
-        ValueError: an unknown family, or an accepted answer that cannot be read.
-        ImportError: mathematics or physics without the extra [math].
+        ValueError: an unknown family or reward, an accepted answer that cannot be read, "paper" in physics.
+        ImportError: mathematics or physics without the extra [math]; "paper" needs no extra.
     """
-    _check_family(family)
-    if family == "async_plan":
-        return _judge_plan(response, answer)
-    return _shared_pool().judge(family, response, answer)
+    judged = _judge_here(family, response, answer, reward)
+    return _shared_pool().judge(family, response, answer, reward=reward) if judged is None else judged
 
 
 class JudgePool:
@@ -94,15 +96,13 @@ class JudgePool:
             TypeError: a prompt's payload is not a Task.
             ValueError: not as many prompts as texts; a task with an unknown family or an unreadable answer.
         """
-        started = [self._start(_task_of(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+        asked = [(_task_of(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+        started = [self._start(task.family, text, task.answer, task.reward) for task, text in asked]
         return [got if isinstance(got, float) else self._finish(got) for got in started]
 
-    def judge(self, family: str, response: str, answer: str | float) -> float:
+    def judge(self, family: str, response: str, answer: str | float, *, reward: str = "strict") -> float:
         """``isomorph.curriculum.judge.judge`` with this pool's workers and deadline."""
-        _check_family(family)
-        if family == "async_plan":
-            return _judge_plan(response, answer)
-        got = self._schedule(family, response, answer)
+        got = self._start(family, response, answer, reward)
         return got if isinstance(got, float) else self._finish(got)
 
     def close(self) -> None:
@@ -119,13 +119,10 @@ class JudgePool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start(self, task: Task, text: str) -> float | ProcessFuture:
-        _check_family(task.family)
-        if task.family == "async_plan":
-            return _judge_plan(text, task.answer)
-        return self._schedule(task.family, text, task.answer)
-
-    def _schedule(self, family: str, response: str, answer: str | float) -> float | ProcessFuture:
+    def _start(self, family: str, response: str, answer: str | float, reward: str) -> float | ProcessFuture:
+        judged = _judge_here(family, response, answer, reward)
+        if judged is not None:
+            return judged
         check_answer(family, answer)
         stated, text = stated_answer(family, response), _answer_text(answer)
         if stated is None or len(stated) > MAX_ANSWER_CHARS:
@@ -210,6 +207,18 @@ def _task_of(prompt: HasPayload) -> Task:
     return prompt.payload
 
 
+def check_reward(family: str, reward: str) -> None:
+    """Raises ValueError unless ``family`` has a reward of that name."""
+    _check_family(family)
+    if reward not in REWARDS:
+        raise ValueError(f"reward must be one of {REWARDS}, got {reward!r}")
+    if (family, reward) == ("physics", "paper"):
+        raise ValueError(
+            'physics has no reward "paper": the paper\'s function runs the response as Python code, and its '
+            'tolerance of 100 % takes every number of the right sign; use reward = "strict"'
+        )
+
+
 def check_answer(family: str, answer: str | float) -> None:
     """Raises ValueError where ``judge`` would for this accepted answer; physics answers only for being empty."""
     _check_family(family)
@@ -219,9 +228,19 @@ def check_answer(family: str, answer: str | float) -> None:
         raise ValueError("an accepted answer must not be empty")
 
 
-def _judge_plan(response: str, answer: str | float) -> float:
+def _judge_here(family: str, response: str, answer: str | float, reward: str) -> float | None:
+    """The reward where it needs no worker: bounded time, no library that a response could crash; else None."""
+    check_reward(family, reward)
+    if family == "async_plan":
+        return _judge_plan(response, answer, reward)
+    return float(paper.same_mathematics(response, str(answer))) if reward == "paper" else None
+
+
+def _judge_plan(response: str, answer: str | float, reward: str) -> float:
     text = _answer_text(answer)
     gold = _plan_answer(text)
+    if reward == "paper":
+        return float(paper.same_plan(response, text, parse_timedeltas(text) if "timedelta" in text else None))
     stated = last_answer(response)
     if stated is None:
         return 0.0

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from isomorph.curriculum.judge import check_reward
+from isomorph.curriculum.task import Family, Reward
 from isomorph.curriculum.tasks.async_plan import HELD_OUT, REPRESENTATIONS, Difficulty
 from isomorph.engine.config import EngineConfig, Section, Stage
 
@@ -20,17 +22,33 @@ class GeneratedData(Section):
 
     kind: Literal["async_plan"]
     difficulty: Difficulty = Difficulty()
+    reward: Reward = "strict"
+
+    @model_validator(mode="after")
+    def _reward_reads_its_answers(self) -> "GeneratedData":
+        if self.reward == "paper":
+            raise ValueError(
+                'reward = "paper" compares an answer such as "80 min" as text, so that "80 minutes" would be wrong: '
+                'generated tasks need reward = "strict"'
+            )
+        return self
 
 
 class JsonlData(Section):
     """The paper's JSON Lines as they are: keys ``question`` and ``answer``, row i of all files one procedure."""
 
     kind: Literal["jsonl"]
-    family: Literal["async_plan", "math", "physics"]
+    family: Family
+    reward: Reward = "strict"  # or "paper": the paper's rules with their quirks, for figures to compare with its own
     files: dict[str, str] = Field(min_length=1)  # representation -> path; $NAME is taken from the environment
     eval_share: float = Field(0.1, gt=0, lt=1)  # of the procedures, kept out of training
     split_seed: int = 0
     max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
+
+    @model_validator(mode="after")
+    def _family_has_the_reward(self) -> "JsonlData":
+        check_reward(self.family, self.reward)
+        return self
 
 
 class Ingredient(Section):

@@ -96,7 +96,9 @@ class Curriculum:
             task: Task = prompt.payload
             if task.naive_answer is not None:
                 answered = f"<answer>{task.naive_answer}</answer>"
-                known.setdefault(prompt.representation, []).append(judge(task.family, answered, task.answer))
+                known.setdefault(prompt.representation, []).append(
+                    judge(task.family, answered, task.answer, reward=task.reward)
+                )
         return {
             name: sum(known[name]) / len(known[name]) if name in known else None
             for name in self.recipe.eval.representations
@@ -213,7 +215,9 @@ class TaskFiles:
     """A [data.NAME] of kind jsonl: its rows, split into training and held out by procedure."""
 
     def __init__(self, data: JsonlData, text: TextCodec) -> None:
-        rows = {name: read_rows(_expanded(path), data.family, name) for name, path in data.files.items()}
+        rows = {
+            name: read_rows(_expanded(path), data.family, name, reward=data.reward) for name, path in data.files.items()
+        }
         train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
         self.num_too_long: dict[str, int] = {}
         self.training = {name: self._short_enough(name, tasks, data, text) for name, tasks in train.items()}

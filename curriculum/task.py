@@ -9,6 +9,8 @@ from typing import Any, Literal, Self, get_args
 
 Family = Literal["async_plan", "math", "physics"]
 FAMILIES: tuple[str, ...] = get_args(Family)
+Reward = Literal["strict", "paper"]
+REWARDS: tuple[str, ...] = get_args(Reward)
 Split = Literal["train", "eval"]
 
 
@@ -28,6 +30,7 @@ class Task:
     representation: str  # "natural" | "graph" | "code" | a held-out form
     question: str  # the whole user prompt
     answer: str
+    reward: str = "strict"  # "strict" | "paper": by which rules a response is judged
     key: str  # identity of the underlying procedure: the same in all of its representations
     demonstration: str | None = None  # a worked response, ends in <answer>..</answer>
     naive_answer: str | None = None  # what doing one step after the other would give

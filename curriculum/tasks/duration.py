@@ -36,9 +36,9 @@ _ONES = (
     "seventeen eighteen nineteen"
 )
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORDS = {word: n for n, word in enumerate(_ONES.split())}
-_WORDS |= {word: 20 + 10 * n for n, word in enumerate(_TENS.split())}
-_SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000}
+NUMBER_WORDS = {word: n for n, word in enumerate(_ONES.split())}
+NUMBER_WORDS |= {word: 20 + 10 * n for n, word in enumerate(_TENS.split())}
+SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000}
 _SHARES = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "quarters": Fraction(1, 4)}
 _SIGNS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 
@@ -212,19 +212,19 @@ class _Numbers:
     def _from_words(self, match: re.Match[str]) -> str:
         total = current = 0
         for word in re.findall("[a-z]+", match.group()):
-            if word in _WORDS:
-                current += _WORDS[word]
+            if word in NUMBER_WORDS:
+                current += NUMBER_WORDS[word]
             elif word == "hundred":
                 current = 100 * max(current, 1)
-            elif word in _SCALES:
-                total, current = total + _SCALES[word] * max(current, 1), 0
+            elif word in SCALES:
+                total, current = total + SCALES[word] * max(current, 1), 0
         return self._put(Fraction(total + current))
 
     def _many(self, text: str | None) -> Fraction:
         return self.values[int(text[1:])] if text and text.startswith("#") else Fraction(1)
 
     def _scaled(self, match: re.Match[str]) -> str:
-        return self._put(self.values[int(match[1])] * _SCALES[match[2]])
+        return self._put(self.values[int(match[1])] * SCALES[match[2]])
 
     def _share(self, match: re.Match[str]) -> str:
         return f"{self._put(self._many(match[1]) * _SHARES[match[2]])} "

@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from isomorph.curriculum.judge import check_answer
-from isomorph.curriculum.task import FAMILIES, DataError, Task
+from isomorph.curriculum.judge import check_answer, check_reward
+from isomorph.curriculum.task import DataError, Task
 from isomorph.curriculum.tasks.asynchow import (
     demonstrate_plan,
     demonstrate_question,
@@ -24,7 +24,7 @@ __all__ = ["demonstrate_question", "read_rows", "solve_question", "split_rows"]
 MAX_ROW_CHARS = 1_000_000
 
 
-def read_rows(path: str | PathLike[str], family: str, representation: str) -> list[Task]:
+def read_rows(path: str | PathLike[str], family: str, representation: str, *, reward: str = "strict") -> list[Task]:
     """The tasks of a file, in its order. The key is the number of the first row with the same procedure.
 
     Asynchronous-planning tasks carry a demonstration and the naive answer, derived from questions of the paper's form
@@ -32,11 +32,10 @@ def read_rows(path: str | PathLike[str], family: str, representation: str) -> li
     the same procedure if they differ in words and numbering alone, other rows if their keys or questions are the same.
 
     Raises:
-        ValueError: an unknown family.
+        ValueError: an unknown family, or one without this reward.
         DataError: the file cannot be read, is empty, or has a broken row: file, line and defect are named.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
+    check_reward(family, reward)
     first_rows: dict[str, int] = {}
     tasks = []
     for i, line in enumerate(_lines(path)):
@@ -44,7 +43,7 @@ def read_rows(path: str | PathLike[str], family: str, representation: str) -> li
             task = _task(line, family, representation)
         except DataError as error:
             raise DataError(f"{path}, line {i + 1}: {error}") from error
-        tasks.append(replace(task, key=str(first_rows.setdefault(task.key, i))))
+        tasks.append(replace(task, reward=reward, key=str(first_rows.setdefault(task.key, i))))
     return tasks
 
 
