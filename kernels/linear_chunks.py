@@ -144,20 +144,20 @@ class OffsetChunks:
     """The same in one pass of ``kernels/gpu/offset.py``: exp(logit - logit of the target) instead of logits."""
 
     def __init__(self, head: Head, chunk_rows: int) -> None:
-        from isomorph.kernels.gpu import offset
+        from isomorph.kernels.gpu import launch, offset
 
         reason = offset.refusal(head.hidden_TD, head.bias_V is not None)
         if reason:
             raise ValueError(f"linear_loss=offset was asked for, but {reason}; take linear_loss=triton")
-        self.offset, self.head = offset, head
-        self.weight_VD = head.weight_VD.contiguous()
+        self.offset, self.head, self.aligned = offset, head, launch.aligned
+        self.weight_VD = self.aligned(head.weight_VD)
         self.buffer = offset.new_buffer(head.weight_VD, min(chunk_rows, len(head.target_ids_N)))
 
     def load(self, rows: slice) -> None:
         self.hidden_nD = self.head.hidden_TD[rows]
         if self.head.row_index_N is not None:
             self.hidden_nD = self.head.hidden_TD.index_select(0, self.head.row_index_N[rows])
-        self.hidden_nD = self.hidden_nD.contiguous()
+        self.hidden_nD = self.aligned(self.hidden_nD)
         self.target_n = self.head.target_ids_N[rows]
         self.exp_nV = self.buffer[: rows.stop - rows.start]
         self.facts = self.offset.exp_chunk(

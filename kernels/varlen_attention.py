@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels.gpu.attention_rows import merge
+from isomorph.kernels.gpu.launch import check_dense, dense_rows
 from isomorph.kernels.packed_layout import PackedLayout, Segment
 from isomorph.kernels.packing import consecutive
 
@@ -90,7 +91,10 @@ def _moved(entries: Entries, device: torch.device) -> Entries:
 
 # -- who computes a call
 class Flash(NamedTuple):
-    """Flash attention for entries of different lengths, with its natural LSE [H, T], contiguous."""
+    """Flash attention for entries of different lengths, with its natural LSE [H, T], contiguous.
+
+    The numbers of a row must be neighbours in all that it reads; outputs lie as their inputs do (``torch.empty_like``).
+    """
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, Entries, float], tuple[Tensor, Tensor]]
@@ -172,14 +176,16 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, D], contiguous, and the natural LSE [H, T]."""
     by = by or _present_flash()
-    q_THD, k_TKD, v_TKD = (_unit_stride(x) for x in (q_THD, k_TKD, v_TKD))
+    q_THD, k_TKD, v_TKD = (dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
     own, cross = _calls_on(layout, q_THD.device)
     if not q_THD.numel():
-        return torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[1::-1], dtype=torch.float32)
+        return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[1::-1], dtype=torch.float32)
     out_THD, lse_HT = by.forward(q_THD, k_TKD, v_TKD, own, scale)
+    out_THD = out_THD.contiguous()  # of a permuted q it is permuted
     if cross is not None:
         q, k, v = _cross_inputs(cross, q_THD, k_TKD, v_TKD)
-        merge(out_THD, lse_HT, *by.forward(q, k, v, cross.entries, scale), cross.queries)
+        part_NHD, part_lse_HN = by.forward(q, k, v, cross.entries, scale)
+        merge(out_THD, lse_HT, part_NHD.contiguous(), part_lse_HN, cross.queries)
     return out_THD, lse_HT
 
 
@@ -196,7 +202,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v from what ``attend`` returned."""
     by = by or _present_flash()
-    dout_THD, q_THD, k_TKD, v_TKD = (_unit_stride(x) for x in (dout_THD, q_THD, k_TKD, v_TKD))
+    check_dense(out=out_THD, lse=lse_HT)
+    dout_THD, q_THD, k_TKD, v_TKD = (dense_rows(x) for x in (dout_THD, q_THD, k_TKD, v_TKD))
     own, cross = _calls_on(layout, q_THD.device)
     if not q_THD.numel():
         return torch.empty_like(q_THD), torch.empty_like(k_TKD), torch.empty_like(v_TKD)
@@ -216,10 +223,6 @@ def _cross_inputs(cross: Cross, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> 
         k_TKD.index_select(0, cross.keys),
         v_TKD.index_select(0, cross.keys),
     )
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _present_flash() -> Flash:

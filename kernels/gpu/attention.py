@@ -22,7 +22,7 @@ from torch import Tensor
 from isomorph.kernels.gpu import attention_rows
 from isomorph.kernels.gpu.attention_rows import add_pieces, deltas, load_rows, store_rows, variant
 from isomorph.kernels.gpu.attention_tiles import CONFIGS, Tile, block_d, config_of, tables_on
-from isomorph.kernels.gpu.launch import on_its_device
+from isomorph.kernels.gpu.launch import check_dense, dense_rows, on_its_device
 from isomorph.kernels.gpu.variant import Variant
 from isomorph.kernels.packed_layout import PackedLayout
 
@@ -270,7 +270,7 @@ def grad_kv_kernel(
 @on_its_device
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, H, D], contiguous, and the base-2 LSE [H, T], float32."""
-    q_THD, k_TKD, v_TKD = (_unit_stride(x) for x in (q_THD, k_TKD, v_TKD))
+    q_THD, k_TKD, v_TKD = (dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
     num_tok, num_heads, dim = q_THD.shape
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     lse_HT = q_THD.new_empty(num_heads, num_tok, dtype=torch.float32)
@@ -298,7 +298,8 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous, from what ``attend`` returned."""
-    dout_THD, q_THD, k_TKD, v_TKD = (_unit_stride(x) for x in (dout_THD, q_THD, k_TKD, v_TKD))
+    check_dense(out=out_THD, lse=lse_HT)
+    dout_THD, q_THD, k_TKD, v_TKD = (dense_rows(x) for x in (dout_THD, q_THD, k_TKD, v_TKD))
     dq_THD, dk_TKD, dv_TKD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD))
     if not q_THD.numel():
         return dq_THD, dk_TKD, dv_TKD
@@ -322,10 +323,6 @@ def attend_backward(
     if num_slots:
         add_pieces(partial, dk_TKD, dv_TKD, key_tables.split)
     return dq_THD, dk_TKD, dv_TKD
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _launch(tile: Tile, dim: int) -> dict[str, Any]:

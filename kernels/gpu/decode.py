@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import on_its_device
+from isomorph.kernels.gpu.launch import dense_rows, on_its_device
 from isomorph.kernels.gpu.variant import Variant
 
 if TYPE_CHECKING:
@@ -161,14 +161,14 @@ def decode_attention(q_BHD: Tensor, prompt: "CachedKV", own: "CachedKV", scale: 
     top, total = (q_BHD.new_empty(partial_shape, dtype=torch.float32) for _ in range(2))
     num_kv_heads = prompt.k_SKLD.shape[1]
     repeats = num_heads // num_kv_heads
-    q_BHD = _plain(q_BHD)
+    q_BHD = dense_rows(q_BHD)
     block_d = triton.next_power_of_2(max(16, dim))
     for cache, first_piece, num, rows in zip(
         (prompt, own), (0, num_pieces[0]), num_pieces, (prompt_rows(repeats, q_BHD.element_size()), 1), strict=True
     ):
         if not num:
             continue
-        k, v = _plain(cache.k_SKLD), _plain(cache.v_SKLD)
+        k, v = dense_rows(cache.k_SKLD), dense_rows(cache.v_SKLD)
         partial_kernel[(num_rows, num_kv_heads, num)](
             q_BHD, k, v, cache.slot_B.contiguous(), cache.len_B.contiguous(), acc, top, total,
             q_BHD.stride(0), q_BHD.stride(1),
@@ -198,10 +198,6 @@ def _blocks(num_queries: int, itemsize: int) -> dict[str, Any]:
     block_q = triton.next_power_of_2(max(16, num_queries))
     num_warps = 8 if block_q >= 64 else 4
     return {"BLOCK_Q": block_q, "BLOCK_L": BLOCK_L[itemsize], "PIECE": PIECE, "num_warps": num_warps, "num_stages": 2}
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # -- what is compiled and looked at without a GPU

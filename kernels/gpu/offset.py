@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import on_its_device
+from isomorph.kernels.gpu.launch import check_dense, check_dense_rows, on_its_device
 from isomorph.kernels.gpu.variant import Variant
 
 LOG2_E = math.log2(math.e)
@@ -271,7 +271,16 @@ class Stats(NamedTuple):
 def exp_chunk(
     hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, temperature: float, exp_MV: Tensor | None
 ) -> Stats:
-    """Stats of the rows; E is written to ``exp_MV`` [M, V] (row stride a multiple of 16 bytes) unless it is None."""
+    """Stats of the rows; E is written to ``exp_MV`` [M, V] (row stride a multiple of 16 bytes) unless it is None.
+
+    Hidden rows and weights are contiguous and begin at multiples of 16 bytes: ``launch.aligned`` makes them so.
+    """
+    check_dense(hidden=hidden_MD, weight=weight_VD, target=target_M)
+    for name, x in (("hidden", hidden_MD), ("weight", weight_VD)):
+        if x.data_ptr() % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes, as tensor descriptors ask; clone it")
+    if exp_MV is not None:
+        check_dense_rows(exp=exp_MV)
     num_rows, dim = hidden_MD.shape
     num_vocab = weight_VD.shape[0]
     new = hidden_MD.new_empty
@@ -343,6 +352,8 @@ def whole_gradient_(
     temperature: float,
 ) -> None:
     """E becomes dz."""
+    check_dense_rows(exp=exp_MV)
+    check_dense(target=target_M)
     num_rows, num_vocab = exp_MV.shape
     if not num_rows:
         return

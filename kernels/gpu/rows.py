@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import on_its_device
+from isomorph.kernels.gpu.launch import check_dense, check_dense_rows, on_its_device
 from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
 
 BLOCK_V = 4096  # part of the numerical contract, hence not tuned: 16 values a thread
@@ -167,7 +167,9 @@ def add_rows_kernel(
 def row_stats(
     logits_NV: Tensor, target_N: Tensor, bias_V: Tensor | None, inv_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, entropy and LSE of every row, float32 (float64 for float64)."""
+    """Log-probability, entropy and LSE of every row, float32 (float64 for float64). Logits: stride 1 along V."""
+    check_dense_rows(logits=logits_NV)
+    check_dense(target=target_N, bias=bias_V)
     num_rows, num_vocab = logits_NV.shape
     wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     logprob, entropy, lse = (logits_NV.new_empty(num_rows, dtype=wide) for _ in range(3))
@@ -191,6 +193,8 @@ def row_gradient(
     out_NV: Tensor,
 ) -> None:
     """Writes d loss / d logits to ``out``, which may be the logits themselves or their first half as bfloat16."""
+    check_dense_rows(logits=logits_NV, out=out_NV)
+    check_dense(target=target_N, bias=bias_V, logprob=stats[0], entropy=stats[1])
     num_rows, num_vocab = logits_NV.shape
     if not num_rows:
         return
@@ -207,6 +211,7 @@ def row_gradient(
 @on_its_device
 def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
     """into[row_index[i]] += rows[i]; a row's additions happen in the order of i. The host waits for nothing."""
+    check_dense(into=into_TD, rows=rows_ND)
     if not len(row_index_N):
         return
     place_N, order_N = torch.sort(row_index_N, stable=True)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import on_its_device
+from isomorph.kernels.gpu.launch import check_dense, check_dense_rows, on_its_device
 from isomorph.kernels.gpu.rows import _split, _wide
 from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
 
@@ -82,7 +82,9 @@ def _take(row_ptr, column, word, top, total, best, winner, V, scale, WIDE: tl.co
 def draw_token(
     logits_BV: Tensor, key_B: Tensor, position_B: Tensor, inv_temperature: float, token_B: Tensor, logprob_B: Tensor
 ) -> None:
-    """Writes a token and its log-probability for every row."""
+    """Writes a token and its log-probability for every row. Logits: stride 1 along V."""
+    check_dense_rows(logits=logits_BV)
+    check_dense(key=key_B, position=position_B, token=token_B, logprob=logprob_B)
     num_rows, num_vocab = logits_BV.shape
     if num_rows:
         draw_kernel[(num_rows,)](

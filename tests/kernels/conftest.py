@@ -1,4 +1,4 @@
-"""The independent truth of packed attention: what it means, computed without packing."""
+"""What several kernels' tests share: the truth of packed attention, and how a tensor may lie in memory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+Lay = Callable[[Tensor], Tensor]
 Unpacked = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], float], Tensor]
 
 
@@ -44,3 +45,58 @@ def _sequences(lens: Sequence[int], parents: Sequence[int]) -> list[tuple[Tensor
         out.append((torch.cat([above, torch.arange(start, start + length)]), len(above)))
         start += length
     return out
+
+
+# -- how a tensor may lie in memory
+def _reversed(x: Tensor) -> Tensor:
+    axes = tuple(reversed(range(x.ndim)))
+    return x.permute(axes).contiguous().permute(axes)
+
+
+def _first_two_swapped(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 1 else _every_second(x)
+
+
+def _every_second(x: Tensor) -> Tensor:
+    whole = _poison(x, (*x.shape[:-1], 2 * x.shape[-1] + 3))
+    return whole[..., 1 : 1 + 2 * x.shape[-1] : 2].copy_(x)
+
+
+def _amid_poison(x: Tensor) -> Tensor:
+    """Dense in its last dimension alone."""
+    whole = _poison(x, tuple(size + 3 for size in x.shape))
+    return whole[tuple(slice(1, size + 1) for size in x.shape)].copy_(x)
+
+
+def _off_by_one(x: Tensor) -> Tensor:
+    """Dense, on no boundary of 16 bytes."""
+    return _poison(x, (x.numel() + 1,))[1:].view(x.shape).copy_(x)
+
+
+def _first_expanded(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape)
+
+
+def _last_expanded(x: Tensor) -> Tensor:
+    return x[..., :1].expand(x.shape)
+
+
+def _poison(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.full(shape, math.nan if x.is_floating_point() else 2**40, dtype=x.dtype, device=x.device)
+
+
+LAYS: tuple[Lay, ...] = (
+    _reversed,
+    _first_two_swapped,
+    _every_second,
+    _amid_poison,
+    _off_by_one,
+    _first_expanded,
+    _last_expanded,
+)
+
+
+@pytest.fixture(params=LAYS, ids=lambda lay: lay.__name__.strip("_"))
+def lay(request: pytest.FixtureRequest) -> Lay:
+    """``lay(x)``: a tensor with the values of x (of its first, where they are expanded) that lies otherwise."""
+    return request.param

@@ -4,7 +4,7 @@ Flash attention runs on CUDA alone; here each of its calls is computed by its co
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -102,6 +102,34 @@ def test_two_merged_calls_are_packed_attention(
     truth = packed_attention_ref(*leaves, layout, scale=0.3)
     torch.testing.assert_close(out, truth, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grads, torch.autograd.grad(truth, leaves, dout), rtol=1e-9, atol=1e-11)
+
+
+def test_how_the_operands_lie_in_memory_does_not_matter(lay: Callable[[Tensor], Tensor]) -> None:
+    """``full_like`` above lays an output out as its input, as flash attention does: see the next test."""
+    layout = PackedLayout.from_groups([7, 2], [[5, 3], []])
+    gen = torch.Generator().manual_seed(0)
+    operands = (torch.randn(layout.num_tok, h, 8, generator=gen, dtype=torch.float64) for h in (4, 2, 2, 4))
+    q, k, v, dout = (lay(x.to(DEVICE)) for x in operands)
+    out, lse = varlen.attend(q, k, v, layout, 0.3, BY_CONTRACT)
+    grads = varlen.attend_backward(dout, q, k, v, out, lse, layout, 0.3, BY_CONTRACT)
+    leaves = [x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
+    truth = packed_attention_ref(*leaves, layout, scale=0.3)
+    torch.testing.assert_close(out, truth, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grads, torch.autograd.grad(truth, leaves, dout), rtol=1e-9, atol=1e-11)
+
+
+def test_pytorchs_output_lies_as_q_does() -> None:
+    by = varlen.torch_flash()
+    assert by is not None
+    with FakeTensorMode():
+        q, k = (
+            torch.empty(4, 18, 64, dtype=torch.bfloat16).transpose(0, 1),
+            torch.empty(18, 2, 64, dtype=torch.bfloat16),
+        )
+        at = varlen.Entries(torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int32), 9, 9, True)
+        out, lse = by.forward(q, k, k, at, 0.1)
+    assert out.stride() == q.stride() and not out.is_contiguous()
+    assert lse.is_contiguous()
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,122 @@
+"""What the ops above take care of, the launches check: a tensor that a kernel would read wrongly is refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from isomorph.kernels import backend
+from isomorph.kernels.packed_layout import PackedLayout
+
+pytestmark = pytest.mark.skipif(bool(backend.triton_reason()), reason=backend.triton_reason())
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N, V, T, H, D = 4, 24, 5, 2, 8
+
+Launch = Callable[..., object]
+
+
+def _launches() -> dict[str, tuple[Launch, dict[str, Tensor], set[str]]]:
+    """Per launch: a call of its tensors, the tensors, and which of them need dense rows alone."""
+    from isomorph.kernels.gpu import advantage, attention, attention_rows, offset, rows, sample
+
+    layout = PackedLayout.from_groups([2], [[3]])
+    ids, row, lse = torch.zeros(N, dtype=torch.int64), torch.zeros(N), torch.zeros(H, T)
+    logits, weight, out = torch.zeros(N, V), torch.zeros(V, D), torch.zeros(T, H, D)
+    offsets, place = torch.tensor([0, 2, N]), torch.arange(T)
+    stats = offset.Stats(*(torch.ones(N) for _ in range(5)))
+    kv = dict(q=out, k=out, v=out)
+    partial = torch.zeros(2, 1, H, 32, D)
+    tiles = torch.tensor([[0, 3, 0, 1], [3, 5, 0, 1]], dtype=torch.int32)
+    return {
+        "row_stats": (
+            lambda logits, target, bias: rows.row_stats(logits, target, bias, 1.0),
+            dict(logits=logits, target=ids, bias=torch.zeros(V)),
+            {"logits"},
+        ),
+        "row_gradient": (
+            lambda logits, out, target, bias, logprob, entropy: rows.row_gradient(
+                logits, target, (logprob, entropy, logprob), (row, row, row), bias, 1.0, out
+            ),
+            dict(logits=logits, out=logits, target=ids, bias=torch.zeros(V), logprob=row, entropy=row),
+            {"logits", "out"},
+        ),
+        "add_rows": (lambda into, rows_: rows.add_rows(into, ids, rows_), dict(into=logits, rows_=logits), set()),
+        "draw_token": (
+            lambda logits, key, position, token, logprob: sample.draw_token(logits, key, position, 1.0, token, logprob),
+            dict(logits=logits, key=ids, position=ids, token=ids, logprob=row),
+            {"logits"},
+        ),
+        "exp_chunk": (
+            lambda hidden, weight, target, exp: offset.exp_chunk(hidden, weight, target, 1.0, exp),
+            dict(hidden=torch.zeros(N, D), weight=weight, target=ids, exp=logits),
+            {"exp"},
+        ),
+        "whole_gradient_": (
+            lambda exp, target: offset.whole_gradient_(exp, stats, (row, row, row), target, 1.0),
+            dict(exp=logits, target=ids),
+            {"exp"},
+        ),
+        "deltas": (attention_rows.deltas, dict(out_THD=out, dout_THD=out, lse_HT=lse), {"dout_THD"}),
+        "add_pieces": (
+            attention_rows.add_pieces, dict(partial=partial, dk_TKD=out, dv_TKD=out, tiles=tiles), set(),
+        ),
+        "merge": (
+            attention_rows.merge,
+            dict(out_THD=out, lse_HT=lse, part_NHD=out, part_lse_HN=lse, rows_N=place),
+            set(),
+        ),
+        "attend_backward": (
+            lambda out, lse: attention.attend_backward(out, *kv.values(), out, lse, layout, 1.0),
+            dict(out=out, lse=lse),
+            set(),
+        ),
+        "group_advantage": (
+            lambda reward, offsets: advantage.group_advantage(reward, offsets, "mean", "std"),
+            dict(reward=row, offsets=offsets),
+            set(),
+        ),
+        "gae": (
+            lambda reward, value, offsets: advantage.gae(reward, value, offsets, 1.0, 1.0),
+            dict(reward=row, value=row, offsets=offsets),
+            set(),
+        ),
+    }  # fmt: skip
+
+
+NAMES = [
+    "row_stats", "row_gradient", "add_rows", "draw_token", "exp_chunk", "whole_gradient_", "deltas", "add_pieces",
+    "merge",
+    "attend_backward", "group_advantage", "gae",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launch_refuses_what_its_kernel_would_misread(name: str) -> None:
+    launch, tensors, takes_row_strides = _launches()[name]
+    tensors = {key: x.to(DEVICE) for key, x in tensors.items()}
+    launch(*tensors.values())
+    for key, x in tensors.items():
+        sliced = x.repeat_interleave(2, -1)[..., ::2]
+        with pytest.raises(ValueError, match=r"must be (contiguous|of stride 1).* with strides .*call .contiguous\(\)"):
+            launch(*{**tensors, key: sliced}.values())
+        apart = x.repeat_interleave(2, 0)[::2]
+        if key in takes_row_strides:
+            launch(*{**tensors, key: apart}.values())
+        else:
+            with pytest.raises(ValueError, match="must be contiguous"):
+                launch(*{**tensors, key: apart}.values())
+
+
+def test_operands_of_tensor_descriptors_begin_at_16_bytes() -> None:
+    from isomorph.kernels.gpu import offset
+    from isomorph.kernels.gpu.launch import aligned
+
+    target = torch.zeros(N, dtype=torch.int64, device=DEVICE)
+    off = torch.zeros(V * D + 1, device=DEVICE)[1:].view(V, D)
+    for hidden, weight in ((off[:N], off.clone()), (off[:N].clone(), off)):
+        with pytest.raises(ValueError, match="must begin at a multiple of 16 bytes"):
+            offset.exp_chunk(hidden, weight, target, 1.0, None)
+    dense = off.clone()
+    assert aligned(dense) is dense and torch.equal(aligned(off), off) and aligned(off).data_ptr() % 16 == 0
+    assert aligned(dense.T).is_contiguous()
