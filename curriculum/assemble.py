@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from isomorph.curriculum.judge import JudgePool
+from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool
 from isomorph.curriculum.planning import FirstSteps
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report import write_report
@@ -117,6 +117,8 @@ def _crew_at_work(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
+        for note in policy.notes:
+            log.say(f"note: {note}")
         for fallback in fallbacks(policy):
             log.say(f"warning: {fallback}")
         crew = Crew(
@@ -149,7 +151,7 @@ def open_policy(recipe: Recipe) -> Policy:
     silence_loaders()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words, seed = tiny_vocabulary(recipe), recipe.run.seed
-    return load_policy(recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora)
+    return load_policy(recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora, tags=ANSWER_TAGS)
 
 
 def tiny_vocabulary(recipe: Recipe) -> list[str]:
@@ -202,6 +204,8 @@ def describe_run(
             "trained": sum(p.numel() for p in policy.named_parameters().values()),
             "dtype": str(policy.dtype).removeprefix("torch."),
             "vocabulary": policy.unembedding.shape[0],
+            "stop": {i: policy.text.tokenizer.convert_ids_to_tokens(i) for i in policy.text.stop_ids},
+            "mended": list(policy.notes),
         },
         "rows_left_out": {name: files.num_too_long for name, files in curriculum.files.items()},
     }

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import check_base, open_policy
-from isomorph.curriculum.judge import JudgePool, judge
+from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, judge
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
 from isomorph.curriculum.run_record import read_run_json, read_summary
 from isomorph.curriculum.stage import TaskFiles
@@ -87,6 +87,8 @@ def evaluate(
     for text in wanted:
         _parse_wanted(text)  # before minutes are spent on loading a model
     candidate = open_candidate(target)
+    for note in candidate.policy.notes:
+        say(f"note: {note}")
     of_recipe = candidate.recipe.eval.max_new_tok if candidate.recipe else MODEL_MAX_NEW_TOK
     sampling = Sampling(
         temperature=0.0,
@@ -121,7 +123,8 @@ def open_candidate(target: str) -> Candidate:
         raise UserError(f"{target} must be a run folder (with run.json) or a model folder (with config.json)")
     if not folder.exists() and str(folder.parent) != "." and folder.parent.is_dir():
         raise UserError(f"{target}: there is no such folder or file in {folder.parent}")  # and it is no hub name
-    policy = load_policy(ModelConfig(path=target, dtype=_dtype()), vocabulary=[], seed=0, device=_device())
+    config = ModelConfig(path=target, dtype=_dtype())
+    policy = load_policy(config, vocabulary=[], seed=0, device=_device(), tags=ANSWER_TAGS)
     return Candidate(policy=policy, source=target, recipe=None)
 
 
@@ -132,7 +135,7 @@ def _open_run(folder: Path) -> Candidate:
     summary = read_summary(folder)
     if summary is not None and summary["status"] == "done":
         config = recipe.model.model_copy(update={"path": str(model), "tiny": None})
-        policy = load_policy(config, vocabulary=[], seed=0, device=_device())
+        policy = load_policy(config, vocabulary=[], seed=0, device=_device(), tags=ANSWER_TAGS)
         return Candidate(policy=policy, source=str(model), recipe=recipe)
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:

@@ -35,7 +35,7 @@ DEADLINE_S = 5.0
 MAX_ANSWER_CHARS = 2_000  # of mathematics and physics; longer answers are wrong
 MAX_WORKER_BYTES = 4 << 30  # address space: what a formula may make SymPy allocate
 
-_OPEN, _CLOSE = "<answer>", "</answer>"
+_OPEN, _CLOSE = ANSWER_TAGS = "<answer>", "</answer>"
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
 
 

@@ -90,6 +90,7 @@ class ModelConfig(Section):
     optimizer: Literal["device", "host"] = "device"  # host: masters, moments and gradients beside it, AdamW on the CPU
     compile: bool = False  # the learner's layers by torch.compile: a minute at the start for fewer passes over memory
     chat_template: bool = True  # wrap the question as a user's turn, where the tokenizer has a template
+    stop: tuple[str, ...] = ()  # further tokens that end a response, as text: one token of the tokenizer each
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":

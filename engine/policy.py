@@ -9,6 +9,7 @@ by token, the attention, is a function handed in from outside:
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -33,8 +34,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
+from isomorph.engine.foreign import foreign
 from isomorph.engine.lora import Adapters, attach, is_adapter, require_peft
+from isomorph.engine.model_check import (
+    end_ids,
+    limit_to_window,
+    mend_generation_config,
+    rehearse_saving,
+    sliding_window,
+    untie,
+)
 from isomorph.engine.plan import ModelShape
+from isomorph.engine.text import TextCodec, open_text
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.linear import linear, linear_packed, pack
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention
@@ -44,6 +55,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 # model_type -> seen with this interface in tests/engine/test_policy.py
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 WORD = r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]"  # a tag, a word, a number or a sign: one token each
+# of which a folder with a tokenizer has at least one
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 SPECIAL = PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
 
 
@@ -93,28 +106,6 @@ def _run(model: Any, decode: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return decode(*arguments)
 
 
-class TextCodec:
-    """Between text and token ids: the chat template on the way in, special tokens off on the way out."""
-
-    def __init__(self, tokenizer: Any, *, chat_template: bool, stop_ids: Sequence[int]) -> None:
-        self.tokenizer = tokenizer
-        self.uses_chat_template = chat_template and tokenizer.chat_template is not None
-        self.stop_ids = tuple(stop_ids)
-
-    def encode_prompt(self, question: str) -> tuple[int, ...]:
-        if not self.uses_chat_template:
-            return tuple(self.tokenizer(question)["input_ids"])
-        turn = [{"role": "user", "content": question}]
-        return tuple(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-
-    def encode_response(self, text: str) -> tuple[int, ...]:
-        """Ends in the stop token: it is trained like every other."""
-        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.stop_ids[0])
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
 RunLayer = Callable[[Any, Tensor, tuple[Tensor, Tensor], Attend], Tensor]
 
 
@@ -160,6 +151,7 @@ class Policy:
         self.model.run = MethodType(_run, model)  # FSDP gathers what a pass needs around the model's own methods
         self.config = model.config
         self.text = text
+        self.notes: tuple[str, ...] = ()  # what was mended when the model was loaded
         self.device: torch.device = self.unembedding.device
         self.dtype: torch.dtype = self.unembedding.dtype  # that the model computes in
         # while open every parameter is here in full; of a model that FSDP has cut only then
@@ -185,8 +177,9 @@ class Policy:
 
     @property
     def max_tok(self) -> int:
-        """The longest sequence the positions were made for."""
-        return self.config.max_position_embeddings
+        """The longest sequence the positions were made for, and that no sliding window cuts."""
+        window = sliding_window(self.config)
+        return min(self.config.max_position_embeddings, window or self.config.max_position_embeddings)
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that is trained, once: a tied unembedding stands under the embedding's name; adapters stand alone."""
@@ -290,6 +283,11 @@ def let_attend(model: Any) -> None:
     Raises UserError for a model whose attention, positions or dropout ours does not know.
     """
     _refuse_what_we_cannot_train(model.config)
+    if (window := sliding_window(model.config)) and window < model.config.max_position_embeddings:
+        raise UserError(
+            f"sliding-window attention over {window} tokens is not supported here: packed attention sees the whole "
+            "prompt, and this trainer's sequences may be longer"
+        )
     if (loaded := model.config._attn_implementation) not in ("sdpa", "isomorph_or_sdpa"):
         raise UserError(f"the model must have been loaded with attn_implementation='sdpa', got {loaded!r}")
     model.config._attn_implementation = "isomorph_or_sdpa"
@@ -307,31 +305,53 @@ def load_policy(
     seed: int,
     device: torch.device,
     lora: LoraConfig | None = None,
+    tags: Sequence[str] = (),
 ) -> Policy:
-    """The policy that the recipe names. ``vocabulary``: the words of a tiny model. Raises UserError."""
+    """The policy that the recipe names, after model, tokenizer, chat template and what saving needs have been checked
+    against each other; ``Policy.notes`` says what was mended.
+
+    ``vocabulary``: the words of a tiny model. ``tags``: what stands around an answer and must survive decoding.
+    Raises UserError.
+    """
     if lora is not None:
         require_peft()  # before weights are read for nothing
     dtype = getattr(torch, config.dtype)
     if config.tiny is not None:
-        model, text = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
+        model, tokenizer = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
+        text, notes = _opened_text(model, tokenizer, config, tags), []
     else:
         assert config.path is not None
-        model, text = _loaded_model(config.path, dtype, chat_template=config.chat_template)
+        model, tokenizer = _loaded_model(config.path, dtype)
+        with _about(config.path):
+            notes = untie(model) + limit_to_window(model)
+            text = _opened_text(model, tokenizer, config, tags)
+            notes += mend_generation_config(model, text)
+            rehearse_saving(model, tokenizer)
     adapters = None if lora is None else attach(model, lora, seed=seed, base=config.path)
     recompute_every, compiles = config.recompute_every, config.compile
-    return Policy(model.to(device), text, recompute_every=recompute_every, compiles=compiles, adapters=adapters)
+    policy = Policy(model.to(device), text, recompute_every=recompute_every, compiles=compiles, adapters=adapters)
+    policy.notes = (*notes, *text.notes)
+    return policy
 
 
-def _loaded_model(path: str, dtype: torch.dtype, *, chat_template: bool) -> tuple[Any, TextCodec]:
-    folder, gguf = _locate(path)
+@contextlib.contextmanager
+def _about(path: str) -> Iterator[None]:
+    """Says in a UserError which model it is about."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
-        loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
+        yield
+    except UserError as error:
+        raise UserError(f"model.path: {path}: {error}") from error
+
+
+def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    folder, gguf = _locate(path)
+    tokenizer = _loaded_tokenizer(path, folder, gguf)
+    loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
+    with foreign(f"model.path: no model could be loaded from {path!r}"):
+        _refuse_broken_generation_config(Path(folder))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="isomorph", output_loading_info=True, **loader_options
         )
-    except Exception as error:  # on a broken file each of the libraries below raises types of its own
-        raise UserError(f"model.path: no model could be loaded from {path!r}: {_first_line(error)}") from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would train random numbers in their place
         raise UserError(
@@ -339,12 +359,54 @@ def _loaded_model(path: str, dtype: torch.dtype, *, chat_template: bool) -> tupl
             f"the first is {missing[0]}"
         )
     model.config._attn_implementation = "isomorph"
-    return model, TextCodec(tokenizer, chat_template=chat_template, stop_ids=_stop_ids(model, tokenizer))
+    return model, tokenizer
+
+
+def _loaded_tokenizer(path: str, folder: str, gguf: Mapping[str, str]) -> Any:
+    if not gguf and Path(folder).is_dir() and not has_tokenizer(Path(folder)):
+        raise UserError(
+            f"model.path: {path} holds no tokenizer, none of {', '.join(TOKENIZER_FILES)}: copy the tokenizer's files "
+            "there from the model that the weights come from"
+        )
+    with foreign(f"model.path: no tokenizer could be loaded from {path!r}"):
+        return AutoTokenizer.from_pretrained(folder, **gguf)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _refuse_broken_generation_config(folder: Path) -> None:
+    """transformers would go on without it and say nothing."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    with foreign(f"{file} must hold a JSON object"):
+        if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise UserError(f"{file} must hold a JSON object")
+
+
+def _opened_text(model: Any, tokenizer: Any, config: ModelConfig, tags: Sequence[str]) -> TextCodec:
+    return open_text(
+        tokenizer,
+        chat_template=config.chat_template and config.tiny is None,
+        stop=config.stop,
+        end_ids=end_ids(model),
+        tags=tags,
+        num_rows=model.get_input_embeddings().weight.shape[0],
+    )
 
 
 def read_shape(config: ModelConfig, vocabulary: Sequence[str], lora: LoraConfig | None = None) -> ModelShape:
-    """The sizes of the recipe's model, from its config alone: no weights are read. Raises UserError."""
+    """The sizes of the recipe's model, from its config alone: no weights are read. Raises UserError.
+
+    A tokenizer in the model's folder is checked as ``load_policy`` does.
+    """
     model = _weightless_model(config, vocabulary)
+    if config.path is not None and has_tokenizer(Path(config.path).expanduser()):
+        folder, gguf = _locate(config.path)
+        with _about(config.path):
+            _opened_text(model, _loaded_tokenizer(config.path, folder, gguf), config, tags=())
     if lora is not None:
         attach(model, lora, seed=0, base=None)
     return shape_of(model)
@@ -355,13 +417,11 @@ def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
         return _tiny_model(config.tiny, vocabulary, seed=0, dtype=torch.float32)[0]
     assert config.path is not None
     folder, gguf = _locate(config.path)
-    try:
+    with foreign(
+        f"model.path: no config could be read from {config.path!r} (a folder with nothing but the model's config.json "
+        "is enough here)"
+    ):
         model_config = transformers.AutoConfig.from_pretrained(folder, **gguf)
-    except Exception as error:  # as in load_policy
-        raise UserError(
-            f"model.path: no config could be read from {config.path!r} (a folder with nothing but the model's "
-            f"config.json is enough here): {_first_line(error)}"
-        ) from error
     _refuse_what_we_cannot_train(model_config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config, attn_implementation="isomorph")
@@ -391,11 +451,11 @@ def build_tiny(
     tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Policy:
     """A small Llama decoder with random weights over a vocabulary of whole words."""
-    model, text = _tiny_model(tiny, vocabulary, seed=seed, dtype=dtype)
-    return Policy(model.to(device), text)
+    model, tokenizer = _tiny_model(tiny, vocabulary, seed=seed, dtype=dtype)
+    return Policy(model.to(device), _opened_text(model, tokenizer, ModelConfig(tiny=tiny), tags=()))
 
 
-def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype) -> tuple[Any, TextCodec]:
+def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype) -> tuple[Any, Any]:
     """Not a Qwen2: to that type transformers gives Qwen's own splitting into words, whatever its tokenizer says."""
     tokenizer = word_tokenizer(vocabulary)
     config = LlamaConfig(
@@ -416,7 +476,7 @@ def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
-    return model, TextCodec(tokenizer, chat_template=False, stop_ids=_stop_ids(model, tokenizer))
+    return model, tokenizer
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -444,29 +504,14 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
     return str(file) if looks_local else path, {}
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end first; then what else the model ends on."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    ids = [tokenizer.eos_token_id, *configured]
-    ids = list(dict.fromkeys(i for i in ids if i is not None))
-    if not ids:
-        raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")
-    return ids
-
-
 def _refuse_what_we_cannot_train(config: Any) -> None:
     if config.model_type not in SUPPORTED:
         raise UserError(f"model type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window):
-        raise UserError("sliding-window attention is not supported: packed attention sees the whole prompt")
+    if unknown := sorted(layer_types - {"full_attention", "sliding_attention"}):
+        raise UserError(f"layers of type {unknown[0]!r} are not supported: packed attention sees the whole prompt")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
         raise UserError(f"rope_type {rope_type!r} is not supported: its angles depend on the batch's longest sequence")
     if getattr(config, "attention_dropout", 0.0):
         raise UserError(f"attention_dropout must be 0, got {config.attention_dropout}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

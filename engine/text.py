@@ -1,0 +1,239 @@
+"""Between text and token ids, and whether a tokenizer and its chat template are fit for it.
+
+``open_text`` is called once, when the model is loaded. It mends what it can and says so in ``TextCodec.notes``; what it
+cannot mend it refuses by a UserError, before the first step.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from isomorph.engine.config import UserError
+from isomorph.engine.foreign import cause_of, foreign, shortened
+
+# Turned into a prompt once, when the model is loaded: its start, its middle and its end must all be there.
+PROBE = "Please add 17 and 25, then say what the sum is."
+ANSWER = "The sum is 42."
+NAMED = 3  # tokens that a message names
+
+
+class TextCodec:
+    """The chat template on the way in, special tokens off on the way out."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: bool,
+        stop_ids: Sequence[int],
+        tag_ids: Iterable[int] = (),
+        num_rows: int | None = None,
+    ) -> None:
+        """``tag_ids``: tokens that are shown even where they are special or a stop token. ``num_rows``: of the
+        embedding; None where it is not known."""
+        self.tokenizer = tokenizer
+        self.uses_chat_template = chat_template and tokenizer.chat_template is not None
+        self.stop_ids = tuple(stop_ids)
+        self.notes: tuple[str, ...] = ()  # what was mended when the model was loaded
+        self._tag_ids = frozenset(tag_ids)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        # only where it must differ: decode is then asked to drop nothing, and these are taken out before
+        self._dropped_ids = special - self._tag_ids if special & self._tag_ids else None
+        self._num_rows = num_rows
+
+    def encode_prompt(self, question: str) -> tuple[int, ...]:
+        """Raises UserError where the tokenizer or the template refuses ``question``."""
+        with foreign(f"{self._encoder()} fails on {shortened(question)!r}"):
+            if self.uses_chat_template:
+                ids = self.tokenizer.apply_chat_template(_user(question), add_generation_prompt=True, return_dict=False)
+            else:
+                ids = self.tokenizer(question)["input_ids"]
+        return self._known(_without_extra_ends(ids, self.tokenizer, self.uses_chat_template), question)
+
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        """Ends in the stop token: it is trained like every other."""
+        with foreign(f"the tokenizer fails on {shortened(text)!r}"):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*self._known(ids, text), self.stop_ids[0])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Without special tokens and without the stop token at the end; answer tags stay in any case."""
+        if len(token_ids) and token_ids[-1] in self.stop_ids and token_ids[-1] not in self._tag_ids:
+            token_ids = token_ids[:-1]
+        if self._dropped_ids is None:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self.tokenizer.decode([i for i in token_ids if i not in self._dropped_ids], skip_special_tokens=False)
+
+    def _encoder(self) -> str:
+        return "the tokenizer's chat template" if self.uses_chat_template else "the tokenizer"
+
+    def _known(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
+        if self._num_rows is not None and max(ids, default=0) >= self._num_rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"the token {token!r} has the id {max(ids)}, the embedding has rows for 0 to {self._num_rows - 1}: "
+                f"take it out of the text {shortened(text)!r}"
+            )
+        return tuple(ids)
+
+
+def open_text(
+    tokenizer: Any,
+    *,
+    chat_template: bool,
+    stop: Sequence[str],
+    end_ids: Sequence[int],
+    tags: Sequence[str],
+    num_rows: int,
+) -> TextCodec:
+    """The codec of a tokenizer that was just loaded, after all that can be known of it has been checked.
+
+    ``stop``: further stop tokens, as text. ``end_ids``: the ends that the model's configuration names. ``tags``: what
+    has to survive encoding and decoding. ``num_rows``: of the embedding. Raises UserError.
+    """
+    refuse_ids_beyond(tokenizer, num_rows)
+    notes: list[str] = []
+    turn_end = None
+    if chat_template and tokenizer.chat_template is not None:
+        _refuse_unfit_template(tokenizer)
+        turn_end = _end_of_turn(tokenizer, notes)
+    stop_ids = _stop_ids(tokenizer, turn_end, end_ids, stop, num_rows, notes)
+    tag_ids = _tag_ids(tokenizer, tags, notes)
+    text = TextCodec(tokenizer, chat_template=chat_template, stop_ids=stop_ids, tag_ids=tag_ids, num_rows=num_rows)
+    _note_prompt(text, notes)
+    text.notes = tuple(notes)
+    return text
+
+
+def refuse_ids_beyond(tokenizer: Any, num_rows: int) -> None:
+    """Raises UserError where a text can hold a token that the embedding has no row for; padding is never asked for."""
+    with foreign("the tokenizer does not give its vocabulary"):
+        found = {i: token for token, i in tokenizer.get_vocab().items() if i >= num_rows}
+    beyond = [repr(found[i]) for i in sorted(found) if i != tokenizer.pad_token_id or i == tokenizer.eos_token_id]
+    if beyond:
+        raise UserError(
+            f"the tokenizer has {len(beyond)} tokens beyond the embedding, whose {num_rows} rows are ids 0 to "
+            f"{num_rows - 1}: {_listed(beyond)} (largest id {max(found)}); load the tokenizer that belongs to these "
+            "weights, or save the model with as many rows first: model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def _refuse_unfit_template(tokenizer: Any) -> None:
+    cure = "mend chat_template in the model's folder, or set model.chat_template = false"
+    with foreign(f"the tokenizer's chat template refuses a single turn of a user ({cure})"):
+        rendered = tokenizer.apply_chat_template(_user(PROBE), add_generation_prompt=True, tokenize=False)
+    if PROBE not in rendered:
+        raise UserError(
+            f"the tokenizer's chat template drops or changes the user's turn: of {PROBE!r} it makes "
+            f"{shortened(rendered)!r}; {cure}"
+        )
+
+
+def _end_of_turn(tokenizer: Any, notes: list[str]) -> int | None:
+    """The added token that the template writes after an assistant's answer; None where there is none."""
+    turns = [*_user(PROBE), {"role": "assistant", "content": ANSWER}]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # whatever a template raises: no assistant's turn is ever sent through it
+        notes.append(f"the chat template refuses an assistant's turn, so its end of turn is unknown: {cause_of(error)}")
+        return None
+    _, found, after = rendered.rpartition(ANSWER)
+    ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if found else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _stop_ids(
+    tokenizer: Any,
+    turn_end: int | None,
+    end_ids: Sequence[int],
+    stop: Sequence[str],
+    num_rows: int,
+    notes: list[str],
+) -> list[int]:
+    """What a demonstration ends in first, then all else that ends a response."""
+    known = [i for i in (tokenizer.eos_token_id, *end_ids) if i is not None]
+    if turn_end is not None and turn_end not in known:
+        notes.append(
+            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(turn_end)!r}, which neither the "
+            "tokenizer nor the model's configuration names as an end: it is a stop token from now on"
+        )
+    drawn = [i for i in known if i < num_rows]
+    if len(drawn) < len(known):
+        beyond = sorted({i for i in known if i >= num_rows})
+        notes.append(f"the ends with ids {beyond} lie beyond the model's {num_rows} rows and are left out")
+    asked = [_stop_id(tokenizer, text) for text in stop]
+    ids = list(dict.fromkeys([*([] if turn_end is None else [turn_end]), *drawn, *asked]))
+    if not ids:
+        raise UserError(
+            "the model names no end-of-sequence token: set eos_token_id in its generation_config.json, or name a token "
+            'of its tokenizer in the recipe: [model] stop = ["..."]'
+        )
+    return ids
+
+
+def _stop_id(tokenizer: Any, text: str) -> int:
+    found = tokenizer.get_vocab().get(text)
+    ids = [found] if found is not None else tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token):
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise UserError(
+            f"model.stop: {text!r} must be one token of the model's tokenizer, which makes {len(ids)} of it: {pieces}"
+        )
+    return ids[0]
+
+
+def _tag_ids(tokenizer: Any, tags: Sequence[str], notes: list[str]) -> set[int]:
+    """Tokens of the answer tags. Raises UserError where an answer between them cannot be read back."""
+    if not tags:
+        return set()
+    stated = f"{tags[0]}7{tags[-1]}"
+    with foreign(f"the tokenizer fails on {stated!r}"):
+        ids = tokenizer(stated, add_special_tokens=False)["input_ids"]
+        bare, whole = (tokenizer.decode(ids, skip_special_tokens=flag) for flag in (True, False))
+    if not all(tag in whole for tag in tags):
+        raise UserError(
+            f"the tokenizer makes {shortened(whole)!r} of {stated!r}, so that no answer could be found between "
+            f"{' and '.join(tags)}: load the model with a tokenizer that can write them"
+        )
+    if not all(tag in bare for tag in tags):
+        lost = [tag for tag in tags if tag not in bare]
+        notes.append(f"{' and '.join(lost)} are special tokens of this tokenizer: they are kept when text is decoded")
+    return {i for tag in tags for i in tokenizer(tag, add_special_tokens=False)["input_ids"]}
+
+
+def _note_prompt(text: TextCodec, notes: list[str]) -> None:
+    """What ``encode_prompt`` mends on every prompt, and a prompt that is over before it is answered."""
+    tokenizer = text.tokenizer
+    if text.uses_chat_template:
+        with foreign("the tokenizer fails on its own chat template"):
+            ids = tokenizer.apply_chat_template(_user(PROBE), add_generation_prompt=True, return_dict=False)
+    else:
+        with foreign(f"the tokenizer fails on {PROBE!r}"):
+            ids = tokenizer(PROBE)["input_ids"]
+    mended = _without_extra_ends(ids, tokenizer, text.uses_chat_template)
+    if mended[:2] != ids[:2]:
+        notes.append(f"a prompt begins with {tokenizer.bos_token!r} twice: one is taken away")
+    if mended[-1:] != ids[-1:]:
+        notes.append(f"the tokenizer ends a prompt with {tokenizer.eos_token!r}: it is taken away")
+    rest = [i for i in mended if tokenizer.decode([i]).strip()]
+    if rest and rest[-1] in text.stop_ids:
+        last = tokenizer.convert_ids_to_tokens(rest[-1])
+        notes.append(f"the chat template ends a prompt with the stop token {last!r}: no turn is opened")
+
+
+def _without_extra_ends(ids: Sequence[int], tokenizer: Any, uses_chat_template: bool) -> list[int]:
+    """One begin token where tokenizer and template wrote one each; none of the ends that some tokenizers append."""
+    ids, bos, eos = list(ids), tokenizer.bos_token_id, tokenizer.eos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        del ids[0]
+    while not uses_chat_template and eos is not None and eos != bos and len(ids) > 1 and ids[-1] == eos:
+        del ids[-1]
+    return ids
+
+
+def _user(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:NAMED]) + (", ..." if len(items) > NAMED else "")
