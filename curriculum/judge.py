@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from contextlib import contextmanager
+from fractions import Fraction
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.popen_spawn_posix import Popen
 from typing import Any, Protocol, Self
@@ -29,7 +30,14 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from isomorph.curriculum.task import FAMILIES, REWARDS, Task
 from isomorph.curriculum.tasks import paper
-from isomorph.curriculum.tasks.duration import Interval, parse_duration, parse_timedeltas
+from isomorph.curriculum.tasks.duration import (
+    Duration,
+    Interval,
+    number_of,
+    parse_calendar,
+    parse_timedeltas,
+    same_duration,
+)
 
 DEADLINE_S = 5.0
 MAX_ANSWER_CHARS = 2_000  # of mathematics and physics; longer answers are wrong
@@ -244,10 +252,7 @@ def _judge_plan(response: str, answer: str | float, reward: str) -> float:
     stated = last_answer(response)
     if stated is None:
         return 0.0
-    if isinstance(gold, Interval):
-        duration = parse_duration(stated)
-        return float(duration is not None and duration.meets(gold))
-    return float(_same_number(stated, text, gold))
+    return float(number_of(stated) == gold if isinstance(gold, Fraction) else same_duration(stated, gold))
 
 
 def _answer_text(answer: str | float) -> str:
@@ -257,32 +262,20 @@ def _answer_text(answer: str | float) -> str:
 
 
 @functools.lru_cache(maxsize=65_536)
-def _plan_answer(text: str) -> Interval | float:
-    """The accepted answer: an interval of seconds, or a bare number."""
+def _plan_answer(text: str) -> Interval | Duration | Fraction:
+    """The accepted answer: an interval of seconds, a duration, or a bare number."""
     if "timedelta" in text:
         return parse_timedeltas(text)
-    try:
-        number = float(text)
-    except ValueError:
-        number = None
-    if number is not None and math.isfinite(number):
+    number = number_of(text)
+    if number is not None:
         return number
-    duration = parse_duration(text)
+    duration = parse_calendar(text)
     if duration is None:
         raise ValueError(
             f"an accepted answer must be a finite number, a duration such as '20 min', or "
             f"'[datetime.timedelta(...), datetime.timedelta(...)]', got {text[:200]!r}"
         )
     return duration
-
-
-def _same_number(stated: str, gold_text: str, gold: float) -> bool:
-    if stated == gold_text:
-        return True
-    try:
-        return float(stated) == gold
-    except ValueError:
-        return False
 
 
 # What follows runs in a worker process.

@@ -1,6 +1,7 @@
 """Durations as people and models write them, as intervals of seconds.
 
-A month has 28 to 31 days and a year 365 or 366, so a duration is an interval; most are a single point.
+A month has 28 to 31 days and a year 365 or 366, so a duration is an interval; most are a single point. What leaves a
+choice to the reader (a range, a hedge, "about", two numbers in a row) states no duration.
 """
 
 import functools
@@ -53,35 +54,122 @@ class Interval(NamedTuple):
     low: Fraction
     high: Fraction
 
-    def meets(self, other: "Interval") -> bool:
-        return self.low <= other.high and other.low <= self.high
+    def holds(self, other: "Interval") -> bool:
+        return self.low <= other.low and other.high <= self.high
+
+
+class Duration(NamedTuple):
+    """What a text states: seconds, and months and years, whose length the calendar decides."""
+
+    seconds: Fraction
+    months: Fraction
+    years: Fraction
+
+    @property
+    def interval(self) -> Interval:
+        low, high = (self.seconds + self.months * _MONTH[end] + self.years * _YEAR[end] for end in (0, 1))
+        return Interval(low, high)
+
+    @property
+    def narrowest(self) -> Interval:
+        """``interval``, knowing also that any twelve months are a year."""
+        years, months = divmod(self.months + 12 * self.years, 12)
+        by_years = Duration(self.seconds, months, Fraction(years)).interval
+        return Interval(max(by_years.low, self.interval.low), min(by_years.high, self.interval.high))
+
+    def is_same(self, other: "Duration") -> bool:
+        return self.seconds == other.seconds and self.months + 12 * self.years == other.months + 12 * other.years
+
+
+_MONTH, _YEAR = UNIT_SECONDS["month"], UNIT_SECONDS["year"]
+
+
+def same_duration(stated: str, gold: Duration | Interval) -> bool:
+    """Whether every length that ``stated`` can have is accepted; a ``gold`` in seconds accepts one length alone."""
+    duration = parse_calendar(stated)
+    if duration is None:
+        return False
+    if isinstance(gold, Interval):
+        return gold.holds(duration.narrowest)
+    return duration.is_same(gold) or gold.narrowest.holds(duration.narrowest)
 
 
 def parse_duration(text: str) -> Interval | None:
+    """``parse_calendar``'s duration as an interval of seconds."""
+    duration = parse_calendar(text)
+    return duration and duration.interval
+
+
+def parse_calendar(text: str) -> Duration | None:
     """The duration that ``text`` states, or None where it states none, or a range, or anything ambiguous.
 
-    Words around it are fine, parts add up, after "=" or " or " the last part counts, "(" ends it, " to " is a
-    range. Never raises; bounded time: texts of more than MAX_CHARS are refused.
+    Words around it are fine. Parts add up: the largest unit first, or with a plus between them. What stands before
+    and after "=" or " or " must not contradict each other; "(" ends it; " to " is a range. Never raises; bounded time:
+    texts of more than MAX_CHARS are refused.
     """
     if len(text) > MAX_CHARS:
         return None
     return _remembered(text) if len(text) <= MAX_REMEMBERED_CHARS else _parse(text)
 
 
-def _parse(text: str) -> Interval | None:
+def _parse(text: str) -> Duration | None:
+    *before, last = _plain(text.lower()).split("=")
     try:
-        numbers = _Numbers(_stated_part(text.lower()))
+        found = [_stated(part) for part in f" {last.partition('(')[0]} ".split(" or ")]
+        found += [duration for side in before if (duration := _stated_alone(side))]
     except _Ambiguous:
         return None
-    if any(pattern.search(numbers.text) for pattern in _REFUSED):
+    return found[0] if all(duration.is_same(found[0]) for duration in found) else None
+
+
+def _stated_alone(side: str) -> Duration | None:
+    """What a side of an equality states that is nothing but a duration; sides with words may be about a part of it."""
+    try:
+        numbers = _Numbers(side.partition("(")[0].strip())
+        return _sum(numbers) if _PARTS.fullmatch(numbers.text) else None
+    except _Ambiguous:
         return None
-    parts = [_interval(numbers.values[int(k)], unit) for k, unit in _PART.findall(numbers.text)]
-    zero = Fraction(0)
-    return Interval(sum((p.low for p in parts), zero), sum((p.high for p in parts), zero)) if parts else None
+
+
+def _stated(text: str) -> Duration:
+    if " to " in text:
+        raise _Ambiguous
+    numbers = _Numbers(text.strip())
+    if any(pattern.search(numbers.text) for pattern in _REFUSED):
+        raise _Ambiguous
+    return _sum(numbers)
+
+
+def _sum(numbers: "_Numbers") -> Duration:
+    parts = list(_PART.finditer(numbers.text))
+    if not parts:
+        raise _Ambiguous
+    totals = dict.fromkeys(UNIT_SECONDS, Fraction(0))
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        unit = UNIT_OF_WORD[part[2]]
+        totals[unit] += numbers.values[int(part[1])]
+        if following is None or _PLUS.search(numbers.text, part.end(), following.start()):
+            continue
+        if UNIT_SECONDS[UNIT_OF_WORD[following[2]]] >= UNIT_SECONDS[unit]:  # "20 min, 60 min": a list
+            raise _Ambiguous
+    months, years = totals.pop("month"), totals.pop("year")
+    seconds = sum((n * UNIT_SECONDS[unit][0] for unit, n in totals.items()), Fraction(0))
+    return Duration(seconds, months, years)
 
 
 # A policy repeats itself: 128 responses a step over a few hundred different short answers.
 _remembered = functools.lru_cache(maxsize=16_384)(_parse)
+
+
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?(?:e[-+]?\d{1,2})?", re.ASCII)
+
+
+def number_of(text: str) -> Fraction | None:
+    """The decimal number that ``text`` is, exactly; None where it is anything else. Bold and dollars are fine."""
+    text = _plain(text.lower()) if len(text) <= MAX_CHARS else ""
+    if not _NUMBER.fullmatch(text) or not any(c.isdigit() for c in text.partition("e")[0]):
+        return None
+    return Fraction(text.replace(",", "").removesuffix("."))
 
 
 _DELTA = re.compile(r"(?:datetime\.)?timedelta\(([a-z0-9=, -]{0,80})\)", re.ASCII)
@@ -127,15 +215,10 @@ def _delta_seconds(arguments: str) -> Fraction:
 _DECORATION = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)(?![a-z])|\\[,; !]|[#${}]|\*\*")
 
 
-def _stated_part(text: str) -> str:
+def _plain(text: str) -> str:
     for sign, fraction in _SIGNS.items():
         text = text.replace(sign, f" {fraction}")
-    text = " ".join(_DECORATION.sub(" ", text).split())
-    text = f" {text.rpartition('=')[2]} ".rpartition(" or ")[2]
-    text = text.partition("(")[0]
-    if " to " in f" {text} " or any(c.isdigit() and not c.isascii() for c in text):
-        raise _Ambiguous
-    return text.strip()
+    return " ".join(_DECORATION.sub(" ", text).split())
 
 
 class _Ambiguous(Exception):
@@ -144,19 +227,26 @@ class _Ambiguous(Exception):
 
 # Patterns over texts in which every number is #k, an index into the numbers' values, and spaces are single.
 _UNIT_WORD = "(" + "|".join(sorted(UNIT_OF_WORD, key=len, reverse=True)) + ")"
-_U = _UNIT_WORD + "(?![a-z])"
+_U = _UNIT_WORD + "(?![a-z_])"
 _SHARE = "(half|quarters?)"
 _MANY = r"(?:(an?|#\d+) )"
 _DASH = "[-–—−~]"
 
 _PART = re.compile(rf"#(\d+)[ -]?{_U}")
+_PARTS = re.compile(rf"{_PART.pattern}(?:,? (?:and |plus |\+ )?{_PART.pattern})*")
+_PLUS = re.compile(r"\+|\bplus\b")
 _REFUSED = (
     re.compile(rf"#\d+ ?(?:{_DASH}|[:*x×/^+<>]) ?#"),  # 5-10 min, 1:20 hours, 2 x 40 min
     re.compile(rf"#\d+[ -]?{_U} ?{_DASH} ?#"),  # 5 min - 10 min
-    re.compile(rf"#\d+ and #\d+[ -]?{_U}"),  # 5 and 10 min
-    re.compile(rf"#\d+[ -]?{_U},? (?:and )?#\d+(?!\d|[ -]?{_U})"),  # 2 hours 30
-    re.compile(r"(?<!\w)[-−]#"),  # -5 min
-    re.compile(r"\bbetween\b|\\"),
+    re.compile(rf"#\d+(?: and|[,.;])? ?#\d+[ -]?{_U}"),  # 5 and 10 min, 5, 10 min, 3 4 min
+    re.compile(rf"#\d+[ -]?{_U}(?: \+|,| plus)? ?(?:and )?#\d+(?!\d|[ -]?{_U})"),  # 2 hours 30
+    re.compile(rf"#\d+[ -]?{_U} ?(?:[*x×/:^²³]|{_U})"),  # 20 min x 4, 20 min/step, 1 hour min
+    re.compile(r"^[-−–—] ?#|(?<!\w)[-−]#"),  # -5 min
+    re.compile(r"[~≈∼±<>≤≥] ?#|\b(?:under|over|above|below) #"),
+    re.compile(
+        r"\b(?:between|than|not|least|most|more|less|about|around|approx(?:imately)?|roughly|almost|nearly|circa|minus|"
+        r"negative|without|per|each|every|times|twice|double|triple)\b|n't\b|\\"
+    ),
 )
 
 _GLUED = re.compile(rf"(?<=\d){_UNIT_WORD}(?=\d)")  # 1h20min
@@ -178,6 +268,8 @@ class _Numbers:
     """A text with every number, in digits or words, replaced by #k, and the numbers' values."""
 
     def __init__(self, text: str) -> None:
+        if any(c.isdigit() and not c.isascii() for c in text):
+            raise _Ambiguous
         self.values: list[Fraction] = []
         text = _GLUED.sub(r"\1 ", text)
         text = _DIGITS.sub(self._from_digits, text)
@@ -196,13 +288,13 @@ class _Numbers:
     def _from_digits(self, match: re.Match[str]) -> str:
         digits = match.group()
         if match.string[match.start() - 1 : match.start()].isalpha():
-            return ""  # part of a name, such as step3
+            return "_"  # part of a name, such as step3
         if len(digits) > MAX_DIGITS:
             raise _Ambiguous
         whole, _, fraction = digits.rpartition(" ")
         if "/" in fraction:
             above, below = map(int, fraction.split("/"))
-            if below == 0:
+            if below == 0 or (whole and above >= below):  # 1/0, 1 11/2
                 raise _Ambiguous
             return self._put(int(whole or 0) + Fraction(above, below))
         if not _DECIMAL.fullmatch(digits):
@@ -235,8 +327,3 @@ class _Numbers:
     def _mixed_after_unit(self, match: re.Match[str]) -> str:
         share = self._many(match[4]) * _SHARES[match[5]]
         return f"{self._put(self.values[int(match[1])] + share)}{match[2]}"
-
-
-def _interval(value: Fraction, unit_word: str) -> Interval:
-    low, high = UNIT_SECONDS[UNIT_OF_WORD[unit_word]]
-    return Interval(value * low, value * high)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.task import DataError, Task
+from isomorph.curriculum.tasks.asynchow import Plan, parse_question
 from isomorph.curriculum.tasks.duration import Interval, parse_timedeltas
 from isomorph.curriculum.tasks.jsonl import demonstrate_question, read_rows, solve_question, split_rows
+from isomorph.curriculum.tasks.longest_path import topological_order
 
 FILES = {
     "natural": "asynchow_natural_train.jsonl",
@@ -278,3 +281,34 @@ def test_impossible_splits_are_refused() -> None:
         split_rows(rows, eval_share=0.01, seed=0)
     with pytest.raises(DataError, match="rows"):
         split_rows({**rows, "b": _made_up([0])}, eval_share=0.5, seed=0)
+
+
+def test_accepted_intervals_accept_what_their_steps_add_up_to() -> None:
+    """No answer has a tolerance of its own; "2 months 3 weeks" must still be right where the steps say so."""
+    refused = {}
+    for line, task in enumerate(_rows("natural"), start=1):
+        low, high = _stated(task.answer)
+        if low == high:
+            continue
+        plan = parse_question(task.question, "natural")
+        text = " ".join(f"{n} {unit}" for unit, n in _along_the_longest(plan).items())
+        if judge("async_plan", f"<answer>{text}</answer>", task.answer) != 1.0:
+            refused[line] = (text, task.answer)
+    assert refused == {}
+
+
+def _along_the_longest(plan: Plan) -> dict[str, int]:
+    """Units on the longest way, the largest first; a month counts 30 days."""
+    days = {"year": 365, "month": 30, "week": 7, "day": 1, "hour": 1 / 24, "min": 1 / 1440}
+    ends: dict[int, dict[str, int]] = {}
+    for j in topological_order(plan.predecessors):
+        before = max((ends[i] for i in plan.predecessors[j]), key=lambda way: _days(way, days), default={})
+        ends[j] = dict(before)
+        for number, unit in re.findall(r"(\d+) ([a-z]+)", plan.durations[j]):
+            ends[j][unit] = ends[j].get(unit, 0) + int(number)
+    longest = max(ends.values(), key=lambda way: _days(way, days))
+    return dict(sorted(longest.items(), key=lambda item: -days[item[0]]))
+
+
+def _days(way: dict[str, int], days: dict[str, float]) -> float:
+    return sum(n * days[unit] for unit, n in way.items())

@@ -1,8 +1,10 @@
 """What an answer is worth, and that nothing a model writes can crash or hang the judge."""
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -74,7 +77,10 @@ DURATIONS = [
     ("three quarters of an hour", 45 * MIN),
     ("an hour and a quarter", 75 * MIN),
     ("2 hours and half a minute", 2 * HOUR + 30),
-    ("an hour and a half day", 13 * HOUR),
+    ("half a day and an hour", 13 * HOUR),
+    ("1 hour plus 20 min", 80 * MIN),
+    ("20 min + 60 min", 80 * MIN),
+    ("1 hour 20 min = 80 min", 80 * MIN),
     ("eighty minutes", 80 * MIN),
     ("twenty-five minutes", 25 * MIN),
     ("one hundred and twenty minutes", 120 * MIN),
@@ -95,14 +101,15 @@ DURATIONS = [
     ("3 hrs", 3 * HOUR),
     ("60 + 20 = 80 min", 80 * MIN),
     ("5 min = 300 s", 300),
-    ("50 min or 80 min", 80 * MIN),
+    ("80 min or 1 hour 20 min", 80 * MIN),
     ("80 min (1 hour 20 min)", 80 * MIN),
+    ("80 min (1 hour or so)", 80 * MIN),
+    ("step 5 takes 20 min, so the total = 80 min", 80 * MIN),
     ("80 min (5 to 6 steps)", 80 * MIN),
     ("5 to 6 steps = 80 min", 80 * MIN),
     ("step3 ends after 80 min", 80 * MIN),
     ("5 steps: 80 min", 80 * MIN),
     ("a total of 80 min", 80 * MIN),
-    ("- 80 min", 80 * MIN),
     ("**80 min**", 80 * MIN),
     ("$80$ min", 80 * MIN),
     (r"\boxed{80 \text{ min}}", 80 * MIN),
@@ -125,6 +132,35 @@ NOT_DURATIONS = [
     ("between 5 and 10 min", "range"),
     ("5 and 10 min", "range"),
     ("five and ten minutes", "range"),
+    ("5, 10 min", "range"),
+    ("3 4 min", "two numbers"),
+    ("8. 5 min", "two numbers"),
+    ("step 3, 80 min", "two numbers"),
+    ("20 min, 60 min", "a list"),
+    ("20 min and 60 min", "a list"),
+    ("20 min 1 hour", "a list"),
+    ("an hour and a half day", "a list"),
+    ("1 1 1/2 hours", "two numbers"),
+    ("1 11/2 hours", "a mixed number of two wholes"),
+    ("50 min or 80 min", "two answers"),
+    ("5 or 80 min", "two answers"),
+    ("80 min or more", "two answers"),
+    ("80 min = 75 min", "a contradiction"),
+    ("75 min (no) = 80 min", "a contradiction"),
+    ("20 min + 60", "a part without a unit"),
+    ("20 min x 4", "a product"),
+    ("20 min/step", "a rate"),
+    ("20 min per step", "a rate"),
+    ("20 min each", "a rate"),
+    ("100 min minus 20 min", "a difference"),
+    ("less than 80 min", "a bound"),
+    ("at least 80 min", "a bound"),
+    ("> 80 min", "a bound"),
+    ("≥80 min", "a bound"),
+    ("about 80 min", "a tolerance of its own"),
+    ("~80 min", "a tolerance of its own"),
+    ("not 80 min", "a denial"),
+    ("- 80 min", "negative"),
     ("-80 min", "negative"),
     ("−80 min", "negative"),
     ("1:20 hours", "clock"),
@@ -174,19 +210,48 @@ def test_a_lone_m_means_months() -> None:
     ("text", "low_day", "high_day", "reward"),
     [
         ("1 month", 28, 31, 1.0),
-        ("1 month", 31, 40, 1.0),  # meets at one end
-        ("1 month", 32, 40, 0.0),
-        ("12 months", 365, 365, 1.0),  # holds the accepted interval
-        ("1 year", 365, 365, 1.0),
-        ("1 year", 366, 366, 1.0),
-        ("1 year", 364, 364, 0.0),
+        ("1 month", 27, 32, 1.0),
+        ("1 month", 31, 40, 0.0),  # overlaps
+        ("1 month", 29, 31, 0.0),
+        ("1 month", 30, 30, 0.0),
+        ("1.05 months", 28, 31, 0.0),
+        ("0.95 months", 28, 31, 0.0),
+        ("4 weeks", 28, 31, 1.0),
+        ("30 days", 28, 31, 1.0),
+        ("32 days", 28, 31, 0.0),
+        ("1 year", 365, 365, 0.0),
+        ("1 year", 365, 366, 1.0),
+        ("12 months", 365, 366, 1.0),  # any twelve months are a year
+        ("11 months", 365, 366, 0.0),
+        ("1 year", 336, 372, 1.0),  # accepted of 12 months
+        ("27 months", 2 * 365 + 84, 2 * 366 + 93, 1.0),
+        ("2 years 3 months", 2 * 365 + 84, 2 * 366 + 93, 1.0),
+        ("28 months", 2 * 365 + 84, 2 * 366 + 93, 0.0),
         ("54 weeks", 370, 380, 1.0),
-        ("2 months and 3 days", 59, 59, 1.0),
-        ("2 months and 3 days", 58, 58, 0.0),
+        ("2 months and 3 days", 59, 65, 1.0),
+        ("2 months and 3 days", 59, 59, 0.0),
     ],
 )
-def test_months_and_years_are_intervals_that_must_meet(text: str, low_day: int, high_day: int, reward: float) -> None:
+def test_an_answer_has_no_tolerance_but_the_accepted_one(text: str, low_day: int, high_day: int, reward: float) -> None:
     assert judge("async_plan", _answer(text), _interval(low_day * DAY, high_day * DAY)) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "reward"),
+    [
+        ("6 months", "0.5 years", 1.0),
+        ("0.5 years", "6 months", 1.0),
+        ("5 months", "0.5 years", 0.0),
+        ("2 years", "24 months", 1.0),
+        ("800 days", "27 months", 0.0),
+        ("0.0019 months", "80 min", 0.0),
+        ("0.0019 months", "77 min", 0.0),
+        ("1 month", "30 days", 0.0),
+        ("30 days", "1 month", 1.0),
+    ],
+)
+def test_a_gold_in_words_of_the_calendar(text: str, gold: str, reward: float) -> None:
+    assert judge("async_plan", _answer(text), gold) == reward
 
 
 @pytest.mark.parametrize(
@@ -253,7 +318,15 @@ def test_boxes_are_found_in_linear_time(text: str) -> None:
         ("4.67", "4.66", 0.0),
         ("85 min", "85.0", 0.0),
         ("it is 85", "85.0", 0.0),
-        ("518,400", "518400.0", 0.0),  # the paper's reward compares floats
+        ("518,400", "518400.0", 1.0),
+        ("51,8400", "518400.0", 0.0),
+        ("5 18400", "518400.0", 0.0),
+        ("-518400", "518400.0", 0.0),
+        ("- 518400", "518400.0", 0.0),
+        ("**518400**", "518400.0", 1.0),
+        ("518400.00000000001", "518400.0", 0.0),  # the same float
+        ("5_18400", "518400.0", 0.0),
+        ("\uff1518400", "518400.0", 0.0),
         ("nan", "85.0", 0.0),
         ("inf", "85.0", 0.0),
         ("1e400", "85.0", 0.0),
@@ -261,7 +334,7 @@ def test_boxes_are_found_in_linear_time(text: str) -> None:
         ("", "85.0", 0.0),
     ],
 )
-def test_numbers_are_equal_as_text_or_as_floats(text: str, gold: str | float, reward: float) -> None:
+def test_bare_numbers_are_equal_exactly(text: str, gold: str | float, reward: float) -> None:
     assert judge("async_plan", _answer(text), gold) == reward
 
 
@@ -377,8 +450,49 @@ def test_no_response_raises(text: str) -> None:
 def test_parts_add_up(parts: list[tuple[int, str]]) -> None:
     seconds = {"s": 1, "min": MIN, "hours": HOUR, "d": DAY, "weeks": 7 * DAY}
     total = sum(n * seconds[unit] for n, unit in parts)
+    texts = [f"{n} {unit}" for n, unit in parts]
+    assert parse_duration(" + ".join(texts)) == (total, total)
+    sizes = [seconds[unit] for _, unit in parts]
+    largest_first = all(later < earlier for earlier, later in itertools.pairwise(sizes))
     for joint in (" ", ", ", " and "):
-        assert parse_duration(joint.join(f"{n} {unit}" for n, unit in parts)) == (total, total)
+        assert parse_duration(joint.join(texts)) == ((total, total) if largest_first else None)
+
+
+_SECONDS = {"s": 1, "sec": 1, "min": MIN, "mins": MIN, "h": HOUR, "hour": HOUR, "hours": HOUR, "d": DAY}
+_SECONDS |= {"day": DAY, "days": DAY, "secs": 1}
+_TOKENS = re.compile(r"([0-9]+(?:\.[0-9]+)?)[ -]*([a-z]+)(?![a-z])\.?|[a-z]+(?![0-9])|[.-](?! ?[0-9])|(\S)")
+
+
+def _plain_sum(text: str) -> Fraction | None:
+    """Seconds of a text such as "1 hour 20.5 min", by another way than the judge's; None for any other text."""
+    total, last = Fraction(0), 10 * DAY
+    for number, unit, rest in _TOKENS.findall(text):
+        if not number and not rest:  # a word, a dash or a full stop beside numbers and units
+            continue
+        if rest or unit not in _SECONDS or _SECONDS[unit] >= last:
+            return None
+        last = _SECONDS[unit]
+        total += Fraction(number) * last
+    return total
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.integers(1, 120), min_size=1, max_size=3), st.data())
+def test_no_moved_character_leaves_a_duration_right_that_is_wrong(numbers: list[int], data: st.DataObject) -> None:
+    text = " ".join(f"{n} {unit}" for n, unit in zip(numbers, data.draw(st.sampled_from(_ORDERS)), strict=False))
+    gold = _plain_sum(text)
+    assert gold is not None
+    assert judge("async_plan", _answer(text), f"{gold} s") == 1.0
+    characters = list(text)
+    taken = characters.pop(data.draw(st.integers(0, len(characters) - 1)))
+    put = data.draw(st.sampled_from([taken, taken, " ", "-", ".", "1", "0", "h", ""]))
+    characters.insert(data.draw(st.integers(0, len(characters))), put)
+    moved = "".join(characters)
+    if _plain_sum(moved) != gold:
+        assert judge("async_plan", _answer(moved), f"{gold} s") == 0.0, moved
+
+
+_ORDERS = [("hours", "min", "s"), ("days", "h", "min"), ("min", "sec"), ("hour", "mins", "sec"), ("min",), ("s",)]
 
 
 # Mathematics and physics.
