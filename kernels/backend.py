@@ -117,8 +117,12 @@ def native_reason() -> str:
 
 
 def native() -> ModuleType:
-    """The C++ module, for an op whose ``choose`` said "native"."""
+    """The C++ module, for an op whose ``choose`` said "native", set to run on as many threads as PyTorch.
+
+    It may be linked with another OpenMP runtime than PyTorch is, which PyTorch's own setting does not reach.
+    """
     assert _native_module is not None, _native_reason
+    _native_module.use_threads(torch.get_num_threads())
     return _native_module
 
 

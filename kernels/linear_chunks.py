@@ -123,7 +123,7 @@ class LogitChunks:
         )
 
     def add_gradients(self, rows: slice, stats: TokenStats, grads: RowGrads, into: "Gradients") -> None:
-        """Spends the logits. On CUDA their gradient is bfloat16 if the weights are, in the first half of each row."""
+        """Spends the logits. Where a GEMM takes bfloat16, their gradient is bfloat16, in the first half of each row."""
         out_nV = self.logits_nV
         if self.head.gemm_takes_bfloat16:
             out_nV = out_nV.view(torch.bfloat16)[:, : out_nV.shape[1]]

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "native.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 
@@ -67,8 +68,7 @@ void gae(Array1<const T> reward, Array1<const T> value, Array1<const int64_t> of
          Array1<T> advantage) {
     const nb::gil_scoped_release release;
     const int64_t num_seqs = static_cast<int64_t>(offset.shape(0)) - 1;
-#pragma omp parallel for schedule(static)
-    for (int64_t seq = 0; seq < num_seqs; ++seq) {
+    for_each_task(num_seqs, [&](int64_t seq, int64_t) noexcept {
         double next_advantage = 0.0, next_value = 0.0;
         for (int64_t t = offset.data()[seq + 1] - 1; t >= offset.data()[seq]; --t) {
             const double delta = reward.data()[t] + gamma * next_value - value.data()[t];
@@ -76,7 +76,7 @@ void gae(Array1<const T> reward, Array1<const T> value, Array1<const int64_t> of
             next_value = value.data()[t];
             advantage.data()[t] = static_cast<T>(next_advantage);
         }
-    }
+    });
 }
 
 template <typename T>

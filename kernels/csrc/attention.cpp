@@ -3,11 +3,10 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "native.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 
@@ -39,16 +38,6 @@ Attention task_of(const Array& q, const Array& k, const Array& v, const Segments
     return task;
 }
 
-class Scratch {
-  public:
-    explicit Scratch(const Attention& task)
-        : data_(std::aligned_alloc(64, (attention_scratch_bytes(task.dim, task.repeats) + 63) / 64 * 64), &std::free) {}
-    void* get() const { return data_.get(); }
-
-  private:
-    std::unique_ptr<void, void (*)(void*)> data_;
-};
-
 struct Range {
     int64_t segment, first, last;
 };
@@ -66,16 +55,11 @@ void attend(Array q, Array k, Array v, Segments segments, double scale, Array ou
             tiles.push_back({s, first, std::min(first + tokens, segment.end)});
         }
     }
-    const int64_t num_tasks = static_cast<int64_t>(tiles.size()) * num_kv_heads;
-#pragma omp parallel
-    {
-        const Scratch scratch(task);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_tasks; ++i) {
-            const Range& tile = tiles[i / num_kv_heads];
-            fns.forward(task, tile.segment, tile.first, tile.last, i % num_kv_heads, scratch.get());
-        }
-    }
+    const Scratch scratch(attention_scratch_bytes(task.dim, task.repeats));
+    for_each_task<1>(static_cast<int64_t>(tiles.size()) * num_kv_heads, [&](int64_t i, int64_t worker) noexcept {
+        const Range& tile = tiles[i / num_kv_heads];
+        fns.forward(task, tile.segment, tile.first, tile.last, i % num_kv_heads, scratch.piece(worker));
+    });
 }
 
 void attend_backward(Array dout, Array q, Array k, Array v, Array out, Array lse, Segments segments, double scale,
@@ -91,20 +75,15 @@ void attend_backward(Array dout, Array q, Array k, Array v, Array out, Array lse
         if (task.segments[s].parent < 0) groups.push_back({s, s, s});
         groups.back().last = s + 1;
     }
-    const int64_t num_groups = static_cast<int64_t>(groups.size()), num_tasks = num_groups * task.num_heads;
-#pragma omp parallel
-    {
-        const Scratch scratch(task);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_groups; ++i) {
-            fns.delta(task, task.segments[groups[i].first].start, task.segments[groups[i].last - 1].end);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_tasks; ++i) {
-            const Range& group = groups[i / task.num_heads];
-            fns.backward(task, group.first, group.last, i % task.num_heads, scratch.get());
-        }
-    }
+    const int64_t num_groups = static_cast<int64_t>(groups.size());
+    const Scratch scratch(attention_scratch_bytes(task.dim, task.repeats));
+    for_each_task<1>(num_groups, [&](int64_t i, int64_t) noexcept {
+        fns.delta(task, task.segments[groups[i].first].start, task.segments[groups[i].last - 1].end);
+    });
+    for_each_task<1>(num_groups * task.num_heads, [&](int64_t i, int64_t worker) noexcept {
+        const Range& group = groups[i / task.num_heads];
+        fns.backward(task, group.first, group.last, i % task.num_heads, scratch.piece(worker));
+    });
 }
 
 }  // namespace

@@ -2,11 +2,10 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "native.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 
@@ -70,32 +69,27 @@ void decode_attention(Array q, Array k_prompt, Array v_prompt, Array1i prompt_sl
     for (int64_t row = 0; row < num_rows; ++row) {
         longest[0] = std::max(longest[0], prompt.len[row]), longest[1] = std::max(longest[1], own.len[row]);
     }
-    const int64_t scratch_bytes = decode_scratch_bytes(rows_per_task * repeats, q.shape(2), longest[0], longest[1]);
-    const int64_t num_tasks = static_cast<int64_t>(tiles.size()) * num_kv_heads;
-#pragma omp parallel
-    {
-        const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64),
-                                                             &std::free);
-        std::vector<Rows> own_k(rows_per_task), own_v(rows_per_task);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_tasks; ++i) {
-            const Tile tile = tiles[i / num_kv_heads];
-            const int64_t head = i % num_kv_heads;
-            for (int64_t g = 0; g < tile.num_rows; ++g) {
-                own_k[g] = own.keys(tile.first + g, head), own_v[g] = own.values(tile.first + g, head);
-            }
-            DecodeTask task;
-            task.num_rows = tile.num_rows, task.repeats = repeats, task.dim = q.shape(2), task.scale = scale;
-            task.q = at(q, tile.first, head * repeats);
-            task.q_row_stride = q.stride(0), task.q_head_stride = q.stride(1);
-            task.out = const_cast<void*>(at(out, tile.first, head * repeats));
-            task.out_row_stride = out.stride(0), task.out_head_stride = out.stride(1);
-            task.prompt_k = prompt.keys(tile.first, head), task.prompt_v = prompt.values(tile.first, head);
-            task.own_k = own_k.data(), task.own_v = own_v.data();
-            task.scratch = scratch.get();
-            decode(task);
+    const Scratch scratch(decode_scratch_bytes(rows_per_task * repeats, q.shape(2), longest[0], longest[1]));
+    const Scratch own_rows(2 * rows_per_task * static_cast<int64_t>(sizeof(Rows)));
+    for_each_task<1>(static_cast<int64_t>(tiles.size()) * num_kv_heads, [&](int64_t i, int64_t worker) noexcept {
+        const Tile tile = tiles[i / num_kv_heads];
+        const int64_t head = i % num_kv_heads;
+        Rows* own_k = static_cast<Rows*>(own_rows.piece(worker));
+        Rows* own_v = own_k + rows_per_task;
+        for (int64_t g = 0; g < tile.num_rows; ++g) {
+            own_k[g] = own.keys(tile.first + g, head), own_v[g] = own.values(tile.first + g, head);
         }
-    }
+        DecodeTask task;
+        task.num_rows = tile.num_rows, task.repeats = repeats, task.dim = q.shape(2), task.scale = scale;
+        task.q = at(q, tile.first, head * repeats);
+        task.q_row_stride = q.stride(0), task.q_head_stride = q.stride(1);
+        task.out = const_cast<void*>(at(out, tile.first, head * repeats));
+        task.out_row_stride = out.stride(0), task.out_head_stride = out.stride(1);
+        task.prompt_k = prompt.keys(tile.first, head), task.prompt_v = prompt.values(tile.first, head);
+        task.own_k = own_k, task.own_v = own_v;
+        task.scratch = scratch.piece(worker);
+        decode(task);
+    });
 }
 
 }  // namespace

@@ -2,10 +2,9 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "native.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 
@@ -13,7 +12,6 @@ namespace isomorph {
 namespace {
 
 using Array2 = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
-using Scratch = std::unique_ptr<uint32_t, void (*)(void*)>;
 
 bool has_bfloat16_gemm() {
 #if defined(ISOMORPH_HAS_AVX512BF16)
@@ -25,10 +23,9 @@ bool has_bfloat16_gemm() {
 }
 
 #if defined(ISOMORPH_HAS_AVX512BF16)
-Scratch make_scratch(int64_t items) {
-    const size_t bytes = (static_cast<size_t>(items) * sizeof(uint32_t) + 63) / 64 * 64;
-    return {static_cast<uint32_t*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))), &std::free};
-}
+constexpr int64_t kPairBytes = sizeof(uint32_t);  // of two bfloat16
+
+uint32_t* pairs(const Scratch& scratch, int64_t piece = 0) { return static_cast<uint32_t*>(scratch.piece(piece)); }
 
 void bfloat16_gemm(Array2 x, Array2 w, Array2 out) {
     const int64_t num_rows = x.shape(0), dim = x.shape(1), num_columns = w.shape(0), num_pairs = dim / 2;
@@ -39,27 +36,22 @@ void bfloat16_gemm(Array2 x, Array2 w, Array2 out) {
     auto* out_data = static_cast<float*>(out.data());
     const int64_t x_stride = x.stride(0), w_stride = w.stride(0), out_stride = out.stride(0);
     nb::gil_scoped_release release;
-    const Scratch packed_x = make_scratch(num_blocks * kGemmRows * num_pairs);
-#pragma omp parallel
-    {
-        const Scratch packed_w = make_scratch(num_pairs * kGemmColumns);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < num_blocks; ++block) {
-            const int64_t first = block * kGemmRows;
-            avx512bf16::pack_rows(x_data + first * x_stride, x_stride, std::min(kGemmRows, num_rows - first), dim,
-                                  packed_x.get() + first * num_pairs);
-        }
-#pragma omp for schedule(dynamic, 8)
-        for (int64_t i = 0; i < num_panels; ++i) {
-            const int64_t first = i * kGemmColumns;
-            GemmPanel panel;
-            panel.packed_x = packed_x.get(), panel.w = w_data + first * w_stride, panel.out = out_data + first;
-            panel.num_rows = num_rows, panel.num_columns = std::min(kGemmColumns, num_columns - first);
-            panel.dim = dim, panel.w_stride = w_stride, panel.out_stride = out_stride;
-            panel.packed_w = packed_w.get();
-            avx512bf16::gemm_panel(panel);
-        }
-    }
+    const Scratch packed_x(num_blocks * kGemmRows * num_pairs * kPairBytes, 1);
+    const Scratch packed_w(num_pairs * kGemmColumns * kPairBytes);
+    for_each_task(num_blocks, [&](int64_t block, int64_t) noexcept {
+        const int64_t first = block * kGemmRows;
+        avx512bf16::pack_rows(x_data + first * x_stride, x_stride, std::min(kGemmRows, num_rows - first), dim,
+                              pairs(packed_x) + first * num_pairs);
+    });
+    for_each_task<8>(num_panels, [&](int64_t i, int64_t worker) noexcept {
+        const int64_t first = i * kGemmColumns;
+        GemmPanel panel;
+        panel.packed_x = pairs(packed_x), panel.w = w_data + first * w_stride, panel.out = out_data + first;
+        panel.num_rows = num_rows, panel.num_columns = std::min(kGemmColumns, num_columns - first);
+        panel.dim = dim, panel.w_stride = w_stride, panel.out_stride = out_stride;
+        panel.packed_w = pairs(packed_w, worker);
+        avx512bf16::gemm_panel(panel);
+    });
 }
 
 // out [columns of a, columns of b] += a^T b.
@@ -72,28 +64,23 @@ void bfloat16_outer(Array2 a, Array2 b, Array2 out) {
     auto* out_data = static_cast<float*>(out.data());
     const int64_t a_stride = a.stride(0), b_stride = b.stride(0), out_stride = out.stride(0);
     nb::gil_scoped_release release;
-    const Scratch packed_b = make_scratch(num_panels * kGemmColumns * num_pairs);
-#pragma omp parallel
-    {
-        const Scratch packed_a = make_scratch(kStripRows * num_pairs);
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < num_panels; ++panel) {
-            const int64_t first = panel * kGemmColumns;
-            avx512bf16::pack_panel(b_data + first, b_stride, num_k, std::min(kGemmColumns, num_columns - first),
-                                   packed_b.get() + first * num_pairs);
-        }
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t i = 0; i < num_strips; ++i) {
-            const int64_t first = i * kStripRows;
-            OuterStrip strip;
-            strip.a = a_data + first, strip.packed_b = packed_b.get();
-            strip.out = out_data + first * out_stride;
-            strip.num_k = num_k, strip.num_rows = std::min(kStripRows, num_rows - first);
-            strip.num_columns = num_columns, strip.a_stride = a_stride, strip.out_stride = out_stride;
-            strip.packed_a = packed_a.get();
-            avx512bf16::outer_strip(strip);
-        }
-    }
+    const Scratch packed_b(num_panels * kGemmColumns * num_pairs * kPairBytes, 1);
+    const Scratch packed_a(kStripRows * num_pairs * kPairBytes);
+    for_each_task(num_panels, [&](int64_t panel, int64_t) noexcept {
+        const int64_t first = panel * kGemmColumns;
+        avx512bf16::pack_panel(b_data + first, b_stride, num_k, std::min(kGemmColumns, num_columns - first),
+                               pairs(packed_b) + first * num_pairs);
+    });
+    for_each_task<4>(num_strips, [&](int64_t i, int64_t worker) noexcept {
+        const int64_t first = i * kStripRows;
+        OuterStrip strip;
+        strip.a = a_data + first, strip.packed_b = pairs(packed_b);
+        strip.out = out_data + first * out_stride;
+        strip.num_k = num_k, strip.num_rows = std::min(kStripRows, num_rows - first);
+        strip.num_columns = num_columns, strip.a_stride = a_stride, strip.out_stride = out_stride;
+        strip.packed_a = pairs(packed_a, worker);
+        avx512bf16::outer_strip(strip);
+    });
 }
 #else
 void bfloat16_gemm(Array2, Array2, Array2) { throw nb::type_error("bfloat16_gemm: built without AVX-512"); }

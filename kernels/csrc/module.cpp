@@ -2,6 +2,7 @@
 
 NB_MODULE(_native, module) {
     isomorph::bind_isa(module);
+    isomorph::bind_parallel(module);
     isomorph::bind_attention(module);
     isomorph::bind_packing(module);
     isomorph::bind_advantage(module);

@@ -21,6 +21,7 @@ Storage storage_of(const nanobind::ndarray<nanobind::device::cpu>& array, const 
 const std::string& isa();
 
 void bind_isa(nanobind::module_& module);
+void bind_parallel(nanobind::module_& module);
 void bind_attention(nanobind::module_& module);
 void bind_packing(nanobind::module_& module);
 void bind_advantage(nanobind::module_& module);

@@ -1,8 +1,8 @@
 // Stats, gradient and draws of rows of logits: (row, block) pairs are spread over threads, blocks of a row merged in order.
 #include "rows.h"
 
-#include <cmath>
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -11,11 +11,14 @@
 #include <nanobind/stl/optional.h>
 
 #include "native.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 
 namespace isomorph {
 namespace {
+
+constexpr int64_t kFirstBlocks = 8;  // of a row, one after the other in one task: each phase of the gradient has a cost
 
 using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 using Vector = nb::ndarray<nb::ndim<1>, nb::device::cpu, nb::c_contig>;
@@ -53,16 +56,17 @@ RowType type_of(const Matrix& rows) {
 struct Rows {
     char* data;
     RowType type;
-    int64_t num_rows, num_columns, row_bytes;
+    int64_t num_rows, num_columns, item_bytes, row_bytes;  // row_bytes: from one row to the next
 
     explicit Rows(const Matrix& rows)
         : data(static_cast<char*>(rows.data())), type(type_of(rows)), num_rows(rows.shape(0)),
-          num_columns(rows.shape(1)), row_bytes(rows.stride(0) * (rows.dtype().bits / 8)) {
+          num_columns(rows.shape(1)), item_bytes(rows.dtype().bits / 8), row_bytes(rows.stride(0) * item_bytes) {
         if (num_columns > 1 && rows.stride(1) != 1) throw nb::value_error("rows must have stride 1 along V");
     }
     char* row(int64_t i) const { return data + i * row_bytes; }
     int64_t num_blocks() const { return (num_columns + kRowBlock - 1) / kRowBlock; }
     int64_t live(int64_t block) const { return std::min(kRowBlock, num_columns - block * kRowBlock); }
+    const char* end() const { return row(num_rows - 1) + num_columns * item_bytes; }
 };
 
 template <typename A>
@@ -94,33 +98,53 @@ void run_stats(const Rows& rows, const int64_t* target, const RowScale<A>& scale
     const int64_t num_blocks = rows.num_blocks();
     const Body<A> run = body<A>();
     std::vector<BlockStats> blocks(rows.num_rows * num_blocks);
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.num_rows * num_blocks; ++i) {
-            const int64_t block = i % num_blocks;
-            blocks[i] = run.stats(rows.row(i / num_blocks), rows.type, block * kRowBlock, rows.live(block), scale);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.num_rows; ++i) {
-            const BlockStats row = merge(&blocks[i * num_blocks], num_blocks);
-            const double log_sum = std::log(row.sum), z = run.z_at(rows.row(i), rows.type, target[i], scale);
-            logprob[i] = static_cast<A>((z - row.top) - log_sum);
-            entropy[i] = static_cast<A>(log_sum - row.weighted / row.sum);
-            lse[i] = static_cast<A>(std::isinf(row.top) ? NAN : row.top + log_sum);
-        }
-    }
+    for_each_task(rows.num_rows * num_blocks, [&](int64_t i, int64_t) noexcept {
+        const int64_t block = i % num_blocks;
+        blocks[i] = run.stats(rows.row(i / num_blocks), rows.type, block * kRowBlock, rows.live(block), scale);
+    });
+    for_each_task(rows.num_rows, [&](int64_t i, int64_t) noexcept {
+        const BlockStats row = merge(&blocks[i * num_blocks], num_blocks);
+        const double log_sum = std::log(row.sum), z = run.z_at(rows.row(i), rows.type, target[i], scale);
+        logprob[i] = static_cast<A>((z - row.top) - log_sum);
+        entropy[i] = static_cast<A>(log_sum - row.weighted / row.sum);
+        lse[i] = static_cast<A>(std::isinf(row.top) ? NAN : row.top + log_sum);
+    });
+}
+
+// Whether blocks of out stand where other blocks of the same row are read: out is narrower and begins where the rows do.
+// Then block b of out covers half of block b / 2 of the row, and nothing else. ``row_gradient`` refuses every other overlap
+// but the rows themselves, where each block covers its own.
+bool covers_other_blocks(const Rows& rows, const Rows& out) {
+    if (rows.num_rows == 0 || rows.num_columns == 0 || out.data >= rows.end() || rows.data >= out.end()) return false;
+    const bool same_rows = out.data == rows.data && (rows.num_rows == 1 || out.row_bytes == rows.row_bytes);
+    if (!same_rows || out.item_bytes > rows.item_bytes)
+        throw nb::value_error("row_gradient: out must be the logits, the first half of each of their rows, or other memory");
+    return out.item_bytes < rows.item_bytes;
 }
 
 template <typename A>
 void run_gradient(const Rows& rows, const Rows& out, const std::vector<RowGradient<A>>& grads,
-                  const RowScale<A>& scale, const Body<A>& run) {
+                  const RowScale<A>& scale, const Body<A>& run, bool in_order) {
     const int64_t num_blocks = rows.num_blocks();
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows.num_rows * num_blocks; ++i) {
-        const int64_t row = i / num_blocks, block = i % num_blocks;
+    const auto one_block = [&](int64_t row, int64_t block) noexcept {
         run.gradient(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, grads[row], out.row(row),
                      out.type);
+    };
+    // In order, a task takes the first blocks of a row one after the other: block b is written when b / 2 has been read.
+    // From then on the blocks [first, 2 first) may be written at once, since those that they cover lie before first.
+    int64_t first = 0, last = num_blocks;
+    if (in_order) {
+        first = std::min(kFirstBlocks, num_blocks);
+        for_each_task(rows.num_rows, [&](int64_t row, int64_t) noexcept {
+            for (int64_t block = 0; block < first; ++block) one_block(row, block);
+        });
+        last = std::min(2 * first, num_blocks);
+    }
+    while (first < num_blocks) {
+        const int64_t num = last - first;
+        for_each_task(rows.num_rows * num,
+                      [&](int64_t i, int64_t) noexcept { one_block(i / num, first + i % num); });
+        first = last, last = std::min(2 * first, num_blocks);
     }
 }
 
@@ -151,6 +175,7 @@ void gradient_as(const Rows& rows, const Vector& target, const Vector& logprob, 
     const A *lp = items<A>(logprob, n, "logprob"), *ent = items<A>(entropy, n, "entropy");
     const A *dlp = items<A>(grads[0], n, "dlogprob"), *dent = items<A>(grads[1], n, "dentropy");
     const A* dlse = items<A>(grads[2], n, "dlse");
+    const bool in_order = covers_other_blocks(rows, out);
     nb::gil_scoped_release release;
     const Body<A> run = body<A>();
     std::vector<RowGradient<A>> row(n);  // z of the targets, before any is overwritten
@@ -159,7 +184,7 @@ void gradient_as(const Rows& rows, const Vector& target, const Vector& logprob, 
                   dent ? dent[i] : A(0), dlse ? dlse[i] : A(0), ids[i]};
         if (!dent) row[i].entropy = A(0);  // what has no gradient cannot poison one
     }
-    run_gradient<A>(rows, out, row, scale, run);
+    run_gradient<A>(rows, out, row, scale, run, in_order);
 }
 
 void row_gradient(Matrix logits, Vector target, Vector logprob, Vector entropy, MaybeVector dlogprob,
@@ -180,29 +205,24 @@ void run_draw(const Rows& rows, const int64_t* key, const int64_t* position, con
     const int64_t num_blocks = rows.num_blocks();
     const Body<A> run = body<A>();
     std::vector<BlockDraw> draws(rows.num_rows * num_blocks);
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.num_rows * num_blocks; ++i) {
-            const int64_t row = i / num_blocks, block = i % num_blocks;
-            draws[i] = run.draw(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, key[row],
-                                position[row]);
+    for_each_task(rows.num_rows * num_blocks, [&](int64_t i, int64_t) noexcept {
+        const int64_t row = i / num_blocks, block = i % num_blocks;
+        draws[i] = run.draw(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, key[row],
+                            position[row]);
+    });
+    for_each_task(rows.num_rows, [&](int64_t i, int64_t) noexcept {
+        const BlockDraw* blocks = &draws[i * num_blocks];
+        const BlockDraw* best = blocks;
+        double top = blocks->top, sum = 0;
+        for (int64_t b = 1; b < num_blocks; ++b) {
+            if (blocks[b].score > best->score) best = blocks + b;
+            top = std::max(top, blocks[b].top);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.num_rows; ++i) {
-            const BlockDraw* blocks = &draws[i * num_blocks];
-            const BlockDraw* best = blocks;
-            double top = blocks->top, sum = 0;
-            for (int64_t b = 1; b < num_blocks; ++b) {
-                if (blocks[b].score > best->score) best = blocks + b;
-                top = std::max(top, blocks[b].top);
-            }
-            const bool empty = std::isinf(top) && top < 0;
-            for (int64_t b = 0; b < num_blocks; ++b) sum += std::exp(empty ? 0.0 : blocks[b].top - top) * blocks[b].sum;
-            token[i] = best->column;
-            logprob[i] = static_cast<A>((best->z - top) - std::log(sum));
-        }
-    }
+        const bool empty = std::isinf(top) && top < 0;
+        for (int64_t b = 0; b < num_blocks; ++b) sum += std::exp(empty ? 0.0 : blocks[b].top - top) * blocks[b].sum;
+        token[i] = best->column;
+        logprob[i] = static_cast<A>((best->z - top) - std::log(sum));
+    });
 }
 
 template <typename A>

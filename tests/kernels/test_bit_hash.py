@@ -44,19 +44,6 @@ def test_both_bodies_give_the_number_of_the_formula(num: int, dtype: torch.dtype
     assert (found.item(), found.dtype, found.shape) == (wanted, torch.int64, ())
 
 
-@needs_native
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_number_of_threads_changes_nothing(threads: int) -> None:
-    tensor = torch.randn(300_001, generator=torch.Generator().manual_seed(0))  # enough to be shared out, and a rest
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        with backend.using("bit_hash=native"):
-            assert bit_hash(tensor) == bit_hash_ref(tensor)
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("body", ["reference", pytest.param("native", marks=needs_native)])
 def test_strides_and_gradients_do_not_matter(body: str) -> None:
     tensor = torch.randn(10, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()

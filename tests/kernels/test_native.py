@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from isomorph.kernels import backend, linear_logprob, token_logprob
-from isomorph.kernels.advantage import gae, group_advantage
-from isomorph.kernels.packing import take_ragged
 
 KERNELS = Path(backend.__file__).parent
 needs_native = pytest.mark.skipif(not backend.native_available(), reason=backend.native_reason())
@@ -42,25 +40,51 @@ def test_the_stub_declares_what_is_called_with_the_arguments_that_the_module_tak
     assert set(re.findall(rf"backend\.{name[1:]}\(\)\.(\w+)\(", source)) <= declared.keys()
 
 
+def _far(*shape: int) -> torch.Tensor:
+    """A tensor of far more entries than there is memory, all in one place."""
+    return torch.zeros((), dtype=torch.bfloat16).expand(shape)
+
+
 @needs_native
-def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    gen = torch.Generator().manual_seed(0)
-    reward, value = torch.randn(2, 3000, generator=gen)
-    offsets = torch.tensor([0, 1, 700, 700, 2999, 3000])
+@pytest.mark.parametrize("op", ["bfloat16_gemm", "bfloat16_outer", "packed_attention", "decode_attention"])
+def test_scratch_that_does_not_fit_the_memory_is_a_memory_error(op: str) -> None:
+    native, ids, far = backend.native(), torch.zeros(1, dtype=torch.int64), 2**46
+    if op.startswith("bfloat16"):
+        if not native.has_bfloat16_gemm():
+            pytest.skip("needs AVX-512 and bfloat16 dot products")
+        left, right = (_far(far, 2), _far(1, 2)) if op == "bfloat16_gemm" else (_far(far, 1), _far(far, 1))
+        arguments = (left, right, torch.zeros(1).expand(far, 1))
+    elif op == "packed_attention":
+        segments = torch.tensor([[0, 1, 1, -1]])
+        arguments = (*[_far(1, 1, far)] * 3, segments, 1.0, _far(1, 1, far), torch.zeros(1, 1))  # type: ignore[assignment]
+    else:
+        caches = (_far(1, 1, far, 16), _far(1, 1, far, 16), ids, ids + far)
+        arguments = (_far(1, 1, 16), *caches, *caches, 1.0, torch.zeros(1, 1, 16).bfloat16())  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        getattr(native, op)(*arguments)
 
-    def results() -> list[torch.Tensor]:
-        with backend.using("native"):
-            advantage = group_advantage(reward, offsets, baseline="none", scale="batch")
-            taken, _ = take_ragged(reward, offsets, torch.tensor([4, 1, 3, 1]))
-            return [advantage, taken, *gae(reward, value, offsets, gamma=0.99, lam=0.95)]
 
-    threads, before = torch.get_num_threads(), results()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert all(torch.equal(a, b) for a, b in zip(results(), before, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+@needs_native
+def test_a_gradient_is_written_over_its_own_row_or_elsewhere() -> None:
+    whole = torch.zeros(5, 40)
+    logits, target, stat = whole[:4, :20], torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+
+    def write(out: torch.Tensor) -> None:
+        backend.native().row_gradient(logits, target, stat, stat, stat, None, None, None, 1.0, out)
+
+    for out in (logits, logits.view(torch.bfloat16)[:, :20], torch.empty(4, 20)):
+        write(out)
+    for out in (
+        whole[1:, :20],
+        whole[:4, 10:30],
+        whole.view(torch.bfloat16)[:4, 2:22],
+        whole.view(-1)[:80].view(4, 20),
+    ):
+        with pytest.raises(ValueError, match="the first half of each of their rows"):
+            write(out)
+    with pytest.raises(ValueError, match="out must be the logits"):  # wider than what is read
+        narrow = whole.view(torch.bfloat16)[:, :20]
+        backend.native().row_gradient(narrow[:4], target, stat, stat, stat, None, None, None, 1.0, logits)
 
 
 @needs_native
