@@ -8,6 +8,8 @@
 Two passes over the rows are all that ``linear_logprob`` and ``linear_loss`` add to their matrix products, so they are
 kernels of their own: ``row_stats`` reads a row once, ``row_gradient`` reads and writes it once, in place if asked.
 A row is reduced alone, in a fixed order: its bits do not depend on the batch it stands in.
+A row that holds NaN or +inf, or -inf alone, has no softmax: log-probability and entropy are NaN, and the LSE is that of
+``torch.logsumexp``: NaN, +inf or -inf.
 """
 
 import math
@@ -110,7 +112,8 @@ def row_stats(
     log_sum_n = shifted_nV.logsumexp(1)
     weighted_n = shifted_nV.clamp_(min=-1e30).mul_((shifted_nV - log_sum_n[:, None]).exp_()).sum(1)
     logprob_n = (z_y_n1 - max_n1)[:, 0] - log_sum_n
-    return TokenStats(logprob_n, log_sum_n - weighted_n, max_n1[:, 0] + log_sum_n)
+    max_n = max_n1[:, 0]
+    return TokenStats(logprob_n, log_sum_n - weighted_n, torch.where(max_n.isinf(), max_n, max_n + log_sum_n))
 
 
 def row_gradient(

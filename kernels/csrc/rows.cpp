@@ -80,7 +80,7 @@ A* items(const MaybeVector& values, int64_t size, const char* name) {
     return values ? items<A>(*values, size, name) : nullptr;
 }
 
-// Logits of -inf alone, and a NaN anywhere, give NaN.
+// A NaN anywhere makes the sums NaN; a row of -inf alone has sums of 0.
 BlockStats merge(const BlockStats* blocks, int64_t num_blocks) {
     BlockStats row = {-std::numeric_limits<double>::infinity(), 0, 0};
     for (int64_t b = 0; b < num_blocks; ++b) row.top = std::max(row.top, blocks[b].top);
@@ -107,7 +107,7 @@ void run_stats(const Rows& rows, const int64_t* target, const RowScale<A>& scale
         const double log_sum = std::log(row.sum), z = run.z_at(rows.row(i), rows.type, target[i], scale);
         logprob[i] = static_cast<A>((z - row.top) - log_sum);
         entropy[i] = static_cast<A>(log_sum - row.weighted / row.sum);
-        lse[i] = static_cast<A>(std::isinf(row.top) ? NAN : row.top + log_sum);
+        lse[i] = static_cast<A>(std::isinf(row.top) ? row.top : row.top + log_sum);  // as torch.logsumexp
     });
 }
 

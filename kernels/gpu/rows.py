@@ -73,7 +73,7 @@ def stats_kernel(
     z_y = z_y * scale
     tl.store(logprob_ptr + row, (z_y - row_top) - log_total)
     tl.store(entropy_ptr + row, log_total - weighted / total)
-    tl.store(lse_ptr + row, row_top + log_total)
+    tl.store(lse_ptr + row, tl.where(row_top == float("inf"), row_top, row_top + log_total))  # as torch.logsumexp
 
 
 @triton.jit
@@ -134,7 +134,9 @@ def gradient_kernel(
         d = p * factor
         if HAS_DLOGPROB:
             d += tl.where(at == target, at_target, 0.0)
-        tl.debug_barrier()  # a narrower row is written over columns that other warps may still have to read
+        # A narrower row is written over columns that other warps may still have to read. Its block b ends before column
+        # BLOCK_V (b + 1) / 2 of the wide row, and every warp has read that far at the barrier of iteration b.
+        tl.debug_barrier()
         tl.store(out_row_ptr + at, d, mask=at < V)
 
 

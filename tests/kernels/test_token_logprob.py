@@ -27,6 +27,9 @@ BODIES = ["torch", *NATIVE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EDGES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 1003, 1023, 1024, 1025, 2049]
 needs_native = pytest.mark.skipif(not ISAS, reason="needs the C++ module; `pip install .` builds it")
+needs_triton = pytest.mark.skipif(
+    bool(backend.triton_reason()), reason="needs CUDA, or TRITON_INTERPRET=1 before Python starts"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +129,23 @@ def test_error_at_the_vocabularies_of_real_models(body: str, num_vocab: int, dty
         assert (ours.double() - truth).abs().max() <= bound
 
 
+@pytest.mark.parametrize("body", [*BODIES, pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("num_vocab", [5, 4100])
+def test_a_row_without_a_softmax_says_so_in_every_body_as_in_the_specification(body: str, num_vocab: int) -> None:
+    logits, target = _rows(6, num_vocab, torch.float32)
+    logits[1] = -math.inf
+    logits[2, num_vocab - 2] = math.inf
+    logits[3, 2] = math.nan
+    logits[4, :3] = -math.inf
+    target[4] = 4
+    exact = token_logprob_ref(logits, target)
+    stats = _stats(logits.to(DEVICE), target.to(DEVICE), body)
+    for ours, truth in zip(stats, exact, strict=True):
+        torch.testing.assert_close(ours.cpu(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert [exact.lse[i].item() for i in (1, 2)] == [-math.inf, math.inf] and exact.lse[3].isnan()
+    assert all(stat[1:4].isnan().all() for stat in stats[:2])
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_adversarial_rows(body: str) -> None:
     logits, target = _rows(8, 2500, torch.float32)
@@ -137,7 +157,6 @@ def test_adversarial_rows(body: str) -> None:
     logits[6] += 1e4
     target[3], target[5] = 3, 9
     stats = _stats(logits, target, body)
-    assert all(s[4].isnan() and s[5].isnan() for s in stats)
     fine = [0, 1, 2, 3, 6, 7]
     exact = token_logprob_ref(logits.double(), target)
     for ours, truth in zip(stats, exact, strict=True):
@@ -171,13 +190,6 @@ def test_bits_depend_on_the_row_alone(body: str) -> None:
     everything = both(torch.arange(6))
     for rows in (torch.arange(6), torch.arange(6).flip(0), *torch.arange(6)[:, None]):
         assert all(torch.equal(a, b[rows]) for a, b in zip(both(rows), everything, strict=True))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert all(torch.equal(a, b) for a, b in zip(both(torch.arange(6)), everything, strict=True))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -201,7 +213,7 @@ def test_native_runs_on_the_cpu_and_refuses_what_it_cannot_do() -> None:
         row_stats(logits, target, bias_V=torch.zeros(9).double(), inv_temperature=1.0, body="native")
 
 
-@pytest.mark.skipif(bool(backend.triton_reason()), reason="needs CUDA, or TRITON_INTERPRET=1 before Python starts")
+@needs_triton
 @pytest.mark.parametrize("num_vocab", [1, 17, 1003])
 def test_triton_agrees_with_the_truth(num_vocab: int) -> None:
     logits, target = _rows(3, num_vocab, torch.float32)

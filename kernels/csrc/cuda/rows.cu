@@ -168,10 +168,11 @@ __global__ void __launch_bounds__(kThreads)
     const A log_total = logarithm(total), z = scale(widen(row[target[n]]), target[n]);
     logprob[n] = (z - row_top) - log_total;
     entropy[n] = log_total - weighted / total;
-    lse[n] = isinf(row_top) ? A(NAN) : row_top + log_total;
+    lse[n] = isinf(row_top) ? row_top : row_top + log_total;  // as torch.logsumexp
 }
 
-// In and Out may be one storage, and a narrower Out the first half of each row.
+// In and Out may be one storage, and a narrower Out the first half of each row: then block b of Out ends before column
+// kBlock (b + 1) / 2 of In, which every thread has read at the barrier of iteration b.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(const In* logits, int64_t row_stride, int64_t num_columns, const int64_t* target,
@@ -199,20 +200,24 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int start = 0; start < kItems; start += kSize) {
             const int64_t column = column_of<In>(first, start);
-            Out d[kSize];
+            using Bytes = std::conditional_t<kSize * sizeof(Out) == 16, uint4, uint2>;
+            static_assert(sizeof(Bytes) == kSize * sizeof(Out));
+            union {
+                Bytes bytes;  // aligned, as one store wants it
+                Out item[kSize];
+            } d;
 #pragma unroll
             for (int i = 0; i < kSize; ++i) {
                 const A logp = (z[start + i] - z_y) + row_logprob, p = exponential(logp);
                 const A factor = on_prob + on_surprise * (p == 0 ? A(0) : logp + row_entropy);
-                d[i] = narrow<Out>(p * factor + (column + i == y ? at_target : A(0)));
+                d.item[i] = narrow<Out>(p * factor + (column + i == y ? at_target : A(0)));
             }
             if (out_packets && column + kSize <= num_columns) {
-                using Bytes = std::conditional_t<sizeof(d) == 16, uint4, uint2>;
-                *reinterpret_cast<Bytes*>(out_row + column) = *reinterpret_cast<const Bytes*>(d);
+                *reinterpret_cast<Bytes*>(out_row + column) = d.bytes;
             } else {
 #pragma unroll
                 for (int i = 0; i < kSize; ++i)
-                    if (column + i < num_columns) out_row[column + i] = d[i];
+                    if (column + i < num_columns) out_row[column + i] = d.item[i];
             }
         }
     }
