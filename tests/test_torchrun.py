@@ -29,8 +29,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def isomorph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The console script, which torchrun starts by its path."""
-    script = tmp_path_factory.mktemp("bin") / "isomorph.py"
+    """The console script, which torchrun starts by its path.
+
+    Named as pip names it: Python puts a script's folder first on sys.path, where an ``isomorph.py`` would be imported in
+    place of the package.
+    """
+    script = tmp_path_factory.mktemp("bin") / "isomorph"
     script.write_text(PROGRAM + "\n")
     return script
 
@@ -52,15 +56,30 @@ def finished(process: subprocess.Popen[str]) -> str:
     return out
 
 
+def test_a_wait_ends_when_the_launcher_has_ended() -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", "raise SystemExit('no such module')"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with pytest.raises(pytest.fail.Exception, match="the launcher ended with 1 .*\n.*\nno such module"):
+        wait_for(lambda: False, launcher, seconds=600)
+
+
 def step_rows(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str], *, seconds: float = 120) -> None:
+    """Waits for what the launcher's ranks are to do; fails at once, with their output, where it has ended."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        if launcher.poll() is not None:
+            out, err = launcher.communicate()
+            pytest.fail(f"the launcher ended with {launcher.returncode} before it happened:\n{out}\n{err}")
+        assert time.monotonic() < end, f"it did not happen in {seconds:.0f} s"
         time.sleep(0.05)
 
 
@@ -75,7 +94,7 @@ def at_work(isomorph: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str
     """Launcher and ranks in the midst of a step; afterwards no process of theirs may be left."""
     launcher = torchrun(isomorph, "train", SMOKE, "--run", "run", "stage.0.steps=5000", cwd=folder)
     try:
-        wait_for(lambda: (folder / "run" / "steps.jsonl").exists())
+        wait_for(lambda: (folder / "run" / "steps.jsonl").exists(), launcher)
         ranks = ranks_of(launcher)
         everyone = [process for rank in ranks for process in (rank, *rank.children(recursive=True))]
         yield launcher, ranks
@@ -109,7 +128,8 @@ def test_a_run_on_two_ranks_leaves_what_one_would(whole_run: Path) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, whole_run: Path, tmp_path: Path) -> None:
     launcher = torchrun(isomorph, "train", SMOKE, "--run", "killed", *KINDS[whole_run.name], *SHORT, cwd=tmp_path)
-    wait_for(lambda: (tmp_path / "killed" / "checkpoints" / "step-00000008" / "state.json").exists())
+    checkpoint = tmp_path / "killed" / "checkpoints" / "step-00000008" / "state.json"
+    wait_for(checkpoint.exists, launcher)
     everyone = [launcher, *ranks_of(launcher)]
     for process in everyone:
         process.kill()
