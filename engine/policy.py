@@ -81,6 +81,12 @@ ALL_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", _attend_from_outside_or_sdp
 ALL_MASK_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+# Rows that go through the layers come in multiples of this. Every micro-batch has a number of tokens of its own, and
+# oneDNN keeps about 0.3 MiB for every number of rows it ever multiplied, until the process ends and whatever
+# the capacity of its cache; the allocators of CPU and GPU reuse a block of the same size and split one of another.
+ROW_MULTIPLE = 64
+
+
 def attend_packed(layout: PackedLayout) -> Attend:
     """For one packed batch, B = 1, of this layout."""
 
@@ -216,8 +222,13 @@ class Policy:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[T, D] hidden rows of a packed batch, the learner's way: layers compiled and recomputed as configured."""
-        attend = attend_packed(batch.layout)
-        return self._through_layers(batch.token_ids[None], batch.positions[None], attend, self._learner_runs)[0]
+        layout = batch.layout.padded(ROW_MULTIPLE)
+        num_tok = len(batch.token_ids)
+        token_ids = torch.nn.functional.pad(batch.token_ids, (0, layout.num_tok - num_tok))
+        hidden_BTD = self._through_layers(
+            token_ids[None], layout.positions[None], attend_packed(layout), self._learner_runs
+        )
+        return hidden_BTD[0, :num_tok]
 
     @contextlib.contextmanager
     def borrowed_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:

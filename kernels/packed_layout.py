@@ -111,6 +111,20 @@ class PackedLayout:
         names = ("positions", "cu_seqlens", "vis_end")
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def padded(self, multiple: int) -> "PackedLayout":
+        """The same segments, and after them one that nobody else sees, so that the tokens are a multiple of this many.
+
+        Itself where they are already. Made once and kept, so that all layers and passes share what bodies make of it.
+        """
+        if self.num_tok % multiple == 0:
+            return self
+        key = ("padded", multiple)
+        if key not in self.on_device:
+            lens = [*(segment.end - segment.start for segment in self.segments), -self.num_tok % multiple]
+            parents = [*(segment.parent for segment in self.segments), -1]
+            self.on_device[key] = PackedLayout.from_tree(lens, parents).to(self.positions.device)
+        return self.on_device[key]
+
     def dense_mask(self) -> Tensor:
         """[T, T] bool: True where query (row) sees key (column)."""
         vis_end_T = torch.repeat_interleave(self.vis_end, self.cu_seqlens.diff().long())

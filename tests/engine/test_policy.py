@@ -1,4 +1,5 @@
 import copy
+import ctypes
 import json
 import os
 import subprocess
@@ -499,3 +500,42 @@ def test_the_real_135m_model_speaks_through_its_chat_template(smollm2_folder: Pa
     assert policy.text.uses_chat_template
     assert policy.text.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     assert policy.text.decode(policy.text.encode_response("Hello!")) == "Hello!"
+
+
+# -- memory
+SHAPES = """
+import ctypes, torch
+from isomorph.engine.config import TinyModel
+from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.policy import build_tiny
+from isomorph.engine.types import Prompt
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f in_use g h".split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+torch.set_num_threads(1)
+shape = TinyModel(hidden_size=128, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=256, max_tok=2048)
+policy = build_tiny(shape, ["a"], seed=0, dtype=torch.float32, device=torch.device("cpu"))
+in_use = []
+for num_tok in range(577, 641):
+    prompt = Prompt(prompt_id=0, token_ids=(1,) * num_tok, task="", representation="", payload=None)
+    batch = pack_parts([Part(prompt, (rollout,), (0.0,))], policy.device)
+    hidden = policy.hidden(batch)
+    assert len(hidden) == num_tok
+    hidden.sum().backward()
+    del hidden, batch
+    in_use.append(libc.mallinfo2().in_use / 2**20)
+print(in_use[-1] - in_use[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C allocator is not glibc's")
+def test_micro_batches_of_many_lengths_leave_no_memory_in_use() -> None:
+    one_token = (
+        "from isomorph.engine.types import Rollout\n"
+        "rollout = Rollout(prompt_id=0, sample=0, token_ids=__import__('torch').tensor([1]), sampler_logprob=None, "
+        "finish='stop', policy_version=0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", one_token + SHAPES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 5.0  # MiB; as they are, these lengths left 166

@@ -314,3 +314,14 @@ def test_bad_lengths_are_refused() -> None:
 def test_bad_trees_are_refused(lens: list[int], parents: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PackedLayout.from_tree(lens, parents)
+
+
+def test_a_padded_layout_has_the_same_segments_and_one_that_nobody_sees() -> None:
+    layout = PackedLayout.from_tree([4, 3, 2, 2, 5], [-1, 0, 1, 1, 0])
+    padded = layout.padded(10)
+    assert padded.num_tok == 20 and padded.segments[:-1] == layout.segments
+    mask, whole = layout.dense_mask(), padded.dense_mask()
+    assert torch.equal(whole[:16, :16], mask)
+    assert not whole[:16, 16:].any() and not whole[16:, :16].any()
+    assert padded.positions.tolist() == [*layout.positions.tolist(), 0, 1, 2, 3]
+    assert layout.padded(10) is padded and padded.padded(10) is padded and layout.padded(16) is layout
