@@ -9,7 +9,9 @@ A number that nobody measured is None, never 0; ``Telemetry.reason`` says why. U
 """
 
 import contextlib
+import ctypes
 import importlib
+import itertools
 import resource
 import sys
 import threading
@@ -27,6 +29,7 @@ Gather = Callable[[Told], list[Told]]
 
 PERIOD_S = 1.0
 WINDOW, MIN_GROWTH, NUM_GROWING = 20, 0.005, 4  # steps; share of the memory, from window to window; windows in a row
+MIN_PACE = 0.75  # growth in the later half of those windows over that in the earlier half: below, a cache is filling
 # bits of NVML's reasons for a clock below its maximum; idleness (1) and the user's own limit (2) are none
 THROTTLE = {0x4: "power_cap", 0x8: "hw_slowdown", 0x20: "sw_thermal", 0x40: "hw_thermal", 0x80: "power_brake"}
 
@@ -93,11 +96,13 @@ def connect(uuid: str) -> tuple[Gpu | None, str]:
 
 @dataclass(slots=True)
 class Growth:
-    """Memory that only ever grows: the least of each window of steps above the least of the window before."""
+    """Memory that only ever grows, and does not slow down: by the least of each window of steps.
+
+    Caches that fill, and shapes that are seen for the first time, grow less and less; what is never freed does not.
+    """
 
     window: list[float] = field(default_factory=list)
-    floor: float | None = None  # of the last whole window
-    num_growing: int = 0
+    floors: list[float] = field(default_factory=list)  # of the last whole windows, NUM_GROWING + 1 at most
     num_alarms: int = 0
 
     def observe(self, rss_gib: float) -> bool:
@@ -105,12 +110,16 @@ class Growth:
         self.window.append(rss_gib)
         if len(self.window) < WINDOW:
             return False
-        floor, self.window = min(self.window), []
-        is_growing = self.floor is not None and floor > self.floor * (1 + MIN_GROWTH)
-        self.floor, self.num_growing = floor, self.num_growing + 1 if is_growing else 0
-        if self.num_growing < NUM_GROWING:
+        self.floors = [*self.floors, min(self.window)][-NUM_GROWING - 1 :]
+        self.window = []
+        steps = [after - before for before, after in itertools.pairwise(self.floors)]
+        are_growing = all(step > MIN_GROWTH * floor for step, floor in zip(steps, self.floors, strict=False))
+        if len(steps) < NUM_GROWING or not are_growing:
             return False
-        self.num_growing = 0
+        half = NUM_GROWING // 2
+        if sum(steps[half:]) < MIN_PACE * sum(steps[:half]):
+            return False
+        self.floors = self.floors[-1:]
         self.num_alarms += 1
         return True
 
@@ -121,6 +130,7 @@ class Telemetry:
     def __init__(self, gpu: Gpu | None = None, reason: str = "nobody asked for it") -> None:
         self.gpu, self.reason = gpu, "" if gpu else reason
         self.growth = Growth()
+        self._num_begun = 0
         self._samples: deque[Sample] = deque()
 
     @contextlib.contextmanager
@@ -140,6 +150,9 @@ class Telemetry:
 
     def begin(self) -> None:
         self._samples.clear()
+        if self._num_begun % WINDOW == 0:
+            give_back_freed_memory()
+        self._num_begun += 1
         _forget_peak()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
@@ -219,6 +232,17 @@ def process_memory_gib() -> tuple[float | None, float | None]:
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
     rss, peak = (int(fields[name].split()[0]) / 2**20 for name in ("VmRSS", "VmHWM"))
     return rss, peak
+
+
+def give_back_freed_memory() -> None:
+    """Returns to the system what the C allocator keeps of freed memory; where it is not glibc's, nothing.
+
+    A step frees blocks of a hundred sizes, and small ones that live on keep them from being joined: without this the
+    heap of a tiny model grew to four times what was in use. A step then touches its pages anew, once in WINDOW steps.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def _forget_peak() -> None:

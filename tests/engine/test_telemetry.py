@@ -1,6 +1,9 @@
 """Memory and GPU numbers of a step. There is no GPU here: NVML's module is played, the rest is real."""
 
+import ctypes
 import gc
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -179,3 +182,29 @@ def test_memory_that_comes_and_goes_or_settles_does_not() -> None:
     assert not any(growth.observe(1.0 + 0.5 * (step % 7 == 0)) for step in range(20 * WINDOW))
     growth = Growth()
     assert not any(growth.observe(min(2.0, 1.0 + 0.02 * step)) for step in range(20 * WINDOW))
+    growth = Growth()  # caches fill: each window finds fewer shapes that are new than the one before
+    assert not any(growth.observe(2.0 - 0.8 ** (step / WINDOW)) for step in range(20 * WINDOW))
+
+
+FRAGMENTS = """
+import ctypes, torch
+from isomorph.engine.record.telemetry import Telemetry, process_memory_gib
+ctypes.CDLL(None).mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD: from the heap, as blocks are after the first large ones
+telemetry = Telemetry()
+telemetry.begin()
+blocks = [torch.ones(1 << 18) for _ in range(512)]  # 1 MiB each
+small = [torch.ones(1 << 8) for _ in blocks]  # live on, in what the last ones of them leave
+del blocks
+before, _ = process_memory_gib()
+for _ in range(20):
+    telemetry.begin()
+after, _ = process_memory_gib()
+print(before - after)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C allocator is not glibc's")
+def test_freed_memory_goes_back_to_the_system_within_a_window_of_steps() -> None:
+    done = subprocess.run([sys.executable, "-c", FRAGMENTS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.4
