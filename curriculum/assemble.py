@@ -63,7 +63,7 @@ def run_recipe(
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     check_readers(recipe.log)
-    log = RunLog(folder, console) if ranks.is_first else QuietLog(folder, console)
+    log = (RunLog if ranks.is_first else QuietLog)(folder, console, every=recipe.log.every)
     with contextlib.ExitStack() as stack:
         with log.time("load"):
             before_gib, _ = process_memory_gib()

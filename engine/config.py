@@ -297,6 +297,7 @@ class RunConfig(Section):
 class LogConfig(Section):
     """Who reads the rows of steps.jsonl as they are written."""
 
+    every: int = Field(50, ge=1)  # steps from line to line on the console; slow steps have one at least every 10 s
     tensorboard: bool = True  # event files in the run's folder tensorboard/
     wandb: str | None = Field(None, min_length=1)  # project; needs the package wandb
     trackio: str | None = Field(None, min_length=1)  # project; needs the package trackio

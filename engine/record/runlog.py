@@ -24,6 +24,8 @@ from torch.profiler import record_function
 from isomorph.engine.record.telemetry import Gather, Telemetry
 from isomorph.engine.types import RunFailed
 
+LINE_S = 10.0  # a line on the console at least so often, as soon as a step has ended
+
 Row = dict[str, Any]
 Reader = Callable[[Row], None]  # gets every row of steps.jsonl after it has been written
 
@@ -31,9 +33,11 @@ Reader = Callable[[Row], None]  # gets every row of steps.jsonl after it has bee
 class RunLog:
     """Writes the run folder's files and tells the console. Times come from ``with log.time("generate"):``."""
 
-    def __init__(self, folder: Path, console: Console) -> None:
+    def __init__(self, folder: Path, console: Console, *, every: int = 1) -> None:
+        """``every``: steps from one line on the console to the next; a stage's first step has one always."""
         self.folder = folder
         self.console = console
+        self.every = every
         self.telemetry = Telemetry()
         self.readers: list[Reader] = []
         self.times: dict[str, float] = {}
@@ -42,6 +46,8 @@ class RunLog:
         self._between_s = 0.0
         self._inner = [0.0]  # seconds of the phases that have ended within each open one
         self._opened = self._started = self._ended = time.perf_counter()
+        self._told_stage: str | None = None
+        self._told_at = -math.inf  # perf_counter
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -88,11 +94,12 @@ class RunLog:
         }
 
     def write_step(self, row: Row, line: str) -> None:
-        """One row, flushed to the disk's cache, and one line. Raises RunFailed where the disk refuses."""
+        """One row, flushed to the disk's cache, and its line where one is due. Raises RunFailed on a full disk."""
         row = _jsonable(row)
         with self.writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.say(line)
+        if self._is_due(row):
+            self.say(line)
         rss_gib = row.get("mem/rss_gib")
         if rss_gib is not None and self.telemetry.growth.observe(rss_gib) and self.telemetry.growth.num_alarms == 1:
             self.say(f"warning: this process's memory only grows, {rss_gib:.2f} GiB now: something is never freed")
@@ -100,6 +107,14 @@ class RunLog:
             read(row)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], description=row["stage"])
+
+    def _is_due(self, row: Row) -> bool:
+        now = time.perf_counter()
+        is_new, is_late = row["stage"] != self._told_stage, now - self._told_at >= LINE_S
+        if is_new or is_late or row["step"] % self.every == 0:
+            self._told_stage, self._told_at = row["stage"], now
+            return True
+        return False
 
     def write_completions(self, name: str, rows: Sequence[Row]) -> None:
         """``completions/name.jsonl``: what was answered, with what it was worth. Raises RunFailed as above."""

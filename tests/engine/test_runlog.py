@@ -25,6 +25,21 @@ def test_a_step_is_one_row_on_the_disk_and_one_line_on_the_console(tmp_path: Pat
     assert out.getvalue().splitlines() == ["step 1 reward 0.5", "x" * 300]
 
 
+def test_the_console_has_a_line_every_so_many_steps_or_seconds_and_for_each_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    log = RunLog(tmp_path, Console(file=out, width=80), every=50)
+    now = [1000.0]
+    monkeypatch.setattr("isomorph.engine.record.runlog.time.perf_counter", lambda: now[0])
+    for step in range(1, 601):
+        now[0] += 0.02 if step != 130 else 11.0  # one slow step
+        log.write_step({"step": step, "stage": "warm-up" if step <= 520 else "symbols"}, f"step {step}")
+    told = [int(line.removeprefix("step ")) for line in out.getvalue().splitlines()]
+    assert told == [1, 50, 100, 130, 150, 200, 250, 300, 350, 400, 450, 500, 521, 550, 600]
+    assert len(read_steps(tmp_path)) == 600
+
+
 def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
     log, _ = make_log(tmp_path)
     row = {"step": 1, "stage": "a", "kl": math.nan, "deep": {"x": [math.inf, 1.0], "y": (-math.inf, "t", None, True)}}
