@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 def isomorph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The console script, which torchrun starts by its path.
 
-    Named as pip names it: Python puts a script's folder first on sys.path, where an ``isomorph.py`` would be imported in
-    place of the package.
+    Named as pip names it: Python puts a script's folder first on sys.path, and would import an ``isomorph.py`` from
+    there in place of the package.
     """
     script = tmp_path_factory.mktemp("bin") / "isomorph"
     script.write_text(PROGRAM + "\n")
