@@ -19,6 +19,11 @@ def cases(quick: bool) -> list[Case]:
     return [_groups(256, 16), _gae(16, 256)] if quick else [_groups(4096, 16), _gae(seqs, length)]
 
 
+def tiny_cases() -> list[Case]:
+    """A size that Triton's interpreter bears."""
+    return [_groups(4, 3), _gae(3, 5)]
+
+
 def _groups(groups: int, size: int) -> Case:
     torch.manual_seed(0)
     reward_S = torch.randn(groups * size, device=DEVICE)

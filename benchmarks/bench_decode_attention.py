@@ -21,6 +21,11 @@ def cases(quick: bool) -> list[Case]:
     return [_case(*shape, dtype) for shape in (shapes[:1] if quick else shapes) for dtype in dtypes()]
 
 
+def tiny_cases() -> list[Case]:
+    """A size that Triton's interpreter bears."""
+    return [_case(1, 2, 2, 1, 16, 8, 4, torch.float32)]
+
+
 def _case(prompts: int, rows: int, heads: int, kv: int, dim: int, long: int, own: int, dtype: torch.dtype) -> Case:
     torch.manual_seed(0)
     num_rows = prompts * rows

@@ -6,9 +6,10 @@ Everybody's rate counts the packed pairs, so that whoever computes the prompt G 
 as many FLOP in one product of square matrices.
 """
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -67,6 +68,11 @@ GPU_SIZES = (
 def cases(quick: bool) -> list[Case]:
     shapes = GPU_SIZES if DEVICE.type == "cuda" else CPU_SIZES
     return [_case(shape, dtype) for shape in (shapes[:1] if quick else shapes) for dtype in dtypes()]
+
+
+def tiny_cases() -> list[Case]:
+    """A size that Triton's interpreter bears."""
+    return [_case(Shape(1, 4, 3, 2, 2, 1, 16), torch.float32)]
 
 
 def _case(shape: Shape, dtype: torch.dtype) -> Case:
@@ -174,8 +180,7 @@ class Repeated:
         need_gpu("flash attention in PyTorch")
         from torch.nn.attention.varlen import varlen_attn
 
-        is_grouped = self.shape.heads != self.shape.kv_heads
-        return self._varlen(lambda *args: varlen_attn(*args, window_size=(-1, 0), enable_gqa=is_grouped))
+        return self._varlen(causal_varlen(varlen_attn, self.shape.heads // self.shape.kv_heads))
 
     def flash_attn(self) -> Attend:
         need_gpu("flash-attn")
@@ -199,6 +204,26 @@ class Repeated:
         out_PGLHD = out_BLHD.unflatten(0, (self.shape.prompts, self.shape.group))
         prompts, responses = out_PGLHD[:, 0, : self.shape.prompt], out_PGLHD[:, :, self.shape.prompt :].flatten(1, 2)
         return torch.cat([prompts, responses], 1).flatten(0, 1)
+
+
+def causal_varlen(varlen_attn: Callable[..., Tensor], repeats: int) -> Callable[..., Tensor]:
+    """Causal, for queries of ``repeats`` heads a KV head, in the words of the PyTorch that is installed.
+
+    torch 2.10 says is_causal, later ones a window; until 2.12 it takes as many KV heads as query heads, so that they
+    are copied for it.
+    """
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    takes_groups = "enable_gqa" in known
+    if takes_groups:
+        options["enable_gqa"] = repeats > 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *sizes: Any) -> Tensor:
+        if not takes_groups and repeats > 1:
+            k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        return varlen_attn(q, k, v, *sizes, **options)
+
+    return attend
 
 
 def _flex(layout: PackedLayout) -> Attend:

@@ -184,6 +184,8 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
             rows.append({"who": "isomorph", "turn": index, **turn})
             for row in rows[-2:]:
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            if args.out:  # at once: what is measured outlives a run that is cut short
+                append_rows(args.out, rows[-2:])
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [variety(c[0]["content"] if is_chat else c) for c in completions]
@@ -296,7 +298,7 @@ def main() -> None:
         )
     print(f"{summary['ratio']:.2f} times, {shlex.quote(summary['model'])}, {args.dtype}")
     if args.out:
-        append_rows(args.out, [*rows, summary])
+        append_rows(args.out, [summary])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Providers of one op beside each other: one process, one set of inputs, taking turns round by round.
 
-Time: median of the rounds with p20 and p80. Memory: on CUDA max_memory_allocated above what was allocated before; on
-the CPU the growth of the peak resident set (VmHWM, reset through /proc/self/clear_refs; Linux only, else not given).
+Time: median of the calls with p20 and p80. On the CPU a round is one call by the host's clock. On CUDA a round is up to
+20 calls by events on the device, which does not wait for the host and finds nothing in its L2 cache; ``host_s`` is what
+the host took to give out one call. Memory: on CUDA max_memory_allocated above what was allocated before; on the CPU the
+growth of the peak resident set (VmHWM, reset through /proc/self/clear_refs; Linux only, else not given).
 Rate: the file's model of FLOP or bytes over the median.
 Error: the largest difference from float64 on the same rounded inputs, over the largest value, worst of the outputs. A
 provider whose error passes PyTorch's own in the same dtype, ``BOUND`` times for ours and ``PEER_BOUND`` times for the
@@ -9,6 +11,7 @@ others (and 8 eps), is "wrong" and gets no speed.
 """
 
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -18,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUND, PEER_BOUND = 4.0, 16.0
 OURS, EAGER, COMPILED = "isomorph", "torch eager", "torch.compile"
 MIN_ROUNDS = 5
+CALLS_A_ROUND, ROUND_S = 20, 2e-3  # on CUDA: calls of one round at most, and what they take together at most
+L2_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds
+SPIN_HZ = 2e9  # cycles of the spinning kernel a second, at most
 CLEAR_REFS = Path("/proc/self/clear_refs")
 Run = Callable[[], tuple[Tensor, ...]]
 
@@ -86,6 +92,7 @@ def measure(case: Case, *, max_rounds: int, budget_s: float) -> Iterator[dict[st
             rows[name].update(status="absent", reason=f"{reason}")
         except Exception as failure:  # a peer's failure is a result
             rows[name].update(status="failed", reason=f"{type(failure).__name__}: {failure}"[:300])
+            free_memory()
         else:
             runs[name] = run
             rows[name].update(status="ok", error=_error(out, exact))
@@ -94,11 +101,13 @@ def measure(case: Case, *, max_rounds: int, budget_s: float) -> Iterator[dict[st
     del exact
     runs = {name: run for name, run in runs.items() if rows[name]["status"] == "ok"}
     ceiling = {"ceiling": case.ceiling} if case.ceiling else {}
-    seconds = _take_turns({**runs, **ceiling}, max_rounds, budget_s)
+    seconds, host_s = take_turns({**runs, **ceiling}, max_rounds, budget_s)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name in runs:
-        low, high = _quantiles(seconds[name])
+        low, high = quantiles(seconds[name])
         rows[name].update(median_s=medians[name], p20_s=low, p80_s=high, rounds=len(seconds[name]))
+        if name in host_s:
+            rows[name].update(clock="device events, cold L2", host_s=host_s[name])
         if OURS in medians:
             rows[name]["ratio"] = medians[name] / medians[OURS]
         if case.flop or case.byte:
@@ -117,19 +126,78 @@ def _judge(rows: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
             row.update(status="wrong", reason=f"error {row['error']:.1e}, bound {bound:.1e}")
 
 
-def _take_turns(runs: dict[str, Callable[[], object]], max_rounds: int, budget_s: float) -> dict[str, list[float]]:
+def only_ours(case: Case) -> Case:
+    """Our bodies and PyTorch's own operations, which say what error is usual in this dtype."""
+    kept = {name: make for name, make in case.providers.items() if name.startswith(OURS) or name == EAGER}
+    return replace(case, providers=kept)
+
+
+def beside_each_peer(case: Case, *, max_rounds: int, budget_s: float) -> Iterator[dict[str, Any]]:
+    """A row for each peer, measured in turns with ours, as soon as it is there; what compiles comes last."""
+    exact = functools.cache(case.exact)
+    peers = [name for name in case.providers if not name.startswith(OURS) and name != EAGER]
+    for name in sorted(peers, key=lambda name: COMPILED in name):
+        three = {who: case.providers[who] for who in (OURS, EAGER, name)}
+        for row in measure(replace(case, providers=three, exact=exact), max_rounds=max_rounds, budget_s=budget_s):
+            if row["provider"] == name:
+                yield row
+        free_memory()
+
+
+def take_turns(
+    runs: dict[str, Callable[[], object]], max_rounds: int, budget_s: float, *, by_host: bool = DEVICE.type != "cuda"
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of the calls, round by round, and on CUDA what the host took to give out one."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    host_s = {} if by_host else {name: _host_and_whole(run) for name, run in runs.items()}
     until = time.perf_counter() + budget_s
     for index in range(max_rounds):
         if index >= MIN_ROUNDS and time.perf_counter() > until:
             break
         for name, run in runs.items():
-            _wait()
-            start = time.perf_counter()
-            run()
-            _wait()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            if by_host:
+                start = now()
+                run()
+                seconds[name].append(now() - start)
+            else:
+                seconds[name] += _device_seconds(run, *host_s[name])
+    return seconds, {name: host for name, (host, _) in host_s.items()}
+
+
+def _host_and_whole(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds until the call returns, and until the device has done what it asked for."""
+    start = now()
+    run()
+    host = time.perf_counter() - start
+    return host, now() - start
+
+
+def _device_seconds(run: Callable[[], object], host_s: float, whole_s: float) -> list[float]:
+    """Of several calls in a row. The device spins until the host has given all of them out: it never waits."""
+    calls = max(1, min(CALLS_A_ROUND, int(ROUND_S / whole_s)))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(min(2 * calls * host_s, 0.05) * SPIN_HZ))
+    for start, end in events:
+        _l2_filler().zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+@functools.cache
+def _l2_filler() -> Tensor:
+    return torch.empty(L2_BYTES, dtype=torch.int8, device=DEVICE)
+
+
+def free_memory() -> None:
+    """After a failure or a large case. Raises what CUDA says where its context is lost."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _first(run: Run) -> tuple[tuple[Tensor, ...], float | None]:
@@ -178,7 +246,7 @@ def _error(out: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return worst
 
 
-def _quantiles(times: list[float]) -> tuple[float, float]:
+def quantiles(times: list[float]) -> tuple[float, float]:
     ordered = sorted(times)
     return ordered[round(0.2 * (len(ordered) - 1))], ordered[round(0.8 * (len(ordered) - 1))]
 

@@ -1,149 +1,152 @@
-"""What a GPU machine is asked first, in one call of at most nine minutes, most valuable first.
+"""All that a GPU machine is asked, in one call that keeps to nine minutes, most valuable first.
 
-    PYTHONPATH=.links:.peers python benchmarks/gpu_suite.py --out FOLDER [--rehearse] [--part NAME ...]
+    python benchmarks/gpu_suite.py --out FOLDER [--part NAME ...] [--limit-s 540] [--rehearse]
 
-Every part is a child process with its own time limit; every result is appended to FOLDER/gpu_suite.jsonl the moment it
-is there, a failure with its output. A short table comes last. Nothing needs an installed isomorph or its C++ module.
---rehearse runs each part at tiny sizes on the CPU, Triton interpreted. What the machine lacks of pydantic, pytest,
-hypothesis and of the peers (trl with accelerate and datasets, liger-kernel, cut-cross-entropy, verl) is taken from
-.peers, made elsewhere by pip install --no-deps --target .peers; without a peer its rows read absent.
+FOLDER gets two files and nothing else: gpu_suite.jsonl, to which every result is appended the moment it exists, and
+gpu_suite.log, all output of all parts, line by line. Whatever cuts the call short, what was measured is there. A short
+table is printed at the end. Works from any folder, with relative paths, with isomorph installed or not: the checkout's
+own .links stand at the end of the path.
 
-A new part is a function of gpu_parts.py and a line in PARTS.
+Time. Every part has a share of the whole. It may take its share and whatever the parts before it have left over, and
+where less time is left than the shares of what is to come, all are shortened alike. A part that passes its limit is
+ended, with all that it has started; the next one goes on. With --part the parts named have the whole time.
+
+Parts run in one worker process, so that PyTorch starts once; one that ends badly gets a new worker after it. What a
+part needs and the machine lacks (trl, vllm) makes it "absent". Beside the machine's own packages the tests need
+hypothesis with sortedcontainers; the step beside TRL needs trl, and datasets with pandas, xxhash, dill, multiprocess.
+--rehearse runs every part at tiny sizes on the CPU, Triton interpreted: .ci/rehearse_gpu does so on a bare machine.
+
+A new part is a function that yields rows, and a line in PARTS.
 """
 
 import argparse
 import json
 import os
-import subprocess
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
 
-import gpu_parts as ask
-from compare import COMPILED, EAGER, OURS
+from gpu_rows import append
+from gpu_summary import is_bad, summary
+from gpu_worker import Log, Worker
 
+LINKS = Path(__file__).resolve().parents[1] / ".links"
 TOTAL_S = 540.0
-# name: what runs, seconds at most; most valuable first
-PARTS: dict[str, tuple[Callable[[bool], ask.Rows], float]] = {
-    "gpu_tests": (ask.gpu_tests, 90.0),
-    "gemm": (ask.gemm_ceiling, 30.0),
-    "alone": (ask.rows_alone, 30.0),
-    "linear_loss": (ask.ops("bench_linear_loss"), 120.0),
-    "memory": (ask.head_memory, 30.0),
-    "packed_attention": (ask.ops("bench_packed_attention"), 60.0),
-    "layers": (ask.layer_stack, 60.0),
-    "update": (ask.update, 60.0),
-    "smoke": (ask.smoke_run, 90.0),
-    "decode_attention": (ask.ops("bench_decode_attention"), 30.0),
-    "sampler": (ask.sampler_speed, 45.0),
-    "step": (ask.step_beside_trl, 90.0),
-    "trl_adapter": (ask.trl_adapter, 45.0),
-    "energy": (ask.energy, 15.0),
-    "optimizers": (ask.optimizers, 45.0),
-    "linear_logprob": (ask.ops("bench_linear_logprob"), 60.0),
-    "token_logprob": (ask.ops("bench_token_logprob"), 30.0),
-    "sample_token": (ask.ops("bench_sample_token"), 20.0),
-    "advantage": (ask.ops("bench_advantage"), 30.0),
-    "kernel_tests": (ask.kernel_tests, 120.0),
+# name: module:function, and its share of the time in seconds. Ours and the ceilings come first, peers last.
+PARTS: dict[str, tuple[str, float]] = {
+    "machine": ("gpu_runs:machine", 3.0),
+    "correct_head": ("gpu_correct:head", 20.0),
+    "correct_attention": ("gpu_correct:attention", 20.0),
+    "correct_decode": ("gpu_correct:decode", 10.0),
+    "correct_draws": ("gpu_correct:draws", 5.0),
+    "correct_repeats": ("gpu_correct:repeats", 7.0),
+    "gemm": ("gpu_parts:gemm_ceiling", 10.0),
+    "ours_head": ("gpu_parts:ours_head", 40.0),
+    "ours_attention": ("gpu_parts:ours_attention", 30.0),
+    "ours_rows": ("gpu_parts:ours_rows", 20.0),
+    "sampler": ("gpu_parts:sampler", 40.0),
+    "update": ("gpu_parts:update", 40.0),
+    "layers": ("gpu_parts:layer_stack", 30.0),
+    "run": ("gpu_runs:train_builtin", 60.0),
+    "step": ("gpu_runs:step_beside_trl", 90.0),
+    "tests": ("gpu_runs:gpu_tests", 30.0),
+    "memory": ("gpu_parts:head_memory", 10.0),
+    "run_vllm": ("gpu_runs:train_vllm", 10.0),
+    "energy": ("gpu_parts:energy", 5.0),
+    "optimizers": ("gpu_parts:optimizers", 5.0),
+    "more_tests": ("gpu_runs:kernel_tests", 15.0),
+    "peers_head": ("gpu_parts:peers_head", 15.0),
+    "peers_attention": ("gpu_parts:peers_attention", 10.0),
+    "peers_rows": ("gpu_parts:peers_rows", 5.0),
+    "trl_adapter": ("gpu_runs:trl_adapter", 10.0),
 }
+START_S = 60.0  # at most, until a worker begins its first part
+LEAST_S = 3.0  # with less than this left nothing is begun
+REHEARSAL_S = 3000.0  # an interpreter on two busy cores proves that a part runs, not how fast
 
 
-def _child(part: str, rehearse: bool, file: Path) -> None:
-    for row in PARTS[part][0](rehearse):
-        _append(file, {"part": part, **row})
+def limit_of_first(shares: Sequence[float], left_s: float) -> float:
+    """Seconds for the first of the parts that are still to come."""
+    planned = sum(shares)
+    return shares[0] * left_s / planned if planned > left_s else shares[0] + left_s - planned
 
 
-def _append(file: Path, row: dict[str, Any]) -> None:
-    with file.open("a") as out:
-        out.write(json.dumps(row) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
+def run(names: Sequence[str], total_s: float, results: Path, log: Log, scratch: Path, *, rehearse: bool) -> None:
+    """Every part of ``names`` in order, a row at the end of each; returns before ``total_s`` have passed."""
+    until = time.monotonic() + total_s
+    waiting, worker = list(names), None
+    environment = environment_of_parts(scratch, rehearse=rehearse)
+    try:
+        while waiting and until - time.monotonic() >= LEAST_S:
+            if worker is None:
+                calls = [f"{name}={PARTS[name][0]}" for name in waiting]
+                worker = Worker(calls, results, log, environment, scratch, rehearse=rehearse)
+            _run_first(waiting, worker, until, results, log)
+            if not worker.is_fit:
+                worker.kill()
+                worker = None
+            waiting.pop(0)
+    finally:  # also where this process is told to stop
+        if worker is not None:
+            worker.kill()
+    for name in waiting:
+        append(results, {"part": name, "ended": "no time left", "wall_s": 0.0})
 
 
-def _run_part(part: str, limit_s: float, rehearse: bool, file: Path) -> None:
-    command = [sys.executable, __file__, "--out", str(file.parent), "--child", part, *["--rehearse"][: int(rehearse)]]
-    environment = os.environ | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearse else {})
-    started = time.monotonic()
-    with (file.parent / f"{part}.log").open("w+") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            code: int | str = child.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)  # with what it started itself
-            child.wait()
-            code = f"cut after {limit_s:.0f} s"
-        log.seek(0)
-        output = log.read()[-6000:] if code else ""
-    _append(file, {"part": part, "ended": code, "wall_s": round(time.monotonic() - started, 1), "output": output})
-    print(part, "ended with", code, flush=True)
+def _run_first(waiting: Sequence[str], worker: Worker, until: float, results: Path, log: Log) -> None:
+    part, started = waiting[0], time.monotonic()
+    ended: object = "stopped"
+    log.say(f"== {part}")
+    try:
+        begun = worker.wait_for("begin", part, min(START_S, until - started))
+        if begun == 0:
+            started = time.monotonic()
+            limit_s = limit_of_first([PARTS[name][1] for name in waiting], until - started)
+        ended = worker.wait_for("end", part, limit_s) if begun == 0 else begun
+    finally:
+        wall_s = round(time.monotonic() - started, 1)
+        append(results, {"part": part, "ended": ended, "wall_s": wall_s, "output": log.tail() if ended else ""})
+        log.say(f"== {part}: ended with {ended} after {wall_s} s")
 
 
-def summary(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """A line for each figure; of each case ours, PyTorch's and the three best peers'; and how each part ended."""
-    lines = []
-    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if "ended" in row:
-            lines += [line for case in cases.values() for line in _case_lines(case)]
-            cases = {}
-            lines.append(f"== {row['part']}: ended with {row['ended']} after {row.get('wall_s', 0)} s")
-        elif "provider" in row:
-            cases.setdefault((row["op"], row["size"], row["dtype"]), []).append(row)
-        else:
-            lines.append(f"   {row['check']}: {_figures(row)}")
-            lines += [f"      {line[:150]}" for line in row.get("failed", [])[:10] if isinstance(row["failed"], list)]
-    return lines
+def environment_of_parts(scratch: Path, *, rehearse: bool) -> dict[str, str]:
+    """Paths made absolute, because parts run in folders of their own; what libraries write goes to ``scratch``."""
+    given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    path = os.pathsep.join([*given, str(LINKS)])
+    named = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TMPDIR": str(scratch)}
+    on_cpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | named | (on_cpu if rehearse else {})
 
 
-def _figures(row: dict[str, Any]) -> str:
-    if isinstance(row.get("failed"), str):
-        return f"FAILED {row['failed'].splitlines()[-1][:150]}" if row["failed"] else "FAILED"
-    formats = {"value": "{:.4g}", "median_s": "{:.4g} s", "tflops": "{:.1f} TFLOP/s", "peak_mib": "{:.0f} MiB",
-               "packed_tok_s": "{:.0f} packed tok/s", "gain": "{:.2f} times", "result": "{}"}  # fmt: skip
-    return ", ".join(form.format(row[name]) for name, form in formats.items() if row.get(name) is not None)
-
-
-def _case_lines(rows: list[dict[str, Any]]) -> list[str]:
-    ok = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["median_s"])
-    bad = [f"{row['provider']} {row['status']}" for row in rows if row["status"] != "ok"]
-    head = f"   {rows[0]['op']}, {rows[0]['size']}, {rows[0]['dtype']}; not measured: {', '.join(bad) or 'none'}"
-    others = [row["provider"] for row in ok if not row["provider"].startswith(OURS)]
-    shown = {EAGER, COMPILED, *others[:3]}
-    kept = [row for row in ok if row["provider"].startswith(OURS) or row["provider"] in shown]
-    return [head, *(f"      {row['provider']:<38} {_speed(row)}" for row in kept)]
-
-
-def _speed(row: dict[str, Any]) -> str:
-    percent = f"{row['ceiling_percent']:.0f} % of {row['ceiling']}" if "ceiling_percent" in row else ""
-    memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f} MiB"
-    return f"{1e3 * row['median_s']:9.3f} ms  {percent:<18} {memory:>10}  error {row['error']:.1e}"
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 where every part ended well or was absent and every check held, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="these parts only, in this order")
+    parser.add_argument("--limit-s", type=float, help=f"seconds for the whole call; {TOTAL_S:.0f} if not given")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="these parts only")
-    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    total_s = args.limit_s or (REHEARSAL_S if args.rehearse else TOTAL_S)
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "gpu_suite.jsonl"
-    if args.child:
-        return _child(args.child, args.rehearse, file)
-    patience = 10 if args.rehearse else 1  # an interpreter on two busy cores proves that a part runs, not how fast
-    until = time.monotonic() + TOTAL_S * patience
-    for part in args.part:
-        left_s = until - time.monotonic()
-        if left_s < 5:
-            _append(file, {"part": part, "ended": "no time left"})
-        else:
-            _run_part(part, min(PARTS[part][1] * patience, left_s), args.rehearse, file)
-    print("\n".join(summary(map(json.loads, file.read_text().splitlines()))))
+    results = args.out.resolve() / "gpu_suite.jsonl"
+    old_rows = len(results.read_text().splitlines()) if results.exists() else 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu_suite-", ignore_cleanup_errors=True) as scratch,
+        Log(args.out.resolve() / "gpu_suite.log") as log,
+    ):
+        run(args.part, total_s, results, log, Path(scratch), rehearse=args.rehearse)
+        rows = [json.loads(line) for line in results.read_text().splitlines()[old_rows:]]
+        for line in summary(rows):
+            log.say(line)
+            print(line, flush=True)
+    return int(any(map(is_bad, rows)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,447 @@
+"""Parts of the GPU suite that check: what a step runs on a GPU, at real sizes, against the specification in float64.
+
+On a GPU everything is bfloat16: the head with its products accumulated to float32 by cuBLAS, Triton's rows, the
+gradient of the logits written over them; attention in every layout; decoding, its CUDA graphs replayed; draws. With
+``rehearse`` the same code runs tiny in float32, because Triton's interpreter has no product of bfloat16 tiles.
+
+Each row has the figure as "value", what it must not pass as "bound", and whether it "holds". Bounds of the head are
+those of its contract: log-probabilities 5e-6 and entropies 1e-5 of the largest logit; gradients 2.5e-3 (hidden rows)
+and 3e-3 (weight) of their norm in bfloat16, 1e-5 in float32; 1e-2 (1e-4) for the worst row, five times what rounding
+one number takes, so that one spoilt row among thousands is seen; bias, the projection on the truth, 5e-4. Elsewhere the
+bound is twice the error of PyTorch's plain operations in the same dtype, and one rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from compare import DEVICE, free_memory
+from gpu_models import SMOLLM2_135M, TINY, VOCAB_SMOLLM2, VOCAB_TINY, make_policy, make_prompts
+from torch import Tensor
+
+from isomorph.kernels import attention_route, backend
+from isomorph.kernels.decode_attention import CachedKV, decode_attention, decode_attention_ref
+from isomorph.kernels.linear_logprob import linear_logprob, linear_logprob_ref, linear_loss, linear_loss_ref
+from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
+from isomorph.kernels.packed_layout import PackedLayout
+from isomorph.kernels.sample_token import sample_token, sample_token_ref
+from isomorph.kernels.token_logprob import TokenStats
+
+Rows = Iterator[dict[str, Any]]
+Loss = Callable[[TokenStats, slice], Tensor]
+
+
+def _check(check: str, value: float, bound: float) -> dict[str, Any]:
+    return {"check": check, "value": value, "bound": bound, "holds": value <= bound}  # of NaN nothing holds
+
+
+def _dtype(rehearse: bool) -> torch.dtype:
+    return torch.float32 if rehearse else torch.bfloat16
+
+
+def _bodies(op: str) -> list[str]:
+    """All that run here but the specification."""
+    return [body for body in backend.bodies(op, DEVICE.type) if body != "reference"]
+
+
+def _worst_row(got: Tensor, want: Tensor, least: float = 1.0) -> float:
+    """The largest error of a row (all but the first axis) over its norm; one below ``least`` of the usual norm counts
+    as that large. Rows of dQ that see few keys are differences of larger numbers, and of one key exactly 0."""
+    if not want.numel():
+        return 0.0
+    got, want = (x.double().flatten(1) for x in (got, want))
+    norm = want.norm(dim=1)
+    usual = norm.square().mean().sqrt().clamp(min=1e-30)
+    return float(((got - want).norm(dim=1) / norm.clamp(min=least * usual)).max())
+
+
+# -- the head
+class _Head(NamedTuple):
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    target_N: Tensor
+    row_index_N: Tensor  # some rows are read several times, as the last token of a prompt is
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.hidden_TD.detach().requires_grad_(), self.weight_VD.detach().requires_grad_()
+
+
+TEMPERATURE = 0.7
+
+
+def head(rehearse: bool) -> Rows:
+    """linear_logprob and linear_loss, forward and backward, in several chunks; one vocabulary of an odd size."""
+    sizes = [(4096, 1536, 151_936), (2048, 3584, 152_064), (4096, 768, 50_257)] if not rehearse else [(11, 24, 301)]
+    for num, dim, vocab in sizes:
+        made, chunk = _make_head(num, dim, vocab, _dtype(rehearse)), 4 if rehearse else 1024
+        truth = _head_stats(made, 256)
+        for body in _bodies("linear_logprob"):
+            yield from _check_stats(f"linear_logprob={body} N={num} D={dim} V={vocab}", body, made, truth)
+        for name, loss_of in _losses(made, truth).items():
+            exact = _head_gradients(made, loss_of, 256)
+            for body in _bodies("linear_loss"):
+                if body == "offset" and dim % 8:
+                    continue
+                what = f"linear_loss={body} N={num} D={dim} V={vocab}, {name}"
+                yield from _check_gradients(what, body, made, loss_of, chunk, exact)
+            del exact
+        del made, truth
+        free_memory()
+
+
+def _make_head(num: int, dim: int, vocab: int, dtype: torch.dtype) -> _Head:
+    """Logits of standard deviation 4; targets include the first and the last column."""
+    gen = torch.Generator(DEVICE).manual_seed(num + vocab)
+    rows = num - num // 4
+    hidden = torch.randn(rows, dim, device=DEVICE, generator=gen).to(dtype)
+    weight = (4 * dim**-0.5 * torch.randn(vocab, dim, device=DEVICE, generator=gen)).to(dtype)
+    target = torch.randint(vocab, (num,), device=DEVICE, generator=gen)
+    target[0], target[-1] = vocab - 1, 0
+    return _Head(hidden, weight, target, torch.arange(num, device=DEVICE) * 5 % num * rows // num)
+
+
+def _losses(made: _Head, truth: TokenStats) -> dict[str, Loss]:
+    """GRPO's clipped one, and one of all three figures, whose gradient takes another way through the kernels."""
+    gen = torch.Generator(DEVICE).manual_seed(1)
+    num = len(made.target_N)
+    noise_N, advantage_N = torch.randn(2, num, device=DEVICE, generator=gen, dtype=torch.float64).unbind()
+    old_N = truth.logprob + 0.1 * noise_N
+
+    def grpo(stats: TokenStats, rows: slice) -> Tensor:
+        old, advantage = (x[rows].to(stats.logprob.dtype) for x in (old_N, advantage_N))
+        ratio = (stats.logprob - old).exp()
+        return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / num
+
+    def every(stats: TokenStats, rows: slice) -> Tensor:
+        advantage = advantage_N[rows].to(stats.logprob.dtype)
+        return (stats.logprob * advantage - 0.1 * stats.entropy + 0.01 * stats.lse).sum() / num
+
+    return {"GRPO": grpo, "with entropy and LSE": every}
+
+
+def _parts(num: int, size: int) -> Iterator[slice]:
+    for start in range(0, num, size):
+        yield slice(start, min(start + size, num))
+
+
+@torch.no_grad()
+def _head_stats(made: _Head, size: int) -> TokenStats:
+    weight = made.weight_VD.double()
+    parts = [
+        linear_logprob_ref(
+            made.hidden_TD[made.row_index_N[rows]].double(), weight, made.target_N[rows], temperature=TEMPERATURE
+        )
+        for rows in _parts(len(made.target_N), size)
+    ]
+    return TokenStats(*(torch.cat(stat) for stat in zip(*parts, strict=True)))
+
+
+def _head_gradients(made: _Head, loss_of: Loss, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients in float64, so many rows at a time."""
+    weight = made.weight_VD.double().requires_grad_()
+    loss = weight.new_zeros(())
+    dhidden, dweight = torch.zeros_like(made.hidden_TD, dtype=torch.float64), torch.zeros_like(weight)
+    for rows in _parts(len(made.target_N), size):
+        hidden = made.hidden_TD[made.row_index_N[rows]].double().requires_grad_()
+        part = linear_loss_ref(
+            hidden, weight, made.target_N[rows],
+            lambda stats, _, rows=rows: loss_of(stats, rows), temperature=TEMPERATURE,
+        )  # fmt: skip
+        of_hidden, of_weight = torch.autograd.grad(part, (hidden, weight))
+        loss = loss + part.detach()
+        dhidden.index_add_(0, made.row_index_N[rows], of_hidden)
+        dweight += of_weight
+    return loss.detach(), dhidden, dweight
+
+
+def _check_stats(what: str, body: str, made: _Head, truth: TokenStats) -> Rows:
+    with torch.no_grad(), backend.using(f"linear_logprob={body}"):
+        stats = linear_logprob(
+            made.hidden_TD, made.weight_VD, made.target_N, row_index_N=made.row_index_N, temperature=TEMPERATURE
+        )
+    largest = max(1.0, float(truth.lse.abs().max()), float(truth.logprob.abs().max()))
+    for name, bound in (("logprob", 5e-6), ("entropy", 1e-5), ("lse", 5e-6)):
+        error = float((getattr(stats, name).double() - getattr(truth, name)).abs().max()) / largest
+        yield _check(f"{what}: {name}", error, bound)
+
+
+def _check_gradients(
+    what: str, body: str, made: _Head, loss_of: Loss, chunk: int, exact: tuple[Tensor, Tensor, Tensor]
+) -> Rows:
+    leaves = made.leaves()
+    with backend.using(f"linear_loss={body}"):
+        loss = linear_loss(
+            *leaves, made.target_N, loss_of, row_index_N=made.row_index_N, temperature=TEMPERATURE, chunk_rows=chunk
+        )
+        grads = torch.autograd.grad(loss, leaves)
+    wide = made.weight_VD.dtype == torch.float32
+    scale = max(1.0, abs(float(exact[0])))
+    yield _check(f"{what}: loss", abs(float(loss.detach()) - float(exact[0])) / scale, 1e-5)
+    for name, got, want, bound in zip(("hidden", "weight"), grads, exact[1:], (2.5e-3, 3e-3), strict=True):
+        got = got.double()
+        norm = want.norm()
+        yield _check(f"{what}: gradient of {name}", float((got - want).norm() / norm), 1e-5 if wide else bound)
+        yield _check(f"{what}: its worst row", _worst_row(got, want, least=0.1), 1e-4 if wide else 1e-2)
+        yield _check(f"{what}: its bias", abs(float((got * want).sum() / norm.square()) - 1), 5e-4)
+        del got
+
+
+# -- attention
+def _layouts(rehearse: bool) -> dict[str, PackedLayout]:
+    of_groups, of_tree = PackedLayout.from_groups, PackedLayout.from_tree
+    if rehearse:
+        ragged = of_groups([17, 1, 5, 9], [[7, 0, 1, 12], [3] * 3, [], [20]])
+        return {"ragged": ragged, "tree": of_tree([9, 7, 5, 3, 6, 2], [-1, 0, 1, 1, 0, 4])}
+    return {
+        "P=2048 R=1024 G=8": of_groups([2048], [[1024] * 8]),
+        "ragged": of_groups([700, 1, 129, 512, 64], [[300, 0, 1, 129], [257] * 3, [], [31, 640], [128] * 16]),
+        "one long prompt": of_groups([16_384], [[512, 100]]),
+        "tree": of_tree([512, 300, 200, 100, 257, 64, 33], [-1, 0, 1, 1, 0, 4, -1]),
+    }
+
+
+def attention(rehearse: bool) -> Rows:
+    """packed_attention, forward and backward, in every layout and with every width and share of KV heads."""
+    heads = {name: [(12, 2, 128), (9, 3, 64)] for name in _layouts(rehearse)}
+    heads |= {"ragged": [(12, 2, 128), (28, 4, 128), (9, 3, 64), (8, 8, 64)], "one long prompt": [(4, 1, 128)]}
+    for name, layout in _layouts(rehearse).items():
+        for shape in [(4, 2, 16), (3, 1, 8)] if rehearse else heads[name]:
+            yield from _check_attention(name, layout.to(DEVICE), *shape, _dtype(rehearse))
+            free_memory()
+
+
+def _check_attention(
+    name: str, layout: PackedLayout, num_heads: int, num_kv: int, dim: int, dtype: torch.dtype
+) -> Rows:
+    gen = torch.Generator(DEVICE).manual_seed(dim + num_heads)
+    shapes = [(layout.num_tok, n, dim) for n in (num_heads, num_kv, num_kv, num_heads)]
+    q, k, v, dout = (torch.randn(shape, device=DEVICE, generator=gen).to(dtype) for shape in shapes)
+    exact = _by_head(q, k, v, dout, layout, torch.float64)
+    plain = _by_head(q, k, v, dout, layout, dtype)
+    bounds = [2 * _worst_row(p, e) + 2 * torch.finfo(dtype).eps for p, e in zip(plain, exact, strict=True)]
+    for body in _bodies("packed_attention"):
+        if attention_route.why_not(body, dtype, dim, layout.is_tree):
+            continue
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with backend.using(f"packed_attention={body}"):
+            out = packed_attention(*leaves, layout)
+            got = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+        for of, g, e, bound in zip(("out", "dq", "dk", "dv"), got, exact, bounds, strict=True):
+            what = f"packed_attention={body} {name} H={num_heads}/{num_kv} d={dim}: {of}, worst row"
+            yield _check(what, _worst_row(g, e), bound)
+
+
+def _by_head(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, layout: PackedLayout, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Output and gradients of the specification, a query head at a time, because all scores at once would not fit."""
+    repeats = q.shape[1] // k.shape[1]
+    sums = [torch.zeros_like(x, dtype=torch.float64) for x in (q, q, k, v)]
+    for h in range(q.shape[1]):
+        leaves = [
+            x[:, i : i + 1].to(dtype).detach().requires_grad_()
+            for x, i in ((q, h), (k, h // repeats), (v, h // repeats))
+        ]
+        out = packed_attention_ref(*leaves, layout)
+        grads = torch.autograd.grad(out, leaves, dout[:, h : h + 1].to(dtype))
+        for total, part, i in zip(sums, (out.detach(), *grads), (h, h, h // repeats, h // repeats), strict=True):
+            total[:, i] += part[:, 0]
+    return tuple(sums)
+
+
+# -- decoding
+def decode(rehearse: bool) -> Rows:
+    """decode_attention by itself and replayed from a CUDA graph; the sampler with its graphs beside the trainer."""
+    shapes = [(8, 8, 12, 2, 128, 2048, 1024), (4, 8, 28, 4, 128, 700, 300), (16, 4, 9, 3, 64, 333, 77)]
+    for shape in shapes if not rehearse else [(2, 3, 4, 2, 16, 20, 9)]:
+        yield from _check_decode(*shape, _dtype(rehearse))
+        free_memory()
+    for dtype in (torch.float32,) if rehearse else (torch.bfloat16, torch.float32):
+        yield from _check_sampler(rehearse, dtype)
+        free_memory()
+
+
+def _check_decode(
+    prompts: int, group: int, num_heads: int, num_kv: int, dim: int, long: int, own: int, dtype: torch.dtype
+) -> Rows:
+    """Lengths differ from row to row; what lies beyond them is NaN."""
+    gen = torch.Generator(DEVICE).manual_seed(long)
+    rows = prompts * group
+
+    def cache(slots: int, length: int, slot_B: Tensor) -> CachedKV:
+        lens = torch.randint(1, length + 1, (slots,), device=DEVICE, generator=gen)
+        kv = torch.randn(2, slots, num_kv, length, dim, device=DEVICE, generator=gen).to(dtype)
+        beyond = torch.arange(length, device=DEVICE) >= lens[:, None]
+        kv.masked_fill_(beyond[None, :, None, :, None], torch.nan)
+        return CachedKV(kv[0], kv[1], slot_B, lens[slot_B])
+
+    row_B = torch.arange(rows, device=DEVICE)
+    q = torch.randn(rows, num_heads, dim, device=DEVICE, generator=gen).to(dtype)
+    prompt, mine = cache(prompts, long, row_B // group), cache(rows, own, row_B)
+    exact = decode_attention_ref(q.double(), *(CachedKV(*_wide(c[:2]), *c[2:]) for c in (prompt, mine)))
+    plain = decode_attention_ref(q, prompt, mine)
+    bound = 2 * _worst_row(plain, exact) + 2 * torch.finfo(dtype).eps
+    name = f"P={prompts} G={group} H={num_heads}/{num_kv} d={dim} L={long}+{own}"
+    for body in _bodies("decode_attention"):
+        with torch.no_grad(), backend.using(f"decode_attention={body}"):
+            out = decode_attention(q, prompt, mine)
+            yield _check(f"decode_attention={body} {name}: worst row", _worst_row(out, exact), bound)
+            if DEVICE.type == "cuda" and body == "triton":
+                yield _check(f"decode_attention={body} {name}: rows that a CUDA graph gives otherwise",
+                             _graph_difference(q, prompt, mine), 0.0)  # fmt: skip
+
+
+def _wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.double() for x in tensors)
+
+
+def _graph_difference(q: Tensor, prompt: CachedKV, own: CachedKV) -> float:
+    """Rows whose bits differ between a call and a graph that was recorded over other queries and lengths."""
+    static_q, static_len = torch.zeros_like(q), torch.ones_like(own.len_B)
+    static_own = own._replace(len_B=static_len)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what compiles at its first call must not be recorded
+        decode_attention(static_q, prompt, static_own)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(static_q, prompt, static_own)
+    static_q.copy_(q)
+    static_len.copy_(own.len_B)
+    graph.replay()
+    return float((out != decode_attention(q, prompt, own)).flatten(1).any(1).sum())
+
+
+def _check_sampler(rehearse: bool, dtype: torch.dtype) -> Rows:
+    """The built-in sampler: its log-probabilities beside the trainer's, and the same draws the second time."""
+    from isomorph.engine.config import SamplerConfig
+    from isomorph.engine.rollout.builtin import BuiltinSampler
+    from isomorph.engine.rollout.weights import trainer_logprob
+    from isomorph.engine.types import Sampling
+
+    shape, vocab = (TINY, VOCAB_TINY) if rehearse else (SMOLLM2_135M, VOCAB_SMOLLM2)
+    num, group, length, new = (2, 3, 7, 5) if rehearse else (6, 5, 200, 96)
+    policy = make_policy(shape, vocab, dtype)
+    prompts = make_prompts(num, length, vocab)
+    sampling = Sampling(temperature=1.0, max_new_tok=new, samples_per_prompt=group, stop_ids=(5, 6), seed=3)
+    sampler = BuiltinSampler(policy, SamplerConfig(max_seqs=num * group - 3))  # slots are taken over
+    rollouts = sampler.generate(prompts, sampling)
+    drawn = torch.cat([r.sampler_logprob for r in rollouts if r.sampler_logprob is not None])
+    with torch.no_grad():
+        drift = (torch.cat(trainer_logprob(policy, prompts, rollouts, temperature=1.0)) - drawn).abs()
+    name = f"the sampler, {str(dtype).removeprefix('torch.')}"
+    # a log-probability moves by what rounding a hidden row, 2^-9, moves a logit: a few units in size here
+    mean, largest = (2e-2, 0.5) if dtype == torch.bfloat16 else (1e-4, 2e-3)
+    yield _check(f"{name}: mean difference from the trainer's log-probabilities", float(drift.mean()), mean)
+    yield _check(f"{name}: largest difference", float(drift.max()), largest)
+    again = sampler.generate(prompts, sampling)
+    differing = sum(not torch.equal(a.token_ids, b.token_ids) for a, b in zip(rollouts, again, strict=True))
+    yield _check(f"{name}: responses that differ when drawn again, of {len(rollouts)}", differing, 0)
+
+
+# -- draws
+def draws(rehearse: bool) -> Rows:
+    """sample_token: its distribution by chi-square, its tokens and log-probabilities beside the specification's."""
+    for vocab, rows in ((8, 150), (300, 100)) if rehearse else ((8, 400_000), (151_936, 20_000)):
+        gen = torch.Generator(DEVICE).manual_seed(vocab)
+        logits_V = 3 * torch.randn(vocab, device=DEVICE, generator=gen)
+        prob_V = torch.softmax(logits_V.double() / TEMPERATURE, -1)
+        for body in _bodies("sample_token"):
+            with backend.using(f"sample_token={body}"):
+                token_B = _many_draws(logits_V, rows)
+            yield _check(f"sample_token={body} V={vocab}: -log10 of the chi-square test's p of {rows} draws",
+                         _surprise(token_B, prob_V), 6.0)  # fmt: skip
+    yield from _check_draws(16 if rehearse else 256, 301 if rehearse else 151_936)
+
+
+def _many_draws(logits_V: Tensor, num: int) -> Tensor:
+    """Of one row, under keys of their own; so many at a time that a part's logits stay below 128 MiB."""
+    size = max(1, 2**25 // len(logits_V))
+    parts = []
+    for rows in _parts(num, size):
+        key_B = torch.arange(rows.start, rows.stop, device=DEVICE)
+        row_BV = logits_V.expand(len(key_B), -1).contiguous()
+        parts.append(sample_token(row_BV, key_B, torch.full_like(key_B, 7), temperature=TEMPERATURE)[0])
+    return torch.cat(parts)
+
+
+def _surprise(token_B: Tensor, prob_V: Tensor) -> float:
+    """-log10 p of Pearson's test; columns in order of probability are joined until a cell expects ten draws."""
+    order = prob_V.argsort(descending=True)
+    expected = prob_V[order] * len(token_B)
+    cell_V = (expected.cumsum(0) / 10).floor().long()  # ten draws a cell, or one likely column
+    cell_V = torch.unique_consecutive(cell_V, return_inverse=True)[1]
+    num = int(cell_V[-1]) + 1
+    seen = torch.bincount(token_B, minlength=len(prob_V)).double()[order]
+    observed, wanted = (
+        torch.zeros(num, dtype=torch.float64, device=DEVICE).index_add(0, cell_V, x) for x in (seen, expected)
+    )
+    keep = wanted >= 5
+    statistic = ((observed - wanted).square() / wanted)[keep].sum()
+    freedom = (keep.sum() - 1).double()
+    p = torch.special.gammaincc(freedom / 2, statistic / 2).clamp(min=1e-300)
+    return float(-p.log10())
+
+
+def _check_draws(rows: int, vocab: int) -> Rows:
+    gen = torch.Generator(DEVICE).manual_seed(2)
+    logits_BV = 3 * torch.randn(rows, vocab, device=DEVICE, generator=gen)
+    key_B = torch.randint(2**62, (rows,), device=DEVICE, generator=gen)
+    position_B = torch.arange(rows, device=DEVICE)
+    true_B, _ = sample_token_ref(logits_BV.double(), key_B, position_B, temperature=TEMPERATURE)
+    logprob_BV = torch.log_softmax(logits_BV.double() / TEMPERATURE, -1)
+    largest = float(logprob_BV.abs().max())
+    for body in _bodies("sample_token"):
+        with backend.using(f"sample_token={body}"):
+            token_B, got_B = sample_token(logits_BV, key_B, position_B, temperature=TEMPERATURE)
+        error = (got_B.double() - logprob_BV.gather(1, token_B[:, None])[:, 0]).abs().max()
+        yield _check(f"sample_token={body} V={vocab}: log-probability", float(error) / largest, 5e-6)
+        other = int((token_B != true_B).sum())  # two columns that tie to rounding
+        yield _check(f"sample_token={body} V={vocab}: tokens unlike float64's, of {rows}", other, rows / 100)
+
+
+# -- the same bits again
+def repeats(rehearse: bool) -> Rows:
+    """Many launches at real sizes in bfloat16, where a missing barrier shows: all must give the first one's bits."""
+    launches = 2 if rehearse else 200
+    for name, call in _repeated(rehearse):
+        first = call()
+        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(launches):
+            differing += torch.stack([(a != b).any() for a, b in zip(first, call(), strict=True)]).any()
+        yield _check(f"{name}: launches of {launches} that give other bits", int(differing), 0)
+        del first, call
+        free_memory()
+
+
+def _repeated(rehearse: bool) -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
+    dtype = _dtype(rehearse)
+    made = _make_head(*((11, 24, 301) if rehearse else (2048, 1536, 151_936)), dtype)
+    for body in _bodies("linear_loss"):
+        if body in ("triton", "offset"):
+            yield f"linear_loss={body}", lambda body=body: _head_once(made, body, 4 if rehearse else 1024)  # type: ignore[misc]
+    layout = _layouts(rehearse)["ragged"].to(DEVICE)
+    heads = (4, 2, 2) if rehearse else (12, 2, 2)
+    leaves = [torch.randn(layout.num_tok, n, 16 if rehearse else 128, device=DEVICE).to(dtype) for n in heads]
+    yield "packed_attention=triton", lambda: _attention_once(leaves, layout)
+
+
+def _head_once(made: _Head, body: str, chunk: int) -> tuple[Tensor, ...]:
+    leaves = made.leaves()
+    with backend.using(f"linear_loss={body}"):
+        loss = linear_loss(
+            *leaves,
+            made.target_N,
+            lambda stats, _: -stats.logprob.sum(),
+            row_index_N=made.row_index_N,
+            chunk_rows=chunk,
+        )
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def _attention_once(inputs: list[Tensor], layout: PackedLayout) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with backend.using("packed_attention=triton"):
+        out = packed_attention(*leaves, layout)
+        return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
