@@ -47,6 +47,7 @@ from isomorph.engine.model_check import (
 from isomorph.engine.plan import ModelShape
 from isomorph.engine.text import TextCodec, open_text
 from isomorph.engine.types import PackedBatch
+from isomorph.kernels import backend
 from isomorph.kernels.linear import linear, linear_packed, pack
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 
@@ -124,6 +125,7 @@ def _run_again_in_backward(
 ) -> Tensor:
     """Keeps the layer's input alone; its other activations are made again when their gradients are."""
     # nothing here draws random numbers
+    run = backend.bound(run)  # autograd may call it on another thread
     return checkpoint(run, layer, hidden_BTD, rotary, attend, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -12,15 +12,20 @@
 ``ISOMORPH_BACKEND=decode_attention=torch,gae=reference`` chooses op by op; an op that lacks it is an error.
 ``table(device)`` says what runs: it belongs in a run's record. What packed_attention runs on CUDA depends on its inputs
 too: ``attention_route.choose`` says.
+
+A choice made by ``using`` holds on the thread that made it. Autograd runs the backward of CUDA tensors on a thread of
+its own, so the backward of an op takes the choice that its forward found. For a forward that runs again there, under
+``torch.utils.checkpoint``, ``bound`` keeps the choice: ``checkpoint(bound(function), ...)``.
 """
 
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -79,6 +84,8 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
 OPS = tuple(BODIES["cpu"])
 
 _override: ContextVar[str] = ContextVar("isomorph_backend", default="")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @functools.cache
@@ -145,11 +152,15 @@ def choose(op: str, device: torch.device | str = "cpu") -> str:
 def asked(op: str, device: torch.device | str = "cpu") -> str:
     """The body that was asked for; empty where none was. Raises ValueError for a choice that cannot be met."""
     here = bodies(op, torch.device(device).type)
-    request = _override.get() or os.environ.get(ENVIRONMENT, "")
-    everywhere, per_op = _parse(request)
+    everywhere, per_op = _parse(request())
     if op in per_op and per_op[op] not in here:
         raise ValueError(f"{ENVIRONMENT} asks for {op}={per_op[op]}, but on {device} {op} has: {', '.join(here)}")
     return per_op.get(op) or (everywhere if everywhere in here else "")
+
+
+def request() -> str:
+    """What is asked for here, as ``using`` takes it; empty where nothing is."""
+    return _override.get() or os.environ.get(ENVIRONMENT, "")
 
 
 def table(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -158,14 +169,29 @@ def table(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 @contextmanager
-def using(request: str) -> Iterator[None]:
+def using(wanted: str) -> Iterator[None]:
     """Override the choice inside the block; same syntax as the environment variable, which it outranks."""
-    _parse(request)
-    token = _override.set(request)
+    _parse(wanted)
+    token = _override.set(wanted)
     try:
         yield
     finally:
         _override.reset(token)
+
+
+def bound(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` with the bodies that are asked for now, whenever and on whatever thread it runs.
+
+    For ``torch.utils.checkpoint.checkpoint``, which calls its function a second time in the backward.
+    """
+    wanted = request()
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with using(wanted):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def bodies(op: str, device_type: str) -> tuple[str, ...]:

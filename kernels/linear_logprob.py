@@ -146,24 +146,29 @@ class _LinearLogprob(torch.autograd.Function):
             for whole, part in zip(out, chunks.stats(), strict=True):
                 whole[rows] = part
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *out)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.bodies = temperature, backend.request()
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *stats_N = ctx.saved_tensors
-        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature, "linear_logprob")
-        chunk_rows = default_chunk_rows(head)
-        gradients = Gradients(head, ctx.needs_input_grad[:3], chunk_rows)
-        chunks = LogitChunks(head, chunk_rows)
-        for rows in row_chunks(len(target_ids_N), chunk_rows):
-            chunks.load(rows)
-            dlogprob_n, dentropy_n, dlse_n = (None if grad is None else grad[rows] for grad in grads_N)
-            stats = TokenStats(*(stat[rows] for stat in stats_N))
-            chunks.add_gradients(rows, stats, (dlogprob_n, dentropy_n, dlse_n), gradients)
-        dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        return *gradients.cast(dtypes), None, None, None
+        with backend.using(ctx.bodies):  # of the rows and of the products; this thread may be another
+            return _logprob_backward(ctx, grads_N)
+
+
+def _logprob_backward(ctx: Any, grads_N: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *stats_N = ctx.saved_tensors
+    head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature, "linear_logprob")
+    chunk_rows = default_chunk_rows(head)
+    gradients = Gradients(head, ctx.needs_input_grad[:3], chunk_rows)
+    chunks = LogitChunks(head, chunk_rows)
+    for rows in row_chunks(len(target_ids_N), chunk_rows):
+        chunks.load(rows)
+        dlogprob_n, dentropy_n, dlse_n = (None if grad is None else grad[rows] for grad in grads_N)
+        stats = TokenStats(*(stat[rows] for stat in stats_N))
+        chunks.add_gradients(rows, stats, (dlogprob_n, dentropy_n, dlse_n), gradients)
+    dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+    return *gradients.cast(dtypes), None, None, None
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -1,8 +1,10 @@
 """Packed attention: forward, dQ and dK/dV where key k is seen by queries k <= q < vis_end[segment of k].
 
-    forward   a tile of queries walks the keys it sees under a running maximum; keeps the base-2 LSE of its scores
-    dQ        the same walk, with every weight made again as exp2(score - LSE)
+    forward   a tile of queries walks the keys it sees under a running maximum; keeps the natural LSE of its scores
+    dQ        the same walk, with every weight made again as exp(score - LSE)
     dK, dV    a tile of keys walks the queries that see it, k .. vis_end, for all query heads of its key/value head
+
+Inside a kernel scores are in base 2, whose exponential is one instruction. What leaves it is natural, as in every body.
 
 Tiles never straddle segments, so blocks away from a segment's ends and from the diagonal need no mask. The queries of a
 key tile are cut into pieces of fixed length; where there are several, their float32 partials are added in ascending
@@ -60,7 +62,7 @@ def forward_kernel(
     k_ptr,  # [T, K, D]
     v_ptr,  # [T, K, D]
     out_ptr,  # [T, H, D] contiguous
-    lse_ptr,  # [H, T] f32, base 2
+    lse_ptr,  # [H, T] f32, natural
     tile_ptr,  # [tiles, 6] i32: first row, end of its rows, first and last of its full ranges, of its partial blocks
     full_ptr,  # [ranges, 2] i32: keys that all rows see, in whole blocks
     block_ptr,  # [blocks, 2] i32: first key of a block, end of its keys
@@ -99,7 +101,7 @@ def forward_kernel(
     out_ptr += (start.to(tl.int64) * H + head) * D
     store_rows(out_ptr, at, d, H * D, num_rows, out / total[:, None], D, BLOCK_D)
     lse_ptr += head.to(tl.int64) * T + start
-    tl.store(lse_ptr + at, top + tl.log2(total), mask=at < num_rows)
+    tl.store(lse_ptr + at, (top + tl.log2(total)) * 0.6931471805599453, mask=at < num_rows)
 
 
 @triton.jit
@@ -107,6 +109,7 @@ def grad_q_block(
     dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, start, end, row, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One block of keys, as in ``forward_block``; scale and LSE in base 2."""
     at = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     k_ptr += tl.cast(start, tl.int64) * stride_kt
@@ -127,7 +130,7 @@ def grad_q_kernel(
     k_ptr,  # [T, K, D]
     v_ptr,  # [T, K, D]
     dout_ptr,  # [T, H, D]
-    lse_ptr,  # [H, T] f32, base 2
+    lse_ptr,  # [H, T] f32, natural
     delta_ptr,  # [H, T] f32
     dq_ptr,  # [T, H, D] contiguous
     tile_ptr,  # as in forward_kernel
@@ -153,7 +156,7 @@ def grad_q_kernel(
     q = load_rows(q_ptr, at, d, stride_qt, num_rows, True, D, BLOCK_D)
     dout = load_rows(dout_ptr, at, d, stride_dt, num_rows, True, D, BLOCK_D)
     row_offset = head.to(tl.int64) * T + start
-    lse = tl.load(lse_ptr + row_offset + at, mask=at < num_rows, other=float("inf"))
+    lse = tl.load(lse_ptr + row_offset + at, mask=at < num_rows, other=float("inf")) * 1.4426950408889634
     delta = tl.load(delta_ptr + row_offset + at, mask=at < num_rows, other=0.0)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for i in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):
@@ -185,10 +188,10 @@ def grad_kv_block(
     q = load_rows(q_ptr, at, d, stride_qt, end - start, MASKED, D, BLOCK_D)
     dout = load_rows(dout_ptr, at, d, stride_dt, end - start, MASKED, D, BLOCK_D)
     if MASKED:  # exp2(score - inf) = 0
-        lse = tl.load(lse_ptr + start + at, mask=at < end - start, other=float("inf"))
+        lse = tl.load(lse_ptr + start + at, mask=at < end - start, other=float("inf")) * 1.4426950408889634
         delta = tl.load(delta_ptr + start + at, mask=at < end - start, other=0.0)
     else:
-        lse = tl.load(lse_ptr + start + at)
+        lse = tl.load(lse_ptr + start + at) * 1.4426950408889634
         delta = tl.load(delta_ptr + start + at)
     p_KQ = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])
     if MASKED:
@@ -205,7 +208,7 @@ def grad_kv_kernel(
     k_ptr,  # [T, K, D]
     v_ptr,  # [T, K, D]
     dout_ptr,  # [T, H, D]
-    lse_ptr,  # [H, T] f32, base 2
+    lse_ptr,  # [H, T] f32, natural
     delta_ptr,  # [H, T] f32
     dk_ptr,  # [T, K, D] contiguous
     dv_ptr,  # [T, K, D] contiguous
@@ -269,7 +272,7 @@ def grad_kv_kernel(
 # -- launches
 @on_its_device
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, H, D], contiguous, and the base-2 LSE [H, T], float32."""
+    """Output [T, H, D], contiguous, and the natural LSE [H, T], float32."""
     q_THD, k_TKD, v_TKD = (dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
     num_tok, num_heads, dim = q_THD.shape
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
