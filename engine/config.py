@@ -162,14 +162,17 @@ DEFAULT_OBJECTIVE: ObjectiveName = "dapo"
 
 # What the name stands for; a recipe may override every line. Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783,
 # DAPO 2503.14476 (its dynamic sampling is ``batch.refills``, off by default), GSPO 2507.18071, CISPO 2506.13585,
-# RLOO 2402.14740, REINFORCE++ 2501.03262, STaR 2203.14465.
+# RLOO 2402.14740, REINFORCE++ 2501.03262, STaR 2203.14465. No preset has a KL term or an entropy bonus.
+# CISPO's paper gives no number for its upper bound and has no lower one; 5 is ScaleRL's (2510.13786).
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(baseline="mean", scale="std", aggregation="sequence", clip_low=0.2, clip_high=0.2),
     "dr_grpo": dict(baseline="mean", scale="none", aggregation="constant", clip_low=0.2, clip_high=0.2),
     "dapo": dict(baseline="mean", scale="std", aggregation="token", clip_low=0.2, clip_high=0.28),
     "gspo": dict(baseline="mean", scale="std", aggregation="sequence", clip_low=3e-4, clip_high=4e-4, ratio="sequence"),
-    "cispo": dict(baseline="mean", scale="std", aggregation="token", clip_low=1.0, clip_high=0.28),
-    "rloo": dict(baseline="leave_one_out", scale="none", aggregation="constant", clip_low=None, clip_high=None),
+    "cispo": dict(baseline="mean", scale="std", aggregation="token", clip_low=1.0, clip_high=4.0),
+    "rloo": dict(
+        baseline="leave_one_out", scale="none", aggregation="sequence", clip_low=0.2, clip_high=0.2, ratio="product"
+    ),
     "reinforce_pp": dict(baseline="none", scale="batch", aggregation="token", clip_low=0.2, clip_high=0.2),
     "sft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
     "rft": dict(baseline="none", scale="none", aggregation="token", clip_low=None, clip_high=None),
@@ -184,14 +187,15 @@ class ObjectiveConfig(Section):
     """A loss by its name, and every choice the name stands for."""
 
     name: ObjectiveName = DEFAULT_OBJECTIVE
-    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
-    scale: Literal["std", "none", "batch"] = "std"
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"  # of a group's rewards, taken off each of them
+    scale: Literal["std", "none", "batch"] = "std"  # of the group; batch: whitened over all tokens of a step
     aggregation: Literal["token", "sequence", "constant"] = "token"
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: Literal["token", "sequence", "product"] = "token"  # of a sequence: geometric mean, or product, of its tokens
     clip_low: Clip = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; "off" (with clip_high): not clipped
     clip_high: Clip = Field(0.2, gt=0)  # ratio <= 1 + clip_high
-    kl_coef: float = Field(0.0, ge=0)
-    kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of KL(policy || reference); k1 is taken off the advantage
+    kl_coef: float = Field(0.0, ge=0)  # of an estimate of KL(policy || reference) that is added to the loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of kl_coef
+    reward_kl_coef: float = Field(0.0, ge=0)  # of k1 = log old - log reference, taken off the reward
     entropy_coef: float = Field(0.0, ge=0)
     tis: Literal["off", "token", "sequence"] = "off"  # importance weight trainer / sampler
     tis_mode: Literal["truncate", "mask"] = (
@@ -204,6 +208,11 @@ class ObjectiveConfig(Section):
     def _fill_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if "kl" in data:
+            raise ValueError(
+                'the key kl is no longer known: kl_estimator = "k1", "k2" or "k3" names the estimate that kl_coef adds '
+                'to the loss; what kl = "k1" did, a penalty on the reward, is reward_kl_coef'
+            )
         name = data.get("name", DEFAULT_OBJECTIVE)
         return {**(PRESETS.get(name, {}) if isinstance(name, str) else {}), **data}
 
@@ -212,9 +221,15 @@ class ObjectiveConfig(Section):
         if (self.clip_low is None) != (self.clip_high is None):
             raise ValueError('clip_low and clip_high must both be numbers or both be "off"')
         if self.name in ("sft", "rft"):
-            for key, idle in (("kl_coef", 0.0), ("entropy_coef", 0.0), ("tis", "off"), ("ratio", "token")):
-                if getattr(self, key) != idle:
+            idle = dict(kl_coef=0.0, reward_kl_coef=0.0, entropy_coef=0.0, tis="off", ratio="token")
+            for key, value in idle.items():
+                if getattr(self, key) != value:
                     raise ValueError(f"{key} has no meaning for {self.name}: leave it out")
+        if self.reward_kl_coef and self.baseline == "none" and self.scale == "std":
+            raise ValueError(
+                "reward_kl_coef without a baseline gives every token a return of its own, which no group's standard "
+                'deviation can scale: scale must be "batch" or "none", got "std"'
+            )
         return self
 
     @property
@@ -228,9 +243,14 @@ class ObjectiveConfig(Section):
         return self.ratio == "token" and self.tis != "sequence"
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether log-probabilities of the reference policy enter, in the loss or in the reward."""
+        return self.kl_coef > 0 or self.reward_kl_coef > 0
+
+    @property
     def drops_flat_groups(self) -> bool:
         """Whether a sequence with advantage 0 has no gradient at all."""
-        return self.name != "sft" and self.kl_coef == 0 and self.entropy_coef == 0
+        return self.name != "sft" and not self.needs_reference and self.entropy_coef == 0
 
 
 class Stage(Section):
@@ -246,6 +266,11 @@ class Stage(Section):
     reference: Literal["keep", "anchor"] = (
         "anchor"  # KL is measured to the policy as it was at the start of this stage, or of an earlier one
     )
+
+    @property
+    def loss_temperature(self) -> float:
+        """What logits are divided by in the loss: 1 where responses are imitated, as in a cross-entropy."""
+        return 1.0 if self.objective.name in ("sft", "rft") else self.sampling.temperature
 
     @model_validator(mode="after")
     def _groups_are_large_enough(self) -> "Stage":

@@ -21,6 +21,7 @@ class Part:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     advantages: tuple[float, ...]
+    response_ids: tuple[int, ...] = ()  # of each among all responses of an update, where that is asked for
 
     @property
     def num_tok(self) -> int:

@@ -61,6 +61,11 @@ class Rollout:
     finish: Finish
     policy_version: int  # of the weights that drew it
 
+    @property
+    def num_loss_tok(self) -> int:
+        """Tokens that can be learned from: one without a finite sampler log-probability cannot be corrected for."""
+        return len(self.token_ids) if self.sampler_logprob is None else int(self.sampler_logprob.isfinite().sum())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:

@@ -155,7 +155,7 @@ def group_advantage(
     reward [S] float32 or float64, group_offsets [P + 1] int32 or int64 on its device, ascending from 0 to S.
     baseline: "mean" of the group, "leave_one_out" mean of the others, "none".
     scale: "std" divides by the group's standard deviation (n - 1) + EPS; "batch" subtracts the mean of all S
-    and divides by their standard deviation + EPS (REINFORCE++); "none". Where all values
+    and divides by their standard deviation + EPS, every response counting once; "none". Where all values
     compared are equal the result is exactly 0.
     Raises ValueError for a reward that is not finite, and a group of one where baseline or scale compares.
     """

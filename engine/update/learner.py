@@ -2,7 +2,8 @@
 
 An optimizer step goes through its micro-batches one after the other; every one adds its share of a single loss, whose
 denominator was counted over all of them before. Log-probabilities of the old policy get a pass of their own only where
-the policy will have moved before: the first update of a round of rollouts sees them in its own forward pass.
+the policy will have moved before: the first update of a round of rollouts sees them in its own forward pass. Where they
+are wanted before any loss, for a KL in the reward, the first update costs that pass, too.
 
     round = begin(updates)        advance(round) until round.is_done        stats(round)
 
@@ -10,7 +11,7 @@ Between two steps a round can be laid down in a checkpoint and taken up again, b
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from isomorph.engine.config import Stage
 from isomorph.engine.plan import logits_chunk_rows
 from isomorph.engine.policy import Policy
 from isomorph.engine.types import PackedBatch, RunFailed, StepStats
+from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.distributed import ALONE, Ranks, local, part_of, whole_of
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
@@ -67,6 +69,7 @@ class Round:
         self.device = device
         self.reference: list[list[Tensor]] | None = None
         self.old: list[list[Tensor] | None] = []  # of each update, by the policy that no step had moved yet
+        self.advantage: list[list[Tensor]] | None = None  # [N] of each update's batches, where KL is in the reward
         self.tally, self.drift = Tally(), Tally()
         self.drift_max = 0.0
         self.norms: list[float] = []  # of the steps made
@@ -92,6 +95,8 @@ class Round:
             found |= {f"{kind}/sum/{name}": total.cpu() for name, total in tally.sums.items()}
         for u, logprobs in enumerate(self.old):
             found |= {f"old/{u}/{b}": logprob.cpu() for b, logprob in enumerate(logprobs or [])}
+        for u, advantages in enumerate(self.advantage or []):
+            found |= {f"advantage/{u}/{b}": advantage.cpu() for b, advantage in enumerate(advantages)}
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -102,8 +107,13 @@ class Round:
             tally.num_tok = int(tensors[f"{kind}/num_tok"])
             named = {name: t for name, t in tensors.items() if name.startswith(prefix)}
             tally.sums = {name.removeprefix(prefix): t.to(self.device) for name, t in named.items()}
-        self.old = [
-            [tensors[f"old/{u}/{b}"].to(self.device) for b in range(len(update.batches))]
+        self.old = self._of_batches("old", tensors)  # type: ignore[assignment]
+        if self.stage.objective.reward_kl_coef:
+            self.advantage = self._of_batches("advantage", tensors)
+
+    def _of_batches(self, kind: str, tensors: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        return [
+            [tensors[f"{kind}/{u}/{b}"].to(self.device) for b in range(len(update.batches))]
             for u, update in enumerate(self.learned)
         ]
 
@@ -128,7 +138,7 @@ class Learner:
             self.optimizer.reset(stage.optim)
         else:
             self.optimizer.configure(stage.optim)
-        if stage.objective.kl_coef == 0:
+        if not stage.objective.needs_reference:
             if stage.reference == "anchor":
                 self.reference = None
         elif self.reference is None or stage.reference == "anchor":
@@ -160,11 +170,19 @@ class Learner:
             work.load(self._interrupted)
             self._interrupted = {}
             return work
-        work.old = [None for _ in work.learned[:1]]  # the first update sees its own
-        for update in work.learned[1:]:
+        # the first update sees its own, unless its loss has another temperature than the sampler
+        num_seen = 1 if stage.loss_temperature == stage.sampling.temperature or stage.objective.is_supervised else 0
+        work.old = [None for _ in work.learned[:num_seen]]
+        for update in work.learned[num_seen:]:
             logprobs = [self._logprob(batch, stage) for batch in update.batches]
             work.old.append(logprobs)
             work.compare(update, logprobs)
+        if stage.objective.reward_kl_coef and work.learned:
+            assert work.reference is not None
+            known = [logprobs for logprobs in work.old if logprobs is not None]
+            first = [self._logprob(batch, stage) for batch in work.learned[0].batches]
+            objective = stage.objective
+            work.advantage = penalised(work.learned, [first, *known], work.reference, objective, self.ranks)
         return work
 
     def advance(self, work: Round) -> None:
@@ -178,6 +196,8 @@ class Learner:
         for b, batch in enumerate(update.batches):
             old = before[b] if before else None
             rows = self._rows(batch, update, work.stage, old, reference[b] if reference else None)
+            if work.advantage is not None:
+                rows = replace(rows, advantage=work.advantage[u][b])
             seen.append(self._backward(batch, rows, work.stage, work.tally))
         if before is None:
             work.old[u] = seen
@@ -277,7 +297,7 @@ class Learner:
 
         hidden_TD = self.policy.hidden(batch)
         head = (hidden_TD, self.policy.unembedding, batch.target_ids)
-        row_index, temperature = batch.row_index, stage.sampling.temperature
+        row_index, temperature = batch.row_index, stage.loss_temperature
         if stage.objective.is_per_token:
             chunk_rows = logits_chunk_rows(len(self.policy.unembedding), is_gpu=self.policy.device.type == "cuda")
             loss = linear_loss(*head, loss_of, row_index_N=row_index, temperature=temperature, chunk_rows=chunk_rows)
@@ -304,7 +324,7 @@ class Learner:
         ).logprob
 
     def _reference_logprobs(self, updates: Sequence[Sequence[PackedBatch]], stage: Stage) -> list[list[Tensor]] | None:
-        if stage.objective.kl_coef == 0:
+        if not stage.objective.needs_reference:
             return None
         assert self.reference is not None
         with self.policy.borrowed_weights(self.reference):

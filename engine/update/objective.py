@@ -1,6 +1,7 @@
 """The losses, on what is known of each predicted token: plain PyTorch on [N].
 
-    r      = exp(logprob - old_logprob)           of a token; ratio = "sequence": its mean over the sequence, in exp
+    r      = exp(logprob - old_logprob)           of a token; of a sequence: the geometric mean of its tokens' ratios
+                                                  (ratio = "sequence"), or their product (ratio = "product")
     rho    = exp(old_logprob - sampler_logprob)   importance weight between sampler and trainer, truncated
     loss_i = w_i * (rho_i * surrogate_i + kl_coef * KL_i - entropy_coef * H_i)
 
@@ -27,7 +28,7 @@ class Rows:
     advantage: Tensor  # [n] float32
     seq_id: Tensor  # [n] int64
     old_logprob: Tensor | None  # [n]; None: the policy as it is, so the ratio is 1 and carries only the gradient
-    ref_logprob: Tensor | None  # [n]; needed where kl_coef > 0
+    ref_logprob: Tensor | None  # [n]; needed where kl_coef > 0; measured where there is one
     sampler_logprob: Tensor | None  # [n]; needed for truncated importance sampling
 
     def slice(self, rows: slice) -> "Rows":
@@ -82,20 +83,16 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) ->
     if objective.name == "rft":
         return _plain(-rows.advantage * stats.logprob)
     old = stats.logprob.detach() if rows.old_logprob is None else rows.old_logprob
-    advantage = rows.advantage
     kl = torch.full_like(old, torch.nan)
-    if rows.ref_logprob is not None:
-        kl = kl_estimate(objective.kl, stats.logprob, rows.ref_logprob)
-        if objective.kl == "k1":  # its gradient as a loss is zero in expectation, so it is a cost of the token instead
-            advantage = advantage - objective.kl_coef * (old - rows.ref_logprob)
-    surrogate = {"cispo": cispo, "rloo": importance_weighted}.get(objective.name, clipped)
-    loss, is_clipped = surrogate(
-        objective, _ratio(objective, stats.logprob, old, rows.seq_id), stats.logprob, advantage
-    )
+    if rows.ref_logprob is not None:  # where the KL is in the reward alone, it is measured as it enters there
+        kl = kl_estimate(objective.kl_estimator if objective.kl_coef else "k1", stats.logprob, rows.ref_logprob)
+    surrogate = cispo if objective.name == "cispo" else clipped
+    ratio = _ratio(objective, stats.logprob, old, rows.seq_id)
+    loss, is_clipped = surrogate(objective, ratio, stats.logprob, rows.advantage)
     if objective.tis != "off":
         assert rows.sampler_logprob is not None
         loss = loss * sampler_correction(objective, old, rows.sampler_logprob, rows.seq_id)
-    if objective.kl_coef and objective.kl != "k1":
+    if objective.kl_coef:
         loss = loss + objective.kl_coef * kl
     if objective.entropy_coef:
         loss = loss - objective.entropy_coef * stats.entropy
@@ -103,9 +100,9 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) ->
 
 
 def clipped(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A): GRPO, Dr. GRPO, DAPO, GSPO and REINFORCE++ differ in advantage, ratio, clip and weights."""
+    """-min(r A, clip(r) A): all but CISPO; they differ in advantage, ratio, clip and weights. Without a clip: -r A."""
     if objective.clip_low is None or objective.clip_high is None:
-        return importance_weighted(objective, ratio, logprob, advantage)
+        return -ratio * advantage, torch.zeros_like(ratio, dtype=torch.bool)
     bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     is_clipped = bounded * advantage < ratio * advantage
     return -torch.minimum(ratio * advantage, bounded * advantage), is_clipped.detach()
@@ -119,15 +116,11 @@ def cispo(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage:
     return -bounded * advantage * logprob, bounded != ratio.detach()
 
 
-def importance_weighted(
-    objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor
-) -> tuple[Tensor, Tensor]:
-    """-r A, unclipped: RLOO."""
-    return -ratio * advantage, torch.zeros_like(ratio, dtype=torch.bool)
-
-
 def kl_estimate(kind: str, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    """[n] estimates of KL(policy || reference) from the policy's own samples (Schulman 2020)."""
+    """[n] estimates of KL(policy || reference) from the policy's own samples (Schulman 2020).
+
+    As a loss k1's gradient is zero in expectation; k2's is the gradient of the KL.
+    """
     if kind == "k1":
         return logprob - ref_logprob
     if kind == "k2":
@@ -149,9 +142,11 @@ def sampler_correction(objective: ObjectiveConfig, old: Tensor, sampler_logprob:
 
 def _ratio(objective: ObjectiveConfig, logprob: Tensor, old: Tensor, seq_id: Tensor) -> Tensor:
     log_ratio = (logprob - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if objective.ratio == "sequence":
+    if objective.ratio != "token":
         total_S = _per_sequence(log_ratio, seq_id)
-        log_ratio = (total_S / torch.bincount(seq_id, minlength=len(total_S)).clamp(min=1))[seq_id]
+        if objective.ratio == "sequence":
+            total_S = total_S / torch.bincount(seq_id, minlength=len(total_S)).clamp(min=1)
+        log_ratio = total_S.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)[seq_id]
     return log_ratio.exp()
 
 

@@ -5,14 +5,16 @@ how the step is cut. Of several ranks each packs the groups that are dealt to it
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig, UserError
 from isomorph.engine.packed import Part, pack_parts
-from isomorph.engine.types import Group, PackedBatch, Rollout
+from isomorph.engine.types import Group, PackedBatch
 from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.kernels.packing import assign_groups
 
@@ -29,6 +31,8 @@ class Update:
     num_loss_tok: int
     num_seqs: int  # with at least one token that counts
     num_dropped_tok: int  # sampler log-probability not finite
+    rewards: tuple[tuple[float, ...], ...] = ()  # of each group of all ranks
+    response_ids: tuple[Tensor, ...] = ()  # [S] for each of batches: which of those rewards a sequence got
 
 
 def pack(
@@ -52,7 +56,8 @@ def pack(
 def _update(
     groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device, ranks: Ranks
 ) -> Update:
-    parts_of = [_parts(group, max_tok, objective) for group in groups]
+    first_id = [0, *itertools.accumulate(len(group.rollouts) for group in groups)]
+    parts_of = [_parts(group, max_tok, objective, start) for group, start in zip(groups, first_id, strict=False)]
     dealt = ranks.deal([sum(part.num_tok for part in parts) for parts in parts_of])
     trained = [[part for i in members for part in parts_of[i]] for members in dealt]
     bins = [assign_groups([part.num_tok for part in parts], max_tok) for parts in trained]
@@ -60,23 +65,28 @@ def _update(
     batches = [pack_parts([own[i] for i in members], device) for members in own_bins]
     num_idle = max(map(len, bins)) - len(own_bins)
     counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
-    num_known = [_num_known(r) for r in counted]
+    num_known = [r.num_loss_tok for r in counted]
     return Update(
         batches=(*batches, *[_idle_batch(groups[0], device)] * num_idle),
         num_loss_tok=sum(num_known),
         num_seqs=sum(num > 0 for num in num_known),
         num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
+        rewards=tuple(group.rewards for group in groups),
+        response_ids=(
+            *[torch.tensor([r for i in members for r in own[i].response_ids]) for members in own_bins],
+            *[torch.zeros(1, dtype=torch.int64)] * num_idle,
+        ),
     )
 
 
-def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[Part]:
-    """The group's responses that have a gradient, cut so that each part fits the budget."""
+def _parts(group: Group, max_tok: int, objective: ObjectiveConfig, first_id: int) -> list[Part]:
+    """The group's responses that have a gradient, cut so that each part fits the budget; the first is ``first_id``."""
     parts: list[Part] = []
     room = -1  # even a response without inner tokens needs a prompt before it
-    for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
+    for response_id, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True), first_id):
         if min(len(group.prompt.token_ids), len(rollout.token_ids)) == 0:
             raise ValueError(f"prompt {group.prompt.prompt_id} and its responses must hold at least one token each")
-        if _num_known(rollout) == 0 or (advantage == 0 and objective.drops_flat_groups):
+        if rollout.num_loss_tok == 0 or (advantage == 0 and objective.drops_flat_groups):
             continue
         size = len(rollout.token_ids) - 1
         if size > room:
@@ -89,7 +99,8 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig) -> list[Part]
             parts.append(Part(group.prompt, (), ()))
         room -= size
         last = parts[-1]
-        parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage))
+        ids = (*last.response_ids, response_id)
+        parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage), ids)
     return parts
 
 
@@ -99,9 +110,3 @@ def _idle_batch(group: Group, device: torch.device) -> PackedBatch:
     unknown = torch.full((1,), torch.nan)
     rollout = dataclasses.replace(group.rollouts[0], token_ids=group.rollouts[0].token_ids[:1], sampler_logprob=unknown)
     return pack_parts([Part(prompt, (rollout,), (0.0,))], device)
-
-
-def _num_known(rollout: Rollout) -> int:
-    """Tokens that can be trained: what the sampler could not give a log-probability to cannot be corrected for."""
-    logprob = rollout.sampler_logprob
-    return len(rollout.token_ids) if logprob is None else int(logprob.isfinite().sum())

@@ -9,6 +9,7 @@ import torch
 
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
+from isomorph.engine.update.advantage import whitened
 from isomorph.kernels.advantage import group_advantage
 
 Decode = Callable[[Sequence[int]], str]
@@ -73,7 +74,8 @@ def score(
 ) -> list[Group]:
     """The rollouts grouped by prompt, with rewards and advantages.
 
-    ``rollouts`` hold the same number of responses for each prompt, in the order of the prompts.
+    ``rollouts`` hold the same number of responses for each prompt, in the order of the prompts. What
+    ``objective.reward_kl_coef`` takes off the rewards is not yet known here: ``advantage.penalised``.
     """
     size, rest = divmod(len(rollouts), len(prompts))
     if rest or size == 0:
@@ -84,12 +86,13 @@ def score(
     if any(r.prompt_id != prompt.prompt_id for prompt, r in zip(repeated, rollouts, strict=True)):
         raise ValueError("rollouts must stand in the order of their prompts, all of a prompt side by side")
     offsets = torch.arange(0, len(rollouts) + 1, size)
-    advantages = group_advantage(
-        torch.tensor(rewards, dtype=torch.float32),
-        offsets,
-        baseline=objective.baseline,
-        scale=objective.scale,
-    ).tolist()
+    reward_S = torch.tensor(rewards, dtype=torch.float32)
+    if objective.scale == "batch":  # over the tokens that are learned from, as REINFORCE++ does
+        relative_S = group_advantage(reward_S, offsets, baseline=objective.baseline, scale="none")
+        (advantage_S,) = whitened([relative_S], [torch.tensor([r.num_loss_tok for r in rollouts])])
+    else:
+        advantage_S = group_advantage(reward_S, offsets, baseline=objective.baseline, scale=objective.scale)
+    advantages = advantage_S.tolist()
     return [
         Group(
             prompt=prompt,

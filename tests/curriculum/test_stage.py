@@ -244,4 +244,4 @@ def test_the_papers_constants_stand_in_its_recipes() -> None:
         assert (present.batch.prompts, present.sampling.samples_per_prompt) == (512, 16)
         assert present.batch.prompts_per_update is not None
         assert present.batch.prompts_per_update * present.sampling.samples_per_prompt == 128
-        assert (present.objective.kl, present.objective.kl_coef, present.optim.lr) == ("k3", 0.01, 1e-6)
+        assert (present.objective.kl_estimator, present.objective.kl_coef, present.optim.lr) == ("k3", 0.01, 1e-6)

@@ -126,10 +126,13 @@ def test_overrides_reach_tables_stages_and_new_tables(tmp_path: Path) -> None:
 
 
 def test_an_override_is_a_toml_value_or_a_bare_word(tmp_path: Path) -> None:
-    toy = recipe(tmp_path, overrides=("model.dtype=bfloat16", "optim.betas=[0.5, 0.6]", "model.chat_template=false"))
+    toy = recipe(
+        tmp_path,
+        overrides=("model.dtype=bfloat16", "optim.betas=[0.5, 0.6]", "run.max_drift=0.5", "log.tensorboard=false"),
+    )
     assert toy.model.dtype == "bfloat16"
     assert toy.stage[0].optim.betas == (0.5, 0.6)
-    assert toy.model.chat_template is False
+    assert toy.log.tensorboard is False
 
 
 def test_extends_lays_a_recipe_over_another(tmp_path: Path) -> None:
@@ -275,7 +278,9 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (ObjectiveConfig, dict(clip_low="none", clip_high="none")),
         (ObjectiveConfig, dict(clip_low=1.5)),
         (ObjectiveConfig, dict(kl_coef=-0.1)),
-        (ObjectiveConfig, dict(kl="k4")),
+        (ObjectiveConfig, dict(kl_estimator="k4")),
+        (ObjectiveConfig, dict(name="sft", reward_kl_coef=0.1)),
+        (ObjectiveConfig, dict(name="reinforce_pp", scale="std", reward_kl_coef=0.1)),
         (ObjectiveConfig, dict(name="sft", kl_coef=0.1)),
         (ObjectiveConfig, dict(name="sft", entropy_coef=0.1)),
         (ObjectiveConfig, dict(name="rft", tis="token")),
@@ -398,3 +403,8 @@ def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
 
 def test_an_optimizer_on_the_host_and_fsdp_exclude_each_other(tmp_path: Path) -> None:
     assert "model.optimizer" in refusal(tmp_path, "parallel.kind=fsdp", "model.optimizer=host")
+
+
+def test_the_old_key_of_the_kl_estimator_is_refused_with_both_new_names() -> None:
+    with pytest.raises(UserError, match="kl_estimator .* reward_kl_coef"):
+        check_tables({"name": "grpo", "kl_coef": 0.1, "kl": "k1"}, ObjectiveConfig, where="r.toml", inside="objective")

@@ -37,7 +37,9 @@ GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
 OBJECTIVES = [  # every aggregation, ratio and weight that looks beyond its own token
     GRPO,
     ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1),
-    ObjectiveConfig(name="dr_grpo", entropy_coef=0.01, kl_coef=0.1, kl="k1"),
+    ObjectiveConfig(name="dr_grpo", entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1"),
+    ObjectiveConfig(name="rloo", reward_kl_coef=0.3),
+    ObjectiveConfig(name="reinforce_pp", reward_kl_coef=0.3),
     ObjectiveConfig(name="gspo", clip_low=0.05, clip_high=0.05),
     ObjectiveConfig(name="cispo", tis="sequence", tis_mode="mask", tis_cap=1.2),
     ObjectiveConfig(name="rft"),
@@ -78,7 +80,7 @@ def make_groups(
         token_ids = tuple(torch.randint(4, NUM_VOCAB, (prompt_len,), generator=generator).tolist())
         prompt = Prompt(prompt_id=prompt_id, token_ids=token_ids, task="t", representation="r", payload=None)
         advantages = tuple(torch.randn(len(lens), generator=generator).tolist())
-        groups.append(Group(prompt=prompt, rollouts=rollouts, rewards=(0.0,) * len(lens), advantages=advantages))
+        groups.append(Group(prompt=prompt, rollouts=rollouts, rewards=advantages, advantages=advantages))
     return groups
 
 
@@ -165,7 +167,7 @@ def step_on(
         cut(policy)
     learner = Learner(policy, ranks)
     learner.enter(stage)
-    if objective.kl_coef:
+    if objective.needs_reference:
         learner.reference = [0.9 * weight for weight in policy.snapshot()]
     seen: list[Tensor] = []
 
@@ -228,7 +230,8 @@ def test_a_rank_without_groups_takes_part(crowd: Crowd, kind: str) -> None:
 @by_kind
 def test_every_update_of_a_step_has_a_denominator_of_its_own(crowd: Crowd, kind: str) -> None:
     groups = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1))))
-    for objective in (GRPO, ObjectiveConfig(name="dapo")):
+    whitened = ObjectiveConfig(name="reinforce_pp", baseline="mean", reward_kl_coef=0.3)  # over all updates of a step
+    for objective in (GRPO, ObjectiveConfig(name="dapo"), whitened):
         assert_same_step(crowd, objective, groups, kind, max_tok=14, prompts=4, prompts_per_update=2, epochs=2)
 
 

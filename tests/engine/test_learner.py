@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,9 +151,10 @@ def flat(policy: Policy) -> Tensor:
 OBJECTIVES = [
     GRPO,
     ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1),
-    ObjectiveConfig(name="dr_grpo", entropy_coef=0.01, kl_coef=0.1, kl="k1"),
+    ObjectiveConfig(name="dr_grpo", entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1"),
     ObjectiveConfig(name="gspo", clip_low=0.05, clip_high=0.05),
     ObjectiveConfig(name="cispo", tis="sequence", tis_mode="mask", tis_cap=1.2),
+    ObjectiveConfig(name="rloo", clip_low=0.05, clip_high=0.05),
     ObjectiveConfig(name="rft"),
     ObjectiveConfig(name="sft"),
 ]
@@ -194,7 +196,7 @@ def test_gradient_is_the_same_with_the_prompt_shared_or_repeated(objective: Obje
     )
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES[:1] + OBJECTIVES[3:6], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", OBJECTIVES[:1] + OBJECTIVES[3:7], ids=lambda o: o.name)
 def test_gradient_is_the_same_whether_responses_without_advantage_are_left_out_or_not(
     objective: ObjectiveConfig,
 ) -> None:
@@ -285,6 +287,42 @@ def test_log_probabilities_and_entropies_stay_within_their_bounds(scale: float) 
     assert 0 <= stats.entropy <= math.log(NUM_VOCAB) * (1 + 1e-6)
     if scale == 0:
         assert stats.entropy == pytest.approx(math.log(NUM_VOCAB), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sft", "rft"])
+def test_imitation_is_a_cross_entropy_whatever_the_temperature_of_sampling(name: Any) -> None:
+    policy, stage = make_policy(), make_stage(ObjectiveConfig(name=name))
+    hot = stage.model_copy(update={"sampling": stage.sampling.model_copy(update={"temperature": 0.5})})
+    groups = [with_advantages(g, 1.0, 1.0, 1.0) for g in make_groups()]
+    if name == "sft":
+        groups = [replace(g, rollouts=tuple(replace(r, sampler_logprob=None) for r in g.rollouts)) for g in groups]
+    model = transformers_twin(policy)
+    losses, num_tok = [], 0
+    for g, r in [(group, r) for group in groups for r in group.rollouts]:
+        ids = torch.tensor([[*g.prompt.token_ids, *r.token_ids.tolist()]])
+        logits = model(input_ids=ids).logits[0, len(g.prompt.token_ids) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, r.token_ids, reduction="sum"))
+        num_tok += len(r.token_ids)
+    truth = sum(losses) / num_tok
+    stats = update(policy, groups, hot)
+    assert stats.loss == pytest.approx(truth.item(), rel=1e-10)
+    norm = torch.cat([g.flatten() for g in torch.autograd.grad(truth, list(model.parameters()))]).norm()
+    assert stats.grad_norm == pytest.approx(float(norm), rel=1e-9)
+
+
+def test_rejection_sampling_compares_with_the_sampler_at_the_temperature_of_sampling() -> None:
+    policy = make_policy(torch.float32, scale=0.2)
+    prompts = [g.prompt for g in make_groups(((5, ()), (3, ())))]
+    sampling = Sampling(temperature=0.5, max_new_tok=9, samples_per_prompt=3, stop_ids=policy.text.stop_ids, seed=0)
+    drawn = BuiltinSampler(policy, SamplerConfig()).generate(prompts, sampling)
+    groups = [
+        Group(prompt=p, rollouts=tuple(drawn[3 * i : 3 * i + 3]), rewards=(1, 1, 1), advantages=(1.0, 1.0, 1.0))
+        for i, p in enumerate(prompts)
+    ]
+    stage = make_stage(ObjectiveConfig(name="rft"), batch=dict(prompts=2, prompts_per_update=1, epochs=2))
+    stage = stage.model_copy(update={"sampling": stage.sampling.model_copy(update={"temperature": 0.5})})
+    stats = update(policy, groups, stage)
+    assert stats.num_updates == 4 and 0 < stats.drift_max < 1e-5  # nats, float32
 
 
 # -- whole updates against a loop written out
@@ -475,6 +513,19 @@ def test_only_updates_after_the_first_need_a_pass_for_old_log_probabilities(
         *old,
         *[(a, True), (b, True), (c, True)] * epochs,
     ]
+
+
+def test_a_kl_in_the_reward_costs_the_first_update_a_pass_for_old_log_probabilities_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = make_groups()
+    stage = make_stage(
+        ObjectiveConfig(name="rloo", reward_kl_coef=0.1), batch=dict(prompts=3, prompts_per_update=1, epochs=2)
+    )
+    each = [group_tok(g) for g in groups]
+    found = passes(make_policy(), groups, stage, monkeypatch)
+    assert sorted(found[:6]) == sorted([(n, False) for n in each] * 2)  # reference, old
+    assert found[6:] == [(n, True) for n in each] * 2
 
 
 def test_one_update_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

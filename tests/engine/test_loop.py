@@ -357,10 +357,12 @@ def test_advantages_over_the_whole_batch_are_those_of_the_groups_that_are_learne
 
     monkeypatch.setattr("isomorph.engine.loop.pack", spy)
     train(crew, RunState())
-    std = torch.tensor([float(i % 2) for i in range(48)]).std().item()
     assert len(packed) == 6
+    lens = torch.tensor([len(r.token_ids) for group in packed for r in group.rollouts])
+    tokens = torch.tensor([i % 2 - 0.5 for i in range(48)], dtype=torch.float64).repeat_interleave(lens)
     for group in packed:
-        assert group.advantages == pytest.approx([(i % 2 - 0.5) / (std + 1e-4) for i in range(8)], rel=1e-5)
+        truth = [(i % 2 - 0.5 - tokens.mean()) / tokens.std() for i in range(8)]
+        assert group.advantages == pytest.approx([float(t) for t in truth], rel=1e-5)
 
 
 # -- checkpoints, stopping, resuming
@@ -448,7 +450,7 @@ MANY = [
     stage.model_copy(update={"batch": stage.batch.model_copy(update={"prompts_per_update": 2, "epochs": 2})})
     for stage in (
         make_stage("a", 1, "sft"),
-        make_stage("b", 2, objective_choices=dict(kl_coef=0.05, tis="token"), refills=2),
+        make_stage("b", 2, objective_choices=dict(kl_coef=0.05, reward_kl_coef=0.05, tis="token"), refills=2),
     )
 ]
 

@@ -30,7 +30,7 @@ MAX_NEW_TOK = 9
 REINFORCED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp")
 ALL_CHOICES = dict(
     aggregation=("token", "sequence", "constant"),
-    ratio=("token", "sequence"),
+    ratio=("token", "sequence", "product"),
     kl=(None, "k1", "k2", "k3"),
     tis=(None, ("token", "truncate"), ("token", "mask"), ("sequence", "truncate"), ("sequence", "mask")),
     clip=(None, (0.1, 0.2)),
@@ -56,7 +56,7 @@ def objective(name: str, choices: dict[str, Any]) -> ObjectiveConfig:
         clip_low=low,
         clip_high=high,
         kl_coef=0.2 if choices["kl"] else 0.0,
-        kl=choices["kl"] or "k3",
+        kl_estimator=choices["kl"] or "k3",
         entropy_coef=choices["entropy_coef"],
         tis=tis,
         tis_mode=mode,
@@ -101,13 +101,15 @@ def _sequence_loss(o: ObjectiveConfig, s: Known) -> Tensor:
     ratio = (s.logprob - s.old).exp()
     if o.ratio == "sequence":  # GSPO (arXiv 2507.18071), equation 7
         ratio = (ratio.log().sum() / len(ratio)).exp().expand(len(ratio))
+    if o.ratio == "product":  # RLOO (arXiv 2402.14740): the whole response is one action
+        ratio = ratio.prod().expand(len(ratio))
     advantage = torch.full_like(ratio, s.advantage)
-    if o.kl_coef and o.kl == "k1":  # PPO's penalised reward: the KL of each sampled token is a cost of it
-        advantage = advantage - o.kl_coef * (s.old - s.ref)
     loss = -_surrogate(o, ratio, s.logprob, advantage) * _correction(o, s)
-    if o.kl_coef and o.kl == "k2":
+    if o.kl_coef and o.kl_estimator == "k1":
+        loss = loss + o.kl_coef * (s.logprob - s.ref)
+    if o.kl_coef and o.kl_estimator == "k2":
         loss = loss + o.kl_coef * (s.logprob - s.ref) ** 2 / 2
-    if o.kl_coef and o.kl == "k3":
+    if o.kl_coef and o.kl_estimator == "k3":
         loss = loss + o.kl_coef * ((s.ref - s.logprob).exp() - 1 - (s.ref - s.logprob))
     return loss - o.entropy_coef * s.entropy
 
@@ -118,8 +120,6 @@ def _surrogate(o: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Te
     if o.name == "cispo":  # arXiv 2506.13585, equation 4
         weight = ratio.clamp(low, high).detach()
         return weight * advantage * logprob
-    if o.name == "rloo":
-        return ratio * advantage
     bounded = ratio.clamp(low, high)
     return torch.minimum(ratio * advantage, bounded * advantage)
 
@@ -240,15 +240,13 @@ def test_a_token_counts_as_clipped_where_the_clip_changed_something(name: str) -
     token = loss_of_tokens(o, c.stats, c.rows)
     assert c.rows.old_logprob is not None
     ratio, advantage = (c.stats.logprob - c.rows.old_logprob).exp(), c.rows.advantage
-    if name == "rloo":
-        is_clipped = torch.zeros(NUM_TOK, dtype=torch.bool)
-    elif name == "cispo":
+    if name == "cispo":
         is_clipped = (ratio < 0.9) | (ratio > 1.2)
     else:
         is_clipped = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.9))
     assert torch.equal(token.is_clipped, is_clipped)
     gradient = torch.autograd.grad(token.loss.sum(), c.stats.logprob, retain_graph=True)[0]
-    has_none = is_clipped if name not in ("cispo", "rloo") else torch.zeros_like(is_clipped)
+    has_none = is_clipped if name != "cispo" else torch.zeros_like(is_clipped)
     assert torch.equal(gradient == 0, has_none | (advantage == 0))
 
 
@@ -261,7 +259,7 @@ def test_without_an_old_policy_the_ratio_is_one_and_the_gradient_is_reinforce(na
     assert not token.is_clipped.any()
     if name != "cispo":
         torch.testing.assert_close(token.loss, -rows.advantage, rtol=0, atol=0)
-    loss = [loss.mean() for loss in token.loss.split(LENS)] if o.ratio == "sequence" else token.loss
+    loss = [loss.mean() for loss in token.loss.split(LENS)] if o.ratio != "token" else token.loss
     reinforce = -rows.advantage * c.stats.logprob
     truth = [part.mean() for part in reinforce.split(LENS)] if o.ratio == "sequence" else reinforce
     (ours,) = torch.autograd.grad(sum(loss), c.logits, retain_graph=True)
@@ -291,7 +289,7 @@ def test_what_is_not_measured_is_nan() -> None:
 @pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_policies_that_are_far_apart_give_finite_losses(choices: dict[str, Any], kl: Any) -> None:
     c = case(spread=500.0)
-    o = ObjectiveConfig(name="grpo", clip_low=None, clip_high=None, kl_coef=0.1, kl=kl, **choices)
+    o = ObjectiveConfig(name="grpo", clip_low=None, clip_high=None, kl_coef=0.1, kl_estimator=kl, **choices)
     loss = loss_of_tokens(o, c.stats, c.rows).loss
     (gradient,) = torch.autograd.grad(loss.sum(), c.logits, retain_graph=True)
     assert loss.isfinite().all() and gradient.isfinite().all()
@@ -450,7 +448,9 @@ def some_choices() -> list[ObjectiveConfig]:
     return presets + [objective(REINFORCED[i % len(REINFORCED)], choices) for i, choices in enumerate(draw)]
 
 
-@pytest.mark.parametrize("o", some_choices(), ids=lambda o: f"{o.name}-{o.aggregation}-{o.ratio}-{o.kl}-{o.tis}")
+@pytest.mark.parametrize(
+    "o", some_choices(), ids=lambda o: f"{o.name}-{o.aggregation}-{o.ratio}-{o.kl_estimator}-{o.tis}"
+)
 def test_loss_and_gradient_of_every_parameter_are_those_of_padded_repeated_full_logits(
     world: World, o: ObjectiveConfig
 ) -> None:

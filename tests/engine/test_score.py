@@ -79,7 +79,7 @@ def test_advantages_are_the_formulas_of_the_papers() -> None:
     rloo = advantages(Rewards(1, 0, 0, 0, 1, 1), name="rloo")
     assert rloo[0] == pytest.approx([1.0, -0.5, -0.5])
     over_all = advantages(Rewards(1, 0, 0, 0, 1, 1), name="reinforce_pp")
-    half = 0.5 / (math.sqrt(6 * 0.25 / 5) + 1e-4)
+    half = 0.5 / math.sqrt(12 * 0.25 / 11 + 1e-8)  # of twelve tokens, six of them worth 1
     assert over_all[0] == pytest.approx([half, -half, -half])
     assert advantages(Rewards(1, 0, 0, 0, 0.5, 1), name="sft") == [(1, 0, 0), (0, 0.5, 1)]
 

@@ -1,0 +1,101 @@
+"""Advantages beyond one group's rewards: whitened over the tokens of a step, and with KL taken off the reward.
+
+    reward_kl_coef    with a baseline: R - coef * sum_t k1[t], then baseline and scale of the group (RLOO, GRPO)
+                      without: R - coef * sum_{i >= t} k1[i], the return from token t on (REINFORCE++)
+    k1[t]             log pi_old(y[t]) - log pi_ref(y[t])
+    scale = "batch"   (A - mean) / sqrt(var + 1e-8), over the tokens of a step
+
+Statistics run over all updates, micro-batches and ranks of a step, so advantages do not depend on how it is cut.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.config import ObjectiveConfig
+from isomorph.engine.types import PackedBatch
+from isomorph.engine.update.distributed import ALONE, Ranks
+from isomorph.engine.update.pack import Update
+from isomorph.kernels.advantage import gae, group_advantage
+
+VARIANCE_EPS = 1e-8
+
+
+def whitened(values: Sequence[Tensor], num_tok: Sequence[Tensor], ranks: Ranks = ALONE) -> list[Tensor]:
+    """Each of ``values`` less the mean, over the standard deviation (n - 1), of all of them on all ranks.
+
+    ``num_tok``, shaped as ``values``: how many tokens have that value. Float64 in between; the dtype of ``values``.
+    Values that are all equal become exactly 0.
+    """
+    known = [(v.double(), n.double()) for v, n in zip(values, num_tok, strict=True)]
+    counted = [v[n > 0] for v, n in known]
+    own = torch.cat([*counted, torch.empty(0, dtype=torch.float64, device=values[0].device)])
+    low, high = (own.min().item(), own.max().item()) if len(own) else (torch.inf, -torch.inf)
+    total, num = sum((n * v).sum().item() for v, n in known), sum(n.sum().item() for _, n in known)
+    told = ranks.gather((low, high, total, num))
+    num = sum(n for *_, n in told)
+    if max(high for _, high, *_ in told) <= min(low for low, *_ in told):
+        return [torch.zeros_like(v) for v in values]
+    mean = sum(total for _, _, total, _ in told) / num
+    squares = sum(ranks.gather(sum((n * (v - mean).square()).sum().item() for v, n in known)))
+    scale = (squares / (num - 1) + VARIANCE_EPS) ** -0.5
+    return [((v - mean) * scale).to(value.dtype) for (v, _), value in zip(known, values, strict=True)]
+
+
+def penalised(
+    updates: Sequence[Update],
+    old: Sequence[Sequence[Tensor]],
+    reference: Sequence[Sequence[Tensor]],
+    objective: ObjectiveConfig,
+    ranks: Ranks = ALONE,
+) -> list[list[Tensor]]:
+    """[N] advantage of each predicted token, for each micro-batch of each update, with KL taken off the reward.
+
+    ``old`` and ``reference``: [N] log-probabilities of the same micro-batches, nats. All ranks must ask.
+    """
+    kl = [[o - r for o, r in zip(olds, refs, strict=True)] for olds, refs in zip(old, reference, strict=True)]
+    of_update = _returns_to_go if objective.baseline == "none" else _group_relative
+    advantages = [of_update(u, kl_of_batch, objective, ranks) for u, kl_of_batch in zip(updates, kl, strict=True)]
+    if objective.scale == "batch":
+        flat = list(itertools.chain.from_iterable(advantages))
+        flat = whitened(flat, [torch.ones_like(a) for a in flat], ranks)
+        advantages = [[flat.pop(0) for _ in batches] for batches in advantages]
+    return advantages
+
+
+def _group_relative(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig, ranks: Ranks) -> list[Tensor]:
+    """The KL of a whole response is part of its reward, before responses are compared."""
+    offsets = torch.tensor([0, *itertools.accumulate(len(rewards) for rewards in update.rewards)])
+    kl_S = torch.zeros(int(offsets[-1]), dtype=torch.float64)
+    for batch, response_id, kl_N in zip(update.batches, update.response_ids, kl, strict=True):
+        kl_S.index_add_(0, response_id[batch.seq_id.cpu()], kl_N.double().cpu())
+    kl_S = torch.stack(ranks.gather(kl_S)).sum(0)
+    reward_S = torch.tensor([r for rewards in update.rewards for r in rewards], dtype=torch.float64)
+    scale = "none" if objective.scale == "batch" else objective.scale
+    advantage_S = group_advantage(
+        reward_S - objective.reward_kl_coef * kl_S, offsets, baseline=objective.baseline, scale=scale
+    )
+    return [
+        advantage_S[response_id[batch.seq_id.cpu()]].to(kl_N)
+        for batch, response_id, kl_N in zip(update.batches, update.response_ids, kl, strict=True)
+    ]
+
+
+def _returns_to_go(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig, ranks: Ranks) -> list[Tensor]:
+    """A token pays for its own KL and that of the tokens after it."""
+    reward_S = torch.tensor([r for rewards in update.rewards for r in rewards], dtype=torch.float64)
+    return [
+        _return_to_go(batch, reward_S[response_id].to(kl_N.device), objective.reward_kl_coef * kl_N.double()).to(kl_N)
+        for batch, response_id, kl_N in zip(update.batches, update.response_ids, kl, strict=True)
+    ]
+
+
+def _return_to_go(batch: PackedBatch, reward_S: Tensor, cost_N: Tensor) -> Tensor:
+    len_S = torch.bincount(batch.seq_id, minlength=batch.num_seqs)
+    ends_S = len_S.cumsum(0)
+    reward_N = -cost_N
+    reward_N[ends_S[len_S > 0] - 1] += reward_S[len_S > 0]
+    bounds = torch.cat([ends_S.new_zeros(1), ends_S])
+    return gae(reward_N, torch.zeros_like(reward_N), bounds, gamma=1.0, lam=1.0)[1]
