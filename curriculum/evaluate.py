@@ -163,7 +163,7 @@ def score_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) -> Sc
     return Score(
         family=tasks[0].family,
         representation=tasks[0].representation,
-        accuracy=Accuracy.of(int(sum(rewards)), len(rewards)),
+        accuracy=Accuracy.of(sum(t.is_correct(r) for t, r in zip(tasks, rewards, strict=True)), len(rewards)),
         floor=_floor(tasks),
         stopped=sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts),
         num_tok=sum(len(rollout.token_ids) for rollout in rollouts),

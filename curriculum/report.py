@@ -291,7 +291,7 @@ def _samples(record: RunRecord) -> str:
 def _samples_of(file: Path) -> Iterable[str]:
     first: dict[tuple[str, bool], Row] = {}
     for row in read_completions(file) or ():
-        first.setdefault((row["representation"], row["reward"] > 0), row)
+        first.setdefault((row["representation"], row["correct"]), row)
     if first:
         yield f"<h4>{html.escape(file.stem)}</h4>"
     for (representation, _), row in sorted(first.items(), key=lambda item: (item[0][0], not item[0][1])):

@@ -203,14 +203,18 @@ def read_completions(file: Path) -> list[Row] | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
     is_whole = all(isinstance(row, dict) and {"representation", "text", "reward"} <= row.keys() for row in rows)
-    return rows if rows and is_whole else None
+    if not rows or not is_whole:
+        return None
+    for row in rows:  # before it was written down, every reward was 1 or 0
+        row.setdefault("correct", row["reward"] == 1)
+    return rows
 
 
 def _graded(answers: Sequence[Row]) -> dict[str, Accuracy]:
-    rewards: dict[str, list[float]] = {}
+    correct: dict[str, list[bool]] = {}
     for row in answers:
-        rewards.setdefault(row["representation"], []).append(row["reward"])
-    return {name: Accuracy.of(int(sum(got)), len(got)) for name, got in rewards.items()}
+        correct.setdefault(row["representation"], []).append(row["correct"])
+    return {name: Accuracy.of(sum(got), len(got)) for name, got in correct.items()}
 
 
 def _floor(folder: Path, summary: dict[str, Any] | None) -> dict[str, float | None]:

@@ -30,7 +30,7 @@ def show_answers(run: Path, step: int | None, num: int, console: Console) -> Non
     console.print(Text(f"{run.name}: {file.stem}", style="bold"))
     for representation in dict.fromkeys(row["representation"] for row in rows):
         answers = [row for row in rows if row["representation"] == representation]
-        rate = sum(row["reward"] > 0 for row in answers) / len(answers)
+        rate = sum(row["correct"] for row in answers) / len(answers)
         console.print(Rule(f"{representation}: {len(answers)} answers, {rate:.0%} right"))
         for row in _right_and_wrong_in_turn(answers)[:num]:
             console.print(_panel(row))
@@ -54,7 +54,7 @@ def _answers_file(run: Path, step: int | None) -> Path:
 
 
 def _right_and_wrong_in_turn(rows: Sequence[Row]) -> list[Row]:
-    right, wrong = ([row for row in rows if (row["reward"] > 0) is wanted] for wanted in (True, False))
+    right, wrong = ([row for row in rows if row["correct"] is wanted] for wanted in (True, False))
     return [row for row in chain.from_iterable(zip_longest(right, wrong)) if row is not None]
 
 
@@ -64,6 +64,6 @@ def _panel(row: Row) -> Panel:
     facts = [f"reward {row['reward']:g}"]
     facts += [f"advantage {row['advantage']:+.2f}"] if "advantage" in row else []
     facts += ["cut off at max_new_tok"] if row.get("finish") == "length" else []
-    style = "green" if row["reward"] > 0 else "red"
+    style = "green" if row["correct"] else "red"
     body = Group(Text(asked, style="dim"), Text(), Text(row["text"]))
     return Panel(body, title=Text(f"prompt {row['prompt_id']}"), subtitle=Text(", ".join(facts)), border_style=style)

@@ -53,6 +53,10 @@ class Curriculum:
         task: Task = prompt.payload
         return task.demonstration
 
+    def is_correct(self, prompt: Prompt, reward: float) -> bool:
+        task: Task = prompt.payload
+        return task.is_correct(reward)
+
     def observe(self, groups: Sequence[Group]) -> None:
         stage = self._present()
         rewards = [reward for group in groups for reward in group.rewards]
@@ -74,10 +78,10 @@ class Curriculum:
         return Exam(label=label, prompts=self._questions(), max_new_tok=self.recipe.eval.max_new_tok)
 
     def grade(self, exam: Exam, rewards: Sequence[float]) -> str:
-        by_representation: dict[str, list[float]] = {}
+        by_representation: dict[str, list[bool]] = {}
         for prompt, reward in zip(exam.prompts, rewards, strict=True):
-            by_representation.setdefault(prompt.representation, []).append(reward)
-        results = {name: Accuracy.of(int(sum(got)), len(got)) for name, got in by_representation.items()}
+            by_representation.setdefault(prompt.representation, []).append(self.is_correct(prompt, reward))
+        results = {name: Accuracy.of(sum(got), len(got)) for name, got in by_representation.items()}
         self.exams.append(
             {
                 "label": exam.label,

@@ -12,6 +12,7 @@ FAMILIES: tuple[str, ...] = get_args(Family)
 Reward = Literal["strict", "paper"]
 REWARDS: tuple[str, ...] = get_args(Reward)
 Split = Literal["train", "eval"]
+FULL_MARKS = 1.0  # what every judge gives for a right answer
 
 
 class DataError(ValueError):
@@ -35,6 +36,10 @@ class Task:
     demonstration: str | None = None  # a worked response, ends in <answer>..</answer>
     naive_answer: str | None = None  # what doing one step after the other would give
     difficulty: dict[str, Any] = field(default_factory=dict)
+
+    def is_correct(self, reward: float) -> bool:
+        """Whether a response worth ``reward`` solves the task: full marks, not part of them."""
+        return reward >= FULL_MARKS
 
     def to_json(self) -> str:
         """One line of JSON."""

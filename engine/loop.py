@@ -117,12 +117,14 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
         source.observe(groups)
         state = _advanced(state, source, groups, stats, log.wall_s())
         row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication)
-    num_correct = sum(reward > 0 for group in groups for reward in group.rewards)
+    num_correct = sum(source.is_correct(group.prompt, reward) for group in groups for reward in group.rewards)
     row |= log.end_step(num_tok=stats.num_loss_tok, num_correct=num_correct, gather=crew.ranks.gather)
     with log.time("record"):
         log.write_step(row, _line(row))
         if state.step % crew.config.completions_every == 0:
-            log.write_completions(f"step-{state.step:08d}", _completions(groups, texts, crew.policy.text.decode))
+            log.write_completions(
+                f"step-{state.step:08d}", _completions(groups, texts, source, crew.policy.text.decode)
+            )
     return state
 
 
@@ -212,7 +214,9 @@ def sit(crew: Crew, state: RunState, exam: Exam) -> None:
             rollouts = crew.sampler.generate(own, _greedy(crew, exam.max_new_tok), judging.add)
         _, texts, rewards = crew.ranks.exchange(rollouts, *judging.results(), 1)
     crew.log.say(crew.source.grade(exam, rewards))
-    crew.log.write_completions(f"exam-{exam.label}", _answers(exam, texts, rewards, crew.policy.text.decode))
+    crew.log.write_completions(
+        f"exam-{exam.label}", _answers(exam, texts, rewards, crew.source, crew.policy.text.decode)
+    )
 
 
 def save(crew: Crew, state: RunState) -> None:
@@ -338,18 +342,21 @@ def _line(row: Row) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _completions(groups: Sequence[Group], texts: Sequence[str], decode: Decode) -> list[Row]:
+def _completions(groups: Sequence[Group], texts: Sequence[str], source: PromptSource, decode: Decode) -> list[Row]:
     rows: list[Row] = []
     for group in groups:
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True):
-            answered = {"text": texts[len(rows)], "reward": reward, "advantage": advantage, "finish": rollout.finish}
-            rows.append({**_asked(group.prompt, decode), "sample": rollout.sample, **answered})
+            answered = {"text": texts[len(rows)], "reward": reward, "correct": source.is_correct(group.prompt, reward)}
+            drawn = {"sample": rollout.sample, "advantage": advantage, "finish": rollout.finish}
+            rows.append({**_asked(group.prompt, decode), **drawn, **answered})
     return rows
 
 
-def _answers(exam: Exam, texts: Sequence[str], rewards: Sequence[float], decode: Decode) -> list[Row]:
+def _answers(
+    exam: Exam, texts: Sequence[str], rewards: Sequence[float], source: PromptSource, decode: Decode
+) -> list[Row]:
     return [
-        {**_asked(prompt, decode), "text": text, "reward": reward}
+        {**_asked(prompt, decode), "text": text, "reward": reward, "correct": source.is_correct(prompt, reward)}
         for prompt, text, reward in zip(exam.prompts, texts, rewards, strict=True)
     ]
 

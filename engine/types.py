@@ -227,6 +227,10 @@ class PromptSource(Protocol):
         """A worked response, for supervised stages; None where there is none."""
         ...
 
+    def is_correct(self, prompt: Prompt, reward: float) -> bool:
+        """Whether a response worth ``reward`` solves ``prompt``: its task says so, and partial credit does not."""
+        ...
+
     def observe(self, groups: Sequence[Group]) -> None:
         """The step is over, and with it maybe the stage. ``groups``: all that were drawn, learned from or not."""
         ...

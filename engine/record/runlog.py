@@ -78,8 +78,8 @@ class RunLog:
     def end_step(self, *, num_tok: int, num_correct: int, gather: Gather = lambda own: [own]) -> Row:
         """What the step cost, for its row; what comes until the next one begins is between them.
 
-        ``num_tok``: that counted in the loss. ``num_correct``: answers worth something. Both of all ranks, each of
-        which must ask; ``gather``: what they say.
+        ``num_tok``: that counted in the loss. ``num_correct``: answers that solve their prompt. Both of all ranks,
+        each of which must ask; ``gather``: what they say.
         """
         with self.time("record"):
             machine = self.telemetry.end(num_tok=num_tok, num_correct=num_correct, gather=gather)

@@ -57,3 +57,11 @@ def test_what_is_not_there_is_told(run: Path, tmp_path: Path) -> None:
 
 def test_a_real_runs_answers_are_shown(finished_run: Path) -> None:
     assert all(name in shown(finished_run, num=1) for name in ("natural", "graph", "code", "table"))
+
+
+def test_partial_credit_is_shown_among_the_wrong_answers(run: Path) -> None:
+    file = run / "completions" / "step-00000010.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0] |= {"reward": 0.5, "correct": False}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "graph: 5 answers, 20% right" in shown(run)

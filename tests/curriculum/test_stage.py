@@ -245,3 +245,12 @@ def test_the_papers_constants_stand_in_its_recipes() -> None:
         assert present.batch.prompts_per_update is not None
         assert present.batch.prompts_per_update * present.sampling.samples_per_prompt == 128
         assert (present.objective.kl_estimator, present.objective.kl_coef, present.optim.lr) == ("k3", 0.01, 1e-6)
+
+
+def test_an_exam_counts_what_the_task_calls_correct_not_partial_credit() -> None:
+    source = curriculum(stage("one"))
+    exam = source.exam()
+    assert exam is not None
+    source.grade(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))])
+    counted = source.exams[0]["accuracy"].values()
+    assert sum(result["correct"] for result in counted) == len(exam.prompts) // 2

@@ -75,6 +75,9 @@ class Questions:
     def demonstrate(self, prompt: Prompt) -> str | None:
         return f"{prompt.payload} gold"
 
+    def is_correct(self, prompt: Prompt, reward: float) -> bool:
+        return reward == 1
+
     def observe(self, groups: Sequence[Group]) -> None:
         self.observed.append(list(groups))
         self.steps_done += 1
@@ -265,6 +268,23 @@ def test_completions_stand_beside_their_own_rewards(tmp_path: Path) -> None:
     assert all(row["reward"] == float("gold" in row["text"].split()) for row in rows)
     by_id = {g.prompt.prompt_id: g for g in source_of(crew).observed[0]}
     assert all(row["advantage"] == by_id[row["prompt_id"]].advantages[row["sample"]] for row in rows)
+
+
+def test_partial_credit_is_not_a_correct_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def graded(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        return [1.0 if "gold" in text.split() else 0.5 if "iron" in text.split() else -1.0 for text in texts]
+
+    crew = make_crew(tmp_path, make_stage(steps=1), judge=graded, completions_every=1, examines=True)
+    counted: list[int] = []
+    end = crew.log.telemetry.end
+    monkeypatch.setattr(crew.log.telemetry, "end", lambda **told: (counted.append(told["num_correct"]), end(**told))[1])
+    train(crew, RunState())
+    rows = [json.loads(line) for line in (tmp_path / "completions" / "step-00000001.jsonl").read_text().splitlines()]
+    assert {row["reward"] for row in rows} == {1.0, 0.5, -1.0}
+    assert all(row["correct"] is (row["reward"] == 1) for row in rows)
+    assert counted == [sum(row["correct"] for row in rows)]
+    exam = [json.loads(line) for line in (tmp_path / "completions" / "exam-words.jsonl").read_text().splitlines()]
+    assert all(row["correct"] is (row["reward"] == 1) for row in exam)
 
 
 def test_exams_are_sat_before_between_and_after_the_stages_and_graded_once(tmp_path: Path) -> None:
