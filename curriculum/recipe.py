@@ -15,6 +15,7 @@ from isomorph.curriculum.judge import check_reward
 from isomorph.curriculum.task import Family, Reward
 from isomorph.curriculum.tasks.async_plan import HELD_OUT, REPRESENTATIONS, Difficulty
 from isomorph.engine.config import EngineConfig, Section, Stage
+from isomorph.engine.effect import KeyPath
 
 
 class GeneratedData(Section):
@@ -82,6 +83,15 @@ class StageRecipe(Stage):
     plateau: Plateau | None = None
     max_response_tok: int | None = Field(None, ge=1)  # over all its steps; the step that reaches it is its last
 
+    def idle(self) -> dict[KeyPath, str]:
+        keys = super().idle()
+        if len(self.mixture) == 1:
+            keys[("mixture", 0, "weight")] = "the mixture has one part"
+        if not self.objective.is_supervised:
+            why = "only demonstrations are naive, and the stage samples its responses"
+            keys |= {("mixture", i, "naive_rate"): why for i in range(len(self.mixture))}
+        return keys
+
     @property
     def reward_window(self) -> int:
         """Steps whose mean rewards have to be remembered."""
@@ -102,6 +112,33 @@ class Recipe(EngineConfig):
     data: dict[str, Annotated[GeneratedData | JsonlData, Field(discriminator="kind")]] = Field(min_length=1)
     stage: tuple[StageRecipe, ...] = Field(min_length=1)
     eval: EvalConfig
+
+    def idle(self) -> dict[KeyPath, str]:
+        keys = super().idle()
+        used = {part.data for stage in self.stage for part in stage.mixture} | {self.eval.data}
+        keys |= {("data", name): "no stage and no [eval] names it" for name in self.data if name not in used}
+        for i, stage in enumerate(self.stage):
+            for j, part in enumerate(stage.mixture):
+                if isinstance(self.data[part.data], JsonlData):
+                    keys[("stage", i, "mixture", j, "naive_rate")] = "files bring their own demonstrations"
+        if isinstance(self.data[self.eval.data], JsonlData):
+            keys[("eval", "seed")] = "a file's questions are not drawn: data.NAME.split_seed splits them off"
+        supervised = {part.data for stage in self.stage if stage.objective.is_supervised for part in stage.mixture}
+        for name, data in self.data.items():
+            if isinstance(data, GeneratedData) and name not in supervised and data.difficulty.form != "terse":
+                keys[("data", name, "difficulty", "demonstration")] = "no supervised stage draws from it"
+        return {**keys, **self._idle_between_stages()}
+
+    def _idle_between_stages(self) -> dict[KeyPath, str]:
+        keys: dict[KeyPath, str] = {("stage", 0, "optimizer"): "there is no stage before the first"}
+        needs = [stage.objective.needs_reference for stage in self.stage]
+        for i in range(len(self.stage)):
+            if not any(needs[:i]) or not any(needs[i:]):
+                keys[("stage", i, "reference")] = "no stage before it, or none from it on, has a KL term"
+        total = sum(stage.steps for stage in self.stage)
+        if self.run.profile is not None and self.run.profile[0] > total:
+            keys[("run", "profile")] = f"the run has {total} steps"
+        return keys
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Recipe":

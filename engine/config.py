@@ -4,8 +4,10 @@ A recipe is one TOML file. Top-level tables are defaults; a stage may override a
 ``batch`` and ``sampling``. What a user can get wrong is refused here, with the nearest valid key or range.
 """
 
+import copy
 import difflib
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -19,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from isomorph.engine.effect import KeyPath, idle_paths, idle_sentences, leaves
+
 
 class UserError(ValueError):
     """The user's input is wrong: says what must hold, what was found and where, and what to do. Exit code 2."""
@@ -28,6 +32,13 @@ class Section(BaseModel):
     """A frozen table of the recipe; an unknown key is an error, and so is a number in quotes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def idle(self) -> dict[KeyPath, str]:
+        """Keys, by their path from here, that change nothing beside the others' values, and why.
+
+        ``load_recipe`` refuses one that is written. A key that is not in here acts.
+        """
+        return {}
 
     @model_validator(mode="before")
     @classmethod
@@ -92,6 +103,9 @@ class ModelConfig(Section):
     chat_template: bool = True  # wrap the question as a user's turn, where the tokenizer has a template
     stop: tuple[str, ...] = ()  # further tokens that end a response, as text: one token of the tokenizer each
 
+    def idle(self) -> dict[KeyPath, str]:
+        return {} if self.tiny is None else {("chat_template",): "the tokenizer of [model.tiny] has no template"}
+
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
         if (self.path is None) == (self.tiny is None):
@@ -119,6 +133,10 @@ class SamplerConfig(Section):
     max_model_len: int = Field(2048, ge=16)  # vllm: prompt and response, tokens
     max_seqs: int = Field(256, ge=1)  # sequences decoded at once
     kv_tok: int | None = Field(None, ge=1)  # builtin: tokens of keys and values held at once; None: as max_seqs needs
+
+    def idle(self) -> dict[KeyPath, str]:
+        keys = ("publish", "memory_frac", "max_model_len") if self.kind == "builtin" else ("kv_tok",)
+        return {(key,): f'sampler.kind is "{self.kind}"' for key in keys}
 
 
 class SamplingConfig(Section):
@@ -148,6 +166,9 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)  # of the whole gradient
+
+    def idle(self) -> dict[KeyPath, str]:
+        return {("final_lr_frac",): 'optim.schedule is "constant"'} if self.schedule == "constant" else {}
 
     @model_validator(mode="after")
     def _betas_decay(self) -> "OptimConfig":
@@ -232,6 +253,17 @@ class ObjectiveConfig(Section):
             )
         return self
 
+    def idle(self) -> dict[KeyPath, str]:
+        keys: dict[str, str] = {}
+        if self.name in ("sft", "rft"):
+            acting = {"name", "aggregation"} if self.name == "sft" else {"name", "aggregation", "baseline", "scale"}
+            keys = {key: f'objective.name is "{self.name}"' for key in type(self).model_fields if key not in acting}
+        if self.kl_coef == 0:
+            keys.setdefault("kl_estimator", "objective.kl_coef is 0")
+        if self.tis == "off":
+            keys |= {key: keys.get(key, 'objective.tis is "off"') for key in ("tis_mode", "tis_cap")}
+        return {(key,): why for key, why in keys.items()}
+
     @property
     def is_supervised(self) -> bool:
         """Trained on demonstrations instead of the policy's own responses."""
@@ -272,9 +304,19 @@ class Stage(Section):
         """What logits are divided by in the loss: 1 where responses are imitated, as in a cross-entropy."""
         return 1.0 if self.objective.name in ("sft", "rft") else self.sampling.temperature
 
+    def idle(self) -> dict[KeyPath, str]:
+        if self.objective.is_supervised:
+            return {("sampling", "temperature"): "demonstrations are not sampled"}
+        if self.batch.epochs == 1 and self.batch.prompts_per_update in (None, self.batch.prompts):
+            why = "a step makes one update (batch.prompts_per_update, batch.epochs), in which every ratio is 1"
+            return {("objective", "clip_low"): why, ("objective", "clip_high"): why}
+        return {}
+
     @model_validator(mode="after")
     def _groups_are_large_enough(self) -> "Stage":
-        relative = self.objective.baseline != "none" or self.objective.scale == "std"
+        relative = not self.objective.is_supervised and (
+            self.objective.baseline != "none" or self.objective.scale == "std"
+        )
         if relative and self.sampling.samples_per_prompt < 2:
             raise ValueError(
                 f"{self.objective.name} compares the responses of a group: samples_per_prompt must be >= 2, "
@@ -384,16 +426,46 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
     """The recipe at ``path`` with ``section.key=value`` overrides, as a checked, frozen ``schema``. Raises UserError.
 
     ``extends = "other.toml"`` lays the recipe over another one: tables are merged, everything else is replaced.
+    A key that the recipe or an override writes must have an effect there; what it extends is shared with others.
     """
-    tables = _read_toml(path)
+    base, own = _read_toml(path)
+    tables = _merged(base, own)
+    changed = copy.deepcopy(tables)
     for text in overrides:
-        _override(tables, text)
+        _override(changed, text)
+    loaded = _loaded(changed, schema, path)
+    try:  # what an override makes idle was not so where it was written
+        as_written = _loaded(tables, schema, path) if overrides else loaded
+    except UserError:  # complete with its overrides only
+        as_written, tables = loaded, changed
+    sentences = _idle_in(tables, leaves(own), as_written)
+    sentences += _idle_in(changed, (leaf for text in overrides for leaf in _overridden(text)), loaded)
+    if sentences:
+        raise UserError(f"{path}: " + "; ".join(dict.fromkeys(sentences)))
+    return loaded
+
+
+def _loaded(tables: dict[str, Any], schema: type[C], path: Path) -> C:
     for name, section in STAGE_TABLES.items():  # also what every stage overrides; and a defect once, not once a stage
         check_tables(tables.get(name, {}), section, where=str(path), inside=name)
     return check_tables(_stages_resolved(tables), schema, where=str(path))
 
 
-def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _idle_in(tables: dict[str, Any], given: Iterable[KeyPath], loaded: Section) -> list[str]:
+    return idle_sentences(given, idle_paths(loaded), lambda path: _takers(tables, path))
+
+
+def _takers(tables: dict[str, Any], path: KeyPath) -> list[KeyPath] | None:
+    """Where in the stages the value at a top-level ``path`` comes to lie; None where stages do not share its table."""
+    if path[0] not in STAGE_TABLES:
+        return None
+    name, stages = str(path[0]), tables.get("stage", [])
+    own = [(i, stage.get(name, {})) for i, stage in enumerate(stages)]
+    return [("stage", i, *path) for i, table in own if path[1] not in table and not _is_renamed(name, tables, table)]
+
+
+def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the recipe extends, all of it, and its own tables."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -406,11 +478,11 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]
         raise UserError(f"{path}: not valid TOML: {error}") from None
     base = tables.pop("extends", None)
     if base is None:
-        return tables
+        return {}, tables
     chain = (*extended_by, path.resolve())
     if not isinstance(base, str) or (path.parent / base).resolve() in chain:
         raise UserError(f"{path}: extends must name another recipe, and not in a circle, got {base!r}")
-    return _merged(_read_toml(path.parent / base, chain), tables)
+    return _merged(*_read_toml(path.parent / base, chain)), tables
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -435,6 +507,13 @@ def check_tables(tables: dict[str, Any], schema: type[C], *, where: str, inside:
 def _is_around(loc: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """A list is then too short because ``other``, in it, is wrong."""
     return len(loc) < len(other) and other[: len(loc)] == loc
+
+
+def _overridden(text: str) -> list[KeyPath]:
+    """The paths that an override gives values to."""
+    key, _, value = text.partition("=")
+    at = tuple(int(name) if name.isdigit() else name for name in key.strip().split("."))
+    return list(leaves(toml_value(value.strip()), at))
 
 
 def _override(tables: dict[str, Any], text: str) -> None:
@@ -487,10 +566,14 @@ def _layered(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(own, dict) or not isinstance(table, dict):
             layered[name] = own or table
             continue
-        # another objective's name brings its own preset, not the default objective's choices
-        renamed = name == "objective" and "name" in own and own["name"] != table.get("name", DEFAULT_OBJECTIVE)
-        layered[name] = dict(own) if renamed else {**table, **own}
+        layered[name] = dict(own) if _is_renamed(name, defaults, own) else {**table, **own}
     return layered
+
+
+def _is_renamed(name: str, defaults: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Another objective's name brings its own preset, not the default objective's choices."""
+    known = defaults.get(name, {}).get("name", DEFAULT_OBJECTIVE)
+    return name == "objective" and "name" in own and own["name"] != known
 
 
 def _explain(schema: type[BaseModel], tables: dict[str, Any], defect: Any, inside: str) -> str:
