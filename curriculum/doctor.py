@@ -40,7 +40,7 @@ BASE: dict[str, tuple[str, str, str]] = {
     "tensorboardX": ("2.6", "", ""),
 }
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "math": ("math-verify", "pint"),
+    "math": ("sympy", "pint"),
     "gguf": ("gguf", "accelerate"),
     "lora": ("peft",),
 }

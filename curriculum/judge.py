@@ -8,7 +8,6 @@ import atexit
 import functools
 import importlib
 import importlib.util
-import logging
 import math
 import os
 import re
@@ -81,7 +80,7 @@ class JudgePool:
     Satisfies the engine's Judge protocol. Workers start with the first response that needs one, by spawning,
     without importing the caller's main module; ``close`` leaves none behind. ``num_timeouts`` counts responses
     cut off at the deadline, ``num_crashes`` those that took their worker down, ``num_errors`` those on which
-    SymPy, math-verify or pint failed: all are worth 0.0.
+    SymPy or pint failed: all are worth 0.0.
     """
 
     def __init__(self, *, max_workers: int | None = None, deadline_s: float = DEADLINE_S) -> None:
@@ -305,21 +304,20 @@ def _grade(family: str, stated: str, gold: str, limit_s: float) -> float | None:
 
 
 def _same_physics(stated: str, gold: str) -> bool:
-    from isomorph.curriculum.tasks.quantity import parse_quantity, same_quantity
+    from isomorph.curriculum.tasks.quantity import parse_quantity, same_answer
 
     expected = parse_quantity(gold)
     if expected is None:
         raise GoldUnreadable(f"an accepted answer in physics must be a value with a unit, got {gold[:200]!r}")
     if expected.value.free_symbols:
-        return _same_mathematics(stated, gold)
-    got = parse_quantity(stated)
-    return got is not None and same_quantity(expected, got)
+        return _same_mathematics(stated, gold, imaginary=False)
+    return same_answer(stated, expected)
 
 
-def _same_mathematics(stated: str, gold: str) -> bool:
+def _same_mathematics(stated: str, gold: str, *, imaginary: bool = True) -> bool:
     from isomorph.curriculum.tasks.mathematics import same_expression
 
-    return same_expression(stated, gold)
+    return same_expression(stated, gold, imaginary=imaginary)
 
 
 def _prepare_worker() -> None:
@@ -327,7 +325,6 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes the pool
     resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     warnings.simplefilter("ignore")
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # says that it has no timeout; the pool has one
     importlib.import_module("isomorph.curriculum.tasks.mathematics")
     importlib.import_module("isomorph.curriculum.tasks.quantity")
 
@@ -336,7 +333,7 @@ def _prepare_worker() -> None:
 
 
 def _require_math_extra() -> None:
-    missing = [name for name in ("math_verify", "pint") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("sympy", "pint") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
             f"judging mathematics and physics needs {' and '.join(missing)}: pip install 'isomorph[math]'"

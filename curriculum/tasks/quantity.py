@@ -1,7 +1,8 @@
 """Physical quantities as people and models write them: a value, perhaps a power of ten, and a unit.
 
 Values are compared in the unit of the accepted answer. The tolerance is one unit in the last digit that the
-accepted answer states, but never less than 1 % and never more than 10 % of it.
+accepted answer states, but never less than 1 % and never more than 10 % of it: none where that is 0. What the answer
+states has no part in it.
 """
 
 import functools
@@ -63,12 +64,29 @@ def parse_quantity(text: str) -> Quantity | None:
         return None
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    text = " ".join(text.split()).rpartition("=")[2].strip()
+    text = _MIXED.sub(_mixed_number, " ".join(text.split()).rpartition("=")[2].strip())
     for read in (_read_formula, _read_decimal, _read_formula_with_unit):
         quantity = read(text)
         if quantity is not None and len(quantity.unit) <= MAX_UNIT_CHARS:
             return quantity
     return None
+
+
+_MIXED = re.compile(r"(?<![\w.] )(?<![\w./*])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\w./*])", re.ASCII)
+
+
+def _mixed_number(match: re.Match[str]) -> str:
+    """``1 1/2`` -> ``(1+1/2)``; an improper fraction stays as it is, and is not read."""
+    whole, above, below = match.groups()
+    return f"({whole}+{above}/{below})" if 0 < int(above) < int(below) else match.group()
+
+
+def same_answer(stated: str, gold: Quantity) -> bool:
+    """Whether ``stated`` is ``gold``; of "0.5 kJ = 500 J" every side that has a unit must be it."""
+    sides = [parse_quantity(side) for side in stated.split("=")]
+    if sides[-1] is None or not same_quantity(gold, sides[-1]):
+        return False
+    return all(same_quantity(gold, side) for side in sides if side is not None and side.unit)
 
 
 def same_quantity(gold: Quantity, answer: Quantity) -> bool:
@@ -81,7 +99,7 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
         if converted is None:
             return False
         got = converted
-    return abs(got - expected) <= (gold.tolerance * abs(expected) or MIN_TOLERANCE)
+    return abs(got - expected) <= gold.tolerance * abs(expected)
 
 
 def _read_formula(text: str) -> Quantity | None:

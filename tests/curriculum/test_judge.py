@@ -27,7 +27,7 @@ from isomorph.curriculum.tasks.duration import UNIT_SECONDS, parse_duration, par
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.engine.update.score import Judging
 
-HAVE_MATH = all(importlib.util.find_spec(name) for name in ("math_verify", "pint"))
+HAVE_MATH = all(importlib.util.find_spec(name) for name in ("sympy", "pint"))
 needs_math = pytest.mark.skipif(not HAVE_MATH, reason="needs the extra [math]")
 
 MIN = 60
@@ -615,7 +615,8 @@ def _task(family: str, answer: str) -> Task:
     return Task(family=family, representation="natural", question="?", answer=answer, key="0")
 
 
-HANG = _answer("9^{9^{9^{9}}}")  # SymPy would take longer than the universe
+# Is 5, and SymPy would multiply it out for longer than anybody waits to prove it.
+HANG = _answer("5 + (2a+2b+2c+2d+2f)^{100} - 2^{100}(a+b+c+d+f)^{100}")
 
 
 @needs_math
