@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool
 from isomorph.curriculum.planning import FirstSteps
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report import write_report
+from isomorph.curriculum.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.engine.config import UserError
@@ -57,12 +59,19 @@ def run_recipe(
     *,
     resume: bool,
 ) -> dict[str, Any]:
-    """Trains in ``folder`` to the end of the last stage; returns the summary; the first rank has written it there."""
+    """Trains in ``folder`` to the end of the last stage; returns the summary; the first rank has written it there.
+
+    On several ranks the paths of a recipe are taken relative to each rank's working folder.
+    """
     if recipe.parallel.kind == "fsdp" and ranks.size == 1:
         raise UserError('parallel.kind = "fsdp" cuts the weights up between ranks: start several with torchrun')
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     check_readers(recipe.log)
+    if resume:
+        ranks.from_first(lambda: _refuse_changed_files(recipe, folder))
+    else:
+        recipe = located(recipe)
     log = (RunLog if ranks.is_first else QuietLog)(folder, console, every=recipe.log.every)
     with contextlib.ExitStack() as stack:
         with log.time("load"):
@@ -115,7 +124,7 @@ def _crew_at_work(
         if learned is not None:
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
-        if not resume:
+        if not resume and ranks.is_first:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
         for note in policy.notes:
             log.say(f"note: {note}")
@@ -134,6 +143,16 @@ def _crew_at_work(
             ranks=ranks,
         )
         yield crew, state
+
+
+def _refuse_changed_files(recipe: Recipe, folder: Path) -> None:
+    """Other rows would be asked in another order, and held-out ones would become training's."""
+    recorded = read_run_json(folder).get("files", {})  # runs of older versions have none
+    if changed := changed_files(recorded, recipe):
+        raise UserError(
+            f"{'; '.join(changed)}: the run could not go on with the questions that it began with; put back what was "
+            "there, or start a new run"
+        )
 
 
 def _refuse_long_responses(recipe: Recipe, max_tok: int) -> None:
@@ -190,6 +209,7 @@ def describe_run(
             versions[name] = importlib.metadata.version(name)
     return {
         "recipe": recipe.model_dump(mode="json"),
+        "files": describe_files(recipe),
         "versions": versions,
         "seed": recipe.run.seed,
         "ranks": ranks.size,

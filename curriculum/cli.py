@@ -90,6 +90,7 @@ def train(
     from isomorph.curriculum.assemble import run_recipe
     from isomorph.curriculum.recipe import Recipe
     from isomorph.curriculum.run_record import read_run_json
+    from isomorph.engine.record.runlog import LOCK, locked
     from isomorph.engine.types import RunFailed
     from isomorph.engine.update.distributed import open_ranks
 
@@ -107,10 +108,11 @@ def train(
         loaded = load_recipe(recipe, overrides or [], Recipe)
         folder = run or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_backends()
-    with _stop_on_signal() as stop, open_ranks() as ranks:
+    with _stop_on_signal() as stop, open_ranks() as ranks, contextlib.ExitStack() as stack:
         console.quiet = not ranks.is_first
         if resume is None:
             folder = ranks.from_first(lambda: _new_folder(folder, is_named=run is not None))
+        ranks.from_first(lambda: stack.enter_context(locked(folder)))
         console.print(f"run folder: {folder}", highlight=False)
         try:
             summary = run_recipe(loaded, folder, console, stop.requested, ranks, resume=resume is not None)
@@ -120,7 +122,9 @@ def train(
         except UserError:
             if resume is None and ranks.is_first:
                 with contextlib.suppress(OSError):  # it may hold something by now
-                    folder.rmdir()
+                    if [path.name for path in folder.iterdir()] == [LOCK]:
+                        (folder / LOCK).unlink()
+                        folder.rmdir()
             raise
         except RunFailed as error:
             _fail(str(error), 1)  # before signals end the process again: torchrun sends one where a rank has died
@@ -334,9 +338,11 @@ def _stop_on_signal() -> Iterator[_Stop]:
 
 def _new_folder(folder: Path, *, is_named: bool) -> Path:
     """Made, and nobody else's: of two runs that start in one second the second gets a name of its own."""
+    from isomorph.engine.record.runlog import LOCK
+
     if folder.is_file():
         raise UserError(f"--run must name a folder, {folder} is a file")
-    if is_named and folder.is_dir() and not any(folder.iterdir()):
+    if is_named and folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()):
         return folder
     try:
         folder.mkdir(parents=True)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import check_base, open_policy
+from isomorph.curriculum.inputs import changed_files
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, judge
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
 from isomorph.curriculum.run_record import read_run_json, read_summary
@@ -41,6 +42,7 @@ class Candidate:
     policy: Policy
     source: str  # where the weights came from
     recipe: Recipe | None
+    changed: tuple[str, ...] = ()  # sentences on files of the run that are no longer what they were
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,8 @@ def evaluate(
     candidate = open_candidate(target)
     for note in candidate.policy.notes:
         say(f"note: {note}")
+    for sentence in candidate.changed:
+        say(f"warning: {sentence}: questions may be other ones, and training may have asked them")
     of_recipe = candidate.recipe.eval.max_new_tok if candidate.recipe else MODEL_MAX_NEW_TOK
     sampling = Sampling(
         temperature=0.0,
@@ -130,13 +134,15 @@ def open_candidate(target: str) -> Candidate:
 
 def _open_run(folder: Path) -> Candidate:
     """The finished model where the run is done, or else the newest checkpoint."""
-    recipe = check_tables(read_run_json(folder)["recipe"], Recipe, where=f"{folder}/run.json")
+    described = read_run_json(folder)
+    recipe = check_tables(described["recipe"], Recipe, where=f"{folder}/run.json")
+    changed = tuple(changed_files(described.get("files", {}), recipe))
     model = folder / "model"
     summary = read_summary(folder)
     if summary is not None and summary["status"] == "done":
         config = recipe.model.model_copy(update={"path": str(model), "tiny": None})
         policy = load_policy(config, vocabulary=[], seed=0, device=_device(), tags=ANSWER_TAGS)
-        return Candidate(policy=policy, source=str(model), recipe=recipe)
+        return Candidate(policy=policy, source=str(model), recipe=recipe, changed=changed)
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         raise UserError(f"{folder} holds neither a finished model nor a checkpoint: wait for its first checkpoint")
@@ -147,7 +153,7 @@ def _open_run(folder: Path) -> Candidate:
         policy.overwrite([weights[name] for name in policy.named_parameters()])
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{newest}: the weights do not fit the recipe's model: {error}") from error
-    return Candidate(policy=policy, source=str(newest), recipe=recipe)
+    return Candidate(policy=policy, source=str(newest), recipe=recipe, changed=changed)
 
 
 def score_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) -> Score:

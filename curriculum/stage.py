@@ -4,7 +4,6 @@ Satisfies the engine's ``PromptSource``. Its whole memory is one small JSON obje
 generator seeded with (run seed, prompt number), so a resumed run asks what the uninterrupted one would have asked.
 """
 
-import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -219,20 +218,22 @@ class TaskFiles:
     """A [data.NAME] of kind jsonl: its rows, split into training and held out by procedure."""
 
     def __init__(self, data: JsonlData, text: TextCodec) -> None:
-        rows = {
-            name: read_rows(_expanded(path), data.family, name, reward=data.reward) for name, path in data.files.items()
-        }
+        rows = {name: read_rows(path, data.family, name, reward=data.reward) for name, path in data.files.items()}
         train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
         self.num_too_long: dict[str, int] = {}
         self.training = {name: self._short_enough(name, tasks, data, text) for name, tasks in train.items()}
         self.held_out = {name: self._short_enough(name, tasks, data, text) for name, tasks in held_out.items()}
+        self._passes: dict[str, tuple[tuple[int, int], list[int]]] = {}  # representation -> (seed, pass), its order
 
     def training_task(self, representation: str, position: int, seed: int) -> Task:
         """Row ``position`` of an endless sequence of passes, each in an order of its own."""
         tasks = self.training[representation]
         turn, index = divmod(position, len(tasks))
-        order = random.Random(f"{seed}:{representation}:{turn}").sample(range(len(tasks)), len(tasks))
-        return tasks[order[index]]
+        known = self._passes.get(representation)
+        if known is None or known[0] != (seed, turn):  # permuting the whole file for each row would take its length
+            order = random.Random(f"{seed}:{representation}:{turn}").sample(range(len(tasks)), len(tasks))
+            known = self._passes[representation] = (seed, turn), order
+        return tasks[known[1][index]]
 
     def _short_enough(self, name: str, tasks: list[Task], data: JsonlData, text: TextCodec) -> list[Task]:
         kept = [task for task in tasks if len(text.encode_prompt(task.question)) <= data.max_prompt_tok]
@@ -242,10 +243,3 @@ class TaskFiles:
                 f"no {name} row has a prompt of at most max_prompt_tok={data.max_prompt_tok} tokens: raise it"
             )
         return kept
-
-
-def _expanded(path: str) -> str:
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    if "$" in expanded:
-        raise UserError(f"data file {path!r}: set the environment variable it names to the folder that holds the file")
-    return expanded

@@ -8,9 +8,11 @@ another one is taken off the outer one.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch.profiler import record_function
 
+from isomorph.engine.config import UserError
 from isomorph.engine.record.telemetry import Gather, Telemetry
 from isomorph.engine.types import RunFailed
 
@@ -169,6 +172,38 @@ class RunLog:
         for path in (self.folder / "completions").glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
+
+
+LOCK = ".lock"  # in the run folder: who writes there
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While open, no other process writes into ``folder``. Raises UserError where one does.
+
+    The kernel lets go of the lock when this process ends, however it ends. A file system that has no locks is no
+    reason not to run: then nothing is locked.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # workers that are spawned do not inherit it
+    except OSError as error:
+        raise UserError(f"{folder}: the run folder cannot be written: {error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"{folder}: {owner} writes into this run folder: wait for it, end it, or name another folder"
+            ) from None
+        except OSError:
+            pass  # no locks here, as on some network file systems
+        else:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(handle)
 
 
 class QuietLog(RunLog):

@@ -1,14 +1,16 @@
 """Stages, their ends, their exams, and a memory that fits into JSON."""
 
 import json
+import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from isomorph.curriculum.recipe import Recipe
-from isomorph.curriculum.stage import Curriculum
+from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.stage import Curriculum, TaskFiles
 from isomorph.engine.config import UserError, check_tables, load_recipe
 from isomorph.engine.policy import TextCodec, word_tokenizer
 from isomorph.engine.types import Group, Prompt, Rollout
@@ -254,3 +256,19 @@ def test_an_exam_counts_what_the_task_calls_correct_not_partial_credit() -> None
     source.grade(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))])
     counted = source.exams[0]["accuracy"].values()
     assert sum(result["correct"] for result in counted) == len(exam.prompts) // 2
+
+
+def test_a_row_of_a_large_file_is_chosen_as_fast_as_one_of_a_small_file(tmp_path: Path) -> None:
+    """Each pass in an order of its own, as ever; and made once a pass, not once a row."""
+    num_rows = 60_000
+    lines = (json.dumps({"question": f"{n} + 1", "answer": str(n + 1)}) for n in range(num_rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    data = JsonlData(kind="jsonl", family="math", files={"text": str(tmp_path / "rows.jsonl")}, eval_share=0.5)
+    files = TaskFiles(data, TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[1]))
+    tasks = files.training["text"]
+    started = time.perf_counter()
+    two_passes = [files.training_task("text", position, 7).answer for position in range(2 * len(tasks))]
+    assert time.perf_counter() - started < 30  # 30,000 permutations of 30,000 rows take a quarter of an hour
+    for turn, asked in enumerate((two_passes[: len(tasks)], two_passes[len(tasks) :])):
+        order = random.Random(f"7:text:{turn}").sample(range(len(tasks)), len(tasks))
+        assert asked == [tasks[i].answer for i in order]

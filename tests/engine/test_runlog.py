@@ -2,13 +2,16 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from isomorph.engine.record.runlog import RunLog, read_steps
+from isomorph.engine.config import UserError
+from isomorph.engine.record.runlog import RunLog, locked, read_steps
 from isomorph.engine.types import RunFailed
 
 
@@ -166,3 +169,28 @@ def test_a_disk_that_refuses_while_a_lost_run_is_cut_ends_the_run_in_one_sentenc
     with pytest.raises(RunFailed, match="steps.jsonl cannot be written"):
         log.cut_after(1)
     assert (tmp_path / "steps.jsonl").read_text().count("\n") == 2
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    """The other one is a process, because a lock belongs to it; killed, it holds nothing any more."""
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from isomorph.engine.record.runlog import locked\n"
+            "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on .* writes into this run folder"), locked(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    for _ in range(2):
+        with locked(tmp_path):
+            pass

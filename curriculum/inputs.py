@@ -1,0 +1,82 @@
+"""The files that a run reads: where they lie, whatever folder it goes on from, and whether they are what they were."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.engine.config import UserError
+
+# of a model's folder: what decides which tokens a text is; the weights stand in the checkpoints
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """``recipe`` with absolute paths: those of data files, and of a model that is not a hub name.
+
+    Variables of the environment and ``~`` are replaced. Raises UserError where one is not set.
+    """
+    tables = recipe.model_dump()
+    for name, data in recipe.data.items():
+        if isinstance(data, JsonlData):
+            tables["data"][name]["files"] = {form: _absolute(path) for form, path in data.files.items()}
+    path = recipe.model.path
+    if path is not None and Path(path).expanduser().exists():
+        tables["model"]["path"] = _absolute(path)
+    return Recipe.model_validate(tables)
+
+
+def input_files(recipe: Recipe) -> dict[str, Path]:
+    """The files that decide what is asked and how it is read, by their place in the recipe."""
+    found: dict[str, Path] = {}
+    for name, data in recipe.data.items():
+        if isinstance(data, JsonlData):
+            found |= {f"data.{name}.files.{form}": Path(path) for form, path in data.files.items()}
+    if recipe.model.path is not None:
+        folder = Path(recipe.model.path)
+        found |= {f"model.path/{name}": folder / name for name in MODEL_FILES if (folder / name).is_file()}
+    return found
+
+
+def describe_files(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """For run.json: path and SHA-256 of each of ``input_files``. Raises UserError for a file that cannot be read."""
+    return {place: {"path": str(path), "sha256": _sha256(path)} for place, path in input_files(recipe).items()}
+
+
+def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> list[str]:
+    """A sentence for each file that is no longer what ``describe_files`` recorded when the run began."""
+    found, sentences = input_files(recipe), []
+    for place in sorted({*recorded, *(found if recorded else ())}):
+        if place not in recorded:
+            sentences.append(f"{found[place]} was not there when the run began")
+        elif place not in found or not found[place].is_file():
+            sentences.append(f"{found.get(place, recorded[place]['path'])} is not there any more")
+        elif _sha256(found[place]) != recorded[place]["sha256"]:
+            sentences.append(f"{found[place]} has another content than when the run began")
+    return sentences
+
+
+def _absolute(path: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if "$" in expanded:
+        raise UserError(f"data file {path!r}: set the environment variable it names to the folder that holds the file")
+    return os.path.abspath(expanded)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: must be a readable file: {error}") from error

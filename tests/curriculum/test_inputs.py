@@ -1,0 +1,62 @@
+"""Where a run's files lie, and whether they are what they were."""
+
+from pathlib import Path
+
+import pytest
+
+from isomorph.curriculum.inputs import changed_files, describe_files, located
+from isomorph.curriculum.recipe import Recipe
+from isomorph.engine.config import UserError, check_tables
+
+
+def recipe_of(path: str, model: str = "") -> Recipe:
+    tables = {
+        "model": {"path": model} if model else {"tiny": {}},
+        "data": {"rows": {"kind": "jsonl", "family": "math", "files": {"text": path}}},
+        "stage": [{"name": "only", "steps": 1, "mixture": [{"data": "rows", "representation": "text"}]}],
+        "eval": {"data": "rows", "representations": ["text"]},
+    }
+    return check_tables(tables, Recipe, where="test")
+
+
+def test_paths_become_absolute_and_a_hub_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROWS", "below")
+    (tmp_path / "model").mkdir()
+    local, hub = (located(recipe_of("$ROWS/a.jsonl", model)) for model in ("model", "someone/model"))
+    for recipe in (local, hub):
+        assert recipe.data["rows"].files == {"text": str(tmp_path / "below" / "a.jsonl")}  # type: ignore[union-attr]
+    assert (local.model.path, hub.model.path) == (str(tmp_path / "model"), "someone/model")
+    assert located(local) == local
+    monkeypatch.delenv("ROWS")
+    with pytest.raises(UserError, match="environment variable"):
+        located(recipe_of("$ROWS/a.jsonl"))
+
+
+def test_a_file_with_another_content_is_named(tmp_path: Path) -> None:
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    rows.write_text("one\n")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    recipe = recipe_of(str(rows), str(model))
+    recorded = describe_files(recipe)
+    assert changed_files(recorded, recipe) == [] == changed_files({}, recipe)
+    rows.touch()  # another time is not another content
+    (model / "model.safetensors").touch()  # nor are other weights: those of a run stand in its checkpoints
+    assert changed_files(recorded, recipe) == []
+    rows.write_text("two\n")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    changed = changed_files(recorded, recipe)
+    assert changed == [
+        f"{rows} has another content than when the run began",
+        f"{model / 'chat_template.jinja'} was not there when the run began",
+    ]
+    rows.unlink()
+    assert f"{rows} is not there any more" in changed_files(recorded, recipe)
+
+
+def test_the_same_rows_elsewhere_are_the_same(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("one\n")
+    first, moved = (recipe_of(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
+    assert changed_files(describe_files(first), moved) == []
