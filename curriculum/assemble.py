@@ -121,7 +121,7 @@ def _crew_at_work(
         if recipe.parallel.kind == "fsdp":
             cut(policy)
         learner = Learner(policy, ranks, optimizer_on_host=recipe.model.optimizer == "host")
-        if learned is not None:
+        if learned is not None and state.stage:  # else it was interrupted before its first stage
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume and ranks.is_first:

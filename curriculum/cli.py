@@ -31,6 +31,10 @@ bench = typer.Typer(no_args_is_help=True, help="Measure our ops beside their pee
 app.add_typer(bench, name="bench")
 console = Console()
 
+# SIGUSR1: as a queue's warning before its time limit
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+AGAIN_S = 1.0  # one Ctrl-C comes twice where a launcher passes it on
+
 
 def main() -> None:
     """The console script."""
@@ -117,7 +121,7 @@ def train(
         try:
             summary = run_recipe(loaded, folder, console, stop.requested, ranks, resume=resume is not None)
         except KeyboardInterrupt:
-            console.print(f"interrupted; go on with: isomorph train --resume {folder}", highlight=False)
+            _say_interrupted(folder)
             raise
         except UserError:
             if resume is None and ranks.is_first:
@@ -310,25 +314,39 @@ def bench_kernels(
 
 
 class _Stop:
-    """Remembers the first signal; the loop asks between updates. The second one ends the process where it is."""
+    """Remembers a signal; the run asks every few tokens, and between micro-batches.
+
+    Before it asks for the first time there is nothing to write down, and a signal ends the process at once. So does a
+    second SIGINT, a person's; a second SIGTERM may come from a launcher that passes on what its ranks got, too.
+    """
 
     def __init__(self) -> None:
-        self.signals = 0
+        self.first: float | None = None  # when the first one came
+        self.is_asked = False
 
     def requested(self) -> bool:
-        return self.signals > 0
+        self.is_asked = True
+        return self.first is not None
 
     def take(self, signum: int, frame: Any) -> None:
-        self.signals += 1
-        if self.signals > 1:
+        now = time.monotonic()
+        if not self.is_asked:
             raise KeyboardInterrupt
-        console.print("stopping as soon as a checkpoint can be written (once more: at once)", highlight=False)
+        if self.first is None:
+            self.first = now
+            if not console.quiet:
+                name = signal.Signals(signum).name
+                text = f"{name}: stopping as soon as a checkpoint is written (once more, by SIGINT: at once)\n"
+                with contextlib.suppress(OSError):  # past Python's buffers, which it may be in the midst of
+                    os.write(sys.__stdout__.fileno(), text.encode())  # type: ignore[union-attr]
+        elif signum == signal.SIGINT and now - self.first > AGAIN_S:
+            raise KeyboardInterrupt
 
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
     stop = _Stop()
-    before = {number: signal.signal(number, stop.take) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop.take) for number in STOPS}
     try:
         yield stop
     finally:
@@ -355,6 +373,16 @@ def _new_folder(folder: Path, *, is_named: bool) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: the run folder cannot be made: {error}") from None
     return folder
+
+
+def _say_interrupted(folder: Path) -> None:
+    from isomorph.engine.record.checkpoint import latest_checkpoint
+
+    if latest_checkpoint(folder / "checkpoints") is None:
+        text = "interrupted before anything was learned: start it again"
+    else:
+        text = f"interrupted; go on with: isomorph train --resume {folder}"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _check_backends() -> None:

@@ -3,6 +3,7 @@
 Who does each part is decided outside and handed in as a ``Crew``. Nothing here knows a model, a task or a sampler.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections import deque
@@ -15,6 +16,7 @@ from isomorph.engine.policy import Policy
 from isomorph.engine.record.checkpoint import save_checkpoint
 from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.runlog import Row, RunLog
+from isomorph.engine.rescue import Here, StopRequested, rescue
 from isomorph.engine.rollout.weights import check_drift, check_publication
 from isomorph.engine.types import (
     Draw,
@@ -24,6 +26,7 @@ from isomorph.engine.types import (
     Prompt,
     PromptSource,
     Publication,
+    Rollout,
     RunState,
     Sampler,
     Sampling,
@@ -47,54 +50,81 @@ class Crew:
     learner: Learner
     log: RunLog
     config: RunConfig
-    stop_requested: Callable[[], bool]  # asked between steps, after a step's draws, and between its updates
+    stop_requested: Callable[[], bool]  # asked every few tokens, between micro-batches and wherever else it may end
     ranks: Ranks = ALONE
 
 
 def train(crew: Crew, state: RunState) -> RunState:
     """From ``state`` to the end of the last stage.
 
-    Raises RunFailed, or KeyboardInterrupt after a requested stop: then a checkpoint has been written.
+    Raises KeyboardInterrupt after a requested stop: then a checkpoint has been written. What ends the run otherwise
+    (RunFailed where it is the run's, its machine's or its disk's fault) leaves a checkpoint, too, where the weights
+    allow it: ``engine.rescue``.
     """
+    here = Here(state)
+    crew.learner.on_batch = partial(stop_if_requested, crew)
+    try:
+        return _all_stages(crew, here)
+    except StopRequested:
+        with crew.log.time("checkpoint"):
+            save(crew, here.state)
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        told = rescue(crew, here, error, save)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        crew.learner.on_batch = lambda: None
+
+
+def _all_stages(crew: Crew, here: Here) -> RunState:
     log = crew.log
+    here.state = dataclasses.replace(here.state, source=crew.source.state_dict())
+    stop_if_requested(crew)
     with log.time("publish"):
-        publish(crew, crew.sampler, state.policy_version, _any_prompt(crew))
+        publish(crew, crew.sampler, here.state.policy_version, _any_prompt(crew))
     while True:
+        stop_if_requested(crew)
         with log.time("exam"):
             if exam := crew.source.exam():
-                sit(crew, state, exam)
+                sit(crew, here.state, exam)
+                here.state = dataclasses.replace(here.state, source=crew.source.state_dict())
+                stop_if_requested(crew)
         stage = crew.source.stage()
         if stage is None:
-            save(crew, dataclasses.replace(state, source=crew.source.state_dict()))
-            return state
-        if stage.name != state.stage:
+            save(crew, here.state)
+            return here.state
+        if stage.name != here.state.stage:
             with log.time("enter"):
                 crew.learner.enter(stage)
-            state = dataclasses.replace(state, stage=stage.name)
-        with profiled(log.folder, state.step + 1, crew.config.profile if crew.ranks.is_first else None):
-            state = step(crew, state, stage)
-        stop_if_requested(crew, state)
-        if state.step % crew.config.checkpoint_every == 0:
+            here.state = dataclasses.replace(here.state, stage=stage.name)
+        with profiled(log.folder, here.state.step + 1, crew.config.profile if crew.ranks.is_first else None):
+            step(crew, here, stage)
+        stop_if_requested(crew)
+        if here.state.step % crew.config.checkpoint_every == 0:
             with log.time("checkpoint"):
-                save(crew, state)
+                save(crew, here.state)
 
 
-def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
-    """One round of rollouts and every update on it; of an interrupted one, what is left of it."""
+def step(crew: Crew, here: Here, stage: Stage) -> None:
+    """One round of rollouts and every update on it; of an interrupted one, what is left of it.
+
+    ``here.state`` holds at every moment what a checkpoint would need to go on from it, the source's state as it was
+    when the step began: it asks the same once more.
+    """
     log, source = crew.log, crew.source
     stage_step = source.stage_step()
-    state = dataclasses.replace(state, source=source.state_dict())  # to ask the same once more, should it end here
     sampler = crew.demonstrations if stage.objective.is_supervised else crew.sampler
-    draws = Draws(crew, sampler, stage, state.draws)
+    draws = Draws(crew, sampler, stage, here)
     log.begin_step()
     with log.time("ask"):
         prompts = source.take(stage.batch.prompts)
     with log.time("publish"):
-        publication = bring_up_to_date(crew, sampler, state.policy_version)
+        publication = bring_up_to_date(crew, sampler, here.state.policy_version)
     groups, texts = draws.take(prompts)
     learned, groups, texts = refill(draws, groups, texts)
-    state = dataclasses.replace(state, draws=tuple(draws.taken))
-    stop_if_requested(crew, state)
+    stop_if_requested(crew)
     with log.time("pack"):
         updates = pack(
             learned,
@@ -111,11 +141,13 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
         while not work.is_done:
             crew.learner.advance(work)
             if not work.is_done:
-                stop_if_requested(crew, state)
+                stop_if_requested(crew)
+        here.is_whole = False  # the weights are those after the step already
         stats = crew.learner.stats(work)
     with log.time("record"):
         source.observe(groups)
-        state = _advanced(state, source, groups, stats, log.wall_s())
+        here.state = state = _advanced(here.state, source, groups, stats, log.wall_s())
+        here.is_whole = True
         row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication)
     num_correct = sum(source.is_correct(group.prompt, reward) for group in groups for reward in group.rewards)
     row |= log.end_step(num_tok=stats.num_loss_tok, num_correct=num_correct, gather=crew.ranks.gather)
@@ -125,24 +157,52 @@ def step(crew: Crew, state: RunState, stage: Stage) -> RunState:
             log.write_completions(
                 f"step-{state.step:08d}", _completions(groups, texts, source, crew.policy.text.decode)
             )
-    return state
 
 
-def stop_if_requested(crew: Crew, state: RunState) -> None:
-    """Raises KeyboardInterrupt, with a checkpoint of ``state`` written, where any rank was asked to stop."""
-    # asked once: a request between two questions would find no checkpoint
+def stop_if_requested(crew: Crew) -> None:
+    """Raises StopRequested on every rank where any was asked to stop: all must ask."""
     if crew.ranks.any(crew.stop_requested()):
-        with crew.log.time("checkpoint"):
-            save(crew, dataclasses.replace(state, totals={**state.totals, "wall_s": crew.log.wall_s()}))
-        raise KeyboardInterrupt
+        raise StopRequested
+
+
+def answered(
+    crew: Crew,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    time: Callable[[str], contextlib.AbstractContextManager[None]],
+) -> tuple[list[Rollout], list[str], list[float]]:
+    """Each rank draws and judges its share; a group is judged while others are drawn.
+
+    A rank that is asked to stop does so within a few tokens, and drops what it has; the others finish theirs before
+    they hear of it. Then all raise StopRequested.
+    """
+
+    def look() -> None:
+        if crew.stop_requested():
+            raise StopRequested
+
+    own, is_stopped = crew.ranks.share(prompts), False
+    try:
+        # judging, as far as it does not run beside drawing
+        with time("judge"), Judging(crew.judge, crew.policy.text.decode, own, look) as judging:
+            with time("generate"), crew.policy.whole():
+                rollouts = sampler.generate(own, sampling, judging.add, look)
+            texts, rewards = judging.results()
+    except StopRequested:
+        is_stopped = True
+    with time("exchange"):
+        if crew.ranks.any(is_stopped):
+            raise StopRequested
+        return crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
 
 
 class Draws:
     """The responses of a step, drawn and judged; first those that it had when it was interrupted."""
 
-    def __init__(self, crew: Crew, sampler: Sampler, stage: Stage, known: Sequence[Draw]) -> None:
-        self.crew, self.sampler, self.stage = crew, sampler, stage
-        self.known = deque(known)
+    def __init__(self, crew: Crew, sampler: Sampler, stage: Stage, here: Here) -> None:
+        self.crew, self.sampler, self.stage, self.here = crew, sampler, stage, here
+        self.known = deque(here.state.draws)
         self.taken: list[Draw] = []
 
     def take(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[str]]:
@@ -150,20 +210,13 @@ class Draws:
         with self.crew.log.time("generate"):
             draw = self.known.popleft() if self.known else self._ask(prompts)
         self.taken.append(draw)
+        self.here.state = dataclasses.replace(self.here.state, draws=(*self.taken, *self.known))
         with self.crew.log.time("judge"):
             return score(prompts, draw.rollouts, draw.rewards, self.stage.objective), list(draw.texts)
 
     def _ask(self, prompts: Sequence[Prompt]) -> Draw:
-        """Each rank draws and judges its share; a group is judged while others are drawn."""
-        crew, sampling = self.crew, _sampling(self.crew, self.stage)
-        own = crew.ranks.share(prompts)
-        # judging, as far as it does not run beside drawing
-        with crew.log.time("judge"), Judging(crew.judge, crew.policy.text.decode, own) as judging:
-            with crew.log.time("generate"), crew.policy.whole():
-                rollouts = self.sampler.generate(own, sampling, judging.add)
-            texts, rewards = judging.results()
-        with crew.log.time("exchange"):
-            rollouts, texts, rewards = crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
+        sampling = _sampling(self.crew, self.stage)
+        rollouts, texts, rewards = answered(self.crew, self.sampler, prompts, sampling, self.crew.log.time)
         return Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
 
 
@@ -208,26 +261,27 @@ def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt | None) ->
 def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     """Greedy answers to the exam's questions, judged and taken down."""
     bring_up_to_date(crew, crew.sampler, state.policy_version, exam.prompts[0])
-    own = crew.ranks.share(exam.prompts)
-    with Judging(crew.judge, crew.policy.text.decode, own) as judging:
-        with crew.policy.whole():
-            rollouts = crew.sampler.generate(own, _greedy(crew, exam.max_new_tok), judging.add)
-        _, texts, rewards = crew.ranks.exchange(rollouts, *judging.results(), 1)
+    sampling = _greedy(crew, exam.max_new_tok)
+    _, texts, rewards = answered(crew, crew.sampler, exam.prompts, sampling, lambda phase: contextlib.nullcontext())
     crew.log.say(crew.source.grade(exam, rewards))
     crew.log.write_completions(
         f"exam-{exam.label}", _answers(exam, texts, rewards, crew.source, crew.policy.text.decode)
     )
 
 
-def save(crew: Crew, state: RunState) -> None:
-    """A checkpoint of everything, written by the first rank."""
-    state = dataclasses.replace(state, num_ranks=crew.ranks.size)
-    tensors = crew.learner.state_tensors()
+def save(crew: Crew, state: RunState, keep: int | None = None) -> None:
+    """A checkpoint of everything, written by the first rank; before the first stage there is nothing but weights.
+
+    ``keep``: how many stay, this one included; None: as the run is configured.
+    """
+    totals = {**state.totals, "wall_s": crew.log.wall_s()}
+    state = dataclasses.replace(state, num_ranks=crew.ranks.size, totals=totals)
+    tensors = crew.learner.state_tensors() if state.stage else {}
     with crew.policy.whole():
         if crew.ranks.is_first:
             root = crew.log.folder / "checkpoints"
             weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}
-            save_checkpoint(root, state, weights, tensors, keep=crew.config.keep_checkpoints)
+            save_checkpoint(root, state, weights, tensors, keep=keep or crew.config.keep_checkpoints)
     crew.ranks.wait()  # whoever goes on may count on it
 
 

@@ -164,6 +164,7 @@ class RunState:
 
 # takes a prompt's place among those asked, and its rollouts, samples ascending
 OnGroup = Callable[[int, Sequence[Rollout]], None]
+OnStep = Callable[[], None]  # a few more tokens have been drawn
 
 
 class Sampler(Protocol):
@@ -171,11 +172,17 @@ class Sampler(Protocol):
 
     policy_version: int
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        on_group: OnGroup | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Rollout]:
         """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
 
         ``on_group`` is called once for each prompt, as soon as all of its rollouts are finished, while others may still
-        be drawn. It must return at once; what it raises ends ``generate``.
+        be drawn. ``on_step`` is called every few tokens. Both must return at once; what they raise ends ``generate``.
         """
         ...
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from isomorph.curriculum.cli import _new_folder
+from isomorph.curriculum.cli import AGAIN_S, _new_folder, _Stop
 from isomorph.engine.config import UserError
 
 RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
@@ -122,6 +122,47 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp
     assert isomorph("train", "--resume", run, cwd=tmp_path).returncode == 0
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
     assert one["weights_sha256"] == other["weights_sha256"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_heard_while_responses_are_drawn(tmp_path: Path, number: signal.Signals) -> None:
+    """A step whose responses take minutes: what is drawn is dropped, the step's beginning is kept."""
+    long = ("model.tiny.max_tok=8192", "stage.0.sampling.max_new_tok=8000", "stage.0.sampling.samples_per_prompt=64")
+    tables = (*long, "stage.0.batch.max_tok=16384", "stage.0.objective.name=dapo", "stage.0.batch.prompts=16")
+    process = subprocess.Popen(
+        [*ISOMORPH, "train", str(SMOKE), "--run", "run", *tables, "eval.prompts=1", "eval.max_new_tok=1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        while "exam after start" not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+        time.sleep(1.0)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert f"{number.name}: stopping" in out and "--resume" in out
+    assert (tmp_path / "run" / "checkpoints" / "step-00000000").is_dir()
+
+
+def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
+    stop = _Stop()
+    with pytest.raises(KeyboardInterrupt):
+        stop.take(signal.SIGTERM, None)
+    assert not stop.requested()
+    for _ in range(3):  # as a launcher repeats it
+        stop.take(signal.SIGTERM, None)
+        stop.take(signal.SIGINT, None)
+    assert stop.requested() and stop.first is not None
+    stop.first -= 2 * AGAIN_S
+    stop.take(signal.SIGUSR1, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop.take(signal.SIGINT, None)
 
 
 @pytest.mark.parametrize(

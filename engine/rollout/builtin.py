@@ -16,7 +16,7 @@ import torch
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.policy import Policy
 from isomorph.engine.rollout.decoder import Decoder, Room
-from isomorph.engine.types import OnGroup, Prompt, Publication, Rollout, Sampling
+from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # looking for ended responses stops a GPU's stream
 
@@ -31,14 +31,20 @@ class BuiltinSampler:
         self._decoder: Decoder | None = None
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        on_group: OnGroup | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Rollout]:
         """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for a prompt that cannot fit."""
         self._refuse_what_cannot_fit(prompts, sampling)
         if not prompts:
             return []
         batch = _Batch(self._decoder_for(prompts, sampling), prompts, sampling, self.policy_version)
         with self.policy.packed():
-            for index, rollouts in batch.run():
+            for index, rollouts in batch.run(on_step or (lambda: None)):
                 if on_group is not None:
                     on_group(index, rollouts)
         return [rollout for group in batch.groups for rollout in group]
@@ -123,17 +129,19 @@ class _Batch:
     def groups(self) -> list[list[Rollout]]:
         return [[rollouts[sample] for sample in sorted(rollouts)] for rollouts in self.drawn]
 
-    def run(self) -> Iterator[tuple[int, list[Rollout]]]:
+    def run(self, on_step: OnStep) -> Iterator[tuple[int, list[Rollout]]]:
         """Yields each group, with its prompt's index, when its last response ends."""
         num_steps = STEPS_BETWEEN_LOOKS[self.decoder.policy.device.type]
         while self.waiting or self.running:
             while self._admit():
                 yield from self._collect()  # the first token may have been the last
+                on_step()
             if self.running:
                 # rows of one prompt next to each other: its keys are then read once for all of them
                 slots = sorted(self.running, key=lambda slot: (self.prompt_slots[self.running[slot][0]], slot))
                 self.decoder.advance(slots, num_steps)
                 yield from self._collect()
+                on_step()
 
     def _admit(self) -> bool:
         """Fills the free slots; False where there was nothing to fill or to fill with."""

@@ -11,7 +11,7 @@ import torch
 
 from isomorph.engine.config import UserError
 from isomorph.engine.policy import TextCodec
-from isomorph.engine.types import OnGroup, Prompt, Publication, Rollout, Sampling
+from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
 
 class DemonstrationSampler:
@@ -23,14 +23,24 @@ class DemonstrationSampler:
         self.demonstrate = demonstrate
         self.policy_version = 0
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        on_group: OnGroup | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Rollout]:
         """One rollout a prompt. Raises UserError for a prompt without a demonstration, or with one that is too long."""
         if sampling.samples_per_prompt != 1:
             raise UserError(
                 f"a supervised stage has one demonstration a prompt: sampling.samples_per_prompt must be 1, "
                 f"got {sampling.samples_per_prompt}"
             )
-        rollouts = [self._rollout(prompt, sampling.max_new_tok) for prompt in prompts]
+        rollouts = []
+        for prompt in prompts:
+            rollouts.append(self._rollout(prompt, sampling.max_new_tok))
+            if on_step is not None:
+                on_step()
         if on_group is not None:
             for index, rollout in enumerate(rollouts):
                 on_group(index, [rollout])

@@ -31,7 +31,7 @@ import torch
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.policy import Policy
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
-from isomorph.engine.types import Finish, OnGroup, Prompt, Publication, Rollout, RunFailed, Sampling
+from isomorph.engine.types import Finish, OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 
 OLDEST, NEWEST = (0, 24), (0, 32)  # vLLM versions whose insides we know; run on the newest only
 KV_RELEASE = (0, 32)  # the first that gives back its KV memory and keeps its weights
@@ -73,7 +73,13 @@ class VllmSampler:
             self.close()
             raise
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        on_group: OnGroup | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Rollout]:
         """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked."""
         self._refuse(prompts, sampling)
         if not prompts:
@@ -94,6 +100,8 @@ class VllmSampler:
                         drawn[index] = self._rollouts(prompts[index], result, sampling)
                         if on_group is not None:
                             on_group(index, drawn[index])
+                if on_step is not None:
+                    on_step()
         return [rollout for i in range(len(prompts)) for rollout in drawn[i]]
 
     @contextlib.contextmanager

@@ -129,6 +129,8 @@ class Learner:
         self.reference: list[Tensor] | None = None  # host memory; swapped in for one pass a rollout
         self.round: Round | None = None  # that is under way
         self._interrupted: dict[str, Tensor] = {}  # of the round that ``begin`` is to take up
+        self.on_batch: Callable[[], None] = lambda: None  # before each micro-batch; what it raises ends the call
+        self.is_moving = False  # the weights are neither those before an update nor those after it
 
     def enter(self, stage: Stage) -> None:
         """A new stage begins: its optimizer, and the policy that KL is measured to."""
@@ -186,8 +188,32 @@ class Learner:
         return work
 
     def advance(self, work: Round) -> None:
-        """One optimizer step. Raises RunFailed on a non-finite loss or gradient."""
+        """One optimizer step. Raises RunFailed on a non-finite loss or gradient.
+
+        Whatever is raised before the weights move leaves ``work`` as it was, so that a checkpoint can hold it.
+        """
         assert self.optimizer is not None, "enter a stage first"
+        tally = replace(work.tally, sums=dict(work.tally.sums))
+        try:
+            self._accumulate(work)
+        except BaseException:
+            work.tally = tally
+            self.optimizer.zero_grad()
+            raise
+        lr = learning_rate(work.stage.optim, work.stage_step, work.stage.steps)
+        self.is_moving = True
+        try:
+            norm = self.optimizer.step(lr=lr, clip_norm=work.stage.optim.clip_norm)
+        except RunFailed:  # a gradient that is not finite: refused before anything has moved
+            work.tally, self.is_moving = tally, False
+            raise
+        self.optimizer.zero_grad()
+        work.norms.append(norm)
+        self.is_moving = False
+
+    def _accumulate(self, work: Round) -> None:
+        """The gradient of the next update, summed over all ranks."""
+        assert self.optimizer is not None
         is_first = not work.norms
         u = len(work.norms) % len(work.learned)
         update, before = work.learned[u], work.old[u]
@@ -206,9 +232,11 @@ class Learner:
             work.drift_max = max(self.ranks.gather(work.drift_max))
             work.check_drift(work.drift_max)
         self.ranks.sum(self.optimizer.gradients())
-        lr = learning_rate(work.stage.optim, work.stage_step, work.stage.steps)
-        work.norms.append(self.optimizer.step(lr=lr, clip_norm=work.stage.optim.clip_norm))
-        self.optimizer.zero_grad()
+
+    @property
+    def is_within_round(self) -> bool:
+        """Some of a step's updates are made: only with that step's responses can it go on."""
+        return bool(self._interrupted) or (self.round is not None and bool(self.round.norms))
 
     def stats(self, work: Round) -> StepStats:
         """Of a round that is done, over all ranks."""
@@ -285,6 +313,7 @@ class Learner:
 
     def _backward(self, batch: PackedBatch, rows: Rows, stage: Stage, tally: Tally) -> Tensor:
         """Adds the micro-batch's gradient; returns the log-probabilities it saw, [N]."""
+        self.on_batch()
         seen: list[Tensor] = []
 
         def loss_of(stats: TokenStats, chunk: slice) -> Tensor:
@@ -315,6 +344,7 @@ class Learner:
 
     @torch.no_grad()
     def _logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
+        self.on_batch()
         return linear_logprob(
             self.policy.hidden(batch),
             self.policy.unembedding,

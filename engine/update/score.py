@@ -1,7 +1,7 @@
 """Text -> reward -> advantage. Rewards are given while other responses are still being drawn."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Empty, SimpleQueue
 from typing import Self
 
@@ -13,6 +13,7 @@ from isomorph.engine.update.advantage import whitened
 from isomorph.kernels.advantage import group_advantage
 
 Decode = Callable[[Sequence[int]], str]
+LOOK_S = 0.2  # between two looks at whether the run is to end while it waits for the judge
 
 
 class Judging:
@@ -23,8 +24,10 @@ class Judging:
     where one takes long.
     """
 
-    def __init__(self, judge: Judge, decode: Decode, prompts: Sequence[Prompt]) -> None:
-        self.judge, self.decode, self.prompts = judge, decode, prompts
+    def __init__(
+        self, judge: Judge, decode: Decode, prompts: Sequence[Prompt], on_wait: Callable[[], None] = lambda: None
+    ) -> None:
+        self.judge, self.decode, self.prompts, self.on_wait = judge, decode, prompts, on_wait
         self._waiting: SimpleQueue[tuple[int, Sequence[Rollout]]] = SimpleQueue()
         self._done: dict[int, tuple[list[str], list[float]]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
@@ -33,8 +36,8 @@ class Judging:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._thread.shutdown(wait=kind is None, cancel_futures=True)  # a run that ends does not wait for the judge
 
     def add(self, index: int, rollouts: Sequence[Rollout]) -> None:
         """All responses to prompt ``index``, finished. Raises what the judge has raised on earlier ones."""
@@ -45,8 +48,13 @@ class Judging:
         self._calls.append(self._thread.submit(self._judge_what_waits))
 
     def results(self) -> tuple[list[str], list[float]]:
-        """Text and reward of every response, in the order of the prompts. Raises what the judge raised."""
+        """Text and reward of every response, in the order of the prompts.
+
+        Raises what the judge raised, and what ``on_wait`` raises, which is called several times a second.
+        """
         for call in self._calls:
+            while not wait([call], timeout=LOOK_S).done:
+                self.on_wait()
             call.result()
         done = [self._done[i] for i in range(len(self.prompts))]
         return [text for texts, _ in done for text in texts], [reward for _, rewards in done for reward in rewards]

@@ -34,7 +34,7 @@ from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.record.telemetry import MIN_GROWTH
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import Exam, Group, OnGroup, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
+from isomorph.engine.types import Exam, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import Update, pack
 from isomorph.kernels import backend
@@ -396,7 +396,7 @@ def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -
     assert state.source == json.loads(json.dumps(source_of(crew).state_dict()))  # the last exam's result included
 
 
-@pytest.mark.parametrize("asked", [1, 2, 3])
+@pytest.mark.parametrize("asked", [1, 2, 3, 5, 20, 40])
 def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, asked: int) -> None:
     """``asked``: the request is there from that question on."""
     questions: list[int] = []
@@ -413,6 +413,7 @@ def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, 
     state, weights, _ = load_checkpoint(newest)
     assert state.step == _num_rows(tmp_path) == state.source["steps_done"]
     assert weights_sha256(weights) == sha(crew)
+    assert len(questions) == asked  # nothing is drawn, judged or learned once it was heard
 
 
 STAGES = (
@@ -475,6 +476,9 @@ MANY = [
 ]
 
 
+STRIDE = 5  # of about a hundred moments in which a run may be interrupted
+
+
 def run_many(folder: Path, stops_at: int) -> tuple[Crew, int]:
     """Stopped at the question ``stops_at``, resumed where that ends it early; and how many questions there were."""
     questions: list[int] = []
@@ -494,7 +498,8 @@ def run_many(folder: Path, stops_at: int) -> tuple[Crew, int]:
     crew = make_crew(folder, *MANY, judge=gold_but_for_one, examines=True)
     crew.policy.overwrite([weights[name] for name in crew.policy.named_parameters()])
     crew.source.load_state_dict(state.source)
-    crew.learner.restore(next(s for s in MANY if s.name == state.stage), tensors)
+    if state.stage:
+        crew.learner.restore(next(s for s in MANY if s.name == state.stage), tensors)
     train(crew, state)
     return crew, len(questions)
 
@@ -505,8 +510,8 @@ def test_a_step_interrupted_anywhere_is_taken_up_bit_for_bit(tmp_path: Path) -> 
         return [{k: v for k, v in row.items() if not k.startswith(timeless)} for row in read_steps(folder)]
 
     whole, num_questions = run_many(tmp_path / "whole", 0)
-    assert num_questions == 3 * (1 + 5 + 1)  # after the draws, between six updates, after the step
-    for stops_at in range(1, num_questions):
+    assert num_questions > 90  # every token of a draw and of an exam, every micro-batch, and between them
+    for stops_at in range(1, num_questions, STRIDE):
         folder = tmp_path / str(stops_at)
         crew, asked = run_many(folder, stops_at)
         assert asked == stops_at
@@ -520,12 +525,15 @@ def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path)
         calls = 0
 
         def generate(self, *given: Any) -> list[Rollout]:
+            drawn = super().generate(*given)
             Counting.calls += len(given[0]) > 1  # a probe is one prompt
-            return super().generate(*given)
+            return drawn
 
     def crew_of(is_stopping: bool) -> Crew:
         stage, sampler_of = make_stage(steps=1), lambda policy: Counting(policy, SamplerConfig())
-        return make_crew(tmp_path, stage, sampler_of=sampler_of, stop_requested=lambda: is_stopping)
+        return make_crew(
+            tmp_path, stage, sampler_of=sampler_of, stop_requested=lambda: is_stopping and Counting.calls > 0
+        )
 
     with pytest.raises(KeyboardInterrupt):
         train(crew_of(True), RunState())
@@ -537,6 +545,7 @@ def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path)
         crew = crew_of(is_stopping)
         crew.source.load_state_dict(state.source)
         crew.learner.restore(make_stage(steps=1), tensors)
+        assert state.stage == "words"
         with pytest.raises(KeyboardInterrupt) if is_stopping else contextlib.nullcontext():
             train(crew, state)
     assert Counting.calls == 1
@@ -639,8 +648,8 @@ def test_a_sampler_that_starts_with_other_weights_ends_the_run_before_it_is_aske
 class Drifting(BuiltinSampler):
     """Tells the truth of a probe, which is one prompt, and overstates what it draws for a step."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
-        rollouts = super().generate(prompts, sampling, on_group)
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *given: Any) -> list[Rollout]:
+        rollouts = super().generate(prompts, sampling, *given)
         if len(prompts) == 1:
             return rollouts
         assert all(r.sampler_logprob is not None for r in rollouts)
@@ -664,3 +673,137 @@ def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_pat
     assert [(row["groups/flat"], row["updates"], row["loss"], row["publish/bytes"]) for row in rows] == [
         (6, 0, None, None)
     ] * 2
+
+
+# -- what a run that fails leaves
+def resumed(folder: Path, stage: Stage, **options: Any) -> tuple[Crew, RunState]:
+    crew = make_crew(folder, stage, **options)
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    state, weights, tensors = load_checkpoint(newest)
+    crew.policy.overwrite([weights[name] for name in crew.policy.named_parameters()])
+    crew.source.load_state_dict(state.source)
+    crew.learner.restore(stage, tensors)
+    return crew, state
+
+
+class Failing:
+    """Raises ``error`` at its call number ``at``, once; before and afterwards ``function``."""
+
+    def __init__(self, function: Callable[..., Any], at: int, error: Exception) -> None:
+        self.function, self.at, self.error, self.calls = function, at, error, 0
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return self.function(*given, **named)
+
+
+FEW = make_stage(steps=4, objective="grpo")
+FEW_UPDATES = FEW.model_copy(update={"batch": FEW.batch.model_copy(update={"prompts_per_update": 2})})
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore of it")
+
+
+def failing_in_the_third_step(crew: Crew, error: Exception) -> Callable[..., list[float]]:
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        if len(source_of(crew).observed) == 2:
+            raise error
+        return gold(prompts, texts)
+
+    return judge
+
+
+@pytest.mark.parametrize("place", ["generate", "judge", "pack", "third micro-batch", "gradient", "step", "record"])
+def test_a_run_that_fails_goes_on_from_its_last_whole_step_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Only while an update is being written into the weights there is nothing to keep."""
+    train(whole := make_crew(tmp_path / "whole", FEW_UPDATES, checkpoint_every=100), RunState())
+    error = {"gradient": RunFailed("the gradient's norm is inf")}.get(place, OUT_OF_MEMORY)
+    crew = make_crew(tmp_path / "run", FEW_UPDATES, checkpoint_every=100)
+    learner, updates_before = crew.learner, 2 * 3
+    if place == "judge":
+        crew = dataclasses.replace(crew, judge=failing_in_the_third_step(crew, error))
+    elif place == "generate":
+        monkeypatch.setattr(crew.sampler, "generate", Failing(crew.sampler.generate, 1 + 3, error))  # the probe, too
+    elif place == "pack":
+        monkeypatch.setattr("isomorph.engine.loop.pack", Failing(pack, 3, error))
+    elif place == "third micro-batch":
+        batches: list[int] = []
+        backward = learner._backward
+
+        def spy(*given: Any) -> Tensor:
+            batches.append(len(source_of(crew).observed))
+            if batches.count(2) == 3:  # in the third step
+                raise error
+            return backward(*given)
+
+        monkeypatch.setattr(learner, "_backward", spy)
+    elif place in ("gradient", "step"):
+        enter = learner.enter
+
+        def enter_and_fail(stage: Stage) -> None:
+            enter(stage)
+            assert learner.optimizer is not None
+            inner: Any = learner.optimizer if place == "gradient" else learner.optimizer.adamw
+            monkeypatch.setattr(inner, "step", Failing(inner.step, updates_before + 2, error))
+
+        monkeypatch.setattr(learner, "enter", enter_and_fail)
+    elif place == "record":
+        monkeypatch.setattr(crew.log, "write_step", Failing(crew.log.write_step, 3, error))
+    with pytest.raises(RunFailed) as failed:
+        train(crew, RunState())
+    told = str(failed.value)
+    if place == "step":
+        assert "no checkpoint of this moment: the weights were being written" in told
+        assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None
+        return
+    assert "has been written" in told and f"isomorph train --resume {tmp_path / 'run'}" in told
+    assert ("out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.)" in told) == (place != "gradient")
+    again, state = resumed(tmp_path / "run", FEW_UPDATES)
+    assert state.step == (3 if place == "record" else 2)
+    assert bool(state.draws) == again.learner.is_within_round == (place in ("gradient", "third micro-batch"))
+    assert train(again, state).step == 4
+    assert sha(again) == sha(whole)
+
+
+def test_a_defect_keeps_its_traceback_and_the_log_says_what_was_kept(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, FEW, checkpoint_every=100)
+    crew = dataclasses.replace(crew, judge=failing_in_the_third_step(crew, KeyError("a defect")))
+    with pytest.raises(KeyError, match="a defect"):
+        train(crew, RunState())
+    assert "a checkpoint after step 2 has been written" in console(crew)
+
+
+def test_weights_that_are_not_finite_do_not_become_the_newest_checkpoint(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, FEW, checkpoint_every=2, keep_checkpoints=1)
+
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        if len(source_of(crew).observed) == 3:
+            with torch.no_grad():
+                crew.policy.unembedding[0] = torch.nan
+        return gold(prompts, texts)
+
+    crew = dataclasses.replace(crew, judge=judge)
+    with pytest.raises(RunFailed, match="holds numbers that are not finite"):
+        train(crew, RunState())
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-00000002"
+
+
+def test_a_stop_does_not_wait_for_the_judge(tmp_path: Path) -> None:
+    asked, may_end = threading.Event(), threading.Event()
+
+    def slow(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        asked.set()
+        may_end.wait(60)
+        return gold(prompts, texts)
+
+    crew = make_crew(tmp_path, FEW, judge=slow, stop_requested=asked.is_set)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(crew, RunState())
+        assert not may_end.is_set() and latest_checkpoint(tmp_path / "checkpoints") is not None
+    finally:
+        may_end.set()

@@ -23,7 +23,7 @@ from isomorph.engine.rollout.weights import (
     tensor_hashes,
     trainer_logprob,
 )
-from isomorph.engine.types import OnGroup, Prompt, Publication, Rollout, RunFailed, Sampling
+from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 
 WORDS = [f"w{chr(97 + i)}" for i in range(26)]
 LAYER = "model.layers.3.self_attn"
@@ -193,8 +193,14 @@ class CopyingSampler:
     def policy_version(self, version: int) -> None:
         self.inner.policy_version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None = None) -> list[Rollout]:
-        return self.inner.generate(prompts, sampling, on_group)
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        on_group: OnGroup | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Rollout]:
+        return self.inner.generate(prompts, sampling, on_group, on_step)
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
