@@ -27,6 +27,13 @@ def make_policy(shape: tuple[int, ...], vocab: int, dtype: torch.dtype | None = 
         return build_tiny(tiny, [f"w{i}" for i in range(vocab)], seed=0, dtype=dtype, device=DEVICE)
 
 
+def recomputing(policy: Any) -> Any:
+    """The same model, every layer run again in the backward."""
+    from isomorph.engine.policy import Policy
+
+    return Policy(policy.model, policy.text, recompute_every=1)
+
+
 def make_tokens(rng: random.Random, num: int, vocab: int) -> tuple[int, ...]:
     return tuple(rng.randrange(4, vocab) for _ in range(num))
 

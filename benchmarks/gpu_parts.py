@@ -24,6 +24,7 @@ from gpu_models import (
     make_policy,
     make_prompts,
     make_tokens,
+    recomputing,
 )
 from head_inputs import make_head
 from torch import Tensor
@@ -170,9 +171,8 @@ def update(rehearse: bool) -> Rows:
 
     policy = make_policy(*((TINY, VOCAB_TINY) if rehearse else (QWEN_1_5B, VOCAB_QWEN)))
     weights = sum(p.numel() for p in policy.named_parameters().values())
-    learner = Learner(policy)
-    for max_tok, recompute_every in ((8192, None), (16_384, 1)):
-        policy.recompute_every = recompute_every
+    for max_tok, recomputes in ((8192, False), (16_384, True)):
+        learner = Learner(recomputing(policy) if recomputes else policy)
         groups, stage = _groups(rehearse, max_tok)
         updates = pack(groups, max_tok=max_tok, prompts_per_update=None, objective=stage.objective, device=DEVICE)
         learner.enter(stage)
@@ -186,13 +186,15 @@ def update(rehearse: bool) -> Rows:
         repeated = sum(len(g.prompt.token_ids) + len(r.token_ids) for g in groups for r in g.rollouts)
         yield {
             "check": f"update of {weights / 1e9:.2f} B weights, {max_tok} tokens a micro-batch, "
-            f"{'all layers recomputed' if recompute_every else 'nothing recomputed'}",
+            f"{'all layers recomputed' if recomputes else 'nothing recomputed'}",
             **timing,
             "mfu_percent": None if DEVICE.type == "cpu" else 100 * timing["tflops"] / HOPPER_TFLOPS,
             "packed_tok_s": tokens / timing["median_s"],
             "unpacked_tok_s": repeated / timing["median_s"],
             "peak_mib": memory.mib(),
         }
+        del learner, call  # masters and moments
+        free_memory()
 
 
 def _groups(rehearse: bool, max_tok: int) -> tuple[list[Any], Any]:

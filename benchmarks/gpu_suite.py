@@ -12,9 +12,10 @@ where less time is left than the shares of what is to come, all are shortened al
 ended, with all that it has started; the next one goes on. With --part the parts named have the whole time.
 
 Parts run in one worker process, so that PyTorch starts once; one that ends badly gets a new worker after it. What a
-part needs and the machine lacks (trl, vllm) makes it "absent". Beside the machine's own packages the tests need
-hypothesis with sortedcontainers; the step beside TRL needs trl, and datasets with pandas, xxhash, dill, multiprocess.
---rehearse runs every part at tiny sizes on the CPU, Triton interpreted: .ci/rehearse_gpu does so on a bare machine.
+part needs and the machine lacks (trl, vllm) makes it "absent", and the first part lists it. --rehearse runs every part
+at tiny sizes on the CPU, Triton interpreted. .ci/rehearse_gpu does so in an environment as bare as a GPU machine
+without a package index, and lists what has to be brought there: the tests need hypothesis with sortedcontainers, the
+step beside TRL needs trl, and datasets with pandas, xxhash, dill and multiprocess.
 
 A new part is a function that yields rows, and a line in PARTS.
 """

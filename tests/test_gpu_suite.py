@@ -304,3 +304,19 @@ def test_draws_from_another_distribution_are_seen() -> None:
         right, wrong = (torch.multinomial(p, num, replacement=True) for p in (prob, (logits / 1.1).softmax(-1)))
         assert correct._surprise(right.to(correct.DEVICE), prob.to(correct.DEVICE)) < 4
         assert correct._surprise(wrong.to(correct.DEVICE), prob.to(correct.DEVICE)) > 6
+
+
+def test_the_recomputed_update_runs_every_layer_twice() -> None:
+    import gpu_models
+    import gpu_parts
+
+    layout = gpu_models.PackedLayout.from_groups([4], [[3, 2]])
+    policy = gpu_models.make_policy(gpu_models.TINY, gpu_models.VOCAB_TINY)
+    runs: list[int] = []
+    for layer in policy.model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    num_layers = len(policy.model.model.layers)
+    for once_more, expected in ((policy, num_layers), (gpu_models.recomputing(policy), 2 * num_layers)):
+        runs.clear()
+        gpu_parts._through(once_more, [gpu_models.make_batch(layout)])
+        assert len(runs) == expected
