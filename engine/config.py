@@ -467,7 +467,7 @@ def _takers(tables: dict[str, Any], path: KeyPath) -> list[KeyPath] | None:
 def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the recipe extends, all of it, and its own tables."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such recipe; name a TOML file, for example curriculum/recipes/quickstart.toml"

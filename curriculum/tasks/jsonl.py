@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
@@ -22,6 +23,7 @@ from isomorph.curriculum.tasks.asynchow import (
 __all__ = ["demonstrate_question", "read_rows", "solve_question", "split_rows"]
 
 MAX_ROW_CHARS = 1_000_000
+_SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one character
 
 
 def read_rows(path: str | PathLike[str], family: str, representation: str, *, reward: str = "strict") -> list[Task]:
@@ -38,12 +40,12 @@ def read_rows(path: str | PathLike[str], family: str, representation: str, *, re
     check_reward(family, reward)
     first_rows: dict[str, int] = {}
     tasks = []
-    for i, line in enumerate(_lines(path)):
+    for number, line in _lines(path):
         try:
             task = _task(line, family, representation)
         except DataError as error:
-            raise DataError(f"{path}, line {i + 1}: {error}") from error
-        tasks.append(replace(task, reward=reward, key=str(first_rows.setdefault(task.key, i))))
+            raise DataError(f"{path}, line {number}: {error}") from error
+        tasks.append(replace(task, reward=reward, key=str(first_rows.setdefault(task.key, len(tasks)))))
     return tasks
 
 
@@ -96,14 +98,16 @@ def _procedures(files: list[list[Task]]) -> list[int]:
     return [root(i) for i in range(len(first))]
 
 
-def _lines(path: str | PathLike[str]) -> list[str]:
+def _lines(path: str | PathLike[str]) -> list[tuple[int, str]]:
+    """Every line that is not blank, with its number in the file; with or without a byte order mark, any line ends."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: must be a readable file of JSON Lines in UTF-8: {error}") from error
-    if lines == [""]:
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
         raise DataError(f"{path}: must hold at least one row, is empty")
-    return lines
+    return rows
 
 
 def _task(line: str, family: str, representation: str) -> Task:
@@ -151,6 +155,9 @@ def _record(line: str) -> dict[str, Any]:
         raise DataError(f"must be a JSON object, got {line[:80]!r}: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"must be a JSON object, got {_brief(record)}")
+    for name, value in record.items():
+        if isinstance(value, str) and _SURROGATE.search(value):  # no tokenizer and no file can encode it
+            raise DataError(f"{name} holds half a surrogate pair, which is no character: {_brief(value)}")
     return record
 
 

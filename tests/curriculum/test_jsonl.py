@@ -218,7 +218,8 @@ ROW = json.dumps({"question": NATURAL, "answer": GOLD})
     ("row", "named"),
     [
         ("{broken", "JSON"),
-        ("", "JSON"),
+        (json.dumps({"question": "half \ud83d", "answer": GOLD}), "question holds half a surrogate"),
+        (json.dumps({"question": NATURAL, "answer": GOLD, "key": "\udc00"}), "key holds half a surrogate"),
         ("[1, 2]", "object"),
         ("[" * 100_000, "JSON"),
         (json.dumps({"answer": GOLD}), "question"),
@@ -247,6 +248,26 @@ def test_empty_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
             read_rows(tmp_path / name, "async_plan", "natural")
     with pytest.raises(ValueError, match="family"):
         read_rows(tmp_path / "empty.jsonl", "chess", "natural")
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_rows_are_read_as_other_programs_write_them(tmp_path: Path, start: bytes, ending: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"question": f"{n} + 1 \U0001f600", "answer": n + 1}) for n in range(3)]
+
+    def read(*lines: str) -> list[Task]:
+        path.write_bytes(start + ending.join(lines).encode())
+        return read_rows(path, "math", "natural")
+
+    plain = read(*rows)
+    assert [task.question for task in plain] == [f"{n} + 1 \U0001f600" for n in range(3)]
+    for lines in ((*rows, ""), ("", *rows), (rows[0], "", "  \t", *rows[1:], "", "")):
+        assert read(*lines) == plain
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 4: "):
+        read(rows[0], "", rows[1], "{broken")
+    with pytest.raises(DataError, match="is empty"):
+        read("", " ", "")
 
 
 def test_a_question_may_hold_any_unicode_line_separator(tmp_path: Path) -> None:

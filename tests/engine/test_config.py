@@ -234,6 +234,12 @@ def test_a_broken_recipe_is_a_user_error(tmp_path: Path, text: str, named: str) 
     assert named in refusal(tmp_path, text=text)
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbf[model")
+    with pytest.raises(UserError, match="Expected ']'"):  # the table's own defect, not the mark
+        load_recipe(tmp_path / "recipe.toml", [], EngineConfig)
+
+
 def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.toml").write_text('extends = "recipe.toml"')
     assert "extends" in refusal(tmp_path, text='extends = "other.toml"')
