@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 
 from isomorph.curriculum.inputs import changed_files, describe_files, located
-from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool
+from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found
 from isomorph.curriculum.planning import FirstSteps
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report import write_report
 from isomorph.curriculum.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
+from isomorph.curriculum.task import Task
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.engine.config import UserError
 from isomorph.engine.loop import Crew, train
@@ -29,7 +30,7 @@ from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.rollout.weights import fingerprint
-from isomorph.engine.types import RunFailed, RunState, Sampler
+from isomorph.engine.types import Prompt, RunFailed, RunState, Sampler
 from isomorph.engine.update.distributed import Ranks, cut, lost_ranks_explained
 from isomorph.engine.update.learner import Learner
 from isomorph.kernels import backend
@@ -141,6 +142,7 @@ def _crew_at_work(
             config=recipe.run,
             stop_requested=stop_requested,
             ranks=ranks,
+            finds_answer=finds_answer,
         )
         yield crew, state
 
@@ -153,6 +155,12 @@ def _refuse_changed_files(recipe: Recipe, folder: Path) -> None:
             f"{'; '.join(changed)}: the run could not go on with the questions that it began with; put back what was "
             "there, or start a new run"
         )
+
+
+def finds_answer(prompt: Prompt, text: str) -> bool:
+    """Whether ``text`` states an answer that the judge can look at."""
+    task: Task = prompt.payload
+    return answer_found(task.family, text)
 
 
 def _refuse_long_responses(recipe: Recipe, max_tok: int) -> None:
@@ -313,6 +321,7 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
             when: {name: result["rate"] for name, result in results.items()} for when, results in accuracy.items()
         },
         "intervals": accuracy,
+        "no_answer": {when: exam.get("no_answer", {}) for when, exam in crew.source.boundary_exams().items()},
         "floor": crew.source.floor(),
         "stages": crew.source.finished,
         "exams": crew.source.exams,

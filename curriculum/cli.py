@@ -407,10 +407,11 @@ def _print_result(summary: dict[str, Any], folder: Path) -> None:
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     table = Table(title=f"{summary['steps']} steps in {summary['wall_s']:.0f} s", title_justify="left")
-    for column in ("accuracy", "before", "after", "95 % interval", "floor"):
+    for column in ("accuracy", "before", "after", "95 % interval", "floor", "no answer"):
         table.add_column(column, justify="left" if column == "accuracy" else "right")
     after = summary["intervals"].get("after", {})
     before = summary["accuracy"].get("before", {})
+    no_answer = summary["no_answer"].get("after", {})
     for name, result in after.items():
         floor = summary["floor"][name]
         table.add_row(
@@ -419,6 +420,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
             f"{result['rate']:.1%}",
             f"{result['low']:.1%} to {result['high']:.1%}",
             "-" if floor is None else f"{floor:.1%}",
+            f"{no_answer[name]:.1%}" if name in no_answer else "-",
         )
     console.print(table)
     console.print("floor: doing one step after the other, without a plan", highlight=False)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import check_base, open_policy
 from isomorph.curriculum.inputs import changed_files
-from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, judge
+from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found, judge
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
 from isomorph.curriculum.run_record import read_run_json, read_summary
 from isomorph.curriculum.stage import TaskFiles
@@ -28,6 +28,7 @@ from isomorph.engine.policy import Policy, TextCodec, load_policy, silence_loade
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Sampling
+from isomorph.engine.update.score import share_without_answer, warning_of_no_answer
 
 MODEL_PROMPTS = 100  # per representation, where no recipe says how many
 MODEL_MAX_NEW_TOK = 512
@@ -53,6 +54,8 @@ class Score:
     representation: str
     accuracy: Accuracy
     floor: float | None  # share that doing one step after the other gets right; None where nobody knows
+    no_answer: float  # share of responses that state no answer at all; they count as wrong
+    warning: str  # with an example, where none of the responses states one; else ""
     stopped: float  # share of responses that ended by themselves
     num_tok: int  # of the responses
     seconds: float  # of generation
@@ -64,6 +67,7 @@ class Score:
             "representation": self.representation,
             **self.accuracy.to_dict(),
             "floor": self.floor,
+            "no_answer": self.no_answer,
             "stopped": self.stopped,
             "tokens": self.num_tok,
             "generate_s": self.seconds,
@@ -105,6 +109,8 @@ def evaluate(
     for tasks in _task_lists(candidate, wanted, prompts):
         scores.append(score_tasks(candidate.policy, tasks, sampling))
         say(f"{scores[-1].family}:{scores[-1].representation} {scores[-1].accuracy}")
+        if scores[-1].warning:
+            say(scores[-1].warning)
     return {
         "target": target,
         "weights": candidate.source,
@@ -166,12 +172,17 @@ def score_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) -> Sc
     texts = [policy.text.decode(rollout.token_ids.tolist()) for rollout in rollouts]
     with JudgePool() as judges:
         rewards = judges(prompts, texts)
+    stopped = sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts)
+    found = [answer_found(task.family, text) for task, text in zip(tasks, texts, strict=True)]
+    where = f"{tasks[0].family}:{tasks[0].representation}"
     return Score(
         family=tasks[0].family,
         representation=tasks[0].representation,
         accuracy=Accuracy.of(sum(t.is_correct(r) for t, r in zip(tasks, rewards, strict=True)), len(rewards)),
         floor=_floor(tasks),
-        stopped=sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts),
+        no_answer=share_without_answer(found),
+        warning=warning_of_no_answer(where, found, texts, 1 - stopped),
+        stopped=stopped,
         num_tok=sum(len(rollout.token_ids) for rollout in rollouts),
         seconds=seconds,
     )
@@ -182,7 +193,7 @@ def show_scores(result: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{result['weights']}, greedy, at most {result['max_new_tok']} new tokens", title_justify="left"
     )
-    for column in ("data", "accuracy", "95 % interval", "floor", "questions", "ended"):
+    for column in ("data", "accuracy", "95 % interval", "floor", "no answer", "questions", "ended"):
         table.add_column(column, justify="left" if column == "data" else "right")
     for score in result["results"]:
         table.add_row(
@@ -190,6 +201,7 @@ def show_scores(result: dict[str, Any], console: Console) -> None:
             f"{score['rate']:.1%}",
             f"{score['low']:.1%} to {score['high']:.1%}",
             "-" if score["floor"] is None else f"{score['floor']:.1%}",
+            f"{score['no_answer']:.1%}",
             str(score["n"]),
             f"{score['stopped']:.0%}",
         )

@@ -133,6 +133,7 @@ HEALTH: tuple[tuple[str, str, str, float, Literal["linear", "log"]], ...] = (
     ("grad_norm", "gradient norm before clipping", "", 1.0, "linear"),
     ("kl", "KL to the reference", "nats per token", 1.0, "linear"),
     ("response/tok_mean", "response length", "tokens", 1.0, "linear"),
+    ("judge/no_answer", "responses without an answer", "%", 100.0, "linear"),
     ("response/stopped", "responses that ended by themselves", "%", 100.0, "linear"),
     ("lr", "learning rate", "", 1.0, "log"),
 )

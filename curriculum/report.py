@@ -220,8 +220,12 @@ def _accuracy_table(record: RunRecord) -> str:
     names = list(dict.fromkeys(name for exam in (before, latest) if exam for name in exam.accuracy))
     rows = [_accuracy_row(name, before, latest, record.floor.get(name)) for name in names]
     after = "after" if record.is_done else "so far"
-    head = ["representation", _column("before", before), _column(after, latest), "change", "floor", "questions"]
-    note = "Intervals are 95 % (Wilson). Floor: doing one step after the other, without a plan."
+    columns = [_column("before", before), _column(after, latest)]
+    head = ["representation", *columns, "change", "floor", "no answer", "questions"]
+    note = (
+        "Intervals are 95 % (Wilson). Floor: doing one step after the other, without a plan. "
+        "No answer: responses of the latest exam that state none; they count as wrong."
+    )
     return _table(head, rows) + _note(note)
 
 
@@ -234,12 +238,15 @@ def _accuracy_row(name: str, before: ExamResult | None, latest: ExamResult | Non
     last = latest.accuracy.get(name) if latest else None
     change = f"{100 * (last.rate - first.rate):+.1f} points" if first and last else "-"
     asked = last or first
+    latest_exam = latest or before
+    missing = latest_exam.no_answer if latest_exam else {}
     return [
         name,
         _accuracy(first),
         _accuracy(last),
         change,
         "-" if floor is None else f"{floor:.1%}",
+        f"{missing[name]:.1%}" if name in missing else "-",
         "-" if asked is None else str(asked.n),
     ]
 
@@ -295,7 +302,8 @@ def _samples_of(file: Path) -> Iterable[str]:
     if first:
         yield f"<h4>{html.escape(file.stem)}</h4>"
     for (representation, _), row in sorted(first.items(), key=lambda item: (item[0][0], not item[0][1])):
-        summary = f"{html.escape(representation)}, reward {row['reward']:g}"
+        none = ", no answer found" if row.get("answered") is False else ""
+        summary = f"{html.escape(representation)}, reward {row['reward']:g}{none}"
         asked = f"<pre class='prompt'>{_cut(row['prompt'])}</pre>" if "prompt" in row else ""
         yield f"<details open><summary>{summary}</summary>{asked}<pre>{_cut(row['text'])}</pre></details>"
 

@@ -24,6 +24,7 @@ class ExamResult:
     label: str  # the stage it follows; "start" before the first
     step: int  # completed steps at that moment
     accuracy: dict[str, Accuracy]  # representation -> result
+    no_answer: dict[str, float]  # representation -> share of responses without any answer; {} where not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +193,7 @@ def _exams(folder: Path, spans: Sequence[Span]) -> tuple[tuple[ExamResult, ...],
         if answers is None:
             notes.append(f"completions/{file.name} is half written and left out")
         else:
-            exams.append(ExamResult(label=label, step=step, accuracy=_graded(answers)))
+            exams.append(ExamResult(label=label, step=step, accuracy=_graded(answers), no_answer=_unanswered(answers)))
     return tuple(exams), notes
 
 
@@ -215,6 +216,14 @@ def _graded(answers: Sequence[Row]) -> dict[str, Accuracy]:
     for row in answers:
         correct.setdefault(row["representation"], []).append(row["correct"])
     return {name: Accuracy.of(sum(got), len(got)) for name, got in correct.items()}
+
+
+def _unanswered(answers: Sequence[Row]) -> dict[str, float]:
+    found: dict[str, list[bool]] = {}
+    for row in answers:
+        if row.get("answered") is not None:
+            found.setdefault(row["representation"], []).append(row["answered"])
+    return {name: 1 - sum(got) / len(got) for name, got in found.items()}
 
 
 def _floor(folder: Path, summary: dict[str, Any] | None) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from isomorph.curriculum.run_record import read_completions, read_run_json
 from isomorph.engine.config import UserError
+from isomorph.engine.foreign import printable
 from isomorph.engine.record.runlog import Row
 
 MAX_PROMPT_CHARS = 1_500
@@ -31,7 +32,9 @@ def show_answers(run: Path, step: int | None, num: int, console: Console) -> Non
     for representation in dict.fromkeys(row["representation"] for row in rows):
         answers = [row for row in rows if row["representation"] == representation]
         rate = sum(row["correct"] for row in answers) / len(answers)
-        console.print(Rule(f"{representation}: {len(answers)} answers, {rate:.0%} right"))
+        none = sum(row.get("answered") is False for row in answers) / len(answers)
+        facts = f"{len(answers)} answers, {rate:.0%} right" + (f", {none:.0%} without an answer" if none else "")
+        console.print(Rule(Text(printable(f"{representation}: {facts}"))))
         for row in _right_and_wrong_in_turn(answers)[:num]:
             console.print(_panel(row))
 
@@ -59,11 +62,12 @@ def _right_and_wrong_in_turn(rows: Sequence[Row]) -> list[Row]:
 
 
 def _panel(row: Row) -> Panel:
-    """As it is, brackets and all: Text knows no markup."""
+    """As it is, brackets and all: Text knows no markup, and what a terminal would obey is written out."""
     asked = row["prompt"] if len(row["prompt"]) <= MAX_PROMPT_CHARS else row["prompt"][:MAX_PROMPT_CHARS] + " .."
     facts = [f"reward {row['reward']:g}"]
     facts += [f"advantage {row['advantage']:+.2f}"] if "advantage" in row else []
+    facts += ["no answer found"] if row.get("answered") is False else []
     facts += ["cut off at max_new_tok"] if row.get("finish") == "length" else []
     style = "green" if row["correct"] else "red"
-    body = Group(Text(asked, style="dim"), Text(), Text(row["text"]))
+    body = Group(Text(printable(asked), style="dim"), Text(), Text(printable(row["text"])))
     return Panel(body, title=Text(f"prompt {row['prompt_id']}"), subtitle=Text(", ".join(facts)), border_style=style)

@@ -76,20 +76,29 @@ class Curriculum:
             return None
         return Exam(label=label, prompts=self._questions(), max_new_tok=self.recipe.eval.max_new_tok)
 
-    def grade(self, exam: Exam, rewards: Sequence[float]) -> str:
+    def grade(self, exam: Exam, rewards: Sequence[float], found: Sequence[bool] | None) -> str:
         by_representation: dict[str, list[bool]] = {}
-        for prompt, reward in zip(exam.prompts, rewards, strict=True):
-            by_representation.setdefault(prompt.representation, []).append(self.is_correct(prompt, reward))
+        unanswered: dict[str, list[bool]] = {}
+        for i, prompt in enumerate(exam.prompts):
+            by_representation.setdefault(prompt.representation, []).append(self.is_correct(prompt, rewards[i]))
+            if found is not None:
+                unanswered.setdefault(prompt.representation, []).append(not found[i])
+        no_answer = {name: sum(missing) / len(missing) for name, missing in unanswered.items()}
         results = {name: Accuracy.of(sum(got), len(got)) for name, got in by_representation.items()}
         self.exams.append(
             {
                 "label": exam.label,
                 "after_prompts": self.next_prompt_id,
                 "accuracy": {name: result.to_dict() for name, result in results.items()},
+                "no_answer": no_answer,
                 "floor": self.floor(),
             }
         )
-        parts = (f"{name} {r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]" for name, r in results.items())
+        parts = (
+            f"{name} {r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]"
+            + (f" (no answer {no_answer[name]:.0%})" if no_answer.get(name) else "")
+            for name, r in results.items()
+        )
         return f"exam after {exam.label}: " + "  ".join(parts)
 
     def floor(self) -> dict[str, float | None]:
@@ -108,14 +117,18 @@ class Curriculum:
         }
 
     def accuracy(self) -> dict[str, dict[str, Any]]:
+        """Results by representation at the exams of ``boundary_exams``."""
+        return {when: exam["accuracy"] for when, exam in self.boundary_exams().items()}
+
+    def boundary_exams(self) -> dict[str, dict[str, Any]]:
         """``before``: at the end of the supervised warm-up, or at the start without one; ``after``: at the end."""
         supervised = 0
         while supervised < len(self.recipe.stage) and self.recipe.stage[supervised].objective.is_supervised:
             supervised += 1
         label = self.recipe.stage[supervised - 1].name if supervised else START
-        by_label = {exam["label"]: exam["accuracy"] for exam in self.exams}
+        by_label = {exam["label"]: exam for exam in self.exams}
         found = {"before": by_label.get(label), "after": by_label.get(self.recipe.stage[-1].name)}
-        return {when: accuracy for when, accuracy in found.items() if accuracy is not None}
+        return {when: exam for when, exam in found.items() if exam is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -35,7 +35,14 @@ from isomorph.engine.types import (
 from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
-from isomorph.engine.update.score import Decode, Judging, score
+from isomorph.engine.update.score import (
+    FindsAnswer,
+    Judging,
+    answers_found,
+    score,
+    share_without_answer,
+    warning_of_no_answer,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +59,7 @@ class Crew:
     config: RunConfig
     stop_requested: Callable[[], bool]  # asked every few tokens, between micro-batches and wherever else it may end
     ranks: Ranks = ALONE
+    finds_answer: FindsAnswer | None = None  # None: judge/no_answer is not measured
 
 
 def train(crew: Crew, state: RunState) -> RunState:
@@ -148,15 +156,22 @@ def step(crew: Crew, here: Here, stage: Stage) -> None:
         source.observe(groups)
         here.state = state = _advanced(here.state, source, groups, stats, log.wall_s())
         here.is_whole = True
-        row = _row(state, stage, stage_step, groups, len(groups) - len(learned), stats, publication)
+        found = answers_found(crew.finds_answer, [group.prompt for group in groups], texts)
+        row = _row(state, stage, stage_step, groups, len(groups) - len(learned), found, stats, publication)
     num_correct = sum(source.is_correct(group.prompt, reward) for group in groups for reward in group.rewards)
     row |= log.end_step(num_tok=stats.num_loss_tok, num_correct=num_correct, gather=crew.ranks.gather)
     with log.time("record"):
         log.write_step(row, _line(row))
+        if stage_step == 0:
+            where = f"step {state.step}, the first of stage {stage.name}"
+            _warn(log, warning_of_no_answer(where, found, texts, 1 - row["response/stopped"]))
         if state.step % crew.config.completions_every == 0:
-            log.write_completions(
-                f"step-{state.step:08d}", _completions(groups, texts, source, crew.policy.text.decode)
-            )
+            log.write_completions(f"step-{state.step:08d}", _completions(crew, groups, texts, found))
+
+
+def _warn(log: RunLog, warning: str) -> None:
+    if warning:
+        log.say(warning)
 
 
 def stop_if_requested(crew: Crew) -> None:
@@ -263,10 +278,10 @@ def sit(crew: Crew, state: RunState, exam: Exam) -> None:
     bring_up_to_date(crew, crew.sampler, state.policy_version, exam.prompts[0])
     sampling = _greedy(crew, exam.max_new_tok)
     _, texts, rewards = answered(crew, crew.sampler, exam.prompts, sampling, lambda phase: contextlib.nullcontext())
-    crew.log.say(crew.source.grade(exam, rewards))
-    crew.log.write_completions(
-        f"exam-{exam.label}", _answers(exam, texts, rewards, crew.source, crew.policy.text.decode)
-    )
+    found = answers_found(crew.finds_answer, exam.prompts, texts)
+    crew.log.say(crew.source.grade(exam, rewards, found))
+    _warn(crew.log, warning_of_no_answer(f"the exam after {exam.label}", found, texts, None))
+    crew.log.write_completions(f"exam-{exam.label}", _answers(crew, exam, texts, rewards, found))
 
 
 def save(crew: Crew, state: RunState, keep: int | None = None) -> None:
@@ -340,6 +355,7 @@ def _row(
     stage_step: int,
     groups: Sequence[Group],
     num_refilled: int,
+    found: Sequence[bool] | None,
     stats: StepStats,
     publication: Publication | None,
 ) -> Row:
@@ -356,6 +372,7 @@ def _row(
         "policy_version": state.policy_version,
         "reward/mean": sum(rewards) / len(rewards),
         **{f"reward/{name}": sum(values) / len(values) for name, values in by_representation.items()},
+        "judge/no_answer": share_without_answer(found),
         "groups/flat": sum(g.is_flat for g in groups),
         "groups/all": len(groups),
         "groups/refilled": num_refilled,
@@ -387,6 +404,7 @@ def _line(row: Row) -> str:
     parts = [
         f"step {row['step']:4d} {row['stage']:<10}",
         f"reward {row['reward/mean']:.3f}",
+        f"no answer {row['judge/no_answer']:.0%}" if row["judge/no_answer"] > 0 else "",
         f"flat {row['groups/flat']}/{row['groups/all']}",
         "no update" if row["updates"] == 0 else f"entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}",
         "" if math.isnan(row["drift/max"]) else f"drift {row['drift/max']:.0e}  clip {row['clip_frac']:.1%}",
@@ -396,29 +414,35 @@ def _line(row: Row) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _completions(groups: Sequence[Group], texts: Sequence[str], source: PromptSource, decode: Decode) -> list[Row]:
+def _completions(crew: Crew, groups: Sequence[Group], texts: Sequence[str], found: Sequence[bool] | None) -> list[Row]:
     rows: list[Row] = []
+    known: Sequence[bool | None] = found or [None] * len(texts)
     for group in groups:
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True):
-            answered = {"text": texts[len(rows)], "reward": reward, "correct": source.is_correct(group.prompt, reward)}
             drawn = {"sample": rollout.sample, "advantage": advantage, "finish": rollout.finish}
-            rows.append({**_asked(group.prompt, decode), **drawn, **answered})
+            answer = _judged(crew, group.prompt, texts[len(rows)], known[len(rows)], reward)
+            rows.append({**_asked(crew, group.prompt), **drawn, **answer})
     return rows
 
 
 def _answers(
-    exam: Exam, texts: Sequence[str], rewards: Sequence[float], source: PromptSource, decode: Decode
+    crew: Crew, exam: Exam, texts: Sequence[str], rewards: Sequence[float], found: Sequence[bool] | None
 ) -> list[Row]:
+    known: Sequence[bool | None] = found or [None] * len(texts)
     return [
-        {**_asked(prompt, decode), "text": text, "reward": reward, "correct": source.is_correct(prompt, reward)}
-        for prompt, text, reward in zip(exam.prompts, texts, rewards, strict=True)
+        {**_asked(crew, prompt), **_judged(crew, prompt, text, is_found, reward)}
+        for prompt, text, is_found, reward in zip(exam.prompts, texts, known, rewards, strict=True)
     ]
 
 
-def _asked(prompt: Prompt, decode: Decode) -> Row:
+def _judged(crew: Crew, prompt: Prompt, text: str, is_found: bool | None, reward: float) -> Row:
+    return {"text": text, "answered": is_found, "reward": reward, "correct": crew.source.is_correct(prompt, reward)}
+
+
+def _asked(crew: Crew, prompt: Prompt) -> Row:
     return {
         "prompt_id": prompt.prompt_id,
         "task": prompt.task,
         "representation": prompt.representation,
-        "prompt": decode(prompt.token_ids),
+        "prompt": crew.policy.text.decode(prompt.token_ids),
     }

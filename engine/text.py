@@ -43,7 +43,7 @@ class TextCodec:
 
     def encode_prompt(self, question: str) -> tuple[int, ...]:
         """Raises UserError where the tokenizer or the template refuses ``question``."""
-        with foreign(f"{self._encoder()} fails on {shortened(question)!r}"):
+        with foreign(f"{self._encoder()} fails on '{shortened(question)}'"):
             if self.uses_chat_template:
                 ids = self.tokenizer.apply_chat_template(_user(question), add_generation_prompt=True, return_dict=False)
             else:
@@ -52,7 +52,7 @@ class TextCodec:
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         """Ends in the stop token: it is trained like every other."""
-        with foreign(f"the tokenizer fails on {shortened(text)!r}"):
+        with foreign(f"the tokenizer fails on '{shortened(text)}'"):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return (*self._known(ids, text), self.stop_ids[0])
 
@@ -72,7 +72,7 @@ class TextCodec:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
                 f"the token {token!r} has the id {max(ids)}, the embedding has rows for 0 to {self._num_rows - 1}: "
-                f"take it out of the text {shortened(text)!r}"
+                f"take it out of the text '{shortened(text)}'"
             )
         return tuple(ids)
 
@@ -125,7 +125,7 @@ def _refuse_unfit_template(tokenizer: Any) -> None:
     if PROBE not in rendered:
         raise UserError(
             f"the tokenizer's chat template drops or changes the user's turn: of {PROBE!r} it makes "
-            f"{shortened(rendered)!r}; {cure}"
+            f"'{shortened(rendered)}'; {cure}"
         )
 
 
@@ -192,7 +192,7 @@ def _tag_ids(tokenizer: Any, tags: Sequence[str], notes: list[str]) -> set[int]:
         bare, whole = (tokenizer.decode(ids, skip_special_tokens=flag) for flag in (True, False))
     if not all(tag in whole for tag in tags):
         raise UserError(
-            f"the tokenizer makes {shortened(whole)!r} of {stated!r}, so that no answer could be found between "
+            f"the tokenizer makes '{shortened(whole)}' of {stated!r}, so that no answer could be found between "
             f"{' and '.join(tags)}: load the model with a tokenizer that can write them"
         )
     if not all(tag in bare for tag in tags):

@@ -246,8 +246,11 @@ class PromptSource(Protocol):
         """The evaluation that is due, if one is."""
         ...
 
-    def grade(self, exam: Exam, rewards: Sequence[float]) -> str:
-        """Takes the result down; returns it as a line to read."""
+    def grade(self, exam: Exam, rewards: Sequence[float], found: Sequence[bool] | None) -> str:
+        """Takes the result down; returns it as a line to read.
+
+        ``found``: whether each response states an answer at all; None where nobody can say.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Text -> reward -> advantage. Rewards are given while other responses are still being drawn."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Empty, SimpleQueue
@@ -8,11 +9,13 @@ from typing import Self
 import torch
 
 from isomorph.engine.config import ObjectiveConfig
+from isomorph.engine.foreign import shortened
 from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
 from isomorph.engine.update.advantage import whitened
 from isomorph.kernels.advantage import group_advantage
 
 Decode = Callable[[Sequence[int]], str]
+FindsAnswer = Callable[[Prompt, str], bool]  # whether a response states an answer at all, right or wrong
 LOOK_S = 0.2  # between two looks at whether the run is to end while it waits for the judge
 
 
@@ -110,6 +113,38 @@ def score(
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def answers_found(
+    finds_answer: FindsAnswer | None, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> list[bool] | None:
+    """For each text whether an answer was found in it; None where nobody can say.
+
+    ``texts`` hold the same number of responses for each prompt, in the order of the prompts.
+    """
+    if finds_answer is None:
+        return None
+    size = len(texts) // len(prompts)
+    return [finds_answer(prompts[i // size], text) for i, text in enumerate(texts)]
+
+
+def share_without_answer(found: Sequence[bool] | None) -> float:
+    """In 0..1; NaN where nobody can say."""
+    return math.nan if found is None else 1 - sum(found) / len(found)
+
+
+def warning_of_no_answer(where: str, found: Sequence[bool] | None, texts: Sequence[str], cut_off: float | None) -> str:
+    """A sentence with an example where none of ``texts`` states an answer; else "".
+
+    ``cut_off``: share of the responses that the limit of their length ended; None where that is not known.
+    """
+    if found is None or any(found):
+        return ""
+    cut = "" if not cut_off else f", {cut_off:.0%} of which were cut off at their length limit"
+    return (
+        f"warning: no answer was found in any of the {len(texts)} responses of {where}{cut}: each is worth 0, whatever "
+        f'it says. One of them: "{shortened(texts[0])}"'
+    )
 
 
 def judged(judge: Judge, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

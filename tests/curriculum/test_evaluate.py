@@ -41,6 +41,7 @@ def test_a_run_scores_as_in_its_last_exam(finished_run: Path) -> None:
     for name, known in summary["intervals"]["after"].items():
         assert {key: got[name][key] for key in known} == known
         assert got[name]["floor"] == summary["floor"][name]
+        assert got[name]["no_answer"] == summary["no_answer"]["after"][name]
         assert 0 < got[name]["tokens"] <= 16 * result["max_new_tok"]
     assert sum(score["correct"] for score in got.values()) > 0  # else equal scores would mean little
     assert result["weights"] == str(finished_run / "model") and result["max_new_tok"] == 48
@@ -119,10 +120,18 @@ def test_targets_that_do_not_exist_are_refused(tmp_path: Path) -> None:
 
 def test_the_table_shows_every_score() -> None:
     score: dict[str, Any] = {"family": "async_plan", "representation": "code", "correct": 3, "n": 10, "rate": 0.3}
-    score |= {"low": 0.108, "high": 0.603, "floor": None, "stopped": 1.0, "tokens": 200, "generate_s": 0.5}
+    score |= {
+        "low": 0.108,
+        "high": 0.603,
+        "floor": None,
+        "stopped": 1.0,
+        "no_answer": 0.25,
+        "tokens": 200,
+        "generate_s": 0.5,
+    }
     out = io.StringIO()
     show_scores({"weights": "here", "max_new_tok": 9, "results": [score]}, Console(file=out, width=120))
-    for part in ("async_plan:code", "30.0%", "10.8% to 60.3%", "400 tokens/s", "at most 9 new tokens"):
+    for part in ("async_plan:code", "30.0%", "25.0%", "10.8% to 60.3%", "400 tokens/s", "at most 9 new tokens"):
         assert part in out.getvalue()
 
 

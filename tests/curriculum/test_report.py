@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex
 
 from isomorph.curriculum import figures, stage
 from isomorph.curriculum.drawing import moving_average
+from isomorph.curriculum.judge import answer_found
 from isomorph.curriculum.report import write_report
 from isomorph.curriculum.run_record import START, RunRecord, read_run, trained_on
 from isomorph.engine.config import UserError
@@ -102,13 +103,14 @@ def test_the_accuracies_are_those_of_the_summary(page: Path, finished_run: Path)
     head, *rows = Page(page.read_text()).table("representation")
     assert head[1:3] == ["before (warm-up)", "after (words)"]
     assert [row[0] for row in rows] == ["natural", "graph", "code", "table"]
-    for name, before, after, change, floor, questions in rows:
+    for name, before, after, change, floor, no_answer, questions in rows:
         for shown, when in ((before, "before"), (after, "after")):
             known = summary["intervals"][when][name]
             assert shown == f"{known['rate']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
         difference = summary["accuracy"]["after"][name] - summary["accuracy"]["before"][name]
         assert change == f"{100 * difference:+.1f} points"
         assert floor == f"{summary['floor'][name]:.1%}" and questions == "16"
+        assert no_answer == f"{summary['no_answer']['after'][name]:.1%}"
 
 
 def test_the_anatomy_adds_up(page: Path, finished_run: Path) -> None:
@@ -149,6 +151,24 @@ def test_stages_and_samples_are_shown(page: Path, finished_run: Path) -> None:
     sample = json.loads((finished_run / "completions" / "exam-words.jsonl").read_text().splitlines()[0])
     assert html.escape(sample["text"]) in text
     assert "natural, reward 1" in text and "natural, reward 0" in text
+
+
+def test_responses_without_an_answer_are_counted_apart(copy: Path, tmp_path: Path) -> None:
+    file = copy / "completions" / "exam-words.jsonl"
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    missing = summary_of(copy)["no_answer"]["after"]
+    for name in missing:
+        found = [answer_found("async_plan", row["text"]) for row in answers if row["representation"] == name]
+        assert missing[name] == found.count(False) / len(found)
+    for row in answers:
+        row["answered"] = row["representation"] != "graph"
+    file.write_text("".join(json.dumps(row) + "\n" for row in answers))
+    head, *rows = Page(text := write_report([copy], tmp_path / "out").read_text()).table("representation")
+    assert {row[0]: row[head.index("no answer")] for row in rows} == {
+        "natural": "0.0%", "graph": "100.0%", "code": "0.0%", "table": "0.0%",
+    }  # fmt: skip
+    assert "no answer found" in text
+    assert all(0 <= row["judge/no_answer"] <= 1 for row in steps_of(copy, "words") + steps_of(copy, "warm-up"))
 
 
 def test_one_run_shows_what_carried_over(page: Path) -> None:

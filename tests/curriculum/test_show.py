@@ -39,6 +39,16 @@ def test_a_right_and_a_wrong_answer_stand_beside_each_other_as_they_are(run: Pat
     assert "a [b] :stir:" in text and "<answer>[5]</answer>" in text and "cut off at max_new_tok" in text
 
 
+def test_no_answer_obeys_the_terminal_and_a_missing_one_is_told(run: Path) -> None:
+    text = "\x1b[2J\x1b]0;owned\x07 \x9b31m \u202eno tags"
+    row = {"prompt_id": 7, "representation": "[red]gr\x1baph", "prompt": "a\rb", "text": text, "reward": 0.0}
+    (run / "completions" / "exam-words.jsonl").write_text(json.dumps({**row, "answered": False}) + "\n")
+    out = shown(run)
+    assert not set(out) & set("\x1b\x07\x9b\u202e\r")
+    assert "\\x1b[2J\\x1b]0;owned\\x07" in out and "a\\rb" in out and "[red]gr\\x1baph" in out
+    assert "100% without an answer" in out and "no answer found" in out
+
+
 def test_the_newest_answers_are_shown_or_those_of_a_step(run: Path) -> None:
     write(run, "exam-words", [1.0])
     assert "exam-words" in shown(run)

@@ -74,7 +74,7 @@ def do_step(source: Curriculum, reward: float = 0.0) -> list[str]:
 def sit(source: Curriculum, reward: float) -> str:
     exam = source.exam()
     assert exam is not None
-    source.grade(exam, [reward] * len(exam.prompts))
+    source.grade(exam, [reward] * len(exam.prompts), [reward > 0] * len(exam.prompts))
     return exam.label
 
 

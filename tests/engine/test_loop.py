@@ -92,7 +92,8 @@ class Questions:
             return None
         return Exam(label=label, prompts=tuple(self._prompt(-1 - i) for i in range(3)), max_new_tok=4)
 
-    def grade(self, exam: Exam, rewards: Sequence[float]) -> str:
+    def grade(self, exam: Exam, rewards: Sequence[float], found: Sequence[bool] | None) -> str:
+        self.found = found
         self.graded.append((exam.label, list(rewards)))
         return f"exam after {exam.label}: {sum(rewards)}"
 
@@ -256,6 +257,24 @@ def test_every_step_leaves_a_row_whose_numbers_fit_together(tmp_path: Path) -> N
     assert state.totals["response_tok"] == sum(row["tok/response"] for row in rows)
     assert len([line for line in console(crew).splitlines() if line.startswith("step ")]) == 3
     assert [p.name for p in (tmp_path / "completions").iterdir()] == ["step-00000002.jsonl"]
+
+
+def test_a_first_step_or_an_exam_without_any_answer_is_warned_of_once(tmp_path: Path) -> None:
+    stages = make_stage("first", steps=2), make_stage("second", steps=2)
+    crew = make_crew(tmp_path, *stages, examines=True, completions_every=1)
+    mute = {-1, -2, -3, *range(12)}  # the first exam and the first stage
+    crew = dataclasses.replace(crew, finds_answer=lambda prompt, text: prompt.prompt_id not in mute)
+    source_of(crew).examines = True
+    train(crew, RunState())
+    assert [row["judge/no_answer"] for row in read_steps(tmp_path)] == [1.0, 1.0, 0.0, 0.0]
+    warnings = [line for line in console(crew).splitlines() if "no answer was found" in line]
+    assert ["step 1, the first of stage first" in line for line in warnings].count(True) == 1
+    assert not any("of step 2" in line or "of step 3" in line for line in warnings)
+    assert any("the exam after start" in line for line in warnings)
+    assert source_of(crew).found == [False] * 3
+    assert "no answer 100%" in console(crew)
+    answers = [json.loads(x) for x in (tmp_path / "completions" / "step-00000003.jsonl").read_text().splitlines()]
+    assert all(row["answered"] is True for row in answers)
 
 
 def test_completions_stand_beside_their_own_rewards(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
-from isomorph.engine.update.score import Judging, score
+from isomorph.engine.update.score import Judging, answers_found, score, share_without_answer, warning_of_no_answer
 
 
 def prompt(prompt_id: int) -> Prompt:
@@ -40,6 +40,21 @@ class Rewards:
         self.asked += [(p.prompt_id, text) for p, text in zip(prompts, texts, strict=True)]
         known = {decode(r.token_ids.tolist()): reward for r, reward in zip(ROLLOUTS, self.rewards, strict=True)}
         return [known[text] for text in texts]
+
+
+def test_a_response_without_an_answer_is_told_from_a_wrong_one() -> None:
+    asked = [prompt(0), prompt(1)]
+    texts = ["<a>1</a>", "what\x1b[2J " + "x" * 500 + " the end", "<a>3</a>", ""]
+    found = answers_found(lambda _, text: "<a>" in text, asked, texts)
+    assert found == [True, False, True, False] and share_without_answer(found) == 0.5
+    by_prompt = answers_found(lambda question, _: question is asked[1], asked, texts)
+    assert by_prompt == [False, False, True, True]
+    assert warning_of_no_answer("step 1", found, texts, 0.5) == ""
+    warning = warning_of_no_answer("step 1", [False] * 4, texts[1:2] * 4, 0.5)
+    assert "any of the 4 responses of step 1, 50% of which were cut off" in warning
+    assert "what\\x1b[2J x" in warning and 'the end"' in warning and "\x1b" not in warning and len(warning) < 500
+    assert answers_found(None, asked, texts) is None and math.isnan(share_without_answer(None))
+    assert warning_of_no_answer("step 1", None, texts, 0.5) == ""
 
 
 def judge_and_score(judge: Judge, objective: ObjectiveConfig) -> tuple[list[Group], list[str]]:
