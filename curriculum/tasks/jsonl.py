@@ -39,7 +39,7 @@ def read_rows(path: str | PathLike[str], family: str, representation: str, *, re
     """
     check_reward(family, reward)
     first_rows: dict[str, int] = {}
-    tasks = []
+    tasks: list[Task] = []
     for number, line in _lines(path):
         try:
             task = _task(line, family, representation)
