@@ -253,7 +253,7 @@ def test_an_exam_counts_what_the_task_calls_correct_not_partial_credit() -> None
     source = curriculum(stage("one"))
     exam = source.exam()
     assert exam is not None
-    source.grade(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))])
+    source.grade(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))], None)
     counted = source.exams[0]["accuracy"].values()
     assert sum(result["correct"] for result in counted) == len(exam.prompts) // 2
 
