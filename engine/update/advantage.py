@@ -57,7 +57,7 @@ def penalised(
     """
     kl = [[o - r for o, r in zip(olds, refs, strict=True)] for olds, refs in zip(old, reference, strict=True)]
     of_update = _returns_to_go if objective.baseline == "none" else _group_relative
-    advantages = [of_update(u, kl_of_batch, objective, ranks) for u, kl_of_batch in zip(updates, kl, strict=True)]
+    advantages = [of_update(u, kl_of_batch, objective) for u, kl_of_batch in zip(updates, kl, strict=True)]
     if objective.scale == "batch":
         flat = list(itertools.chain.from_iterable(advantages))
         flat = whitened(flat, [torch.ones_like(a) for a in flat], ranks)
@@ -65,13 +65,15 @@ def penalised(
     return advantages
 
 
-def _group_relative(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig, ranks: Ranks) -> list[Tensor]:
-    """The KL of a whole response is part of its reward, before responses are compared."""
+def _group_relative(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig) -> list[Tensor]:
+    """The KL of a whole response is part of its reward, before responses are compared.
+
+    A rank has all responses of its groups; what it finds for the groups of others is not used.
+    """
     offsets = torch.tensor([0, *itertools.accumulate(len(rewards) for rewards in update.rewards)])
     kl_S = torch.zeros(int(offsets[-1]), dtype=torch.float64)
     for batch, response_id, kl_N in zip(update.batches, update.response_ids, kl, strict=True):
         kl_S.index_add_(0, response_id[batch.seq_id.cpu()], kl_N.double().cpu())
-    kl_S = torch.stack(ranks.gather(kl_S)).sum(0)
     reward_S = torch.tensor([r for rewards in update.rewards for r in rewards], dtype=torch.float64)
     scale = "none" if objective.scale == "batch" else objective.scale
     advantage_S = group_advantage(
@@ -83,7 +85,7 @@ def _group_relative(update: Update, kl: Sequence[Tensor], objective: ObjectiveCo
     ]
 
 
-def _returns_to_go(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig, ranks: Ranks) -> list[Tensor]:
+def _returns_to_go(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig) -> list[Tensor]:
     """A token pays for its own KL and that of the tokens after it."""
     reward_S = torch.tensor([r for rewards in update.rewards for r in rewards], dtype=torch.float64)
     return [
