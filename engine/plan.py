@@ -22,6 +22,7 @@ import torch
 
 from isomorph.engine.config import EngineConfig, Stage, UserError
 from isomorph.kernels.linear import linear
+from isomorph.kernels.linear_chunks import whole_rows
 
 Moment = Literal["generate", "update", "step"]
 MOMENTS: tuple[Moment, ...] = ("generate", "update", "step")
@@ -186,7 +187,7 @@ def arenas(facts: Facts) -> list[Arena]:
 
 def logits_chunk_rows(num_vocab: int, *, is_gpu: bool) -> int:
     """Rows of logits that the learner makes at a time."""
-    return CUDA_CHUNK_ROWS if is_gpu else max(1, CPU_CHUNK_BYTES // (4 * num_vocab))
+    return CUDA_CHUNK_ROWS if is_gpu else whole_rows(CPU_CHUNK_BYTES // (4 * num_vocab))
 
 
 def activation_bytes_per_tok(facts: Facts) -> float:

@@ -48,7 +48,7 @@ from isomorph.engine.plan import ModelShape
 from isomorph.engine.text import TextCodec, open_text
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels import backend
-from isomorph.kernels.linear import linear, linear_packed, pack
+from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_packed, pack
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -80,12 +80,6 @@ def _attend_from_outside_or_sdpa(
 ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
 ALL_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", _attend_from_outside_or_sdpa)
 ALL_MASK_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
-# Rows that go through the layers come in multiples of this. Every micro-batch has a number of tokens of its own, and
-# oneDNN keeps about 0.3 MiB for every number of rows it ever multiplied, until the process ends and whatever
-# the capacity of its cache; the allocators of CPU and GPU reuse a block of the same size and split one of another.
-ROW_MULTIPLE = 64
 
 
 def attend_packed(layout: PackedLayout) -> Attend:

@@ -24,6 +24,10 @@ from isomorph.kernels import backend
 # oneDNN keeps a primitive for every shape, with its code and its scratch about 1 MiB, and 1,024 of them. Numbers of
 # rows differ from step to step; a step repeats a few shapes in every layer. Read when oneDNN first multiplies.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# Beside that cache oneDNN keeps about 0.3 MiB for every number of rows that it has ever multiplied, until the process
+# ends. Where numbers of rows vary without end they are rounded up to a multiple of this many; and the allocators of CPU
+# and GPU reuse a block of the same size where they split one of another.
+ROW_MULTIPLE = 64
 MIN_TERMS = 2**22  # multiplications of a product that is worth a primitive
 MIN_PACKED = 2**16  # numbers in a weight that is worth packing
 PACKED_FOR_ROWS = 32  # any number is multiplied; of these the arrangement is the best

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
-from isomorph.kernels.linear import product, takes_onednn
+from isomorph.kernels.linear import ROW_MULTIPLE, product, takes_onednn
 from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats, stats_dtype
 
 # of logits at a time where the caller does not say how many rows: a CPU's caches; on a GPU enough rows for its GEMMs
@@ -93,7 +93,19 @@ def make_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def default_chunk_rows(head: Head) -> int:
-    return max(1, CHUNK_BYTES[head.weight_VD.device.type] // (head.weight_VD.shape[0] * head.dtype.itemsize))
+    fitting = CHUNK_BYTES[head.weight_VD.device.type] // (head.weight_VD.shape[0] * head.dtype.itemsize)
+    return whole_rows(fitting)
+
+
+def whole_rows(fitting: int) -> int:
+    """At most ``fitting`` rows, and at least one: a multiple of ROW_MULTIPLE where there are so many."""
+    return fitting // ROW_MULTIPLE * ROW_MULTIPLE or max(1, fitting)
+
+
+def multiplied_rows(num_rows: int, device: torch.device) -> int:
+    """How many rows the GEMMs of ``num_rows`` rows are given: on a CPU few different numbers, see ROW_MULTIPLE."""
+    is_rounded = device.type == "cpu" and num_rows > ROW_MULTIPLE
+    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE if is_rounded else num_rows
 
 
 class LogitChunks:
@@ -101,17 +113,22 @@ class LogitChunks:
 
     def __init__(self, head: Head, chunk_rows: int) -> None:
         self.head = head
-        num_rows = min(chunk_rows, len(head.target_ids_N))
+        num_rows = multiplied_rows(min(chunk_rows, len(head.target_ids_N)), head.weight_VD.device)
         self.buffer = head.weight_VD.new_empty((num_rows, head.weight_VD.shape[0]), dtype=head.dtype)
         self.inv_temperature = 1.0 / head.temperature
 
     def load(self, rows: slice) -> None:
         """The raw logits of these rows, without bias and temperature: the row passes apply both on the way."""
-        self.hidden_nD = self.head.hidden_rows(rows)
+        num_rows = rows.stop - rows.start
+        hidden_nD = self.head.hidden_rows(rows)
+        num_more = multiplied_rows(num_rows, hidden_nD.device) - num_rows
+        # rows of zeros: they add nothing to the weight's gradient, and nobody reads theirs
+        self.hidden_mD = torch.nn.functional.pad(hidden_nD, (0, 0, 0, num_more)) if num_more else hidden_nD
         self.target_n = self.head.target_ids_N[rows]
-        self.logits_nV = self.buffer[: rows.stop - rows.start]
+        self.logits_mV = self.buffer[: num_rows + num_more]
+        self.logits_nV = self.logits_mV[:num_rows]
         for columns, weight_vD in self.head.weight_blocks():
-            _mm(self.hidden_nD, weight_vD.T, self.logits_nV[:, columns])
+            _mm(self.hidden_mD, weight_vD.T, self.logits_mV[:, columns])
 
     def stats(self) -> TokenStats:
         return row_stats(
@@ -124,9 +141,10 @@ class LogitChunks:
 
     def add_gradients(self, rows: slice, stats: TokenStats, grads: RowGrads, into: "Gradients") -> None:
         """Spends the logits. Where a GEMM takes bfloat16, their gradient is bfloat16, in the first half of each row."""
-        out_nV = self.logits_nV
+        out_mV = self.logits_mV
         if self.head.gemm_takes_bfloat16:
-            out_nV = out_nV.view(torch.bfloat16)[:, : out_nV.shape[1]]
+            out_mV = out_mV.view(torch.bfloat16)[:, : out_mV.shape[1]]
+        out_nV = out_mV[: len(self.logits_nV)]
         row_gradient(
             self.logits_nV,
             self.target_n,
@@ -137,7 +155,8 @@ class LogitChunks:
             body=self.head.rows_body,
             out_nV=out_nV,
         )
-        into.add(self.head, rows, self.hidden_nD, out_nV)
+        out_mV[len(out_nV) :] = 0
+        into.add(self.head, rows, self.hidden_mD, out_mV)
 
 
 class OffsetChunks:
@@ -199,13 +218,17 @@ class Gradients:
         self.bias_V = zeros(head.weight_VD.shape[:1], head.dtype) if needs[2] else None
 
     def add(
-        self, head: Head, rows: slice, hidden_nD: Tensor, dlogits_nV: Tensor, scale_n1: Tensor | None = None
+        self, head: Head, rows: slice, hidden_mD: Tensor, dlogits_mV: Tensor, scale_n1: Tensor | None = None
     ) -> None:
-        """With ``scale``, the gradient of the logits is scale * dlogits, and hidden is scaled already."""
+        """Of rows ``rows``; where ``hidden`` and ``dlogits`` have more, the rest are zeros.
+
+        With ``scale``, the gradient of the logits is scale * dlogits, and hidden is scaled already.
+        """
         if self.hidden_TD is not None:
-            dhidden_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=head.dtype)
+            dhidden_mD = hidden_mD.new_zeros(hidden_mD.shape, dtype=head.dtype)
             for columns, weight_vD in head.weight_blocks():
-                _addmm(dhidden_nD, dlogits_nV[:, columns], weight_vD)
+                _addmm(dhidden_mD, dlogits_mV[:, columns], weight_vD)
+            dhidden_nD = dhidden_mD[: rows.stop - rows.start]
             if scale_n1 is not None:
                 dhidden_nD *= scale_n1
             if head.row_index_N is None:
@@ -213,9 +236,9 @@ class Gradients:
             else:
                 _add_rows(self.hidden_TD, head.row_index_N[rows], dhidden_nD, head.rows_body)
         if self.weight_VD is not None:
-            _add_outer(self.weight_VD, dlogits_nV, hidden_nD)
+            _add_outer(self.weight_VD, dlogits_mV, hidden_mD)
         if self.bias_V is not None:
-            self.bias_V.add_(dlogits_nV.sum(0, dtype=self.bias_V.dtype))
+            self.bias_V.add_(dlogits_mV.sum(0, dtype=self.bias_V.dtype))
 
     def cast(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
         sums = (self.hidden_TD, self.weight_VD, self.bias_V)

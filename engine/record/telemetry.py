@@ -29,6 +29,7 @@ Gather = Callable[[Told], list[Told]]
 
 PERIOD_S = 1.0
 WINDOW, MIN_GROWTH, NUM_GROWING = 20, 0.005, 4  # steps; share of the memory, from window to window; windows in a row
+STEPS_BETWEEN_TRIMS = 10  # of the C allocator's heap
 MIN_PACE = 0.75  # growth in the later half of those windows over that in the earlier half: below, a cache is filling
 # bits of NVML's reasons for a clock below its maximum; idleness (1) and the user's own limit (2) are none
 THROTTLE = {0x4: "power_cap", 0x8: "hw_slowdown", 0x20: "sw_thermal", 0x40: "hw_thermal", 0x80: "power_brake"}
@@ -150,7 +151,7 @@ class Telemetry:
 
     def begin(self) -> None:
         self._samples.clear()
-        if self._num_begun % WINDOW == 0:
+        if self._num_begun % STEPS_BETWEEN_TRIMS == 0:
             give_back_freed_memory()
         self._num_begun += 1
         _forget_peak()
@@ -238,7 +239,7 @@ def give_back_freed_memory() -> None:
     """Returns to the system what the C allocator keeps of freed memory; where it is not glibc's, nothing.
 
     A step frees blocks of a hundred sizes, and small ones that live on keep them from being joined: without this the
-    heap of a tiny model grew to four times what was in use. A step then touches its pages anew, once in WINDOW steps.
+    heap of a tiny model grew to four times what was in use. A step then touches its pages anew, one in ten.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -509,6 +509,8 @@ from isomorph.engine.config import TinyModel
 from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.policy import build_tiny
 from isomorph.engine.types import Prompt
+from isomorph.kernels.linear_logprob import linear_loss
+weight = torch.randn(512, 128, requires_grad=True)
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f in_use g h".split()]
 libc = ctypes.CDLL(None)
@@ -522,8 +524,9 @@ for num_tok in range(577, 641):
     batch = pack_parts([Part(prompt, (rollout,), (0.0,))], policy.device)
     hidden = policy.hidden(batch)
     assert len(hidden) == num_tok
-    hidden.sum().backward()
-    del hidden, batch
+    loss = linear_loss(hidden, weight, torch.zeros(num_tok, dtype=torch.int64), lambda stats, rows: stats.logprob.sum())
+    loss.backward()
+    del hidden, batch, loss
     in_use.append(libc.mallinfo2().in_use / 2**20)
 print(in_use[-1] - in_use[1])
 """
