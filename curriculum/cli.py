@@ -21,6 +21,7 @@ from rich.table import Table
 
 from isomorph.curriculum.task import DataError
 from isomorph.engine.config import UserError, check_tables, load_recipe
+from isomorph.engine.foreign import one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Make tasks, and look at files of tasks.")
@@ -29,7 +30,7 @@ app.add_typer(data, name="data")
 app.add_typer(kernels, name="kernels")
 bench = typer.Typer(no_args_is_help=True, help="Measure our ops beside their peers.")
 app.add_typer(bench, name="bench")
-console = Console()
+console = Console(markup=False, emoji=False)  # names of the user's are printed as they are
 
 # SIGUSR1: as a queue's warning before its time limit
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -117,7 +118,7 @@ def train(
         if resume is None:
             folder = ranks.from_first(lambda: _new_folder(folder, is_named=run is not None))
         ranks.from_first(lambda: stack.enter_context(locked(folder)))
-        console.print(f"run folder: {folder}", highlight=False)
+        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
         try:
             summary = run_recipe(loaded, folder, console, stop.requested, ranks, resume=resume is not None)
         except KeyboardInterrupt:
@@ -439,5 +440,5 @@ def _print_anatomy(folder: Path) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     sys.exit(code)

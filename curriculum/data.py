@@ -18,6 +18,7 @@ from isomorph.curriculum.task import FAMILIES, Split, Task
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.engine.config import Section, UserError, check_tables, toml_value
+from isomorph.engine.foreign import printable
 
 NUM_SAMPLES = 3
 MAX_LISTED = 10
@@ -150,7 +151,8 @@ def _unsolved(tasks: Sequence[Task]) -> tuple[int, ...]:
 def show_inspection(inspection: Inspection, file: Path, console: Console) -> None:
     """Counts, lengths and a few rows, for people."""
     tasks = inspection.tasks
-    console.print(f"{file}: {len(tasks)} rows, {inspection.num_procedures} different procedures", highlight=False)
+    found = f"{file}: {len(tasks)} rows, {inspection.num_procedures} different procedures"
+    console.print(Text(printable(found)), soft_wrap=True)
     console.print(_lengths(tasks))
     console.print(f"repeated questions: {_listed(inspection.duplicates)}", highlight=False)
     console.print(f"of these with another answer: {_listed(inspection.contradictions)}", highlight=False)
@@ -160,7 +162,7 @@ def show_inspection(inspection: Inspection, file: Path, console: Console) -> Non
         console.print(f"answers that it does not find: {_listed(inspection.unsolved)}", highlight=False)
     for task in tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]:
         console.rule(style="dim")
-        console.print(Text(f"{task.question}\n\nanswer: {task.answer}"))
+        console.print(Text(printable(f"{task.question}\n\nanswer: {task.answer}")))
 
 
 def _lengths(tasks: Sequence[Task]) -> Table:

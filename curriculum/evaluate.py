@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, dr
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.transfer import Accuracy
 from isomorph.engine.config import ModelConfig, SamplerConfig, UserError, check_tables
+from isomorph.engine.foreign import printable
 from isomorph.engine.policy import Policy, TextCodec, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.rollout.builtin import BuiltinSampler
@@ -190,14 +192,13 @@ def score_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) -> Sc
 
 def show_scores(result: dict[str, Any], console: Console) -> None:
     """A table, for people."""
-    table = Table(
-        title=f"{result['weights']}, greedy, at most {result['max_new_tok']} new tokens", title_justify="left"
-    )
+    heading = f"{result['weights']}, greedy, at most {result['max_new_tok']} new tokens"
+    table = Table(title=Text(printable(heading)), title_justify="left")
     for column in ("data", "accuracy", "95 % interval", "floor", "no answer", "questions", "ended"):
         table.add_column(column, justify="left" if column == "data" else "right")
     for score in result["results"]:
         table.add_row(
-            f"{score['family']}:{score['representation']}",
+            Text(printable(f"{score['family']}:{score['representation']}")),
             f"{score['rate']:.1%}",
             f"{score['low']:.1%} to {score['high']:.1%}",
             "-" if score["floor"] is None else f"{score['floor']:.1%}",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from isomorph.curriculum import machine
 from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
@@ -114,8 +115,8 @@ def show_plan(planned: dict[str, Any], console: Console) -> None:
         memory.add_row(name + place, "always" if len(when) == len(MOMENTS) else ", ".join(when), *cells)
     memory.add_section()
     for moment in MOMENTS:
-        cells = [_peak(stage["peak_gib"][moment], planned["device_gib"]) for stage in stages]
-        memory.add_row(f"peak, {moment}", "", *cells)
+        peaks = [_peak(stage["peak_gib"][moment], planned["device_gib"]) for stage in stages]
+        memory.add_row(f"peak, {moment}", "", *peaks)
     console.print(memory)
     rest = _table("what fits, and how long a step takes at most", "", stages)
     rest.add_row("largest batch.max_tok", "tokens", *(f"{s['largest_micro_tok']:,}" for s in stages))
@@ -142,8 +143,8 @@ def _table(title: str, unit: str, stages: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _peak(gib: float, device_gib: float) -> str:
-    return _size(gib) if gib <= device_gib else f"[red]{_size(gib)}, does not fit[/red]"
+def _peak(gib: float, device_gib: float) -> Text:
+    return Text(_size(gib)) if gib <= device_gib else Text(f"{_size(gib)}, does not fit", style="red")
 
 
 def _size(gib: float) -> str:

@@ -28,7 +28,7 @@ def show_answers(run: Path, step: int | None, num: int, console: Console) -> Non
     rows = read_completions(file)
     if rows is None:
         raise UserError(f"{file} is not whole: wait until it is written, or name another step")
-    console.print(Text(f"{run.name}: {file.stem}", style="bold"))
+    console.print(Text(printable(f"{run.name}: {file.stem}"), style="bold"))
     for representation in dict.fromkeys(row["representation"] for row in rows):
         answers = [row for row in rows if row["representation"] == representation]
         rate = sum(row["correct"] for row in answers) / len(answers)

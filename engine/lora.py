@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isomorph.engine.config import LoraConfig, UserError
+from isomorph.engine.foreign import foreign
 
 NAME = "default"  # of the one adapter, as peft calls it
 
@@ -53,7 +54,8 @@ def attach(model: Any, config: LoraConfig, *, seed: int, base: str | None) -> "A
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(peft_config, model)
+        with foreign("lora: peft does not put its adapters on the model"):
+            peft.inject_adapter_in_model(peft_config, model)
     return Adapters(model, peft_config)
 
 

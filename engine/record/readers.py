@@ -16,6 +16,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from isomorph.engine.config import LogConfig, UserError
+from isomorph.engine.foreign import foreign
 from isomorph.engine.record.runlog import Reader, Row
 from isomorph.engine.types import RunFailed
 
@@ -87,7 +88,8 @@ def _refusal_told(folder: Path) -> Iterator[None]:
 def _wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Reader]:
     wandb = importlib.import_module("wandb")
     name = folder.resolve().name
-    run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=dict(recipe), resume="allow")
+    with foreign("log.wandb: no run can be opened"):
+        run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=dict(recipe), resume="allow")
     try:
         yield lambda row: run.log(numbers(row), step=row["step"])
     finally:
@@ -97,7 +99,8 @@ def _wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Re
 @contextlib.contextmanager
 def _trackio(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Reader]:
     trackio = importlib.import_module("trackio")
-    run = trackio.init(project=project, name=folder.resolve().name, config=dict(recipe), resume="allow")
+    with foreign("log.trackio: no run can be opened"):
+        run = trackio.init(project=project, name=folder.resolve().name, config=dict(recipe), resume="allow")
     try:
         yield lambda row: run.log(numbers(row), step=row["step"])
     finally:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.foreign import foreign
 from isomorph.engine.policy import Policy
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
 from isomorph.engine.types import Finish, OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
@@ -278,7 +279,8 @@ def _start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, see
         options["kv_cache_memory_bytes"] = _cpu_kv_bytes(policy, config, max_model_len)
     with tempfile.TemporaryDirectory(prefix="isomorph-vllm-") as folder:
         model_config.save_pretrained(folder)
-        return vllm.LLM(model=folder, **options)
+        with foreign("sampler: vLLM does not start"):
+            return vllm.LLM(model=folder, **options)
 
 
 def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> int:

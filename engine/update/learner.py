@@ -338,7 +338,7 @@ class Learner:
         if not logprob.isfinite().all():
             raise RunFailed(
                 f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy "
-                f"has diverged; resume from an earlier checkpoint with a lower learning rate"
+                f"has diverged; lower optim.lr in the recipe and start again"
             )
         return logprob
 

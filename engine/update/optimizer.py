@@ -79,7 +79,7 @@ class MasterAdamW:
         if not math.isfinite(norm):
             raise RunFailed(
                 f"the gradient's norm is {norm}: the weights are unchanged; "
-                "lower the learning rate or look at the rewards"
+                "lower optim.lr in the recipe and start again, or look at the rewards"
             )
         if norm > clip_norm:  # else a pass over all gradients would multiply them by 1
             factor = (clip_norm / (total + 1e-6)).clamp(max=1.0)

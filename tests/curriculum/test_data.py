@@ -175,6 +175,16 @@ def test_an_inspection_counts_what_is_there(tmp_path: Path) -> None:
     assert str(len(QUESTION.format(boil=7))) in text
 
 
+def test_a_name_in_brackets_and_an_escape_in_a_question_are_printed_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "[red]set"
+    folder.mkdir()
+    file = written(folder, json.dumps({"question": "What \x1b[2J is :cat:?", "answer": 7}))
+    out = io.StringIO()
+    show_inspection(inspect_file(file, "math", "natural"), file, Console(file=out, width=60))
+    assert f"{file}: 1 rows" in out.getvalue()
+    assert "What \\x1b[2J is :cat:?" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
 def test_other_families_have_no_solver(tmp_path: Path) -> None:
     file = written(tmp_path, json.dumps({"question": "What is 3 + 4?", "answer": 7}))
     assert inspect_file(file, "math", "natural").unsolved is None

@@ -136,6 +136,15 @@ def test_the_table_shows_every_score() -> None:
 
 
 @pytest.mark.slow
+def test_names_in_brackets_are_no_markup_and_escapes_are_written_out() -> None:
+    score: dict[str, Any] = {"family": "async_plan", "representation": "[red]a", "correct": 3, "n": 10, "rate": 0.3}
+    score |= {"low": 0.1, "high": 0.6, "floor": None, "stopped": 1.0, "no_answer": 0.0, "tokens": 20, "generate_s": 0.5}
+    for console in (Console(file=io.StringIO(), width=120), Console(file=io.StringIO(), width=120, markup=False)):
+        show_scores({"weights": "models/[v2]\x1b[2J:cat:", "max_new_tok": 9, "results": [score]}, console)
+        assert isinstance(console.file, io.StringIO)
+        assert "models/[v2]\\x1b[2J:cat:" in console.file.getvalue() and "async_plan:[red]a" in console.file.getvalue()
+
+
 def test_json_is_one_object_on_the_standard_output(finished_run: Path) -> None:
     command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "eval", str(finished_run)]
     options = ["--data", "async_plan:graph", "--prompts", "2", "--json"]
