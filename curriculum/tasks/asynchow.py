@@ -110,18 +110,37 @@ def parse_question(question: str, representation: str) -> Plan:
     return plan
 
 
-_STEP = re.compile(r"Step (\d{1,4})\. [^\n]*\(([^()\n]*)\) *$", re.MULTILINE)
-_EDGE = re.compile(r"^Step (\d{1,4}) must precede step (\d[\d, and]*)\. *$", re.MULTILINE)
+_STEP = re.compile(r"Step (\d{1,4})\. .*\(([^()]*)\)")
+_EDGE = re.compile(r"Step (\d{1,4}) must precede step (\d+(?:(?:, | and |, and )\d+)*)\.")
+_HEADING = "These ordering constraints need to be obeyed"
 
 
 def _read_natural(question: str) -> Plan:
-    durations = dict(_STEP.findall(question))
-    if not durations:
+    """Every line between the first step and the question must be read: one that is not may be a constraint."""
+    lines = [line.strip() for line in question.partition("\nQuestion:")[0].split("\n")]
+    first = next((k for k, line in enumerate(lines) if _STEP.fullmatch(line)), None)
+    if first is None:
         raise DataError("must list steps such as 'Step 1. Boil water (5 min)', found none")
-    after: dict[str, list[str]] = {name: [] for name in durations}
-    for name, targets in _EDGE.findall(question):
+    durations: dict[str, str] = {}
+    after: dict[str, list[str]] = {}
+    for k, line in enumerate(lines):
+        if k < first and not line.startswith(("Step ", _HEADING)):  # the introduction
+            continue
+        if step := _STEP.fullmatch(line):
+            if step[1] in durations:
+                raise DataError(f"must list every step once, got step {step[1]} twice")
+            durations[step[1]] = step[2]
+        elif edge := _EDGE.fullmatch(line):
+            after.setdefault(edge[1], []).extend(re.findall(r"\d+", edge[2]))
+        elif line and not line.startswith(_HEADING):
+            raise DataError(
+                "must have steps such as 'Step 1. Boil water (5 min)' and constraints such as 'Step 1 must precede "
+                f"step 2 and 3.', one a line, up to 'Question:'; got {line[:80]!r}"
+            )
+    if not after and len(durations) > 1 and not any(line.startswith(_HEADING) for line in lines):
+        raise DataError(f"must have constraints, or '{_HEADING} ...' with none below it; found neither")
+    for name in after:
         _known(name, durations)
-        after[name] += re.findall(r"\d+", targets)
     return _plan(durations, after, noun="step")
 
 

@@ -182,6 +182,20 @@ def test_only_nodes_between_start_and_end_count() -> None:
         ("natural", "step 3 and 4", "step 3 and 9", "9"),
         ("natural", "Step 2 must precede step 4", "Step 4 must precede step 1", "circle"),
         ("natural", "Step ", "Stage ", "steps"),
+        ("natural", "Step 2 must precede step 4.", "You gotta deal with 2 before hittin' the 4.", "hittin"),
+        ("natural", "Step 2 must precede step 4.", "Step 2 must come before step 4.", "come before"),
+        ("natural", "Step 2 must precede step 4.", "Step 2 must precede step 4 and step 3.", "and step 3"),
+        (
+            "natural",
+            "Step 2 must precede step 4.",
+            "Step 2 must precede step 4. Step 1 must precede step 2.",
+            "Step 2 m",
+        ),
+        ("natural", "Step 1 must precede step 3 and 4.\nStep 2 must precede step 4.\n", "All in order.\n", "in order"),
+        ("natural", "Step 3. Sit", "Step 3.Sit", r"Step 3\.Sit"),
+        ("natural", "Step 3. Sit", "Step 2. Sit", "twice"),
+        ("natural", "Step 1. Brew", "Step 2 must come first.\nStep 1. Brew", "come first"),
+        ("natural", NATURAL[NATURAL.index("These") : NATURAL.index("Question")], "\n", "found neither"),
         ("graph", "'END': [],", "", "END"),
         ("graph", "'3': '30 sec'", "'3': 30", "durations"),
         ("graph", ", '3': '30 sec'", "", "'3'"),
@@ -231,6 +245,7 @@ ROW = json.dumps({"question": NATURAL, "answer": GOLD})
         (json.dumps({"question": NATURAL, "answer": GOLD.replace("12600", "__import__('os')")}), "answer"),
         (json.dumps({"question": NATURAL, "answer": float("nan")}), "answer"),
         (json.dumps({"question": "how long?", "answer": GOLD}), "steps"),
+        (json.dumps({"question": NATURAL.replace("must precede", "goes before"), "answer": GOLD}), "goes before"),
     ],
 )
 def test_a_broken_row_is_refused_with_file_and_line(tmp_path: Path, row: str, named: str) -> None:
