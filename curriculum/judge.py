@@ -29,6 +29,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from isomorph.curriculum.task import FAMILIES, REWARDS, Task
 from isomorph.curriculum.tasks import paper
+from isomorph.curriculum.tasks.answer import ANSWER_TAGS, last_answer, last_boxed, stated_answer
 from isomorph.curriculum.tasks.duration import (
     Duration,
     Interval,
@@ -38,12 +39,25 @@ from isomorph.curriculum.tasks.duration import (
     same_duration,
 )
 
+__all__ = [
+    "ANSWER_TAGS",
+    "JudgePool",
+    "answer_found",
+    "check_answer",
+    "judge",
+    "last_answer",
+    "last_boxed",
+    "refuse_golds",
+]
+
 DEADLINE_S = 5.0
 MAX_ANSWER_CHARS = 2_000  # of mathematics and physics; longer answers are wrong
+GOLDS_PER_JOB = 100
 MAX_WORKER_BYTES = 4 << 30  # address space: what a formula may make SymPy allocate
 
-_OPEN, _CLOSE = ANSWER_TAGS = "<answer>", "</answer>"
-_BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
+_PLAIN_QUANTITY = re.compile(
+    r"[-+]?\d{1,20}(?:\.\d{1,20})?(?:[eE][-+]?\d{1,3})?(?: [A-Za-z%][A-Za-z0-9%^*/]{0,40})?", re.ASCII
+)
 
 
 class HasPayload(Protocol):
@@ -112,6 +126,25 @@ class JudgePool:
         got = self._start(family, response, answer, reward)
         return got if isinstance(got, float) else self._finish(got)
 
+    def unreadable(self, golds: Sequence[str]) -> dict[str, str]:
+        """Of accepted answers in physics those that cannot be read, each with the reason; ``deadline_s`` for each.
+
+        Plain numbers with a unit are known to be fine; the others are read where they would be judged, in a worker.
+        """
+        waiting = [gold for gold in dict.fromkeys(golds) if not _PLAIN_QUANTITY.fullmatch(gold)]
+        found: dict[str, str] = {}
+        lots = [waiting[k : k + GOLDS_PER_JOB] for k in range(0, len(waiting), GOLDS_PER_JOB)]
+        while lots:
+            lot = lots.pop()
+            args = (lot, 2 * self.deadline_s)
+            try:
+                found |= self._workers().schedule(_unreadable_golds, args=args, timeout=self.deadline_s).result()
+            except (DeadlineExceeded, ProcessExpired):
+                if len(lot) == 1:
+                    found[lot[0]] = f"must be read within {self.deadline_s} s"
+                lots += [[gold] for gold in lot if len(lot) > 1]
+        return found
+
     def close(self) -> None:
         """Kills the workers and waits for them. The pool can be used again afterwards."""
         with self._lock:
@@ -130,6 +163,7 @@ class JudgePool:
         judged = _judge_here(family, response, answer, reward)
         if judged is not None:
             return judged
+        _require_extra(family)
         check_answer(family, answer)
         stated, text = stated_answer(family, response), _answer_text(answer)
         if stated is None or len(stated) > MAX_ANSWER_CHARS:
@@ -151,7 +185,6 @@ class JudgePool:
     def _workers(self) -> ProcessPool:
         with self._lock:
             if self._pool is None:
-                _require_math_extra()
                 self._pool = ProcessPool(
                     max_workers=self.max_workers, initializer=_prepare_worker, context=_CleanSpawnContext()
                 )
@@ -169,38 +202,6 @@ def answer_found(family: str, response: str) -> bool:
     """
     _check_family(family)
     return bool(stated_answer(family, response))
-
-
-def stated_answer(family: str, response: str) -> str | None:
-    """What the response says its answer is, stripped; None where it marks none. Linear time."""
-    stated = last_answer(response)
-    return last_boxed(response) if stated is None and family == "math" else stated
-
-
-def last_answer(response: str) -> str | None:
-    """What stands in the last ``<answer>...</answer>``, stripped; None where there is none. Linear time."""
-    end = response.rfind(_CLOSE)
-    start = response.rfind(_OPEN, 0, max(end, 0))
-    if start < 0:
-        return None
-    return response[start + len(_OPEN) : response.index(_CLOSE, start)].strip()
-
-
-def last_boxed(response: str) -> str | None:
-    """What stands in the ``\\boxed{...}`` that begins last, stripped; None where there is none. Linear time.
-
-    Braces inside are balanced, ``\\{`` and ``\\}`` are no braces, and a box that is never closed does not count.
-    """
-    box_starts: list[int] = []  # where the content of each open brace begins; -1 for braces that are no box
-    last: tuple[int, int] | None = None
-    for token in _BRACES.finditer(response):
-        if token.group().endswith("{") and token.group() != r"\{":
-            box_starts.append(token.end() if token.group().startswith("\\") else -1)
-        elif token.group() == "}" and box_starts:
-            start = box_starts.pop()
-            if start >= 0 and (last is None or start > last[0]):
-                last = start, token.start()
-    return None if last is None else response[slice(*last)].strip()
 
 
 def _check_family(family: str) -> None:
@@ -233,6 +234,21 @@ def check_answer(family: str, answer: str | float) -> None:
         _plan_answer(_answer_text(answer))
     elif not _answer_text(answer):
         raise ValueError("an accepted answer must not be empty")
+
+
+def refuse_golds(family: str, golds: Sequence[str], reward: str) -> dict[str, str]:
+    """What of a file's accepted answers cannot be judged by, each with the reason; before any response is there.
+
+    Raises:
+        ImportError: what is needed to judge this family is not installed.
+    """
+    if family == "async_plan" or reward == "paper":
+        return {}
+    _require_extra(family)
+    if family != "physics":  # in mathematics any text can be compared with
+        return {}
+    with JudgePool(max_workers=1) as pool:
+        return pool.unreadable(golds)
 
 
 def _judge_here(family: str, response: str, answer: str | float, reward: str) -> float | None:
@@ -280,6 +296,9 @@ def _plan_answer(text: str) -> Interval | Duration | Fraction:
 # What follows runs in a worker process.
 
 
+_NO_QUANTITY = "an accepted answer in physics must be a value with a unit, got {!r}"
+
+
 class GoldUnreadable(ValueError):
     """An accepted answer that the judge cannot read."""
 
@@ -308,10 +327,25 @@ def _same_physics(stated: str, gold: str) -> bool:
 
     expected = parse_quantity(gold)
     if expected is None:
-        raise GoldUnreadable(f"an accepted answer in physics must be a value with a unit, got {gold[:200]!r}")
+        raise GoldUnreadable(_NO_QUANTITY.format(gold[:200]))
     if expected.value.free_symbols:
         return _same_mathematics(stated, gold, imaginary=False)
     return same_answer(stated, expected)
+
+
+def _unreadable_golds(golds: Sequence[str], limit_s: float) -> dict[str, str]:
+    from isomorph.curriculum.tasks.quantity import parse_quantity
+
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    found = {}
+    for gold in golds:
+        try:
+            if parse_quantity(gold) is None:
+                found[gold] = _NO_QUANTITY.format(gold[:200])
+        except Exception as error:  # as in _grade; here it is told
+            found[gold] = f"{_NO_QUANTITY.format(gold[:200])}: {type(error).__name__}: {error}"
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return found
 
 
 def _same_mathematics(stated: str, gold: str, *, imaginary: bool = True) -> bool:
@@ -326,18 +360,21 @@ def _prepare_worker() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     warnings.simplefilter("ignore")
     importlib.import_module("isomorph.curriculum.tasks.mathematics")
-    importlib.import_module("isomorph.curriculum.tasks.quantity")
+    if not _missing("physics"):
+        importlib.import_module("isomorph.curriculum.tasks.quantity")
 
 
 # How workers start.
 
 
-def _require_math_extra() -> None:
-    missing = [name for name in ("sympy", "pint") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"judging mathematics and physics needs {' and '.join(missing)}: pip install 'isomorph[math]'"
-        )
+def _missing(family: str) -> list[str]:
+    needed = {"math": ("sympy",), "physics": ("sympy", "pint")}[family]
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def _require_extra(family: str) -> None:
+    if missing := _missing(family):
+        raise ImportError(f"judging {family} needs {' and '.join(missing)}: pip install 'isomorph[math]'")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from isomorph.curriculum.judge import check_answer, check_reward
+from isomorph.curriculum.judge import check_answer, check_reward, refuse_golds
 from isomorph.curriculum.task import DataError, Task
 from isomorph.curriculum.tasks.asynchow import (
     demonstrate_plan,
@@ -35,18 +35,32 @@ def read_rows(path: str | PathLike[str], family: str, representation: str, *, re
 
     Raises:
         ValueError: an unknown family, or one without this reward.
-        DataError: the file cannot be read, is empty, or has a broken row: file, line and defect are named.
+        DataError: the file cannot be read, is empty, has a broken row or an accepted answer that cannot be judged by
+            (file, line and defect are named), or judging its family needs an extra that is missing.
     """
     check_reward(family, reward)
     first_rows: dict[str, int] = {}
     tasks: list[Task] = []
+    numbers: list[int] = []  # of the lines they stand on
     for number, line in _lines(path):
         try:
             task = _task(line, family, representation)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         tasks.append(replace(task, reward=reward, key=str(first_rows.setdefault(task.key, len(tasks)))))
+        numbers.append(number)
+    _refuse_golds(path, numbers, tasks)
     return tasks
+
+
+def _refuse_golds(path: str | PathLike[str], numbers: list[int], tasks: list[Task]) -> None:
+    try:
+        refused = refuse_golds(tasks[0].family, [task.answer for task in tasks], tasks[0].reward)
+    except ImportError as error:
+        raise DataError(f"{path}: {error}") from error
+    for number, task in zip(numbers, tasks, strict=True):
+        if task.answer in refused:
+            raise DataError(f"{path}, line {number}: answer: {refused[task.answer]}")
 
 
 def split_rows(

@@ -60,7 +60,7 @@ class Quantity(NamedTuple):
 
 def parse_quantity(text: str) -> Quantity | None:
     """The quantity that ``text`` states, or None."""
-    if len(text) > MAX_CHARS:
+    if len(text) > MAX_CHARS or _SEVERAL.search(text):
         return None
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
@@ -72,6 +72,7 @@ def parse_quantity(text: str) -> Quantity | None:
     return None
 
 
+_SEVERAL = re.compile(r"\s(?:and|or|to)\s")  # 5 m and 6 m
 _MIXED = re.compile(r"(?<![\w.] )(?<![\w./*])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\w./*])", re.ASCII)
 
 

@@ -1,5 +1,6 @@
 """The paper's files: every row is read, solved, demonstrated and split."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from isomorph.curriculum.judge import judge
+from isomorph.curriculum.judge import JudgePool, judge
 from isomorph.curriculum.task import DataError, Task
 from isomorph.curriculum.tasks.asynchow import Plan, parse_question
 from isomorph.curriculum.tasks.duration import Interval, parse_timedeltas
@@ -348,3 +349,36 @@ def _along_the_longest(plan: Plan) -> dict[str, int]:
 
 def _days(way: dict[str, int], days: dict[str, float]) -> float:
     return sum(n * days[unit] for unit, n in way.items())
+
+
+@pytest.mark.parametrize("gold", ["green ideas sleep", "5 m and 6 m", "((((5 m", "9**9**9**9 m"])
+def test_a_physics_gold_that_cannot_be_read_is_refused_with_file_and_line(tmp_path: Path, gold: str) -> None:
+    pytest.importorskip("pint")
+    path = tmp_path / "rows.jsonl"
+    golds = ["5 m", "2*sqrt(5)/3 m", r"-45 $\mu \mathrm{C}$", gold, "1 1/2 m"]
+    path.write_text("".join(json.dumps({"question": f"{n}?", "answer": a}) + "\n" for n, a in enumerate(golds)))
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 4: answer: .*physics"):
+        read_rows(path, "physics", "natural")
+
+
+def test_many_plain_physics_golds_start_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pint")
+    monkeypatch.setattr(JudgePool, "_workers", lambda self: pytest.fail("a worker was started"))
+    path = tmp_path / "rows.jsonl"
+    rows = ({"question": f"{n}?", "answer": f"{n}.5e-{n % 9} kg*m/s^2"} for n in range(20_000))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_rows(path, "physics", "natural")) == 20_000
+
+
+@pytest.mark.parametrize(("family", "missing"), [("physics", "pint"), ("math", "sympy")])
+def test_a_missing_extra_is_refused_when_the_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, missing: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "?", "answer": "5"}) + "\n")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    with pytest.raises(DataError, match=rf"rows\.jsonl.*{family} needs {missing}: pip install 'isomorph\[math\]'"):
+        read_rows(path, family, "natural")
+    if family == "math":
+        assert read_rows(path, family, "natural", reward="paper")

@@ -1,0 +1,38 @@
+"""Where a response says what its answer is: ``<answer>...</answer>``, in mathematics also ``\\boxed{...}``."""
+
+import re
+
+ANSWER_TAGS = _OPEN, _CLOSE = "<answer>", "</answer>"
+_BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
+
+
+def stated_answer(family: str, response: str) -> str | None:
+    """What the response says its answer is, stripped; None where it marks none. Linear time."""
+    stated = last_answer(response)
+    return last_boxed(response) if stated is None and family == "math" else stated
+
+
+def last_answer(response: str) -> str | None:
+    """What stands in the last ``<answer>...</answer>``, stripped; None where there is none. Linear time."""
+    end = response.rfind(_CLOSE)
+    start = response.rfind(_OPEN, 0, max(end, 0))
+    if start < 0:
+        return None
+    return response[start + len(_OPEN) : response.index(_CLOSE, start)].strip()
+
+
+def last_boxed(response: str) -> str | None:
+    """What stands in the ``\\boxed{...}`` that begins last, stripped; None where there is none. Linear time.
+
+    Braces inside are balanced, ``\\{`` and ``\\}`` are no braces, and a box that is never closed does not count.
+    """
+    box_starts: list[int] = []  # where the content of each open brace begins; -1 for braces that are no box
+    last: tuple[int, int] | None = None
+    for token in _BRACES.finditer(response):
+        if token.group().endswith("{") and token.group() != r"\{":
+            box_starts.append(token.end() if token.group().startswith("\\") else -1)
+        elif token.group() == "}" and box_starts:
+            start = box_starts.pop()
+            if start >= 0 and (last is None or start > last[0]):
+                last = start, token.start()
+    return None if last is None else response[slice(*last)].strip()
