@@ -9,6 +9,7 @@ No driver is needed: Triton carries ptxas, cuobjdump and nvdisasm. What is read 
     mma       matrix instructions where a dot is meant: HGMMA on sm_90, UTCHMMA on sm_100, HMMA on sm_80 and sm_120
               and for products of fewer than 64 rows
     atomics   none in the IR: sums would depend on the order in which programs happen to run
+    barriers  as many as the variant asks for, where warps read what others write over
 """
 
 import argparse
@@ -83,6 +84,8 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     mma = MMA[arch] if variant.dot_rows >= 64 else "HMMA"
     if variant.uses_dot and not counts[mma]:
         failures.append(f"no {mma}")
+    if (found := len(re.findall(r"\bbar(?:rier)?\.sync\b", made.asm["ptx"]))) < variant.barriers:
+        failures.append(f"barriers {found} < {variant.barriers}")
     if re.search(r"\btt\.atomic", made.asm["ttir"]):
         failures.append("atomics")
     return Compiled(

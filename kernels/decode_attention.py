@@ -113,8 +113,9 @@ def decode_attention(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, *, scale: f
 
     H is a multiple of K. What lies beyond a length does not matter, be it NaN. The new token's own key and value must
     be in ``own`` already, and counted. Views with stride 1 in the last dimension cost no copy. A row's bits do not
-    depend on the other rows. On CUDA nothing synchronises, the launch depends on shapes alone (it can be recorded in
-    a graph), and slots and lengths are taken on trust; elsewhere they are checked.
+    depend on the other rows, unless PyTorch multiplies (the body "torch"). On CUDA nothing synchronises, the launch
+    depends on shapes alone (it can be recorded in a graph), and slots and lengths are taken on trust; elsewhere they
+    are checked.
     Raises ValueError or TypeError for shapes, dtypes, slots and lengths that do not fit.
     """
     body = backend.choose("decode_attention", q_BHD.device)

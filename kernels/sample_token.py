@@ -81,8 +81,9 @@ def sample_token(
 
     logits [B, V] of any floating-point dtype, computed in float32 (float64 for float64). Noise is a function of key,
     position and column: the same three give the same token. Keys and positions are any int64. A row's bits do not
-    depend on the other rows; bodies agree but where two columns tie to rounding. A row that holds NaN gives a token
-    that is in range and a log-probability of NaN. Nothing synchronises. For greedy decoding take the argmax.
+    depend on the other rows, unless the reference makes them; bodies agree but where two columns tie to rounding. A row
+    that holds NaN gives a token that is in range and a log-probability of NaN. Nothing synchronises. For greedy
+    decoding take the argmax.
     Raises ValueError or TypeError for shapes, dtypes and a temperature that is not > 0.
     """
     body = backend.choose("sample_token", logits_BV.device)

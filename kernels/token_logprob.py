@@ -7,7 +7,7 @@
 
 Two passes over the rows are all that ``linear_logprob`` and ``linear_loss`` add to their matrix products, so they are
 kernels of their own: ``row_stats`` reads a row once, ``row_gradient`` reads and writes it once, in place if asked.
-A row is reduced alone, in a fixed order: its bits do not depend on the batch it stands in.
+The C++ and Triton kernels reduce a row alone, in a fixed order: its bits do not depend on the batch it stands in.
 A row that holds NaN or +inf, or -inf alone, has no softmax: log-probability and entropy are NaN, and the LSE is that of
 ``torch.logsumexp``: NaN, +inf or -inf.
 """

@@ -31,6 +31,7 @@ GROUP_M = 8  # row tiles that share a panel of the unembedding while it is in th
 RESCUE_ABOVE = 2.0**100
 BLOCK_D = 512
 BLOCK_V = 2048
+RESCUE_V, RESCUE_D = 64, 64
 
 
 class Tile(NamedTuple):
@@ -310,7 +311,7 @@ def exp_chunk(
     rescue_kernel[(num_rows,)](
         hidden_MD, weight_VD, logit_M, exp_MV, stats.total, stats.at_target, stats.logprob, stats.entropy, stats.lse,
         num_vocab, dim, 0 if exp_MV is None else exp_MV.stride(0), 1.0 / temperature, RESCUE_ABOVE,
-        STORE=exp_MV is not None, BLOCK_V=64, BLOCK_D=64, num_warps=4, enable_fp_fusion=True,
+        STORE=exp_MV is not None, BLOCK_V=RESCUE_V, BLOCK_D=RESCUE_D, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return stats
 
@@ -414,7 +415,7 @@ def variants(arch: int) -> list[Variant]:
             **{name: "*fp32" for name in ("total_ptr", "at_target_ptr", "logprob_ptr", "entropy_ptr", "lse_ptr")},
             "V": "i32", "D": "i32", "stride_e": "i32", "inv_temperature": "fp32", "rescue_above": "fp32",
         }  # fmt: skip
-        constants: dict[str, Any] = {"STORE": True, "BLOCK_V": 64, "BLOCK_D": 64}
+        constants: dict[str, Any] = {"STORE": True, "BLOCK_V": RESCUE_V, "BLOCK_D": RESCUE_D}
         found.append(Variant(rescue_kernel, dtype, rescue, constants, num_warps=4))
         gradient = {
             "exp_ptr": f"*{dtype}", "target_ptr": "*i64",

@@ -262,7 +262,8 @@ def variants(arch: int) -> list[Variant]:
             for terms in GRADIENT_TERMS:
                 given = {f"HAS_{term.upper()}": term in terms for term in ("bias", "dlogprob", "dentropy", "dlse")}
                 label = f"{dtype} -> {out}, {' '.join(terms)}"
-                found.append(Variant(gradient_kernel, label, gradient, {**given, **fixed}, num_warps=NUM_WARPS))
+                constants = {**given, **fixed}
+                found.append(Variant(gradient_kernel, label, gradient, constants, num_warps=NUM_WARPS, barriers=2))
     add = {
         "into_ptr": "*fp32", "rows_ptr": "*fp32", "place_ptr": "*i64", "order_ptr": "*i64", "N": "i32", "D": "i32",
     }  # fmt: skip

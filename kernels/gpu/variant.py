@@ -23,6 +23,7 @@ class Variant:
     num_stages: int = 3
     uses_dot: bool = False  # matrix instructions must be in the code
     dot_rows: int = 64  # of the product; below 64 every GPU multiplies with HMMA
+    barriers: int = 0  # that must be in the code: no interpreter shows that one is missing
     unaligned: tuple[str, ...] = ()  # pointers and sizes that are no multiple of 16; all others are compiled as such
     stack_allowed: int = 0  # bytes of stack that are accepted, with the reason beside the number
 

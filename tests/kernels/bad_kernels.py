@@ -31,6 +31,16 @@ def atomic_kernel(x_ptr, total_ptr, N, BLOCK: tl.constexpr):
     tl.atomic_add(total_ptr, tl.sum(tl.load(x_ptr + at, mask=at < N, other=0.0), 0))
 
 
+@triton.jit
+def in_place_kernel(x_ptr, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
+    """In place, as the gradient of rows."""
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + at, 2 * x)
+
+
 def matmul(label: str, *, m: int, n: int, k: int, stages: int, warps: int, dot: bool = True) -> Variant:
     signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "K": "i32"}
     constants = {"M": m, "N": n, "BLOCK_K": k, "DOT": dot}
@@ -44,6 +54,12 @@ BAD = {
     "no HGMMA": matmul("no dot", m=64, n=64, k=64, stages=2, warps=4, dot=False),
     "atomics": Variant(
         atomic_kernel, "atomic", {"x_ptr": "*fp32", "total_ptr": "*fp32", "N": "i32"}, {"BLOCK": 1024}, num_warps=4
+    ),
+    "barriers": Variant(
+        in_place_kernel, "no barrier", {"x_ptr": "*fp32"}, {"BLOCK": 1024, "BARRIER": False}, num_warps=4, barriers=1
+    ),
+    "good barrier": Variant(
+        in_place_kernel, "barrier", {"x_ptr": "*fp32"}, {"BLOCK": 1024, "BARRIER": True}, num_warps=4, barriers=1
     ),
 }
 

@@ -43,9 +43,35 @@ def test_every_gate_refuses_the_kernel_that_was_planted_for_it() -> None:
     done = _run(str(HERE / "bad_kernels.py"))
     assert done.returncode == 0, done.stderr
     failures = json.loads(done.stdout)
-    assert failures.pop("good") == []
+    assert failures.pop("good") == failures.pop("good barrier") == []
     for gate, found in failures.items():
         assert any(gate in failure for failure in found), (gate, found)
+
+
+def test_a_barrier_that_is_taken_out_of_the_gradient_in_place_is_missed() -> None:
+    """The interpreter runs a program's warps as one, so no test of numbers can show it."""
+    script = """
+import importlib.util, json, pathlib, sys, tempfile
+from isomorph.kernels import aot
+from isomorph.kernels.gpu import rows
+def failures(module):
+    variant = next(v for v in module.variants(90) if v.name == "gradient_kernel [fp32 -> bf16, dlogprob]")
+    return list(aot.compile_variant(variant, 90).failures)
+text = pathlib.Path(rows.__file__).read_text(encoding="utf-8")
+found = [failures(rows)]
+parts = text.split("tl.debug_barrier()")
+for i in range(1, len(parts)):
+    path = pathlib.Path(tempfile.mkdtemp()) / f"rows_{i}.py"
+    path.write_text("tl.debug_barrier()".join(parts[:i]) + "pass" + "tl.debug_barrier()".join(parts[i:]))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found.append(failures(module))
+print(json.dumps(found))
+"""
+    done = _run("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[], ["barriers 1 < 2"], ["barriers 1 < 2"]]
 
 
 @pytest.mark.slow
