@@ -1,8 +1,9 @@
 """Parts of the GPU suite that check: what a step runs on a GPU, at real sizes, against the specification in float64.
 
 On a GPU everything is bfloat16: the head with its products accumulated to float32 by cuBLAS, Triton's rows, the
-gradient of the logits written over them; attention in every layout; decoding, its CUDA graphs replayed; draws. With
-``rehearse`` the same code runs tiny in float32, because Triton's interpreter has no product of bfloat16 tiles.
+gradient of the logits written over them; attention in every layout; decoding, its CUDA graphs replayed. With
+``rehearse`` the same code runs tiny in float32, because Triton's interpreter has no product of bfloat16 tiles. Draws
+and repeated launches are in gpu_correct_bits.py.
 
 Each row has the figure as "value", what it must not pass as "bound", and whether it "holds". Bounds of the head are
 those of its contract: log-probabilities 5e-6 and entropies 1e-5 of the largest logit; gradients 2.5e-3 (hidden rows)
@@ -24,22 +25,21 @@ from isomorph.kernels.decode_attention import CachedKV, decode_attention, decode
 from isomorph.kernels.linear_logprob import linear_logprob, linear_logprob_ref, linear_loss, linear_loss_ref
 from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
 from isomorph.kernels.packed_layout import PackedLayout
-from isomorph.kernels.sample_token import sample_token, sample_token_ref
 from isomorph.kernels.token_logprob import TokenStats
 
 Rows = Iterator[dict[str, Any]]
 Loss = Callable[[TokenStats, slice], Tensor]
 
 
-def _check(check: str, value: float, bound: float) -> dict[str, Any]:
-    return {"check": check, "value": value, "bound": bound, "holds": value <= bound}  # of NaN nothing holds
+def check(what: str, value: float, bound: float) -> dict[str, Any]:
+    return {"check": what, "value": value, "bound": bound, "holds": value <= bound}  # of NaN nothing holds
 
 
-def _dtype(rehearse: bool) -> torch.dtype:
+def dtype_here(rehearse: bool) -> torch.dtype:
     return torch.float32 if rehearse else torch.bfloat16
 
 
-def _bodies(op: str) -> list[str]:
+def bodies_here(op: str) -> list[str]:
     """All that run here but the specification."""
     return [body for body in backend.bodies(op, DEVICE.type) if body != "reference"]
 
@@ -56,7 +56,7 @@ def _worst_row(got: Tensor, want: Tensor, least: float = 1.0) -> float:
 
 
 # -- the head
-class _Head(NamedTuple):
+class HeadProblem(NamedTuple):
     hidden_TD: Tensor
     weight_VD: Tensor
     target_N: Tensor
@@ -73,13 +73,13 @@ def head(rehearse: bool) -> Rows:
     """linear_logprob and linear_loss, forward and backward, in several chunks; one vocabulary of an odd size."""
     sizes = [(4096, 1536, 151_936), (2048, 3584, 152_064), (4096, 768, 50_257)] if not rehearse else [(11, 24, 301)]
     for num, dim, vocab in sizes:
-        made, chunk = _make_head(num, dim, vocab, _dtype(rehearse)), 4 if rehearse else 1024
+        made, chunk = make_head_problem(num, dim, vocab, dtype_here(rehearse)), 4 if rehearse else 1024
         truth = _head_stats(made, 256)
-        for body in _bodies("linear_logprob"):
+        for body in bodies_here("linear_logprob"):
             yield from _check_stats(f"linear_logprob={body} N={num} D={dim} V={vocab}", body, made, truth)
         for name, loss_of in _losses(made, truth).items():
             exact = _head_gradients(made, loss_of, 256)
-            for body in _bodies("linear_loss"):
+            for body in bodies_here("linear_loss"):
                 if body == "offset" and dim % 8:
                     continue
                 what = f"linear_loss={body} N={num} D={dim} V={vocab}, {name}"
@@ -89,7 +89,7 @@ def head(rehearse: bool) -> Rows:
         free_memory()
 
 
-def _make_head(num: int, dim: int, vocab: int, dtype: torch.dtype) -> _Head:
+def make_head_problem(num: int, dim: int, vocab: int, dtype: torch.dtype) -> HeadProblem:
     """Logits of standard deviation 4; targets include the first and the last column."""
     gen = torch.Generator(DEVICE).manual_seed(num + vocab)
     rows = num - num // 4
@@ -97,10 +97,10 @@ def _make_head(num: int, dim: int, vocab: int, dtype: torch.dtype) -> _Head:
     weight = (4 * dim**-0.5 * torch.randn(vocab, dim, device=DEVICE, generator=gen)).to(dtype)
     target = torch.randint(vocab, (num,), device=DEVICE, generator=gen)
     target[0], target[-1] = vocab - 1, 0
-    return _Head(hidden, weight, target, torch.arange(num, device=DEVICE) * 5 % num * rows // num)
+    return HeadProblem(hidden, weight, target, torch.arange(num, device=DEVICE) * 5 % num * rows // num)
 
 
-def _losses(made: _Head, truth: TokenStats) -> dict[str, Loss]:
+def _losses(made: HeadProblem, truth: TokenStats) -> dict[str, Loss]:
     """GRPO's clipped one, and one of all three figures, whose gradient takes another way through the kernels."""
     gen = torch.Generator(DEVICE).manual_seed(1)
     num = len(made.target_N)
@@ -119,29 +119,29 @@ def _losses(made: _Head, truth: TokenStats) -> dict[str, Loss]:
     return {"GRPO": grpo, "with entropy and LSE": every}
 
 
-def _parts(num: int, size: int) -> Iterator[slice]:
+def parts_of(num: int, size: int) -> Iterator[slice]:
     for start in range(0, num, size):
         yield slice(start, min(start + size, num))
 
 
 @torch.no_grad()
-def _head_stats(made: _Head, size: int) -> TokenStats:
+def _head_stats(made: HeadProblem, size: int) -> TokenStats:
     weight = made.weight_VD.double()
     parts = [
         linear_logprob_ref(
             made.hidden_TD[made.row_index_N[rows]].double(), weight, made.target_N[rows], temperature=TEMPERATURE
         )
-        for rows in _parts(len(made.target_N), size)
+        for rows in parts_of(len(made.target_N), size)
     ]
     return TokenStats(*(torch.cat(stat) for stat in zip(*parts, strict=True)))
 
 
-def _head_gradients(made: _Head, loss_of: Loss, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _head_gradients(made: HeadProblem, loss_of: Loss, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients in float64, so many rows at a time."""
     weight = made.weight_VD.double().requires_grad_()
     loss = weight.new_zeros(())
     dhidden, dweight = torch.zeros_like(made.hidden_TD, dtype=torch.float64), torch.zeros_like(weight)
-    for rows in _parts(len(made.target_N), size):
+    for rows in parts_of(len(made.target_N), size):
         hidden = made.hidden_TD[made.row_index_N[rows]].double().requires_grad_()
         part = linear_loss_ref(
             hidden, weight, made.target_N[rows],
@@ -154,7 +154,7 @@ def _head_gradients(made: _Head, loss_of: Loss, size: int) -> tuple[Tensor, Tens
     return loss.detach(), dhidden, dweight
 
 
-def _check_stats(what: str, body: str, made: _Head, truth: TokenStats) -> Rows:
+def _check_stats(what: str, body: str, made: HeadProblem, truth: TokenStats) -> Rows:
     with torch.no_grad(), backend.using(f"linear_logprob={body}"):
         stats = linear_logprob(
             made.hidden_TD, made.weight_VD, made.target_N, row_index_N=made.row_index_N, temperature=TEMPERATURE
@@ -162,11 +162,11 @@ def _check_stats(what: str, body: str, made: _Head, truth: TokenStats) -> Rows:
     largest = max(1.0, float(truth.lse.abs().max()), float(truth.logprob.abs().max()))
     for name, bound in (("logprob", 5e-6), ("entropy", 1e-5), ("lse", 5e-6)):
         error = float((getattr(stats, name).double() - getattr(truth, name)).abs().max()) / largest
-        yield _check(f"{what}: {name}", error, bound)
+        yield check(f"{what}: {name}", error, bound)
 
 
 def _check_gradients(
-    what: str, body: str, made: _Head, loss_of: Loss, chunk: int, exact: tuple[Tensor, Tensor, Tensor]
+    what: str, body: str, made: HeadProblem, loss_of: Loss, chunk: int, exact: tuple[Tensor, Tensor, Tensor]
 ) -> Rows:
     leaves = made.leaves()
     with backend.using(f"linear_loss={body}"):
@@ -176,18 +176,18 @@ def _check_gradients(
         grads = torch.autograd.grad(loss, leaves)
     wide = made.weight_VD.dtype == torch.float32
     scale = max(1.0, abs(float(exact[0])))
-    yield _check(f"{what}: loss", abs(float(loss.detach()) - float(exact[0])) / scale, 1e-5)
+    yield check(f"{what}: loss", abs(float(loss.detach()) - float(exact[0])) / scale, 1e-5)
     for name, got, want, bound in zip(("hidden", "weight"), grads, exact[1:], (2.5e-3, 3e-3), strict=True):
         got = got.double()
         norm = want.norm()
-        yield _check(f"{what}: gradient of {name}", float((got - want).norm() / norm), 1e-5 if wide else bound)
-        yield _check(f"{what}: its worst row", _worst_row(got, want, least=0.1), 1e-4 if wide else 1e-2)
-        yield _check(f"{what}: its bias", abs(float((got * want).sum() / norm.square()) - 1), 5e-4)
+        yield check(f"{what}: gradient of {name}", float((got - want).norm() / norm), 1e-5 if wide else bound)
+        yield check(f"{what}: its worst row", _worst_row(got, want, least=0.1), 1e-4 if wide else 1e-2)
+        yield check(f"{what}: its bias", abs(float((got * want).sum() / norm.square()) - 1), 5e-4)
         del got
 
 
 # -- attention
-def _layouts(rehearse: bool) -> dict[str, PackedLayout]:
+def layouts_here(rehearse: bool) -> dict[str, PackedLayout]:
     of_groups, of_tree = PackedLayout.from_groups, PackedLayout.from_tree
     if rehearse:
         ragged = of_groups([17, 1, 5, 9], [[7, 0, 1, 12], [3] * 3, [], [20]])
@@ -205,13 +205,13 @@ def attention(rehearse: bool) -> Rows:
 
     A new shape of heads compiles every kernel anew, so that the usual one meets all layouts first.
     """
-    layouts = _layouts(rehearse)
+    layouts = layouts_here(rehearse)
     heads = {(12, 2, 128): list(layouts), (9, 3, 64): list(layouts), (28, 4, 128): ["ragged"], (8, 8, 64): ["ragged"]}
     if rehearse:
         heads = {(4, 2, 16): list(layouts), (3, 1, 8): list(layouts)}
     for (num_heads, num_kv, dim), names in heads.items():
         for name in names:
-            yield from _check_attention(name, layouts[name].to(DEVICE), num_heads, num_kv, dim, _dtype(rehearse))
+            yield from _check_attention(name, layouts[name].to(DEVICE), num_heads, num_kv, dim, dtype_here(rehearse))
             free_memory()
 
 
@@ -224,7 +224,7 @@ def _check_attention(
     exact = _by_head(q, k, v, dout, layout, torch.float64)
     plain = _by_head(q, k, v, dout, layout, dtype)
     bounds = [2 * _worst_row(p, e) + 2 * torch.finfo(dtype).eps for p, e in zip(plain, exact, strict=True)]
-    for body in _bodies("packed_attention"):
+    for body in bodies_here("packed_attention"):
         if attention_route.why_not(body, dtype, dim, layout.is_tree):
             continue
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -233,7 +233,7 @@ def _check_attention(
             got = (out.detach(), *torch.autograd.grad(out, leaves, dout))
         for of, g, e, bound in zip(("out", "dq", "dk", "dv"), got, exact, bounds, strict=True):
             what = f"packed_attention={body} {name} H={num_heads}/{num_kv} d={dim}: {of}, worst row"
-            yield _check(what, _worst_row(g, e), bound)
+            yield check(what, _worst_row(g, e), bound)
 
 
 def _by_head(
@@ -259,7 +259,7 @@ def decode(rehearse: bool) -> Rows:
     """decode_attention by itself and replayed from a CUDA graph; the sampler with its graphs beside the trainer."""
     shapes = [(8, 8, 12, 2, 128, 2048, 1024), (4, 8, 28, 4, 128, 700, 300), (16, 4, 9, 3, 64, 333, 77)]
     for shape in shapes if not rehearse else [(2, 3, 4, 2, 16, 20, 9)]:
-        yield from _check_decode(*shape, _dtype(rehearse))
+        yield from _check_decode(*shape, dtype_here(rehearse))
         free_memory()
     for dtype in (torch.float32,) if rehearse else (torch.bfloat16, torch.float32):
         yield from _check_sampler(rehearse, dtype)
@@ -287,12 +287,12 @@ def _check_decode(
     plain = decode_attention_ref(q, prompt, mine)
     bound = 2 * _worst_row(plain, exact) + 2 * torch.finfo(dtype).eps
     name = f"P={prompts} G={group} H={num_heads}/{num_kv} d={dim} L={long}+{own}"
-    for body in _bodies("decode_attention"):
+    for body in bodies_here("decode_attention"):
         with torch.no_grad(), backend.using(f"decode_attention={body}"):
             out = decode_attention(q, prompt, mine)
-            yield _check(f"decode_attention={body} {name}: worst row", _worst_row(out, exact), bound)
+            yield check(f"decode_attention={body} {name}: worst row", _worst_row(out, exact), bound)
             if DEVICE.type == "cuda" and body == "triton":
-                yield _check(f"decode_attention={body} {name}: rows that a CUDA graph gives otherwise",
+                yield check(f"decode_attention={body} {name}: rows that a CUDA graph gives otherwise",
                              _graph_difference(q, prompt, mine), 0.0)  # fmt: skip
 
 
@@ -338,115 +338,8 @@ def _check_sampler(rehearse: bool, dtype: torch.dtype) -> Rows:
     name = f"the sampler, {str(dtype).removeprefix('torch.')}"
     # a log-probability moves by what rounding a hidden row, 2^-9, moves a logit: a few units in size here
     mean, largest = (2e-2, 0.5) if dtype == torch.bfloat16 else (1e-4, 2e-3)
-    yield _check(f"{name}: mean difference from the trainer's log-probabilities", float(drift.mean()), mean)
-    yield _check(f"{name}: largest difference", float(drift.max()), largest)
+    yield check(f"{name}: mean difference from the trainer's log-probabilities", float(drift.mean()), mean)
+    yield check(f"{name}: largest difference", float(drift.max()), largest)
     again = sampler.generate(prompts, sampling)
     differing = sum(not torch.equal(a.token_ids, b.token_ids) for a, b in zip(rollouts, again, strict=True))
-    yield _check(f"{name}: responses that differ when drawn again, of {len(rollouts)}", differing, 0)
-
-
-# -- draws
-def draws(rehearse: bool) -> Rows:
-    """sample_token: its distribution by chi-square, its tokens and log-probabilities beside the specification's."""
-    for vocab, rows in ((8, 150), (300, 100)) if rehearse else ((8, 400_000), (151_936, 20_000)):
-        gen = torch.Generator(DEVICE).manual_seed(vocab)
-        logits_V = 3 * torch.randn(vocab, device=DEVICE, generator=gen)
-        prob_V = torch.softmax(logits_V.double() / TEMPERATURE, -1)
-        for body in _bodies("sample_token"):
-            with backend.using(f"sample_token={body}"):
-                token_B = _many_draws(logits_V, rows)
-            yield _check(f"sample_token={body} V={vocab}: -log10 of the chi-square test's p of {rows} draws",
-                         _surprise(token_B, prob_V), 6.0)  # fmt: skip
-    yield from _check_draws(16 if rehearse else 256, 301 if rehearse else 151_936)
-
-
-def _many_draws(logits_V: Tensor, num: int) -> Tensor:
-    """Of one row, under keys of their own; so many at a time that a part's logits stay below 128 MiB."""
-    size = max(1, 2**25 // len(logits_V))
-    parts = []
-    for rows in _parts(num, size):
-        key_B = torch.arange(rows.start, rows.stop, device=DEVICE)
-        row_BV = logits_V.expand(len(key_B), -1).contiguous()
-        parts.append(sample_token(row_BV, key_B, torch.full_like(key_B, 7), temperature=TEMPERATURE)[0])
-    return torch.cat(parts)
-
-
-def _surprise(token_B: Tensor, prob_V: Tensor) -> float:
-    """-log10 p of Pearson's test; columns in order of probability are joined until a cell expects ten draws."""
-    order = prob_V.argsort(descending=True)
-    expected = prob_V[order] * len(token_B)
-    cell_V = (expected.cumsum(0) / 10).floor().long()  # ten draws a cell, or one likely column
-    cell_V = torch.unique_consecutive(cell_V, return_inverse=True)[1]
-    num = int(cell_V[-1]) + 1
-    seen = torch.bincount(token_B, minlength=len(prob_V)).double()[order]
-    observed, wanted = (
-        torch.zeros(num, dtype=torch.float64, device=DEVICE).index_add(0, cell_V, x) for x in (seen, expected)
-    )
-    keep = wanted >= 5
-    statistic = ((observed - wanted).square() / wanted)[keep].sum()
-    freedom = (keep.sum() - 1).double()
-    p = torch.special.gammaincc(freedom / 2, statistic / 2).clamp(min=1e-300)
-    return float(-p.log10())
-
-
-def _check_draws(rows: int, vocab: int) -> Rows:
-    gen = torch.Generator(DEVICE).manual_seed(2)
-    logits_BV = 3 * torch.randn(rows, vocab, device=DEVICE, generator=gen)
-    key_B = torch.randint(2**62, (rows,), device=DEVICE, generator=gen)
-    position_B = torch.arange(rows, device=DEVICE)
-    true_B, _ = sample_token_ref(logits_BV.double(), key_B, position_B, temperature=TEMPERATURE)
-    logprob_BV = torch.log_softmax(logits_BV.double() / TEMPERATURE, -1)
-    largest = float(logprob_BV.abs().max())
-    for body in _bodies("sample_token"):
-        with backend.using(f"sample_token={body}"):
-            token_B, got_B = sample_token(logits_BV, key_B, position_B, temperature=TEMPERATURE)
-        error = (got_B.double() - logprob_BV.gather(1, token_B[:, None])[:, 0]).abs().max()
-        yield _check(f"sample_token={body} V={vocab}: log-probability", float(error) / largest, 5e-6)
-        other = int((token_B != true_B).sum())  # two columns that tie to rounding
-        yield _check(f"sample_token={body} V={vocab}: tokens unlike float64's, of {rows}", other, rows / 100)
-
-
-# -- the same bits again
-def repeats(rehearse: bool) -> Rows:
-    """Many launches at real sizes in bfloat16, where a missing barrier shows: all must give the first one's bits."""
-    launches = 2 if rehearse else 200
-    for name, call in _repeated(rehearse):
-        first = call()
-        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
-        for _ in range(launches):
-            differing += torch.stack([(a != b).any() for a, b in zip(first, call(), strict=True)]).any()
-        yield _check(f"{name}: launches of {launches} that give other bits", int(differing), 0)
-        del first, call
-        free_memory()
-
-
-def _repeated(rehearse: bool) -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
-    dtype = _dtype(rehearse)
-    made = _make_head(*((11, 24, 301) if rehearse else (2048, 1536, 151_936)), dtype)
-    for body in _bodies("linear_loss"):
-        if body in ("triton", "offset"):
-            yield f"linear_loss={body}", lambda body=body: _head_once(made, body, 4 if rehearse else 1024)  # type: ignore[misc]
-    layout = _layouts(rehearse)["ragged"].to(DEVICE)
-    heads = (4, 2, 2) if rehearse else (12, 2, 2)
-    leaves = [torch.randn(layout.num_tok, n, 16 if rehearse else 128, device=DEVICE).to(dtype) for n in heads]
-    yield "packed_attention=triton", lambda: _attention_once(leaves, layout)
-
-
-def _head_once(made: _Head, body: str, chunk: int) -> tuple[Tensor, ...]:
-    leaves = made.leaves()
-    with backend.using(f"linear_loss={body}"):
-        loss = linear_loss(
-            *leaves,
-            made.target_N,
-            lambda stats, _: -stats.logprob.sum(),
-            row_index_N=made.row_index_N,
-            chunk_rows=chunk,
-        )
-        return (loss.detach(), *torch.autograd.grad(loss, leaves))
-
-
-def _attention_once(inputs: list[Tensor], layout: PackedLayout) -> tuple[Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    with backend.using("packed_attention=triton"):
-        out = packed_attention(*leaves, layout)
-        return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    yield check(f"{name}: responses that differ when drawn again, of {len(rollouts)}", differing, 0)

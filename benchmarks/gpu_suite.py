@@ -9,7 +9,8 @@ own .links stand at the end of the path.
 
 Time. Every part has a share of the whole. It may take its share and whatever the parts before it have left over, and
 where less time is left than the shares of what is to come, all are shortened alike. A part that passes its limit is
-ended, with all that it has started; the next one goes on. With --part the parts named have the whole time.
+ended, with all that it has started; the next one goes on. With --part the parts named have the whole time. Where
+isomorph is built in the same command, give --limit-s what that leaves of the command's own limit.
 
 Parts run in one worker process, so that PyTorch starts once; one that ends badly gets a new worker after it. What a
 part needs and the machine lacks (trl, vllm) makes it "absent", and the first part lists it. --rehearse runs every part
@@ -48,11 +49,11 @@ PARTS: dict[str, tuple[str, float]] = {
     "ours_head": ("gpu_parts:ours_head", 40.0),
     "ours_attention": ("gpu_parts:ours_attention", 30.0),
     "ours_rows": ("gpu_parts:ours_rows", 20.0),
-    "correct_draws": ("gpu_correct:draws", 5.0),
+    "correct_draws": ("gpu_correct_bits:draws", 5.0),
     "sampler": ("gpu_parts:sampler", 40.0),
     "update": ("gpu_parts:update", 40.0),
     "layers": ("gpu_parts:layer_stack", 30.0),
-    "correct_repeats": ("gpu_correct:repeats", 7.0),
+    "correct_repeats": ("gpu_correct_bits:repeats", 7.0),
     "run": ("gpu_runs:train_builtin", 60.0),
     "step": ("gpu_runs:step_beside_trl", 90.0),
     "tests": ("gpu_runs:gpu_tests", 25.0),

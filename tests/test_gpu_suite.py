@@ -283,7 +283,7 @@ def spoilt(rows: Iterator[dict[str, Any]]) -> set[str]:
 def test_the_head_s_check_sees_one_spoilt_row() -> None:
     import gpu_correct as correct
 
-    made = correct._make_head(64, 16, 50, torch.float32)
+    made = correct.make_head_problem(64, 16, 50, torch.float32)
     truth = correct._head_stats(made, 16)
     loss_of = correct._losses(made, truth)["GRPO"]
     exact = correct._head_gradients(made, loss_of, 16)
@@ -295,7 +295,7 @@ def test_the_head_s_check_sees_one_spoilt_row() -> None:
 
 
 def test_draws_from_another_distribution_are_seen() -> None:
-    import gpu_correct as correct
+    import gpu_correct_bits as correct
 
     torch.manual_seed(0)
     for vocab, num in ((8, 20_000), (5_000, 20_000)):
