@@ -49,7 +49,10 @@ _UNIT_NAMES = {
     "light-year": "light_year",
     "light years": "light_year",
 }
-_HARMLESS_UNIT = re.compile(r"(?!.*\*\* ?[-+(]? ?\d{3})(?!.*\*\*.*\*\*.*\*\*.*\*\*.*\*\*)[^\[\]\\]*")
+# Small powers only, and none of a power: pint multiplies s**9**9**9 out.
+_HARMLESS_UNIT = re.compile(
+    r"(?!.*\*\* ?[-+(]? ?\d{3})(?!.*\*\*[^*/]*(?:\d|\)) ?\*\*)(?!.*\*\*.*\*\*.*\*\*.*\*\*.*\*\*)[^\[\]\\]*"
+)
 
 
 class Quantity(NamedTuple):
