@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found
 from isomorph.curriculum.planning import FirstSteps
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report import write_report
+from isomorph.curriculum.resume import Changes
 from isomorph.curriculum.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.task import Task
@@ -59,10 +61,12 @@ def run_recipe(
     ranks: Ranks,
     *,
     resume: bool,
+    changes: Changes | None = None,
 ) -> dict[str, Any]:
     """Trains in ``folder`` to the end of the last stage; returns the summary; the first rank has written it there.
 
     On several ranks the paths of a recipe are taken relative to each rank's working folder.
+    ``changes``: what a resumed run changes of the recipe that run.json holds; ``recipe`` holds it already.
     """
     if recipe.parallel.kind == "fsdp" and ranks.size == 1:
         raise UserError('parallel.kind = "fsdp" cuts the weights up between ranks: start several with torchrun')
@@ -78,6 +82,8 @@ def run_recipe(
         with log.time("load"):
             before_gib, _ = process_memory_gib()
             crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, ranks, resume=resume))
+            if changes and ranks.is_first:
+                _record_changes(recipe, changes, log, state.step)
             stack.enter_context(log.telemetry.watching())
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
@@ -114,7 +120,10 @@ def _crew_at_work(
     _refuse_long_responses(recipe, policy.max_tok)
     log.telemetry = Telemetry(*find_gpu(policy.device))
     state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
-    curriculum = Curriculum(recipe, policy.text)
+    curriculum = Curriculum(recipe, policy.text, policy.max_tok)
+    for files in curriculum.files.values():
+        for sentence in files.left_out:
+            log.say(f"warning: {sentence}")
     if resume:
         curriculum.load_state_dict(state.source)
     with open_sampler(recipe, policy) as sampler, JudgePool() as judges:
@@ -127,6 +136,9 @@ def _crew_at_work(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume and ranks.is_first:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
+        _check_judge(recipe, judges)
+        if short := short_of_disk(recipe, policy, log.folder):
+            log.say(f"warning: {short}")
         for note in policy.notes:
             log.say(f"note: {note}")
         for fallback in fallbacks(policy):
@@ -145,6 +157,18 @@ def _crew_at_work(
             finds_answer=finds_answer,
         )
         yield crew, state
+
+
+def _record_changes(recipe: Recipe, changes: Changes, log: RunLog, step: int) -> None:
+    """In run.json, so that the next one to resume the run goes on with them."""
+    described = read_run_json(log.folder)
+    history = [*described.get("changes", []), {"after_step": step, "changed": changes}]
+    files = describe_files(recipe)
+    log.write_json(
+        "run.json", {**described, "recipe": recipe.model_dump(mode="json"), "files": files, "changes": history}
+    )
+    for key, (before, after) in changes.items():
+        log.say(f"changed: {key} was {before}, is {after} from here on")
 
 
 def _refuse_changed_files(recipe: Recipe, folder: Path) -> None:
@@ -293,6 +317,31 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
             "gradients up to rounding, not the same bits"
         )
     return state, learned
+
+
+def _check_judge(recipe: Recipe, judges: JudgePool) -> None:
+    """What mathematics and physics need, before the first of their responses comes."""
+    if any(getattr(data, "family", None) in ("math", "physics") for data in recipe.data.values()):
+        try:
+            judges.judge("math", "<answer>1</answer>", "1")
+        except ImportError as error:
+            raise UserError(str(error)) from error
+
+
+def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
+    """A sentence where the disk does not hold the checkpoints that the run will keep, and the one being written."""
+    trained = list(policy.named_parameters().values())
+    moments = 8 * sum(p.numel() for p in trained)
+    masters = 4 * sum(p.numel() for p in trained if p.dtype.itemsize < 4)
+    each = moments + masters + sum(p.nbytes for p in trained)
+    needed, free = each * (recipe.run.keep_checkpoints + 1), shutil.disk_usage(folder).free
+    if needed <= free:
+        return None
+    return (
+        f"the run keeps {recipe.run.keep_checkpoints} checkpoints of {each / 2**30:.1f} GiB and writes one beside "
+        f"them, {needed / 2**30:.1f} GiB; {folder} has {free / 2**30:.1f} GiB free: make room, or lower "
+        "run.keep_checkpoints"
+    )
 
 
 def base_of(policy: Policy) -> str:

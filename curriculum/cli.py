@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isomorph.curriculum.task import DataError
-from isomorph.engine.config import UserError, check_tables, load_recipe
+from isomorph.engine.config import UserError, load_recipe
 from isomorph.engine.foreign import one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -89,28 +89,35 @@ def train(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")] = None,
     run: Annotated[Path | None, typer.Option("--run", help="Folder of the run; default runs/RECIPE-TIME")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Go on with the run in this folder; section.key=value for what may change"),
+    ] = None,
 ) -> None:
-    """Train a model by a recipe, or go on with an interrupted run."""
+    """Train a model by a recipe, or go on with an interrupted run, of which section.key=value may change some."""
     from isomorph.curriculum.assemble import run_recipe
     from isomorph.curriculum.recipe import Recipe
+    from isomorph.curriculum.resume import resumed_recipe
     from isomorph.curriculum.run_record import read_run_json
     from isomorph.engine.record.runlog import LOCK, locked
     from isomorph.engine.types import RunFailed
     from isomorph.engine.update.distributed import open_ranks
 
+    given, changes = list(overrides or []), None
+    if resume is not None and recipe is not None and "=" in str(recipe):  # the first of the overrides
+        given, recipe = [str(recipe), *given], None
     if (recipe is None) == (resume is None):
         raise UserError(
-            "give either a recipe or --resume DIR: isomorph train RECIPE.toml, or isomorph train --resume DIR (which "
-            "takes no overrides)"
+            "give either a recipe or --resume DIR: isomorph train RECIPE.toml, or isomorph train --resume DIR; both "
+            "take section.key=value"
         )
     if resume is not None:
-        if run is not None or overrides:
-            raise UserError("--resume goes on with the run as it was: --run and overrides cannot be given with it")
-        loaded, folder = check_tables(read_run_json(resume)["recipe"], Recipe, where=f"{resume}/run.json"), resume
+        if run is not None:
+            raise UserError("--resume goes on in the run's own folder: --run cannot be given with it")
+        (loaded, changes), folder = resumed_recipe(read_run_json(resume), given, resume), resume
     else:
         assert recipe is not None
-        loaded = load_recipe(recipe, overrides or [], Recipe)
+        loaded = load_recipe(recipe, given, Recipe)
         folder = run or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_backends()
     with _stop_on_signal() as stop, open_ranks() as ranks, contextlib.ExitStack() as stack:
@@ -120,7 +127,9 @@ def train(
         ranks.from_first(lambda: stack.enter_context(locked(folder)))
         console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
         try:
-            summary = run_recipe(loaded, folder, console, stop.requested, ranks, resume=resume is not None)
+            summary = run_recipe(
+                loaded, folder, console, stop.requested, ranks, resume=resume is not None, changes=changes
+            )
         except KeyboardInterrupt:
             _say_interrupted(folder)
             raise

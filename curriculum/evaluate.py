@@ -18,6 +18,7 @@ from isomorph.curriculum.assemble import check_base, open_policy
 from isomorph.curriculum.inputs import changed_files
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found, judge
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
+from isomorph.curriculum.room import Room, at_most
 from isomorph.curriculum.run_record import read_run_json, read_summary
 from isomorph.curriculum.stage import TaskFiles
 from isomorph.curriculum.task import FAMILIES, Task
@@ -108,7 +109,10 @@ def evaluate(
         seed=0,
     )
     scores = []
-    for tasks in _task_lists(candidate, wanted, prompts):
+    lists = _task_lists(candidate, wanted, prompts)
+    for name, tasks in zip(wanted or [""] * len(lists), lists, strict=True):
+        _refuse_long(candidate.policy, tasks, sampling.max_new_tok, "row" if "=" in name else "question")
+    for tasks in lists:
         scores.append(score_tasks(candidate.policy, tasks, sampling))
         say(f"{scores[-1].family}:{scores[-1].representation} {scores[-1].accuracy}")
         if scores[-1].warning:
@@ -241,6 +245,18 @@ def _refuse_unreadable(prompts: Sequence[Prompt], text: TextCodec) -> None:
         )
 
 
+def _refuse_long(policy: Policy, tasks: Sequence[Task], max_new_tok: int, noun: str) -> None:
+    """Before the first answer is drawn: ``noun`` says what is counted, rows of a file or questions."""
+    for i, task in enumerate(tasks):
+        num_tok = at_most(policy.text, task.question, policy.max_tok - max_new_tok, is_prompt=True)
+        if num_tok + max_new_tok > policy.max_tok:
+            raise UserError(
+                f"{task.representation}, {noun} {i + 1}: a prompt of {num_tok} tokens and {max_new_tok} new ones make "
+                f"{num_tok + max_new_tok}, the model has positions for {policy.max_tok}: lower --max-new-tok, or "
+                "take it out"
+            )
+
+
 def _floor(tasks: Sequence[Task]) -> float | None:
     known = [task for task in tasks if task.naive_answer is not None]
     right = (
@@ -300,5 +316,7 @@ def _recipe_tasks(candidate: Candidate, representation: str, prompts: int | None
     data = candidate.recipe.data[wanted.data]
     num = prompts or wanted.prompts
     if isinstance(data, JsonlData):
-        return TaskFiles(data, candidate.policy.text).held_out[representation][:num]
+        room = Room(recipe=candidate.recipe, text=candidate.policy.text, max_tok=candidate.policy.max_tok)
+        files = TaskFiles(data, candidate.policy.text, wanted.data, room)  # what the run's exams leave out, too
+        return files.held_out[representation][:num]
     return draw_tasks(data.difficulty, representation, num, seed=wanted.seed, split="eval")

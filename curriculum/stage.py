@@ -10,6 +10,7 @@ from typing import Any
 
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Mastery, Plateau, Recipe, StageRecipe
+from isomorph.curriculum.room import Misfit, Room, at_most, left_out
 from isomorph.curriculum.task import Task
 from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
@@ -24,10 +25,17 @@ START = "start"  # the exam before the first stage
 class Curriculum:
     """Stages in order; ``text`` turns questions into token ids."""
 
-    def __init__(self, recipe: Recipe, text: TextCodec) -> None:
+    def __init__(self, recipe: Recipe, text: TextCodec, max_tok: int | None = None) -> None:
+        """``max_tok``: the model's positions; None: whether questions fit is not looked at.
+
+        Raises UserError where generated questions cannot fit, or no row of a file does; other rows are left out.
+        """
         self.recipe = recipe
         self.text = text
-        self.files = {name: TaskFiles(data, text) for name, data in recipe.data.items() if isinstance(data, JsonlData)}
+        room = None if max_tok is None else Room(recipe=recipe, text=text, max_tok=max_tok)
+        self.files = {
+            name: TaskFiles(data, text, name, room) for name, data in recipe.data.items() if isinstance(data, JsonlData)
+        }
         self.stage_index = 0
         self.steps_done = 0  # of the present stage
         self.next_prompt_id = 0
@@ -37,6 +45,9 @@ class Curriculum:
         self.exams: list[dict[str, Any]] = []
         self.finished: list[dict[str, Any]] = []  # stages that are over, and why
         self._exam_prompts: tuple[Prompt, ...] | None = None
+        if room is not None:
+            room.refuse_generated()
+            room.refuse_exam([task for name in recipe.eval.representations for task in self._exam_tasks(name)])
 
     def stage(self) -> StageRecipe | None:
         stages = self.recipe.stage
@@ -230,12 +241,36 @@ class Curriculum:
 class TaskFiles:
     """A [data.NAME] of kind jsonl: its rows, split into training and held out by procedure."""
 
-    def __init__(self, data: JsonlData, text: TextCodec) -> None:
+    def __init__(self, data: JsonlData, text: TextCodec, name: str = "", room: Room | None = None) -> None:
         rows = {name: read_rows(path, data.family, name, reward=data.reward) for name, path in data.files.items()}
         train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
         self.num_too_long: dict[str, int] = {}
-        self.training = {name: self._short_enough(name, tasks, data, text) for name, tasks in train.items()}
-        self.held_out = {name: self._short_enough(name, tasks, data, text) for name, tasks in held_out.items()}
+        self.left_out: list[str] = []  # sentences
+        self.training: dict[str, list[Task]] = {}
+        self.held_out: dict[str, list[Task]] = {}
+        for form, tasks in rows.items():
+            reasons: dict[int, str] = {}
+            number = {id(task): i for i, task in enumerate(tasks, start=1)}
+            never: Misfit = lambda task: None  # noqa: E731
+            for part, kept, misfit in (
+                (train, self.training, room.misfit_of_training(name, form) if room else never),
+                (held_out, self.held_out, room.misfit_of_exam(name, form) if room else never),
+            ):
+                kept[form] = []
+                for task in part[form]:
+                    num_tok = at_most(text, task.question, data.max_prompt_tok, is_prompt=True)
+                    why = misfit(task)
+                    if num_tok > data.max_prompt_tok:
+                        why = f"a prompt of {num_tok} tokens, max_prompt_tok={data.max_prompt_tok}"
+                    if why:
+                        reasons[number[id(task)]] = why
+                    else:
+                        kept[form].append(task)
+                if not kept[form]:
+                    raise UserError(f"no {form} row fits: {left_out(data.files[form], len(tasks), reasons)}")
+            self.num_too_long[form] = len(reasons)
+            if reasons:
+                self.left_out.append(left_out(data.files[form], len(tasks), reasons))
         self._passes: dict[str, tuple[tuple[int, int], list[int]]] = {}  # representation -> (seed, pass), its order
 
     def training_task(self, representation: str, position: int, seed: int) -> Task:
@@ -247,12 +282,3 @@ class TaskFiles:
             order = random.Random(f"{seed}:{representation}:{turn}").sample(range(len(tasks)), len(tasks))
             known = self._passes[representation] = (seed, turn), order
         return tasks[known[1][index]]
-
-    def _short_enough(self, name: str, tasks: list[Task], data: JsonlData, text: TextCodec) -> list[Task]:
-        kept = [task for task in tasks if len(text.encode_prompt(task.question)) <= data.max_prompt_tok]
-        self.num_too_long[name] = self.num_too_long.get(name, 0) + len(tasks) - len(kept)
-        if not kept:
-            raise UserError(
-                f"no {name} row has a prompt of at most max_prompt_tok={data.max_prompt_tok} tokens: raise it"
-            )
-        return kept

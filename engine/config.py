@@ -7,7 +7,7 @@ A recipe is one TOML file. Top-level tables are defaults; a stage may override a
 import copy
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -442,6 +442,17 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
     sentences += _idle_in(changed, (leaf for text in overrides for leaf in _overridden(text)), loaded)
     if sentences:
         raise UserError(f"{path}: " + "; ".join(dict.fromkeys(sentences)))
+    return loaded
+
+
+def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C], *, where: str) -> C:
+    """Resolved ``tables``, as run.json has them, with ``section.key=value`` overrides, each of which has an effect."""
+    changed = copy.deepcopy(tables)
+    for text in overrides:
+        _override(changed, text)
+    loaded = check_tables(changed, schema, where=where)
+    if sentences := _idle_in(changed, (leaf for text in overrides for leaf in _overridden(text)), loaded):
+        raise UserError("; ".join(dict.fromkeys(sentences)))
     return loaded
 
 

@@ -16,6 +16,7 @@ from isomorph.curriculum import assemble
 from isomorph.curriculum.evaluate import open_candidate
 from isomorph.curriculum.judge import JudgePool
 from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.resume import resumed_recipe
 from isomorph.curriculum.run_record import read_run_json
 from isomorph.engine.config import UserError, check_tables, load_recipe
 from isomorph.engine.update.distributed import ALONE, Ranks
@@ -134,3 +135,23 @@ def test_a_killed_run_of_adapters_is_evaluated_from_its_checkpoint(killed: Path)
     candidate = open_candidate(str(killed))
     assert candidate.policy.adapters is not None
     assert all(p.any() for p in candidate.policy.named_parameters().values())  # no B is 0 any more
+
+
+def test_a_change_on_resume_is_kept_for_the_next_time(killed: Path) -> None:
+    recipe, changes = resumed_recipe(read_run_json(killed), ["stage.1.optim.lr=2e-5", "stage.2.steps=3"], killed)
+    threads = torch.get_num_threads()
+    out = io.StringIO()
+    try:
+        summary = assemble.run_recipe(
+            recipe, killed, Console(file=out, width=200), lambda: False, ALONE, resume=True, changes=changes
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert summary["steps"] == 11 and "changed: stage.1.optim.lr was 0.0001, is 2e-05 from here on" in out.getvalue()
+    described = read_run_json(killed)
+    assert described["changes"] == [
+        {"after_step": 4, "changed": {"stage.1.optim.lr": [1e-4, 2e-5], "stage.2.steps": [1, 3]}}
+    ]
+    assert resumed_recipe(described, [], killed) == (recipe, {})
+    rows = [json.loads(line) for line in (killed / "steps.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows if row["stage"] == "symbols"] == [2e-5] * 2

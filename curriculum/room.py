@@ -1,0 +1,126 @@
+"""Whether everything that will be asked fits: known before the first step, for all stages and exams."""
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
+from isomorph.curriculum.task import Task
+from isomorph.curriculum.tasks.async_plan import make_task
+from isomorph.engine.config import UserError
+from isomorph.engine.policy import TextCodec
+
+NUM_SAMPLES = 32  # of the longest generated questions of a stage
+
+Misfit = Callable[[Task], str | None]  # why a task does not fit; None where it does
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What prompts and responses of ``recipe`` have to fit into; the model has positions for ``max_tok`` tokens."""
+
+    recipe: Recipe
+    text: TextCodec
+    max_tok: int
+
+    def misfit_of_training(self, data: str, representation: str) -> Misfit:
+        """Of the stages that ask tasks of ``data``; a row that one of them cannot ask is left out of all."""
+        asking = [
+            stage
+            for stage in self.recipe.stage
+            if any((part.data, part.representation) == (data, representation) for part in stage.mixture)
+        ]
+
+        def misfit(task: Task) -> str | None:
+            return next((why for stage in asking if (why := self._in_stage(task, stage))), None)
+
+        return misfit
+
+    def misfit_of_exam(self, data: str, representation: str) -> Misfit:
+        """Of the exams, where they ask tasks of ``data``."""
+        wanted = self.recipe.eval
+        is_asked = wanted.data == data and representation in wanted.representations
+        return self._in_exam if is_asked else lambda task: None
+
+    def refuse_generated(self) -> None:
+        """Raises UserError where a stage's longest generated questions, or an exam's, do not fit.
+
+        Of the longest procedures that the difficulty allows a few are drawn for each stage, and all that an exam asks.
+        """
+        for stage in self.recipe.stage:
+            for part in stage.mixture:
+                data = self.recipe.data[part.data]
+                if not isinstance(data, GeneratedData):
+                    continue
+                difficulty = data.difficulty.model_copy(update={"min_steps": data.difficulty.max_steps})
+                for i in range(NUM_SAMPLES):
+                    rng, naive = random.Random(f"room:{i}"), part.naive_rate
+                    task = make_task(rng, difficulty, part.representation, split="train", naive_rate=naive)
+                    if why := self._in_stage(task, stage):
+                        raise UserError(f"stage {stage.name}, a {part.representation} question of {part.data}: {why}")
+
+    def refuse_exam(self, tasks: Sequence[Task]) -> None:
+        """Raises UserError where one of an exam's ``tasks`` does not fit."""
+        for i, task in enumerate(tasks):
+            if why := self._in_exam(task):
+                raise UserError(f"exam, {task.representation} question {i + 1}: {why}")
+
+    def _in_stage(self, task: Task, stage: StageRecipe) -> str | None:
+        limits = [
+            (self.max_tok, f"the model has positions for {self.max_tok}"),
+            # a response's last token is predicted, and is nobody's input
+            (stage.batch.max_tok + 1, f"a micro-batch must hold all but the last: batch.max_tok={stage.batch.max_tok}"),
+        ]
+        most = stage.sampling.max_new_tok
+        if stage.objective.is_supervised:
+            if task.demonstration is None:
+                return f"has no demonstration, and stage {stage.name} is supervised"
+            num_tok = at_most(self.text, task.demonstration, most)
+            if num_tok > most:
+                return f"a demonstration of {num_tok} tokens, sampling.max_new_tok must be at least that, got {most}"
+            response = f"a demonstration of {num_tok}"
+        else:
+            num_tok, response = most, f"sampling.max_new_tok={most}"
+            if self.recipe.sampler.kind == "vllm":
+                longest = self.recipe.sampler.max_model_len
+                limits.append((longest, f"vLLM is started for sampler.max_model_len={longest}"))
+        return self._over(task, num_tok, response, *min(limits))
+
+    def _in_exam(self, task: Task) -> str | None:
+        limits, most = [(self.max_tok, f"the model has positions for {self.max_tok}")], self.recipe.eval.max_new_tok
+        if self.recipe.sampler.kind == "vllm":
+            longest = self.recipe.sampler.max_model_len
+            limits.append((longest, f"vLLM is started for sampler.max_model_len={longest}"))
+        return self._over(task, most, f"eval.max_new_tok={most}", *min(limits))
+
+    def _over(self, task: Task, num_tok: int, response: str, limit: int, why: str) -> str | None:
+        prompt_tok = at_most(self.text, task.question, limit - num_tok, is_prompt=True)
+        if prompt_tok + num_tok <= limit:
+            return None
+        return f"a prompt of {prompt_tok} tokens and {response} make {prompt_tok + num_tok}, {why}"
+
+
+def at_most(text: TextCodec, words: str, limit: int, *, is_prompt: bool = False) -> int:
+    """Tokens of ``words``, as a prompt or as a response; or a bound on their number, where that is within ``limit``.
+
+    A token of plain ASCII is at least one character. Large files are thus not tokenised to learn that they are short.
+    """
+    if words.isascii():
+        bound = len(words) + (len(_around(text)) if is_prompt else 1)
+        if bound <= limit:
+            return bound
+    return len(text.encode_prompt(words) if is_prompt else text.encode_response(words))
+
+
+@functools.lru_cache(maxsize=8)
+def _around(text: TextCodec) -> tuple[int, ...]:
+    """A prompt of next to nothing: the template's own tokens, and one."""
+    return text.encode_prompt("a")
+
+
+def left_out(path: str, total: int, reasons: dict[int, str]) -> str:
+    """A sentence: how many rows of ``path`` are left out, and the first of them by number."""
+    first = "; ".join(f"row {row}: {reasons[row]}" for row in sorted(reasons)[:3])
+    more = "; ..." if len(reasons) > 3 else ""
+    return f"{path}: {len(reasons)} of {total} rows are left out: {first}{more}"

@@ -1,0 +1,100 @@
+"""What does not fit is named before the first step: for all stages and exams, files and generated questions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.room import at_most
+from isomorph.curriculum.stage import Curriculum
+from isomorph.engine.config import UserError, check_tables
+from isomorph.engine.policy import TextCodec, word_tokenizer
+
+TEXT = TextCodec(word_tokenizer(["a", "b"]), chat_template=False, stop_ids=[1])  # [BOS], then a token a word
+
+
+def row(words: int, key: int, demonstration: int | None = 1) -> str:
+    written = {"key": f"k{key}", "naive_answer": None}
+    shown = None if demonstration is None else " ".join(["b"] * demonstration)
+    return json.dumps({"question": " ".join(["a"] * words), "answer": "7 min", "demonstration": shown, **written})
+
+
+def curriculum(folder: Path, rows: list[str], *stages: dict[str, Any], max_tok: int = 64, **eval_: Any) -> Curriculum:
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    files = {"natural": str(folder / "rows.jsonl")}
+    mixture = [{"data": "rows", "representation": "natural"}]
+    tables = {
+        "model": {"path": "a/model"},
+        "data": {"rows": {"kind": "jsonl", "family": "async_plan", "files": files, "eval_share": 0.5}},
+        "stage": [{"name": f"s{i}", "steps": 1, "mixture": mixture, **stage} for i, stage in enumerate(stages)],
+        "eval": {"data": "rows", "representations": ["natural"], "max_new_tok": 8, **eval_},
+    }
+    return Curriculum(check_tables(tables, Recipe, where="test"), TEXT, max_tok)
+
+
+SHORT = {"sampling": {"max_new_tok": 8, "samples_per_prompt": 2}}
+SFT = {"objective": {"name": "sft"}, "sampling": {"max_new_tok": 8, "samples_per_prompt": 1}}
+
+
+def kept(source: Curriculum) -> int:
+    files = source.files["rows"]
+    return len(files.training["natural"]) + len(files.held_out["natural"])
+
+
+def test_a_row_that_fits_exactly_stays_and_one_token_more_is_left_out_by_number(tmp_path: Path) -> None:
+    rows = [row(3 + n, n) for n in range(6)]
+    fits = 64 - 8 - 1  # [BOS]
+    source = curriculum(tmp_path, [*rows, row(fits, 6), row(fits - 1, 7)], SHORT)
+    assert source.files["rows"].left_out == [] and kept(source) == 8
+    source = curriculum(tmp_path, [*rows, row(fits + 1, 6), row(fits - 1, 7)], SHORT)
+    (told,) = source.files["rows"].left_out
+    assert f"{tmp_path}/rows.jsonl: 1 of 8 rows are left out: row 7: a prompt of 57 tokens" in told
+    assert "make 65, the model has positions for 64" in told and kept(source) == 7
+
+
+def test_the_strictest_stage_decides_and_demonstrations_count(tmp_path: Path) -> None:
+    """Whichever half a row is in: in the other one nobody asks for its demonstration."""
+    rows = [row(3 + n, n, demonstration=40 if n % 2 else 2) for n in range(8)]
+    plain = curriculum(tmp_path, rows, SHORT)
+    assert plain.files["rows"].left_out == []
+    source = curriculum(tmp_path, rows, SHORT, SFT)
+    held_out = len(source.files["rows"].held_out["natural"])
+    assert held_out == 4 and 0 < len(source.files["rows"].training["natural"]) < 4
+    assert "a demonstration of 41 tokens, sampling.max_new_tok must be at least that, got 8" in str(
+        source.files["rows"].left_out
+    )
+    with pytest.raises(UserError, match="no natural row fits.*has no demonstration, and stage s1 is supervised"):
+        curriculum(tmp_path, [row(3 + n, n, None) for n in range(8)], SHORT, SFT)
+
+
+def test_a_micro_batch_must_hold_a_prompt_and_its_longest_response(tmp_path: Path) -> None:
+    rows = [row(9 + n, n) for n in range(4)]
+    assert kept(curriculum(tmp_path, rows, {**SHORT, "batch": {"max_tok": 1 + 12 + 8 - 1}})) == 4
+    with pytest.raises(UserError, match="batch.max_tok=9"):
+        curriculum(tmp_path, rows, {**SHORT, "batch": {"max_tok": 9}})
+
+
+@pytest.mark.parametrize("max_tok", [60, 4096])
+def test_generated_questions_are_drawn_before_the_first_step(max_tok: int) -> None:
+    tables = {
+        "model": {"path": "a/model"},
+        "data": {"plans": {"kind": "async_plan"}},
+        "stage": [{"name": "s", "steps": 1, "mixture": [{"data": "plans", "representation": "graph"}]}],
+        "eval": {"data": "plans", "representations": ["graph"], "prompts": 2},
+    }
+    recipe = check_tables(tables, Recipe, where="test")
+    if max_tok == 4096:
+        Curriculum(recipe, TEXT, max_tok)
+    else:
+        with pytest.raises(UserError, match="stage s, a graph question of plans: .* positions for 60"):
+            Curriculum(recipe, TEXT, max_tok)
+
+
+@pytest.mark.parametrize("words", ["a", "a b a", "", "aaaa bbbb cccc", "ä b", "日本 語"])
+def test_the_bound_on_the_number_of_tokens_is_one(words: str) -> None:
+    for is_prompt in (True, False):
+        exact = len(TEXT.encode_prompt(words) if is_prompt else TEXT.encode_response(words))
+        assert exact <= at_most(TEXT, words, 1000, is_prompt=is_prompt)
+        assert exact == at_most(TEXT, words, 0, is_prompt=is_prompt)
