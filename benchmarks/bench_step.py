@@ -128,7 +128,7 @@ class Ours:
             "computed_tok": stats.num_trunk_tok,  # every prompt once
             "padding_share": 0.0,
             "peak_mib": memory.mib(),
-            "drift_max": stats.drift_max,
+            "drift_max": stats.drift.largest,
         }
 
 

@@ -351,8 +351,18 @@ class RunConfig(Section):
     checkpoint_every: int = Field(50, ge=1)  # steps
     keep_checkpoints: int = Field(2, ge=1)
     completions_every: int = Field(10, ge=1)  # steps between samples written to completions/
-    max_drift: float | None = Field(None, gt=0)  # nats; None: by dtype, see engine/rollout/weights.py
+    max_mean_drift: float | None = Field(None, gt=0)  # nats; None: by dtype and layers, see engine/drift.py
     profile: tuple[int, int] | None = None  # first and last step to trace with PyTorch's profiler, into trace/
+
+    @model_validator(mode="before")
+    @classmethod
+    def _largest_drift_is_no_limit(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "max_drift" in given:
+            raise ValueError(
+                "max_drift was a limit of the largest difference of a token, which grows with the number of tokens; "
+                "use max_mean_drift, nats, of the mean over a step's tokens, or leave it out: it is then derived"
+            )
+        return given
 
     @model_validator(mode="after")
     def _profiled_steps_are_a_range(self) -> "RunConfig":

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from isomorph.engine.config import RunConfig, Stage
+from isomorph.engine.drift import Surprise, check_ends, check_step
 from isomorph.engine.policy import Policy
 from isomorph.engine.record.checkpoint import save_checkpoint
 from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.runlog import Row, RunLog
 from isomorph.engine.rescue import Here, StopRequested, rescue
-from isomorph.engine.rollout.weights import check_drift, check_publication
+from isomorph.engine.rollout.weights import check_publication
 from isomorph.engine.types import (
     Draw,
     Exam,
@@ -30,6 +31,7 @@ from isomorph.engine.types import (
     RunState,
     Sampler,
     Sampling,
+    StepDrift,
     StepStats,
 )
 from isomorph.engine.update.distributed import ALONE, Ranks
@@ -144,8 +146,8 @@ def step(crew: Crew, here: Here, stage: Stage) -> None:
         )
     # in a supervised stage, too: an exam may have left the sampler awake
     with log.time("handover"), crew.sampler.asleep(), log.time("update"):
-        check = partial(check_drift, dtype=crew.policy.dtype, max_drift=crew.config.max_drift)
-        work = crew.learner.begin(updates, stage, stage_step, check)
+        check, num_replaced = partial(_check_drift, crew, here.state), len(groups) - len(learned)
+        work = crew.learner.begin(updates, stage, stage_step, check, num_replaced)
         while not work.is_done:
             crew.learner.advance(work)
             if not work.is_done:
@@ -167,6 +169,15 @@ def step(crew: Crew, here: Here, stage: Stage) -> None:
             _warn(log, warning_of_no_answer(where, found, texts, 1 - row["response/stopped"]))
         if state.step % crew.config.completions_every == 0:
             log.write_completions(f"step-{state.step:08d}", _completions(crew, groups, texts, found))
+
+
+def _check_drift(crew: Crew, state: RunState, found: StepDrift) -> None:
+    check_step(found, crew.policy.dtype, crew.policy.config.num_hidden_layers, crew.config.max_mean_drift)
+    Surprise.of(state.totals).plus(found).check()
+
+
+def _surprise(run: Surprise) -> Row:
+    return {"surprise/z": run.z, "surprise/limit": run.limit, "surprise/needs_tok": run.tokens_needed()}
 
 
 def _warn(log: RunLog, warning: str) -> None:
@@ -232,6 +243,8 @@ class Draws:
     def _ask(self, prompts: Sequence[Prompt]) -> Draw:
         sampling = _sampling(self.crew, self.stage)
         rollouts, texts, rewards = answered(self.crew, self.sampler, prompts, sampling, self.crew.log.time)
+        if self.sampler is self.crew.sampler:
+            check_ends(rollouts, sampling)
         return Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
 
 
@@ -269,7 +282,7 @@ def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt | None) ->
     with crew.policy.whole():
         publication = sampler.publish(version)
         if sampler is crew.sampler:
-            publication = check_publication(crew.policy, sampler, publication, probe, crew.config.max_drift)
+            publication = check_publication(crew.policy, sampler, publication, probe, crew.config.max_mean_drift)
     return publication
 
 
@@ -345,7 +358,11 @@ def _advanced(
         policy_version=state.policy_version + (stats.num_updates > 0),
         source=source.state_dict(),
         draws=(),
-        totals={**{key: state.totals.get(key, 0) + value for key, value in added.items()}, "wall_s": wall_s},
+        totals={
+            **Surprise.of(state.totals).plus(stats.drift).totals(),
+            **{key: state.totals.get(key, 0) + value for key, value in added.items()},
+            "wall_s": wall_s,
+        },
     )
 
 
@@ -389,8 +406,12 @@ def _row(
         "clip_frac": stats.clip_frac,
         "entropy": stats.entropy,
         "kl": stats.kl,
-        "drift/mean": stats.drift_mean,
-        "drift/max": stats.drift_max,
+        "drift/mean": stats.drift.mean,
+        "drift/p999": stats.drift.p999,
+        "drift/max": stats.drift.largest,
+        "drift/mass": stats.drift.mass,
+        "drift/slope": stats.drift.slope,
+        **_surprise(Surprise.of(state.totals)),
         "updates": stats.num_updates,
         "publish/bytes": publication.num_bytes if publication else None,
         "publish/move_s": publication.move_s if publication else None,
@@ -407,7 +428,7 @@ def _line(row: Row) -> str:
         f"no answer {row['judge/no_answer']:.0%}" if row["judge/no_answer"] > 0 else "",
         f"flat {row['groups/flat']}/{row['groups/all']}",
         "no update" if row["updates"] == 0 else f"entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}",
-        "" if math.isnan(row["drift/max"]) else f"drift {row['drift/max']:.0e}  clip {row['clip_frac']:.1%}",
+        "" if math.isnan(row["drift/mean"]) else f"drift {row['drift/mean']:.0e}  clip {row['clip_frac']:.1%}",
         f"{row['tok/response'] / row['time/step_s']:.0f} tok/s",
         *(f"{phase} {row[f'time/{phase}_s']:.2f}s" for phase in ("publish", "generate", "update")),
     ]

@@ -6,6 +6,7 @@ Letters: P prompts, G responses per prompt, S = P * G sequences, T packed tokens
 Log-probabilities are natural logarithms (nats).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -121,6 +122,29 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepDrift:
+    """d = trainer's - sampler's log-probability of a step's sampled tokens, before its first update: engine/drift.py.
+
+    An ``_error`` is a standard error.
+    """
+
+    num_tok: int = 0
+    mean: float = math.nan  # of |d|, nats
+    square: float = math.nan  # mean of d^2
+    p999: float = math.nan  # 99.9 % of the tokens have no larger |d|
+    largest: float = math.nan
+    histogram: tuple[int, ...] = ()  # of |d|
+    mass: float = math.nan  # mean of exp(d) - 1
+    mass_error: float = math.nan
+    slope: float = math.nan  # of d on what a token's log-probability lies above its mean
+    slope_error: float = math.nan
+    rounding_slope: float = math.nan  # of the slope, the most that rounding explains
+    surprise: float = 0.0  # sum of -log q - entropy, nats
+    variance: float = 0.0  # sum of its squares
+    slack: float = 0.0  # of |surprise|, the most that rounding and the selection of responses explain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """Numbers of one step; means are over predicted tokens of all its updates. NaN: there was nothing to measure."""
 
@@ -130,8 +154,7 @@ class StepStats:
     clip_frac: float
     entropy: float  # nats
     kl: float  # to the reference policy, by the estimator of the objective
-    drift_mean: float  # |trainer - sampler| log-probability of the sampled tokens, before the first update
-    drift_max: float
+    drift: StepDrift
     num_updates: int  # optimizer steps
     num_loss_tok: int
     num_trunk_tok: int  # tokens that went through the decoder in the update passes

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import UserError
+from isomorph.engine.drift import DriftSums, check_step, step_drift
 from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.policy import Policy
-from isomorph.engine.types import Prompt, Publication, Rollout, RunFailed, Sampler, Sampling
+from isomorph.engine.types import Prompt, Publication, Rollout, RunFailed, Sampler, Sampling, StepDrift
 from isomorph.kernels.bit_hash import bit_hash
-from isomorph.kernels.linear_logprob import linear_logprob
+from isomorph.kernels.linear_logprob import TokenStats, linear_logprob
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
@@ -224,24 +225,6 @@ def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
 
 
 # -- drift
-# Largest |trainer - sampler| log-probability of a sampled token that rounding alone explains, nats. SmolLM2-135M and
-# vLLM 0.32 (benchmarks/bench_publish.py): float32 at most 6e-5 over 1,000 tokens; bfloat16 0.04 in the mean, 0.15 for
-# one token in a hundred, 1.0 at the very most. A stale unembedding was off by 4.0.
-MAX_DRIFT = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2.0}
-
-
-def check_drift(drift: float, dtype: torch.dtype, max_drift: float | None) -> None:
-    """Raises RunFailed where ``drift`` is above ``max_drift`` (None: of the dtype). NaN, nothing measured, passes."""
-    limit = MAX_DRIFT[dtype] if max_drift is None else max_drift
-    if drift > limit:
-        raise RunFailed(
-            f"the sampler's log-probability of a sampled token and the trainer's differ by {drift:.2e}, more than "
-            f"{limit:g} (run.max_drift; by default what rounding in {_short(dtype)} explains): the sampler does not "
-            "compute with the trainer's weights, or not the trainer's function"
-        )
-
-
-@torch.no_grad()
 def trainer_logprob(
     policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, temperature: float
 ) -> list[Tensor]:
@@ -249,25 +232,37 @@ def trainer_logprob(
 
     ``rollouts`` stand as ``Sampler.generate`` returns them for ``prompts``.
     """
+    stats = trainer_stats(policy, prompts, rollouts, temperature=temperature)
+    return list(stats.logprob.float().cpu().split([len(r.token_ids) for r in rollouts]))
+
+
+@torch.no_grad()
+def trainer_stats(
+    policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, temperature: float
+) -> TokenStats:
+    """Of the tokens of all rollouts, one after the other, as the trainer computes them."""
     size = len(rollouts) // len(prompts)
     unscored = [dataclasses.replace(r, sampler_logprob=None) for r in rollouts]  # so that every token is a target
     parts = [
         Part(prompt, tuple(unscored[i * size : (i + 1) * size]), (0.0,) * size) for i, prompt in enumerate(prompts)
     ]
     batch = pack_parts(parts, policy.device)
-    stats = linear_logprob(
+    return linear_logprob(
         policy.hidden(batch),
         policy.unembedding,
         batch.target_ids,
         row_index_N=batch.row_index,
         temperature=temperature,
     )
-    return list(stats.logprob.float().cpu().split([len(r.token_ids) for r in rollouts]))
 
 
 # -- tripwire
 def check_publication(
-    policy: Policy, sampler: Sampler, publication: Publication, probe_prompt: Prompt | None, max_drift: float | None
+    policy: Policy,
+    sampler: Sampler,
+    publication: Publication,
+    probe_prompt: Prompt | None,
+    max_mean_drift: float | None,
 ) -> Publication:
     """Proves that ``sampler`` samples from ``policy`` as it is now, or raises RunFailed.
 
@@ -276,7 +271,7 @@ def check_publication(
     Three things must hold: the sampler's version is the published one; both sides have one fingerprint; and a few
     tokens, drawn by the sampler after the beginning of ``probe_prompt``, get the same log-probabilities from the
     trainer. ``probe_prompt``: None where all that is drawn next will be compared before it is learned from.
-    ``max_drift``: nats; None: by dtype.
+    ``max_mean_drift``: as ``check_step`` takes it. A probe has few tokens, of which the tail is judged.
     """
     start = time.perf_counter()
     if sampler.policy_version != publication.version:
@@ -294,14 +289,14 @@ def check_publication(
     if probe_prompt is None:
         return publication
     drift = probe_drift(policy, sampler, probe_prompt)
-    if not math.isfinite(drift):
+    if not math.isfinite(drift.largest):
         raise RunFailed(f"after publishing version {publication.version} a probe's log-probabilities are not finite")
-    check_drift(drift, policy.dtype, max_drift)
+    check_step(drift, policy.dtype, policy.config.num_hidden_layers, max_mean_drift)
     return dataclasses.replace(publication, probe_s=time.perf_counter() - compared)
 
 
-def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> float:
-    """Largest |trainer - sampler| log-probability over a few tokens that the sampler draws, nats."""
+def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> StepDrift:
+    """Of a few tokens that the sampler draws."""
     num_tok = max(1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK))  # fits wherever the prompt does
     probe = dataclasses.replace(prompt, token_ids=prompt.token_ids[:num_tok])
     sampling = Sampling(
@@ -312,10 +307,8 @@ def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> float:
         seed=0,
     )
     rollouts = sampler.generate([probe], sampling)
-    trainer = torch.cat(trainer_logprob(policy, [probe], rollouts, temperature=sampling.temperature))
-    drawn = [r.sampler_logprob for r in rollouts if r.sampler_logprob is not None]
-    return float((trainer - torch.cat(drawn)).abs().max())
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    trainer = trainer_stats(policy, [probe], rollouts, temperature=sampling.temperature)
+    drawn = torch.cat([r.sampler_logprob for r in rollouts if r.sampler_logprob is not None])
+    sums = DriftSums(policy.device)
+    sums.add(trainer.logprob, drawn.to(policy.device), trainer.entropy)
+    return step_drift([sums.tensors()], 0, 0)

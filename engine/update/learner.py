@@ -12,14 +12,16 @@ Between two steps a round can be laid down in a checkpoint and taken up again, b
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from isomorph.engine.config import Stage
+from isomorph.engine.config import Stage, UserError
+from isomorph.engine.drift import DriftSums, step_drift
 from isomorph.engine.plan import logits_chunk_rows
 from isomorph.engine.policy import Policy
-from isomorph.engine.types import PackedBatch, RunFailed, StepStats
+from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.distributed import ALONE, Ranks, local, part_of, whole_of
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
@@ -52,6 +54,13 @@ class Tally:
         return self.sums[name].item() / self.num_tok if self.num_tok else float("nan")
 
 
+class Seen(NamedTuple):
+    """Of N tokens, each [N], nats."""
+
+    logprob: Tensor
+    entropy: Tensor
+
+
 class Round:
     """How far the optimizer steps on one round of rollouts have come."""
 
@@ -61,38 +70,42 @@ class Round:
         stage: Stage,
         stage_step: int,
         device: torch.device,
-        check_drift: Callable[[float], None],
+        check_drift: Callable[[StepDrift], None],
+        num_replaced: int,
     ) -> None:
         self.updates, self.stage, self.stage_step = updates, stage, stage_step
         self.learned = [update for update in updates if update.batches]
-        self.check_drift = check_drift
+        self.check_drift, self.num_replaced = check_drift, num_replaced
         self.device = device
         self.reference: list[list[Tensor]] | None = None
         self.old: list[list[Tensor] | None] = []  # of each update, by the policy that no step had moved yet
         self.advantage: list[list[Tensor]] | None = None  # [N] of each update's batches, where KL is in the reward
-        self.tally, self.drift = Tally(), Tally()
-        self.drift_max = 0.0
+        self.tally, self.drift = Tally(), DriftSums(device)
         self.norms: list[float] = []  # of the steps made
 
     @property
     def is_done(self) -> bool:
         return len(self.norms) == self.stage.batch.epochs * len(self.learned)
 
-    def compare(self, update: Update, logprobs: Sequence[Tensor]) -> None:
+    def compare(self, update: Update, seen: Sequence[Seen]) -> None:
         """Takes down how far the sampler was off on the tokens of ``update``."""
-        for batch, logprob in zip(update.batches, logprobs, strict=True):
-            if batch.sampler_logprob is not None and batch.num_loss_tok:
-                gap = (logprob - batch.sampler_logprob).abs()
-                self.drift.add(batch.num_loss_tok, drift=gap)
-                self.drift_max = max(self.drift_max, gap.max().item())
+        for batch, (logprob, entropy) in zip(update.batches, seen, strict=True):
+            if batch.sampler_logprob is not None:
+                self.drift.add(logprob, batch.sampler_logprob, entropy)
+
+    def step_drift(self, ranks: Ranks) -> StepDrift:
+        """Of what was compared so far, on all ranks."""
+        num_groups = self.num_replaced + sum(update.num_flat_groups for update in self.updates)
+        return step_drift(
+            ranks.gather(self.drift.tensors()), num_groups, sum(update.num_flat_seqs for update in self.updates)
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold so that ``load`` goes on from here; the rest is computed again."""
         found = {"norms": torch.tensor(self.norms, dtype=torch.float64)}
-        found["drift_max"] = torch.tensor(self.drift_max, dtype=torch.float64)
-        for kind, tally in (("tally", self.tally), ("drift", self.drift)):
-            found[f"{kind}/num_tok"] = torch.tensor(tally.num_tok)
-            found |= {f"{kind}/sum/{name}": total.cpu() for name, total in tally.sums.items()}
+        found |= {f"drift/{name}": tensor for name, tensor in self.drift.tensors().items()}
+        found["tally/num_tok"] = torch.tensor(self.tally.num_tok)
+        found |= {f"tally/sum/{name}": total.cpu() for name, total in self.tally.sums.items()}
         for u, logprobs in enumerate(self.old):
             found |= {f"old/{u}/{b}": logprob.cpu() for b, logprob in enumerate(logprobs or [])}
         for u, advantages in enumerate(self.advantage or []):
@@ -100,13 +113,16 @@ class Round:
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        if "drift/sums" not in tensors:
+            raise UserError(
+                "this checkpoint was written between the updates of a step by an earlier version, which counted the "
+                "sampler's drift differently: resume it with that version, or delete it to go on from the one before"
+            )
         self.norms = tensors["norms"].tolist()
-        self.drift_max = tensors["drift_max"].item()
-        for kind, tally in (("tally", self.tally), ("drift", self.drift)):
-            prefix = f"{kind}/sum/"
-            tally.num_tok = int(tensors[f"{kind}/num_tok"])
-            named = {name: t for name, t in tensors.items() if name.startswith(prefix)}
-            tally.sums = {name.removeprefix(prefix): t.to(self.device) for name, t in named.items()}
+        self.drift.load({name.removeprefix("drift/"): t for name, t in tensors.items() if name.startswith("drift/")})
+        self.tally.num_tok = int(tensors["tally/num_tok"])
+        named = {name: t for name, t in tensors.items() if name.startswith("tally/sum/")}
+        self.tally.sums = {name.removeprefix("tally/sum/"): t.to(self.device) for name, t in named.items()}
         self.old = self._of_batches("old", tensors)  # type: ignore[assignment]
         if self.stage.objective.reward_kl_coef:
             self.advantage = self._of_batches("advantage", tensors)
@@ -158,14 +174,16 @@ class Learner:
         updates: Sequence[Update],
         stage: Stage,
         stage_step: int,
-        check_drift: Callable[[float], None] = lambda drift: None,
+        check_drift: Callable[[StepDrift], None] = lambda drift: None,
+        num_replaced: int = 0,
     ) -> Round:
         """What must be computed before anything moves; or, after ``restore``, the round that was interrupted.
 
-        ``check_drift``: told the largest difference to the sampler's log-probabilities before the first step is made;
-        what it raises leaves the weights as they were.
+        ``check_drift``: told how far the sampler's log-probabilities are off before the first step is made; what it
+        raises leaves the weights as they were. ``num_replaced``: groups that were drawn and gave way to those in
+        ``updates``, for their rewards.
         """
-        work = Round(list(updates), stage, stage_step, self.policy.device, check_drift)
+        work = Round(list(updates), stage, stage_step, self.policy.device, check_drift, num_replaced)
         self.round = work
         work.reference = self._reference_logprobs([update.batches for update in work.learned], stage)
         if self._interrupted:
@@ -176,9 +194,9 @@ class Learner:
         num_seen = 1 if stage.loss_temperature == stage.sampling.temperature or stage.objective.is_supervised else 0
         work.old = [None for _ in work.learned[:num_seen]]
         for update in work.learned[num_seen:]:
-            logprobs = [self._logprob(batch, stage) for batch in update.batches]
-            work.old.append(logprobs)
-            work.compare(update, logprobs)
+            seen = [self._seen(batch, stage) for batch in update.batches]
+            work.old.append([logprob for logprob, _ in seen])
+            work.compare(update, seen)
         if stage.objective.reward_kl_coef and work.learned:
             assert work.reference is not None
             known = [logprobs for logprobs in work.old if logprobs is not None]
@@ -226,11 +244,10 @@ class Learner:
                 rows = replace(rows, advantage=work.advantage[u][b])
             seen.append(self._backward(batch, rows, work.stage, work.tally))
         if before is None:
-            work.old[u] = seen
+            work.old[u] = [logprob for logprob, _ in seen]
             work.compare(update, seen)
         if is_first:
-            work.drift_max = max(self.ranks.gather(work.drift_max))
-            work.check_drift(work.drift_max)
+            work.check_drift(work.step_drift(self.ranks))
         self.ranks.sum(self.optimizer.gradients())
 
     @property
@@ -243,7 +260,6 @@ class Learner:
         self.round = None
         stage, norms, updates = work.stage, work.norms, work.updates
         work.tally.gather(self.ranks)
-        work.drift.gather(self.ranks)
         num_own_tok = sum(len(b.token_ids) for u in updates for b in u.batches)
         nan = float("nan")
         return StepStats(
@@ -253,8 +269,7 @@ class Learner:
             clip_frac=work.tally.mean("clipped"),
             entropy=work.tally.mean("entropy"),
             kl=work.tally.mean("kl"),
-            drift_mean=work.drift.mean("drift"),
-            drift_max=work.drift_max if work.drift.num_tok else nan,
+            drift=work.step_drift(self.ranks),
             num_updates=len(norms),
             num_loss_tok=sum(u.num_loss_tok for u in updates),
             num_trunk_tok=stage.batch.epochs * sum(self.ranks.gather(num_own_tok)),
@@ -311,16 +326,16 @@ class Learner:
             sampler_logprob=batch.sampler_logprob,
         )
 
-    def _backward(self, batch: PackedBatch, rows: Rows, stage: Stage, tally: Tally) -> Tensor:
-        """Adds the micro-batch's gradient; returns the log-probabilities it saw, [N]."""
+    def _backward(self, batch: PackedBatch, rows: Rows, stage: Stage, tally: Tally) -> Seen:
+        """Adds the micro-batch's gradient; returns what it saw of the N tokens."""
         self.on_batch()
-        seen: list[Tensor] = []
+        seen: list[Seen] = []
 
         def loss_of(stats: TokenStats, chunk: slice) -> Tensor:
             part = rows.slice(chunk)
             token = loss_of_tokens(stage.objective, stats, part)
             weighted = part.weight * token.loss
-            seen.append(stats.logprob.detach())
+            seen.append(Seen(stats.logprob.detach(), stats.entropy.detach()))
             tally.add(len(part.weight), loss=weighted, clipped=token.is_clipped, entropy=stats.entropy, kl=token.kl)
             return weighted.sum()
 
@@ -334,24 +349,31 @@ class Learner:
             stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature)
             loss = loss_of(stats, slice(0, batch.num_loss_tok))
         loss.backward()
-        logprob = torch.cat(seen) if seen else hidden_TD.new_empty(0)
+        logprob, entropy = (
+            torch.cat(parts)
+            for parts in zip(*(seen or [Seen(hidden_TD.new_empty(0), hidden_TD.new_empty(0))]), strict=True)
+        )
         if not logprob.isfinite().all():
             raise RunFailed(
                 f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy "
                 f"has diverged; lower optim.lr in the recipe and start again"
             )
-        return logprob
+        return Seen(logprob, entropy)
+
+    def _logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
+        return self._seen(batch, stage).logprob
 
     @torch.no_grad()
-    def _logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
+    def _seen(self, batch: PackedBatch, stage: Stage) -> Seen:
         self.on_batch()
-        return linear_logprob(
+        stats = linear_logprob(
             self.policy.hidden(batch),
             self.policy.unembedding,
             batch.target_ids,
             row_index_N=batch.row_index,
             temperature=stage.sampling.temperature,
-        ).logprob
+        )
+        return Seen(stats.logprob, stats.entropy)
 
     def _reference_logprobs(self, updates: Sequence[Sequence[PackedBatch]], stage: Stage) -> list[list[Tensor]] | None:
         if not stage.objective.needs_reference:

@@ -31,6 +31,8 @@ class Update:
     num_loss_tok: int
     num_seqs: int  # with at least one token that counts
     num_dropped_tok: int  # sampler log-probability not finite
+    num_flat_groups: int = 0  # left out whole, on whatever rank, because none of their responses has an advantage
+    num_flat_seqs: int = 0  # of the other groups, left out for the same reason
     rewards: tuple[tuple[float, ...], ...] = ()  # of each group of all ranks
     response_ids: tuple[Tensor, ...] = ()  # [S] for each of batches: which of those rewards a sequence got
 
@@ -64,6 +66,8 @@ def _update(
     own, own_bins = trained[ranks.rank], bins[ranks.rank]
     batches = [pack_parts([own[i] for i in members], device) for members in own_bins]
     num_idle = max(map(len, bins)) - len(own_bins)
+    flat = [sum(_is_left_out(a, objective) for a in group.advantages) for group in groups]
+    is_whole = [num == len(group.rollouts) for num, group in zip(flat, groups, strict=True)]
     counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
     num_known = [r.num_loss_tok for r in counted]
     return Update(
@@ -71,6 +75,8 @@ def _update(
         num_loss_tok=sum(num_known),
         num_seqs=sum(num > 0 for num in num_known),
         num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
+        num_flat_groups=sum(is_whole),
+        num_flat_seqs=sum(num for num, whole in zip(flat, is_whole, strict=True) if not whole),
         rewards=tuple(group.rewards for group in groups),
         response_ids=(
             *[torch.tensor([r for i in members for r in own[i].response_ids]) for members in own_bins],
@@ -86,7 +92,7 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig, first_id: int
     for response_id, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True), first_id):
         if min(len(group.prompt.token_ids), len(rollout.token_ids)) == 0:
             raise ValueError(f"prompt {group.prompt.prompt_id} and its responses must hold at least one token each")
-        if rollout.num_loss_tok == 0 or (advantage == 0 and objective.drops_flat_groups):
+        if rollout.num_loss_tok == 0 or _is_left_out(advantage, objective):
             continue
         size = len(rollout.token_ids) - 1
         if size > room:
@@ -102,6 +108,10 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig, first_id: int
         ids = (*last.response_ids, response_id)
         parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage), ids)
     return parts
+
+
+def _is_left_out(advantage: float, objective: ObjectiveConfig) -> bool:
+    return advantage == 0 and objective.drops_flat_groups
 
 
 def _idle_batch(group: Group, device: torch.device) -> PackedBatch:

@@ -128,7 +128,7 @@ def test_overrides_reach_tables_stages_and_new_tables(tmp_path: Path) -> None:
 def test_an_override_is_a_toml_value_or_a_bare_word(tmp_path: Path) -> None:
     toy = recipe(
         tmp_path,
-        overrides=("model.dtype=bfloat16", "optim.betas=[0.5, 0.6]", "run.max_drift=0.5", "log.tensorboard=false"),
+        overrides=("model.dtype=bfloat16", "optim.betas=[0.5, 0.6]", "run.max_mean_drift=0.5", "log.tensorboard=false"),
     )
     assert toy.model.dtype == "bfloat16"
     assert toy.stage[0].optim.betas == (0.5, 0.6)

@@ -34,6 +34,7 @@ from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.record.telemetry import MIN_GROWTH
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
+from isomorph.engine.rollout.weights import trainer_logprob
 from isomorph.engine.types import Exam, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import Update, pack
@@ -474,6 +475,7 @@ def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
     assert sum(row["groups/refilled"] for row in read_steps(tmp_path)[-3:]) > 0
     assert sha(second) == whole
     assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, 10))
+    assert all(row["surprise/z"] is not None for row in read_steps(tmp_path)[-3:])
     assert [label for label, _ in source_of(second).graded] == ["start", "a", "b", "c"]
 
 
@@ -680,6 +682,49 @@ def test_drift_beyond_what_the_run_allows_ends_it(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="differ by 1.00e-02"):
         train(crew, RunState())
     assert not (tmp_path / "steps.jsonl").exists()
+
+
+class Untrue(BuiltinSampler):
+    """Draws at half the temperature for which it reports log-probabilities; a probe it answers truly."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *given: Any) -> list[Rollout]:
+        if len(prompts) == 1:
+            return super().generate(prompts, sampling, *given)
+        rollouts = super().generate(prompts, dataclasses.replace(sampling, temperature=0.5), *given)
+        told = trainer_logprob(self.policy, prompts, rollouts, temperature=1.0)
+        return [dataclasses.replace(r, sampler_logprob=q) for r, q in zip(rollouts, told, strict=True)]
+
+
+def test_drawing_from_another_distribution_than_is_reported_ends_the_run(tmp_path: Path) -> None:
+    def untrue(policy: Policy) -> Untrue:
+        with torch.no_grad():
+            policy.unembedding.mul_(4)  # as wide as a language model's logits
+        return Untrue(policy, SamplerConfig())
+
+    crew = make_crew(tmp_path, make_stage(objective_choices=dict(kl_coef=1e-3)), sampler_of=untrue)
+    with pytest.raises(RunFailed, match="another distribution than it reports"):
+        train(crew, RunState())
+    rows = read_steps(tmp_path)
+    assert rows and all(-row["surprise/limit"] <= row["surprise/z"] < 0 for row in rows)
+    assert max(row["drift/p999"] for row in rows) < 1e-5  # there is no drift to see it by
+
+
+class Dropping(BuiltinSampler):
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *given: Any) -> list[Rollout]:
+        rollouts = super().generate(prompts, sampling, *given)
+        return [r if len(r.token_ids) == 1 else without_stop_token(r) for r in rollouts]
+
+
+def without_stop_token(rollout: Rollout) -> Rollout:
+    n = len(rollout.token_ids) - (rollout.finish == "stop")
+    assert rollout.sampler_logprob is not None
+    return dataclasses.replace(rollout, token_ids=rollout.token_ids[:n], sampler_logprob=rollout.sampler_logprob[:n])
+
+
+def test_dropped_stop_tokens_end_the_run(tmp_path: Path) -> None:
+    crew = make_crew(tmp_path, make_stage(), sampler_of=lambda policy: Dropping(policy, SamplerConfig()))
+    with pytest.raises(RunFailed, match="drops stop tokens"):
+        train(crew, RunState())
 
 
 def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""How far the built-in sampler's log-probabilities and the trainer's lie apart on a real model's own responses.
+
+    python benchmarks/bench_drift.py --model FOLDER [--dtype bfloat16] [--tok 1000000] [--step-tok 2000]
+                                     [--out benchmarks/results/drift.jsonl]
+
+Two computations of the same weights: the sampler decodes token by token over its cache, with packed weights; the
+learner's pass goes over packed groups. Tokens are judged in steps of ``step-tok`` as a run judges them, by
+``engine.drift.check_step`` for each step and ``Surprise`` for all; nothing is left out of a step, and a step's last
+response is cut where the step is full. A row holds a lot of steps: the extremes of each statistic over them, how many
+steps tripped, and the running sums of surprise. A later call with the same --out goes on where the last row of its
+model and dtype stands. Counts and nats only: load on the machine changes nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.config import ModelConfig, SamplerConfig
+from isomorph.engine.drift import DriftSums, Surprise, check_step, mean_limit, step_drift, tail_count
+from isomorph.engine.policy import Policy, load_policy
+from isomorph.engine.rollout.builtin import BuiltinSampler
+from isomorph.engine.rollout.weights import trainer_stats
+from isomorph.engine.types import Prompt, RunFailed, Sampling, StepDrift
+
+PROMPTS, SAMPLES, NEW_TOK = 16, 16, 64  # of a lot: at most 16,384 tokens
+PARTS = 4  # prompts scored in one packed pass
+QUESTIONS = (
+    "Write a few lines on the number {}.",
+    "What is {} plus 17? Explain.",
+    "List some facts about the year {}.",
+    "Write a Python function that returns the first {} primes.",
+)
+
+
+def drawn(policy: Policy, sampler: BuiltinSampler, lot: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens of lot number ``lot``: by the trainer, by the sampler, entropy."""
+    texts = [QUESTIONS[i % len(QUESTIONS)].format(lot * PROMPTS + i) for i in range(PROMPTS)]
+    prompts = [
+        Prompt(prompt_id=i, token_ids=policy.text.encode_prompt(t), task="", representation="", payload=None)
+        for i, t in enumerate(texts)
+    ]
+    sampling = Sampling(
+        temperature=1.0,
+        max_new_tok=NEW_TOK,
+        samples_per_prompt=SAMPLES,
+        stop_ids=policy.text.stop_ids,
+        seed=lot,
+    )
+    rollouts = sampler.generate(prompts, sampling)
+    parts = [range(i, i + PARTS) for i in range(0, PROMPTS, PARTS)]
+    stats = [
+        trainer_stats(
+            policy,
+            [prompts[i] for i in part],
+            rollouts[part.start * SAMPLES : part.stop * SAMPLES],
+            temperature=1.0,
+        )
+        for part in parts
+    ]
+    q = torch.cat([r.sampler_logprob for r in rollouts if r.sampler_logprob is not None])
+    return torch.cat([s.logprob for s in stats]), q, torch.cat([s.entropy for s in stats])
+
+
+def judged(found: StepDrift, run: Surprise, policy: Policy) -> str:
+    """ "" or what a run would have ended by."""
+    try:
+        check_step(found, policy.dtype, policy.config.num_hidden_layers, None)
+        run.check()
+    except RunFailed as failure:
+        return str(failure)
+    return ""
+
+
+def steps_of(tokens: tuple[Tensor, Tensor, Tensor], step_tok: int) -> list[StepDrift]:
+    found = []
+    for chunk in zip(*(t.split(step_tok) for t in tokens), strict=True):
+        sums = DriftSums(torch.device("cpu"))
+        sums.add(*chunk)
+        found.append(step_drift([sums.tensors()], 0, 0))
+    return found
+
+
+def row_of(steps: list[StepDrift]) -> dict[str, Any]:
+    """Extremes over steps; ``*_z_rms`` is 1 where a standard error is what it says."""
+    n = sum(s.num_tok for s in steps)
+    mass_z, slope_z = [s.mass / s.mass_error for s in steps], [s.slope / s.slope_error for s in steps]
+    return {
+        "steps": len(steps),
+        "tok": n,
+        "mean": sum(s.mean * s.num_tok for s in steps) / n,
+        "mean_max": max(s.mean for s in steps),
+        "p999_max": max(s.p999 for s in steps),
+        "largest": max(s.largest for s in steps),
+        "mass_z_rms": math.sqrt(sum(z * z for z in mass_z) / len(steps)),
+        "mass_z_max": max(map(abs, mass_z)),
+        "slope_z_rms": math.sqrt(sum(z * z for z in slope_z) / len(steps)),
+        "slope_z_max": max(map(abs, slope_z)),
+    }
+
+
+def run_sums(run: Surprise) -> dict[str, float]:
+    shown = {"surprise/z": run.z, "surprise/limit": run.limit, "surprise/needs_tok": run.tokens_needed()}
+    return {**run.totals(), **shown}
+
+
+def rows_so_far(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    if not out.exists():
+        return []
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if all(row[key] == value for key, value in about.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--tok", type=int, default=1_000_000)
+    parser.add_argument("--step-tok", type=int, default=2_000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "drift.jsonl")
+    args = parser.parse_args()
+    policy = load_policy(
+        ModelConfig(path=args.model, dtype=args.dtype), vocabulary=[], seed=0, device=torch.device("cpu")
+    )
+    sampler = BuiltinSampler(policy, SamplerConfig(max_seqs=PROMPTS * SAMPLES))
+    layers = policy.config.num_hidden_layers
+    about = {"bench": "drift", "model": Path(args.model).name, "dtype": args.dtype, "step_tok": args.step_tok}
+    before = rows_so_far(args.out, about)
+    run, lot = Surprise.of(before[-1]) if before else Surprise(), len(before)
+    while run.num_tok < args.tok:
+        steps, tripped = steps_of(drawn(policy, sampler, lot), args.step_tok), []
+        for found in steps:
+            run = run.plus(found)
+            tripped += [why] if (why := judged(found, run, policy)) else []
+        row = {
+            **about,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "lot": lot,
+            **row_of(steps),
+            "tripped": tripped,
+            "mean_limit": mean_limit(policy.dtype, layers),
+            "tail_count": tail_count(args.step_tok),
+            **run_sums(run),
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "command": shlex.join(["python", "benchmarks/bench_drift.py", *sys.argv[1:]]),
+        }
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        lot += 1
+
+
+if __name__ == "__main__":
+    main()
