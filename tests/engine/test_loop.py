@@ -382,6 +382,15 @@ def test_groups_without_variance_give_way_to_further_prompts_so_often_and_are_co
     assert state.totals["response_tok"] == sum(row["tok/response"] for row in rows)
 
 
+@pytest.mark.parametrize("refills", [0, 1, 3])
+def test_surprise_allows_for_each_group_that_is_left_out_for_its_rewards(tmp_path: Path, refills: int) -> None:
+    stage = make_stage(steps=1, refills=refills)
+    state = train(make_crew(tmp_path, stage, judge=undecided_on_one_and_two), RunState())
+    (row,) = read_steps(tmp_path)
+    surprise = {name: state.totals[f"surprise/{name}"] for name in ("variance", "slack")}
+    assert surprise["slack"] ** 2 / surprise["variance"] == pytest.approx(row["groups/flat"], rel=1e-3)
+
+
 def test_advantages_over_the_whole_batch_are_those_of_the_groups_that_are_learned_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
