@@ -37,7 +37,9 @@ a step. Where much is dropped a small fault can so stay below the limit; ``token
 
 What is seen, with SmolLM2-135M in bfloat16 on 2,000 tokens: one layer whose weights are 10 % off (3 % are rounding's
 size), a reported temperature 2 % off, a stop token of mean probability 1.1 % left out. Exact equality of the weights is
-the fingerprints' business: ``engine.rollout.weights``. On a run: a temperature 5 % off after 7,000 to 11,000 tokens.
+the fingerprints' business: ``engine.rollout.weights``. On a run: drawing at a temperature 5 % off after 7,400 tokens
+(below) or 9,000 (above), from the top 95 % after 3,000 (benchmarks/bench_drift.py --faults). The number is about
+(10 / e)^2 / varentropy, so a policy that has become certain needs more; each row says how many.
 """
 
 import math
@@ -255,10 +257,12 @@ class Surprise:
 
         Its mean of s is error times the varentropy, E s^2, to first order.
         """
-        if not self.num_tok:
-            return math.nan
+        return self.tokens_until(abs(error) * self.variance / self.num_tok) if self.num_tok else math.nan
+
+    def tokens_until(self, shift: float) -> float:
+        """The same for a fault that moves the mean of s by ``shift``, nats."""
         each = self.variance / self.num_tok
-        excess = abs(error) * each - self.slack / self.num_tok
+        excess = shift - self.slack / self.num_tok
         if excess <= 0:
             return math.inf
         n = 1.0

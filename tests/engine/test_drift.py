@@ -167,10 +167,34 @@ def test_a_reported_temperature_that_is_2_percent_off_is_caught(dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_stop_token_that_is_never_drawn_is_caught(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(dtype)
-    stop = torch.tensor(policy.text.stop_ids)
-    without(lambda logits: torch.zeros_like(logits).index_fill(1, stop, 1).bool(), monkeypatch)
+    without(stop_tokens(policy), monkeypatch)
     with pytest.raises(RunFailed, match="generation config|leaves tokens out"):
         judge(policy, one_step(policy, honest(policy)))
+
+
+def stop_tokens(policy: Policy) -> Callable[[Tensor], Tensor]:
+    stop = torch.tensor(policy.text.stop_ids)
+    return lambda logits: torch.zeros_like(logits).index_fill(1, stop, 1).bool()
+
+
+def below_top(share: float) -> Callable[[Tensor], Tensor]:
+    def mask(logits: Tensor) -> Tensor:
+        prob, at = logits.float().softmax(-1).sort(-1, descending=True)
+        return (prob.cumsum(-1) - prob > share).gather(1, at.argsort(1))
+
+    return mask
+
+
+def test_leaving_out_a_percent_of_the_probability_is_caught_below_the_size_of_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = make_policy(torch.bfloat16)
+    without(below_top(0.985), monkeypatch)
+    found = one_step(policy, honest(policy))
+    assert found.mean < mean_limit(torch.bfloat16, 4)
+    assert -0.015 < found.mass < -0.002
+    with pytest.raises(RunFailed, match="leaves tokens out"):
+        judge(policy, found)
 
 
 def test_a_stop_token_that_is_drawn_and_dropped_is_caught() -> None:
@@ -191,7 +215,7 @@ def test_a_stop_token_that_is_drawn_and_dropped_is_caught() -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_faults_of_a_real_model_in_bfloat16_are_caught(smollm2_folder: Path) -> None:
+def test_faults_of_a_real_model_in_bfloat16_are_caught(smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(path=str(smollm2_folder), dtype="bfloat16")
     policy = load_policy(config, vocabulary=[], seed=0, device=CPU)
     texts = [f"Write a few lines on the number {i}." for i in range(8)]
@@ -208,6 +232,11 @@ def test_faults_of_a_real_model_in_bfloat16_are_caught(smollm2_folder: Path) -> 
     ]
     with pytest.raises(RunFailed, match="at another temperature"):
         judge(policy, compared(policy, prompts, hotter))
+    without(stop_tokens(policy), monkeypatch)
+    endless = honest(policy)(prompts, make_sampling(policy, 0))
+    assert all(r.finish == "length" for r in endless)
+    with pytest.raises(RunFailed, match="generation config|leaves tokens out"):
+        judge(policy, compared(policy, prompts, endless))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in policy.named_parameters().items():
@@ -242,12 +271,8 @@ def test_drawing_at_a_temperature_5_percent_off_is_caught_within_the_tokens_that
 
 
 def test_drawing_from_the_top_95_percent_is_caught_in_a_few_thousand_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    def below_top(logits: Tensor) -> Tensor:
-        prob, at = logits.float().softmax(-1).sort(-1, descending=True)
-        return (prob.cumsum(-1) - prob > 0.95).gather(1, at.argsort(1))
-
     policy = make_policy()
-    without(below_top, monkeypatch)
+    without(below_top(0.95), monkeypatch)
     run, told = tokens_until_caught(policy, reporting(policy, honest(policy), 1.0))
     assert run.num_tok <= 10_000 and "more probable" in told
 

@@ -18,6 +18,7 @@ from isomorph.engine.config import (
     SamplingConfig,
     Stage,
     TinyModel,
+    UserError,
 )
 from isomorph.engine.policy import Policy, build_tiny
 from isomorph.engine.rollout.builtin import BuiltinSampler
@@ -420,6 +421,16 @@ def test_drift_is_the_distance_to_the_sampler_before_anything_moved() -> None:
     stats = update(policy, groups, stage)
     assert stats.drift.mean == pytest.approx(float(gaps.abs().mean()), rel=1e-9)
     assert stats.drift.largest == pytest.approx(float(gaps.abs().max()), rel=1e-9)
+
+
+def test_a_round_that_an_earlier_version_left_unfinished_is_refused() -> None:
+    policy, stage = make_policy(), make_stage()
+    learner = Learner(policy)
+    learner.enter(stage)
+    left = {"round/0/norms": torch.ones(1), "round/0/drift_max": torch.zeros(()), **learner.state_tensors()}
+    learner.restore(stage, left)
+    with pytest.raises(UserError, match="by an earlier version"):
+        learner.begin(packed(make_groups(), stage), stage, 0)
 
 
 def test_demonstrations_have_no_drift_no_kl_and_no_ratio() -> None:
