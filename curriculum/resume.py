@@ -18,7 +18,7 @@ MAY_CHANGE = (
     *("stage.*.optim.*", "stage.*.batch.max_tok"),
     *("sampler.kv_tok", "sampler.max_seqs", "sampler.memory_frac", "sampler.max_model_len"),
     *("run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_every"),
-    *("run.max_drift", "run.profile*", "log.*"),
+    *("run.max_mean_drift", "run.profile*", "log.*"),
     *("model.recompute_every", "model.compile", "model.path", "data.*.files.*"),
 )
 IN_WORDS = (
