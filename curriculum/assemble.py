@@ -365,7 +365,7 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
         "status": "done",
         "steps": state.step,
         "wall_s": crew.log.wall_s(),
-        "tokens": {key: value for key, value in state.totals.items() if key.endswith("_tok")},
+        "tokens": {key: state.totals.get(key, 0) for key in ("prompt_tok", "response_tok", "trunk_tok")},
         "accuracy": {
             when: {name: result["rate"] for name, result in results.items()} for when, results in accuracy.items()
         },

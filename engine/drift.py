@@ -278,7 +278,8 @@ class Surprise:
                 f"the {self.num_tok:.0f} tokens that the sampler drew so far are {way} than its own log-probabilities "
                 f"say: surprise and entropy differ by {self.total / self.num_tok:+.3f} nats a token, {abs(self.z):.1f} "
                 f"standard errors, at most {self.limit:.1f} is chance: it draws from another distribution than it "
-                "reports (temperature, top-k, top-p, min-p or a penalty of a generation config)"
+                "reports (temperature, top-k, top-p, min-p or a penalty of a generation config), and all that was "
+                "learned was learned from it: start anew with a sampler that does not"
             )
 
 

@@ -98,6 +98,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> No
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
     assert one["weights_sha256"] == other["weights_sha256"]
     assert one["exams"] == other["exams"] and one["tokens"] == other["tokens"]
+    assert set(one["tokens"]) == {"prompt_tok", "response_tok", "trunk_tok"}
 
 
 @pytest.mark.slow
