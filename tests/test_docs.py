@@ -1,6 +1,8 @@
 """What prose and comments name exists: files, modules and what is in them. Elsewhere that is the first thing to rot."""
 
 import ast
+import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "engine", "curriculum")
 READ = ("README.md", "ARCHITECTURE.md", "pyproject.toml", "CMakeLists.txt", ".ci/run")
-READ_IN = (*ROOMS, "benchmarks")
+READ_IN = (*ROOMS, "benchmarks", "studies")
 KINDS = {".py", ".pyi", ".toml", ".md", ".cpp", ".h", ".txt"}
 
 BEFORE = r"(?<![\w./$-])"
-PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|tests|\.links|\.ci)/[\w./*-]*)")
+PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|studies|tests|\.links|\.ci)/[\w./*-]*)")
 TOP_FILE = re.compile(BEFORE + r"((?:[A-Z]{3,}\.md|pyproject\.toml|CMakeLists\.txt))\b")
 MODULE = re.compile(BEFORE + r"(isomorph(?:\.\w+)+)")
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
@@ -139,3 +141,14 @@ def test_what_exists_is_not_reported(tmp_path: Path) -> None:
     )
     assert missing_paths(tmp_path) == []
     assert missing_modules(tmp_path) == []
+
+
+def test_the_quickstarts_table_says_what_was_measured() -> None:
+    """Written by ``python studies/quickstart_control.py --table`` from the rows beside it."""
+    found = importlib.util.spec_from_file_location("quickstart_control", ROOT / "studies" / "quickstart_control.py")
+    assert found is not None and found.loader is not None
+    study = importlib.util.module_from_spec(found)
+    found.loader.exec_module(study)
+    rows = [json.loads(line) for line in study.RESULTS.read_text().splitlines()]
+    readme = (ROOT / "README.md").read_text()
+    assert readme == study.replaced(readme, study.section(rows)), "run python studies/quickstart_control.py --table"

@@ -34,7 +34,7 @@ def back_along_first_listed(procedure: Procedure) -> int:
 
 
 def forward_along_longest(procedure: Procedure) -> int:
-    """From a step that waits for nothing always on to the longest step that waits for the present one; the best start."""
+    """From a step that waits for nothing on to the longest step that waits for it, and so on; from the best start."""
     starts = (j for j in range(procedure.num_steps) if not procedure.predecessors[j])
     return max(_forward_from(procedure, j) for j in starts)
 
