@@ -14,7 +14,7 @@ from rich.console import Console
 
 from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found
-from isomorph.curriculum.planning import FirstSteps
+from isomorph.curriculum.planning import FirstSteps, short_of_memory
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report import write_report
 from isomorph.curriculum.resume import Changes
@@ -138,6 +138,8 @@ def _crew_at_work(
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
         _check_judge(recipe, judges)
         if short := short_of_disk(recipe, policy, log.folder):
+            log.say(f"warning: {short}")
+        for short in short_of_memory(recipe, policy, ranks.size):
             log.say(f"warning: {short}")
         for note in policy.notes:
             log.say(f"note: {note}")

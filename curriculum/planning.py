@@ -29,6 +29,7 @@ from isomorph.engine.plan import (
 )
 from isomorph.engine.policy import WORD, Policy, read_shape, shape_of
 from isomorph.engine.record.runlog import Row, RunLog
+from isomorph.engine.record.telemetry import process_memory_gib
 
 NUM_SAMPLES = 20  # questions drawn to learn how long they are
 
@@ -72,6 +73,41 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
         "model": dataclasses.asdict(shape),
         "stages": stages,
     }
+
+
+def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]:
+    """A sentence for each stage that needs more memory than its device has, where responses are as long as they may be.
+
+    Asked when the model is loaded. The plan knows the trainer's tensors, not what Python and the libraries take.
+    """
+    is_gpu = policy.device.type == "cuda"
+    device_gib = _device_gib(policy.device, num_ranks)
+    if device_gib is None:
+        return []
+    found = []
+    for stage in recipe.stage:
+        length = _prompt_tok(recipe, stage)
+        shape = shape_of(policy.model)
+        facts = facts_of(
+            recipe, stage, shape, prompt_tok=length, device_gib=device_gib, is_gpu=is_gpu, num_ranks=num_ranks
+        )
+        peaks = {moment: peak_bytes(facts, moment) / GIB for moment in MOMENTS}
+        moment = max(MOMENTS, key=peaks.__getitem__)
+        if peaks[moment] > device_gib:
+            found.append(
+                f"stage {stage.name}: {moment} needs up to {_size(peaks[moment])} of memory and this device has "
+                f"{_size(device_gib)}: lower batch.max_tok ({largest_micro_tok(facts):,} tokens fit), "
+                "sampling.max_new_tok or sampler.max_seqs; `isomorph plan` has the parts"
+            )
+    return found
+
+
+def _device_gib(device: torch.device, num_ranks: int) -> float | None:
+    """All memory that this process could have: on a CPU what is free, and what the process holds already."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    free_gib, (own_gib, _) = machine.available_gib(), process_memory_gib()
+    return None if free_gib is None or own_gib is None else free_gib / num_ranks + own_gib
 
 
 def _planned(facts: Facts) -> dict[str, Any]:

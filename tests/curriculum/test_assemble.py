@@ -22,6 +22,8 @@ from isomorph.engine.config import UserError, check_tables, load_recipe
 from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.kernels import backend
 
+QUICKSTART = Path(__file__).parents[2] / "curriculum" / "recipes" / "quickstart.toml"
+
 
 def a_policy(head_dim: int) -> Any:
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, head_dim=head_dim)
@@ -155,3 +157,14 @@ def test_a_change_on_resume_is_kept_for_the_next_time(killed: Path) -> None:
     assert resumed_recipe(described, [], killed) == (recipe, {})
     rows = [json.loads(line) for line in (killed / "steps.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows if row["stage"] == "symbols"] == [2e-5] * 2
+
+
+def test_a_stage_that_does_not_fit_into_memory_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(QUICKSTART, ["model.tiny.max_tok=8192", "stage.2.sampling.max_new_tok=8000"], Recipe)
+    policy = assemble.open_policy(recipe)
+    monkeypatch.setattr("isomorph.curriculum.planning.machine.available_gib", lambda: 0.0)
+    monkeypatch.setattr("isomorph.curriculum.planning.process_memory_gib", lambda: (0.5, 0.5))
+    (short,) = assemble.short_of_memory(recipe, policy, 1)
+    assert short.startswith("stage words: generate needs up to ") and "this device has 512.0 MiB" in short
+    monkeypatch.setattr("isomorph.curriculum.planning.machine.available_gib", lambda: 64.0)
+    assert assemble.short_of_memory(recipe, policy, 1) == []
