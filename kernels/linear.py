@@ -24,9 +24,9 @@ from isomorph.kernels import backend
 # oneDNN keeps a primitive for every shape, with its code and its scratch about 1 MiB, and 1,024 of them. Numbers of
 # rows differ from step to step; a step repeats a few shapes in every layer. Read when oneDNN first multiplies.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-# Beside that cache oneDNN keeps about 0.3 MiB for every number of rows that it has ever multiplied, until the process
-# ends. Where numbers of rows vary without end they are rounded up to a multiple of this many; and the allocators of CPU
-# and GPU reuse a block of the same size where they split one of another.
+# Beside that cache oneDNN keeps up to 0.3 MiB for every number of rows that it has ever multiplied, until the process
+# ends. So numbers of rows that vary without end are rounded up, to few different ones; and the allocators of CPU and GPU
+# reuse a block of the same size where they split one of another.
 ROW_MULTIPLE = 64
 MIN_TERMS = 2**22  # multiplications of a product that is worth a primitive
 MIN_PACKED = 2**16  # numbers in a weight that is worth packing
@@ -88,6 +88,14 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def rounded_rows(num_rows: int) -> int:
+    """At most 7 rows or an eighth more: a multiple of 8, of 16 from 256 on, 32 from 512, 64 from 1,024; up to 8 as is."""
+    if num_rows <= 8:
+        return num_rows
+    step = min(ROW_MULTIPLE, max(8, 2 ** (num_rows.bit_length() - 5)))
+    return -(-num_rows // step) * step
+
+
 # -- public
 def pack(weight_OI: Tensor) -> Tensor | None:
     """A copy of the weight as oneDNN multiplies by it, for ``linear_packed``; None where there is nothing to gain.
@@ -102,7 +110,12 @@ def pack(weight_OI: Tensor) -> Tensor | None:
 
 def linear_packed(x: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[..., I] -> [..., O], in the dtype that ``packed`` was made from. No gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
+    x_RI = x.reshape(-1, x.shape[-1])
+    num_rows, num_more = len(x_RI), rounded_rows(len(x_RI)) - len(x_RI)
+    if num_more:
+        x_RI = torch.nn.functional.pad(x_RI, (0, 0, 0, num_more))
+    y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, packed, bias_O, "none", [], "")
+    return y_RO[:num_rows].view(*x.shape[:-1], -1)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

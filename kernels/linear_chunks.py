@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
-from isomorph.kernels.linear import ROW_MULTIPLE, product, takes_onednn
+from isomorph.kernels.linear import ROW_MULTIPLE, product, rounded_rows, takes_onednn
 from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats, stats_dtype
 
 # of logits at a time where the caller does not say how many rows: a CPU's caches; on a GPU enough rows for its GEMMs
@@ -103,9 +103,8 @@ def whole_rows(fitting: int) -> int:
 
 
 def multiplied_rows(num_rows: int, device: torch.device) -> int:
-    """How many rows the GEMMs of ``num_rows`` rows are given: on a CPU few different numbers, see ROW_MULTIPLE."""
-    is_rounded = device.type == "cpu" and num_rows > ROW_MULTIPLE
-    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE if is_rounded else num_rows
+    """How many rows the GEMMs of ``num_rows`` rows are given: on a CPU few different numbers."""
+    return rounded_rows(num_rows) if device.type == "cpu" else num_rows
 
 
 class LogitChunks:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isomorph.kernels import backend, linear_chunks
-from isomorph.kernels.linear import linear, linear_packed, linear_ref, pack, takes_onednn
+from isomorph.kernels.linear import linear, linear_packed, linear_ref, pack, rounded_rows, takes_onednn
 from isomorph.kernels.linear_logprob import linear_loss
 
 SIZE = st.integers(1, 70)
@@ -102,6 +102,14 @@ def test_a_packed_weight_multiplies_as_the_weight_does(num_rows: int, dtype: tor
     assert ours.dtype == dtype and ours.shape == (2, num_rows, 80)
     rounding = 96**0.5 * 2**-23 * exact.abs().max()
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding
+
+
+def test_few_different_numbers_of_rows_are_multiplied() -> None:
+    numbers = range(1, 4097)
+    rounded = [rounded_rows(n) for n in numbers]
+    assert all(n <= r <= n + max(7, n // 8) for n, r in zip(numbers, rounded, strict=True))
+    assert rounded == sorted(rounded) and all(rounded_rows(r) == r for r in rounded)
+    assert len({r for r in rounded if r <= 256}) == 39 and len(set(rounded)) == 119
 
 
 def test_what_onednn_does_not_multiply_is_not_packed() -> None:
