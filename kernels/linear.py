@@ -25,8 +25,8 @@ from isomorph.kernels import backend
 # rows differ from step to step; a step repeats a few shapes in every layer. Read when oneDNN first multiplies.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 # Beside that cache oneDNN keeps up to 0.3 MiB for every number of rows that it has ever multiplied, until the process
-# ends. So numbers of rows that vary without end are rounded up, to few different ones; and the allocators of CPU and GPU
-# reuse a block of the same size where they split one of another.
+# ends. So numbers of rows that vary without end are rounded up, to few different ones; and the allocators of CPU and
+# GPU reuse a block of the same size where they split one of another.
 ROW_MULTIPLE = 64
 MIN_TERMS = 2**22  # multiplications of a product that is worth a primitive
 MIN_PACKED = 2**16  # numbers in a weight that is worth packing
@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
 
 
 def rounded_rows(num_rows: int) -> int:
-    """At most 7 rows or an eighth more: a multiple of 8, of 16 from 256 on, 32 from 512, 64 from 1,024; up to 8 as is."""
+    """At most 7 rows or an eighth more: a multiple of 8, from 256 on of 16, from 512 of 32, from 1,024 of 64."""
     if num_rows <= 8:
         return num_rows
     step = min(ROW_MULTIPLE, max(8, 2 ** (num_rows.bit_length() - 5)))
