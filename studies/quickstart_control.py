@@ -85,15 +85,15 @@ def section(rows: list[Row]) -> str:
     head = ["| Greedy accuracy | symbols first | words only | difference, points |", "| --- | --- | --- | --- |"]
     floor = floors()
     best = max(floor, key=floor.__getitem__)
+    command = f"python studies/quickstart_control.py --seeds {' '.join(map(str, seeds))} --table"
     newest = max(row["time"] for row in latest.values())[:10]
     says = (
         f"Exam of 300 held-out procedures after the {start} and after 20 and 100 steps of reinforcement; mean of seeds "
         f"{', '.join(map(str, seeds))} (least to greatest); the difference with its 95 % interval over the seeds "
-        f"(paired, Student's t); {newest}. Without planning: `{best}` answers {floor[best]:.0%} of this exam, the sum "
+        f"(paired, Student's t); {newest}, `{command}`. Without planning: `{best}` answers {floor[best]:.0%} of this exam, the sum "
         f"of all steps {floor['sum_of_all']:.0%} (curriculum/tasks/shortcuts.py)."
     )
-    command = f"python studies/quickstart_control.py --seeds {' '.join(map(str, seeds))} --table"
-    return "\n".join([*head, *moments, *parts, "", says, "", "```", command, "```"])
+    return "\n".join([*head, *moments, *parts, "", says])
 
 
 def _line(what: str, symbols: list[float], words: list[float]) -> str:
