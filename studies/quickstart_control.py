@@ -90,8 +90,8 @@ def section(rows: list[Row]) -> str:
     says = (
         f"Exam of 300 held-out procedures after the {start} and after 20 and 100 steps of reinforcement; mean of seeds "
         f"{', '.join(map(str, seeds))} (least to greatest); the difference with its 95 % interval over the seeds "
-        f"(paired, Student's t); {newest}, `{command}`. Without planning: `{best}` answers {floor[best]:.0%} of this exam, the sum "
-        f"of all steps {floor['sum_of_all']:.0%} (curriculum/tasks/shortcuts.py)."
+        f"(paired, Student's t); {newest}, `{command}`. Without planning: `{best}` answers {floor[best]:.0%} of this "
+        f"exam, the sum of all steps {floor['sum_of_all']:.0%} (curriculum/tasks/shortcuts.py)."
     )
     return "\n".join([*head, *moments, *parts, "", says])
 
