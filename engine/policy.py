@@ -48,7 +48,7 @@ from isomorph.engine.plan import ModelShape
 from isomorph.engine.text import TextCodec, open_text
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels import backend
-from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_packed, pack
+from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_packed, pack, row_multiple
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -218,8 +218,8 @@ class Policy:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[T, D] hidden rows of a packed batch, the learner's way: layers compiled and recomputed as configured."""
-        layout = batch.layout.padded(ROW_MULTIPLE)
         num_tok = len(batch.token_ids)
+        layout = batch.layout.padded(max(ROW_MULTIPLE, row_multiple(num_tok)))
         token_ids = torch.nn.functional.pad(batch.token_ids, (0, layout.num_tok - num_tok))
         hidden_BTD = self._through_layers(
             token_ids[None], layout.positions[None], attend_packed(layout), self._learner_runs

@@ -6,7 +6,8 @@ products of a layer are oneDNN's, by the operator that torch.compile's own CPU c
 
     product(L, R) = L R^T        y = product(x, W)        dx = product(dy, W^T)        dW = product(dy^T, x^T)
 
-Everything else (other dtypes, other devices, products too small to gain, the reference body) is PyTorch's ``linear``.
+Everything else is PyTorch's ``linear``: other dtypes, other devices, the reference body, products and weights that are
+too small to gain.
 
 Few rows cost the reading of the weight, and oneDNN arranges it anew for each product. ``pack`` does that once, for a
 sampler whose weights stay as they are while it decodes.
@@ -29,7 +30,9 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 # GPU reuse a block of the same size where they split one of another.
 ROW_MULTIPLE = 64
 MIN_TERMS = 2**22  # multiplications of a product that is worth a primitive
-MIN_PACKED = 2**16  # numbers in a weight that is worth packing
+# Numbers in a weight that is worth one, or worth packing: for smaller ones MKL is as fast, and making primitives for
+# 70 numbers of rows cost the four layers of the quickstart 0.1 to 0.3 GiB.
+MIN_WEIGHT = 2**16
 PACKED_FOR_ROWS = 32  # any number is multiplied; of these the arrangement is the best
 
 
@@ -40,11 +43,14 @@ def linear_ref(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
 
 
 # -- oneDNN
-def takes_onednn(left: Tensor, right_NK: Tensor) -> bool:
-    """Whether ``product`` can multiply the rows of ``left`` [..., K] by these, gains by it, and is to."""
+def takes_onednn(left: Tensor, right_NK: Tensor, num_weights: int) -> bool:
+    """Whether ``product`` can multiply the rows of ``left`` [..., K] by these, gains by it, and is to.
+
+    ``num_weights``: numbers in the weight, which is one factor, or whose gradient is the product.
+    """
     fit = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (left, right_NK))
     num_terms = left.numel() * right_NK.shape[0]
-    return fit and num_terms >= max(1, MIN_TERMS) and _body() == "torch"
+    return fit and num_terms >= max(1, MIN_TERMS) and num_weights >= MIN_WEIGHT and _body() == "torch"
 
 
 @torch.compiler.assume_constant_result  # compiled code keeps the body it was compiled with
@@ -88,12 +94,24 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def row_multiple(num_rows: int) -> int:
+    """What this number of rows is rounded up to a multiple of: 8, from 256 on 16, from 512 on 32, and so on.
+
+    At most 16 different numbers between a power of two and the next, and at most 7 rows or a sixteenth more.
+    """
+    return max(8, 2 ** (num_rows.bit_length() - 5)) if num_rows > 8 else 1
+
+
 def rounded_rows(num_rows: int) -> int:
-    """At most 7 rows or an eighth more: a multiple of 8, from 256 on of 16, from 512 of 32, from 1,024 of 64."""
-    if num_rows <= 8:
-        return num_rows
-    step = min(ROW_MULTIPLE, max(8, 2 ** (num_rows.bit_length() - 5)))
+    step = row_multiple(num_rows)
     return -(-num_rows // step) * step
+
+
+def _with_rounded_rows(x: Tensor) -> Tensor:
+    """[..., I] -> [R, I]: the rows, and after them rows of zeros, which add nothing to a gradient."""
+    x_RI = x.reshape(-1, x.shape[-1])
+    num_more = rounded_rows(len(x_RI)) - len(x_RI)
+    return torch.nn.functional.pad(x_RI, (0, 0, 0, num_more)) if num_more else x_RI
 
 
 # -- public
@@ -103,23 +121,23 @@ def pack(weight_OI: Tensor) -> Tensor | None:
     It knows nothing of later changes of the weight.
     """
     is_fit = weight_OI.device.type == "cpu" and weight_OI.dtype in (torch.float32, torch.bfloat16)
-    if not is_fit or weight_OI.numel() < max(1, MIN_PACKED) or _body() != "torch":
+    if not is_fit or weight_OI.numel() < max(1, MIN_WEIGHT) or _body() != "torch":
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), PACKED_FOR_ROWS)
 
 
 def linear_packed(x: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[..., I] -> [..., O], in the dtype that ``packed`` was made from. No gradient."""
-    x_RI = x.reshape(-1, x.shape[-1])
-    num_rows, num_more = len(x_RI), rounded_rows(len(x_RI)) - len(x_RI)
-    if num_more:
-        x_RI = torch.nn.functional.pad(x_RI, (0, 0, 0, num_more))
+    x_RI = _with_rounded_rows(x)
     y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, packed, bias_O, "none", [], "")
-    return y_RO[:num_rows].view(*x.shape[:-1], -1)
+    return y_RO[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[..., I] -> [..., O]. Differentiable once in all three where oneDNN multiplies."""
-    if not takes_onednn(x, weight_OI):
+    if not takes_onednn(x, weight_OI, weight_OI.numel()):
         return linear_ref(x, weight_OI, bias_O)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():  # the rows of compiled layers are rounded outside: here their number is a symbol
+        return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)
+    y_RO = _Linear.apply(_with_rounded_rows(x), weight_OI, bias_O)
+    return y_RO[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)

@@ -245,7 +245,7 @@ class Gradients:
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if takes_onednn(left, right.T):
+    if takes_onednn(left, right.T, right.numel()):
         for columns in row_chunks(out.shape[1], ONEDNN_COLUMNS):
             out[:, columns] = product(left, right[:, columns].T)
     elif left.dtype == out.dtype:
@@ -257,7 +257,7 @@ def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
-    if takes_onednn(left, right.T):
+    if takes_onednn(left, right.T, right.numel()):
         into += product(left, right.T)
     elif left.dtype == into.dtype:
         into.addmm_(left, right)
@@ -269,7 +269,7 @@ def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _add_outer(into_VD: Tensor, dlogits_nV: Tensor, hidden_nD: Tensor) -> None:
     """into += dlogits^T hidden, summed in float32 where the sum is."""
-    if takes_onednn(dlogits_nV.T, hidden_nD.T):
+    if takes_onednn(dlogits_nV.T, hidden_nD.T, into_VD.numel()):
         for columns in row_chunks(len(into_VD), ONEDNN_COLUMNS):
             into_VD[columns] += product(dlogits_nV[:, columns].T, hidden_nD.T)
     elif into_VD.is_cuda or dlogits_nV.dtype == into_VD.dtype:

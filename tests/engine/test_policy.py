@@ -507,16 +507,16 @@ SHAPES = """
 import ctypes, torch
 from isomorph.engine.config import TinyModel
 from isomorph.engine.packed import Part, pack_parts
-from isomorph.engine.policy import build_tiny
+from isomorph.engine.policy import attend_packed, build_tiny
 from isomorph.engine.types import Prompt
 from isomorph.kernels.linear_logprob import linear_loss
-weight = torch.randn(512, 128, requires_grad=True)
+weight = torch.randn(512, 256, requires_grad=True)
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f in_use g h".split()]
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Info
 torch.set_num_threads(1)
-shape = TinyModel(hidden_size=128, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=256, max_tok=2048)
+shape = TinyModel(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=512, max_tok=2048)
 policy = build_tiny(shape, ["a"], seed=0, dtype=torch.float32, device=torch.device("cpu"))
 in_use = []
 for num_tok in range(577, 641):
@@ -526,6 +526,8 @@ for num_tok in range(577, 641):
     assert len(hidden) == num_tok
     loss = linear_loss(hidden, weight, torch.zeros(num_tok, dtype=torch.int64), lambda stats, rows: stats.logprob.sum())
     loss.backward()
+    with torch.no_grad():
+        policy.trunk(batch.token_ids[None], batch.layout.positions[None], attend_packed(batch.layout))
     del hidden, batch, loss
     in_use.append(libc.mallinfo2().in_use / 2**20)
 print(in_use[-1] - in_use[1])

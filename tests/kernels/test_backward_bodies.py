@@ -48,6 +48,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             monkeypatch.setattr(owner, name, spy)
 
     monkeypatch.setattr(linear_file, "MIN_TERMS", 1)
+    monkeypatch.setattr(linear_file, "MIN_WEIGHT", 1)
     for owner in (linear_file, linear_chunks):
         watch(owner, ["product"], "oneDNN")
     watch(token_logprob, ["_scaled"], "torch")

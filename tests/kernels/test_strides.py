@@ -145,6 +145,7 @@ def _run(op: Callable[..., object], operands: list[Tensor], has_gradient: bool, 
 @pytest.fixture(autouse=True)
 def _small_products_take_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_file, "MIN_TERMS", 1)
+    monkeypatch.setattr(linear_file, "MIN_WEIGHT", 1)
 
 
 @pytest.mark.parametrize(("name", "body", "dtype"), [*((*pair, torch.float32) for pair in BODIES), *HALF])
