@@ -20,8 +20,8 @@ from isomorph.curriculum.report import write_report
 from isomorph.curriculum.resume import Changes
 from isomorph.curriculum.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
-from isomorph.curriculum.task import Task
 from isomorph.curriculum.tasks.async_plan import vocabulary
+from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.loop import Crew, train
 from isomorph.engine.policy import Policy, load_policy, silence_loaders

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from isomorph.curriculum.task import DataError
+from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError, load_recipe
 from isomorph.engine.foreign import one_line
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from isomorph.curriculum.judge import judge
-from isomorph.curriculum.task import FAMILIES, Split, Task
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
+from isomorph.curriculum.tasks.task import FAMILIES, Split, Task
 from isomorph.engine.config import Section, UserError, check_tables, toml_value
 from isomorph.engine.foreign import printable
 

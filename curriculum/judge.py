@@ -27,7 +27,6 @@ from typing import Any, Protocol, Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from isomorph.curriculum.task import FAMILIES, REWARDS, Task
 from isomorph.curriculum.tasks import paper
 from isomorph.curriculum.tasks.answer import ANSWER_TAGS, last_answer, last_boxed, stated_answer
 from isomorph.curriculum.tasks.duration import (
@@ -38,6 +37,7 @@ from isomorph.curriculum.tasks.duration import (
     parse_timedeltas,
     same_duration,
 )
+from isomorph.curriculum.tasks.task import FAMILIES, REWARDS, Task
 
 __all__ = [
     "ANSWER_TAGS",

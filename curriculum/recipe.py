@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from isomorph.curriculum.judge import check_reward
-from isomorph.curriculum.task import Family, Reward
 from isomorph.curriculum.tasks.async_plan import HELD_OUT, REPRESENTATIONS, Difficulty
+from isomorph.curriculum.tasks.task import Family, Reward
 from isomorph.engine.config import EngineConfig, Section, Stage
 from isomorph.engine.effect import KeyPath
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
-from isomorph.curriculum.task import Task
 from isomorph.curriculum.tasks.async_plan import make_task
+from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.policy import TextCodec
 

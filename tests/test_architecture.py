@@ -115,7 +115,7 @@ def test_the_rooms_are_read_at_all() -> None:
     [
         ("kernels/a.py", "from isomorph.engine.types import Prompt", "knows nothing of engine"),
         ("kernels/a.py", "from isomorph import engine", "knows nothing of engine"),
-        ("kernels/a.py", "import isomorph.curriculum.task", "knows nothing of curriculum"),
+        ("kernels/a.py", "import isomorph.curriculum.tasks.task", "knows nothing of curriculum"),
         ("kernels/a.py", "import transformers", "standard library alone"),
         ("kernels/a.py", "import flash_attn", "standard library alone"),
         ("kernels/a.py", "def f():\n    import pydantic", "standard library alone"),

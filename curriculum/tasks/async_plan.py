@@ -3,7 +3,6 @@
 import random
 import re
 
-from isomorph.curriculum.task import DataError, Split, Task
 from isomorph.curriculum.tasks import wording
 from isomorph.curriculum.tasks.longest_path import (
     Working,
@@ -22,6 +21,7 @@ from isomorph.curriculum.tasks.render import (
     render,
     spelled,
 )
+from isomorph.curriculum.tasks.task import DataError, Split, Task
 
 __all__ = [
     "HELD_OUT",

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from isomorph.curriculum.task import DataError
 from isomorph.curriculum.tasks.canonical import canonical_key
 from isomorph.curriculum.tasks.duration import UNIT_OF_WORD, Interval, parse_duration
 from isomorph.curriculum.tasks.longest_path import (
@@ -23,6 +22,7 @@ from isomorph.curriculum.tasks.longest_path import (
     with_unit,
     worked_solution,
 )
+from isomorph.curriculum.tasks.task import DataError
 
 MAX_CHARS = 100_000
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from isomorph.curriculum.judge import check_answer, check_reward, refuse_golds
-from isomorph.curriculum.task import DataError, Task
 from isomorph.curriculum.tasks.asynchow import (
     demonstrate_plan,
     demonstrate_question,
@@ -19,6 +18,7 @@ from isomorph.curriculum.tasks.asynchow import (
     plan_key,
     solve_question,
 )
+from isomorph.curriculum.tasks.task import DataError, Task
 
 __all__ = ["demonstrate_question", "read_rows", "solve_question", "split_rows"]
 

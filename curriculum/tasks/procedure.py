@@ -10,9 +10,9 @@ from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from isomorph.curriculum.task import DataError, Split
 from isomorph.curriculum.tasks.canonical import canonical_key
 from isomorph.curriculum.tasks.longest_path import Style, finish_times
+from isomorph.curriculum.tasks.task import DataError, Split
 from isomorph.curriculum.tasks.wording import MAX_STEPS, SCENARIOS, TERSE_ACTIVITIES
 
 # A month or a year has no fixed length, so the generator stops at weeks: its answers are exact.

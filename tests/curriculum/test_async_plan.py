@@ -12,7 +12,6 @@ import pytest
 from pydantic import ValidationError
 
 from isomorph.curriculum.judge import judge
-from isomorph.curriculum.task import DataError, Task
 from isomorph.curriculum.tasks import wording
 from isomorph.curriculum.tasks.async_plan import (
     HELD_OUT,
@@ -30,6 +29,7 @@ from isomorph.curriculum.tasks.async_plan import (
 )
 from isomorph.curriculum.tasks.longest_path import topological_order
 from isomorph.curriculum.tasks.procedure import Duration
+from isomorph.curriculum.tasks.task import DataError, Task
 
 TERSE = Difficulty(form="terse", demonstration="compact")
 TERSE_MIXED = Difficulty(form="terse", demonstration="compact", units=("min", "hour"), shuffled=True)

@@ -14,9 +14,9 @@ from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
-from isomorph.curriculum.task import DataError
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
+from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError, check_tables
 from isomorph.engine.policy import TextCodec, word_tokenizer
 

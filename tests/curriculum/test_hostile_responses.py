@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from isomorph.curriculum.judge import JudgePool, answer_found
-from isomorph.curriculum.task import Task
+from isomorph.curriculum.tasks.task import Task
 
 NUM_RESPONSES = 10_000
 FRAGMENTS = [

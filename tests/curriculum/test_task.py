@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from isomorph.curriculum.task import DataError, Task
+from isomorph.curriculum.tasks.task import DataError, Task
 
 TASK = Task(
     family="async_plan",
