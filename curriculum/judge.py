@@ -27,9 +27,9 @@ from typing import Any, Protocol, Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from isomorph.curriculum.tasks import paper
-from isomorph.curriculum.tasks.answer import ANSWER_TAGS, last_answer, last_boxed, stated_answer
-from isomorph.curriculum.tasks.duration import (
+from isomorph.curriculum.rewards import paper
+from isomorph.curriculum.rewards.answer import ANSWER_TAGS, last_answer, last_boxed, stated_answer
+from isomorph.curriculum.rewards.duration import (
     Duration,
     Interval,
     number_of,
@@ -323,7 +323,7 @@ def _grade(family: str, stated: str, gold: str, limit_s: float) -> float | None:
 
 
 def _same_physics(stated: str, gold: str) -> bool:
-    from isomorph.curriculum.tasks.quantity import parse_quantity, same_answer
+    from isomorph.curriculum.rewards.quantity import parse_quantity, same_answer
 
     expected = parse_quantity(gold)
     if expected is None:
@@ -334,7 +334,7 @@ def _same_physics(stated: str, gold: str) -> bool:
 
 
 def _unreadable_golds(golds: Sequence[str], limit_s: float) -> dict[str, str]:
-    from isomorph.curriculum.tasks.quantity import parse_quantity
+    from isomorph.curriculum.rewards.quantity import parse_quantity
 
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     found = {}
@@ -349,7 +349,7 @@ def _unreadable_golds(golds: Sequence[str], limit_s: float) -> dict[str, str]:
 
 
 def _same_mathematics(stated: str, gold: str, *, imaginary: bool = True) -> bool:
-    from isomorph.curriculum.tasks.mathematics import same_expression
+    from isomorph.curriculum.rewards.mathematics import same_expression
 
     return same_expression(stated, gold, imaginary=imaginary)
 
@@ -359,9 +359,9 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes the pool
     resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     warnings.simplefilter("ignore")
-    importlib.import_module("isomorph.curriculum.tasks.mathematics")
+    importlib.import_module("isomorph.curriculum.rewards.mathematics")
     if not _missing("physics"):
-        importlib.import_module("isomorph.curriculum.tasks.quantity")
+        importlib.import_module("isomorph.curriculum.rewards.quantity")
 
 
 # How workers start.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from isomorph.curriculum.rewards.duration import UNIT_OF_WORD, Interval, parse_duration
 from isomorph.curriculum.tasks.canonical import canonical_key
-from isomorph.curriculum.tasks.duration import UNIT_OF_WORD, Interval, parse_duration
 from isomorph.curriculum.tasks.longest_path import (
     Style,
     Working,

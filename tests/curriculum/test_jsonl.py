@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from isomorph.curriculum.judge import JudgePool, judge
+from isomorph.curriculum.rewards.duration import Interval, parse_timedeltas
 from isomorph.curriculum.tasks.asynchow import Plan, parse_question
-from isomorph.curriculum.tasks.duration import Interval, parse_timedeltas
 from isomorph.curriculum.tasks.jsonl import demonstrate_question, read_rows, solve_question, split_rows
 from isomorph.curriculum.tasks.longest_path import topological_order
 from isomorph.curriculum.tasks.task import DataError, Task

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from isomorph.curriculum import judge as judge_module
 from isomorph.curriculum.judge import JudgePool, answer_found, judge, last_answer, last_boxed
-from isomorph.curriculum.tasks.duration import UNIT_SECONDS, parse_duration, parse_timedeltas
+from isomorph.curriculum.rewards.duration import UNIT_SECONDS, parse_duration, parse_timedeltas
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.engine.update.score import Judging

@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isomorph.curriculum.tasks.mathematics import same_expression
+from isomorph.curriculum.rewards.mathematics import same_expression
 
 # (what the answer says, the accepted answer)
 SAME = [

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pint
 import sympy
 
-from isomorph.curriculum.tasks.formula import NotAFormula, parse_formula
+from isomorph.curriculum.rewards.formula import NotAFormula, parse_formula
 
 MAX_CHARS = 300
 MIN_TOLERANCE, MAX_TOLERANCE = 0.01, 0.1

@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy
 
-from isomorph.curriculum.tasks.notation import NotRead, Thing, Token, read, tokens_of
+from isomorph.curriculum.rewards.notation import NotRead, Thing, Token, read, tokens_of
 
 MAX_ITEMS = 12  # of a set: they are matched with one another
 DIGITS = 30

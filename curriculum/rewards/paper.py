@@ -14,7 +14,7 @@ parser is installed, and its tolerance of 100 % takes every number of the right 
 import re
 from datetime import timedelta
 
-from isomorph.curriculum.tasks.duration import NUMBER_WORDS, SCALES, Interval
+from isomorph.curriculum.rewards.duration import NUMBER_WORDS, SCALES, Interval
 
 MAX_CHARS = 50_000  # of an answer; longer ones are wrong. The longest response of the paper has 6,000 tokens
 
