@@ -16,9 +16,9 @@ from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found
 from isomorph.curriculum.planning import FirstSteps, short_of_memory
 from isomorph.curriculum.recipe import GeneratedData, Recipe
-from isomorph.curriculum.report import write_report
+from isomorph.curriculum.report.page import write_report
+from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import Changes
-from isomorph.curriculum.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task

@@ -97,8 +97,8 @@ def train(
     """Train a model by a recipe, or go on with an interrupted run, of which section.key=value may change some."""
     from isomorph.curriculum.assemble import run_recipe
     from isomorph.curriculum.recipe import Recipe
+    from isomorph.curriculum.report.run_record import read_run_json
     from isomorph.curriculum.resume import resumed_recipe
-    from isomorph.curriculum.run_record import read_run_json
     from isomorph.engine.record.runlog import LOCK, locked
     from isomorph.engine.types import RunFailed
     from isomorph.engine.update.distributed import open_ranks
@@ -214,7 +214,7 @@ def report(
     ] = None,
 ) -> None:
     """One HTML page and its pictures: what a run did, or how several compare."""
-    from isomorph.curriculum.report import write_report
+    from isomorph.curriculum.report.page import write_report
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise UserError("a run can stand in a report once, got one of these folders twice: " + " ".join(map(str, runs)))
@@ -437,8 +437,8 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
 
 
 def _print_anatomy(folder: Path) -> None:
-    from isomorph.curriculum.report import ANATOMY_COLUMNS, step_anatomy
-    from isomorph.curriculum.run_record import read_run
+    from isomorph.curriculum.report.page import ANATOMY_COLUMNS, step_anatomy
+    from isomorph.curriculum.report.run_record import read_run
 
     table = Table(title="anatomy of a step", title_justify="left")
     for i, column in enumerate(ANATOMY_COLUMNS):

@@ -18,13 +18,13 @@ from isomorph.curriculum.assemble import check_base, open_policy
 from isomorph.curriculum.inputs import changed_files
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found, judge
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
+from isomorph.curriculum.report.run_record import read_run_json, read_summary
+from isomorph.curriculum.report.transfer import Accuracy
 from isomorph.curriculum.room import Room, at_most
-from isomorph.curriculum.run_record import read_run_json, read_summary
 from isomorph.curriculum.stage import TaskFiles
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import FAMILIES, Task
-from isomorph.curriculum.transfer import Accuracy
 from isomorph.engine.config import ModelConfig, SamplerConfig, UserError, check_tables
 from isomorph.engine.foreign import printable
 from isomorph.engine.policy import Policy, TextCodec, load_policy, silence_loaders

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
-from isomorph.curriculum.run_record import read_completions, read_run_json
+from isomorph.curriculum.report.run_record import read_completions, read_run_json
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import printable
 from isomorph.engine.record.runlog import Row

@@ -10,11 +10,11 @@ from typing import Any
 
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Mastery, Plateau, Recipe, StageRecipe
+from isomorph.curriculum.report.transfer import Accuracy
 from isomorph.curriculum.room import Misfit, Room, at_most, left_out
 from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
 from isomorph.curriculum.tasks.task import Task
-from isomorph.curriculum.transfer import Accuracy
 from isomorph.engine.config import UserError
 from isomorph.engine.policy import TextCodec
 from isomorph.engine.types import Exam, Group, Prompt

@@ -16,8 +16,8 @@ from isomorph.curriculum import assemble
 from isomorph.curriculum.evaluate import open_candidate
 from isomorph.curriculum.judge import JudgePool
 from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import resumed_recipe
-from isomorph.curriculum.run_record import read_run_json
 from isomorph.engine.config import UserError, check_tables, load_recipe
 from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.kernels import backend

@@ -12,7 +12,7 @@ from rich.console import Console
 from isomorph.curriculum.data import inspect_file, make_rows, parse_difficulty, show_inspection, write_rows
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Recipe
-from isomorph.curriculum.run_record import read_run_json
+from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows

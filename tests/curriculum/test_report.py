@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from isomorph.curriculum import figures, stage
-from isomorph.curriculum.drawing import moving_average
+from isomorph.curriculum import stage
 from isomorph.curriculum.judge import answer_found
-from isomorph.curriculum.report import write_report
-from isomorph.curriculum.run_record import START, RunRecord, read_run, trained_on
+from isomorph.curriculum.report import figures
+from isomorph.curriculum.report.drawing import moving_average
+from isomorph.curriculum.report.page import write_report
+from isomorph.curriculum.report.run_record import START, RunRecord, read_run, trained_on
 from isomorph.engine.config import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import resumed_recipe
-from isomorph.curriculum.run_record import read_run_json
 from isomorph.engine.config import UserError
 
 

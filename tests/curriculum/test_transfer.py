@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from isomorph.curriculum.transfer import Accuracy, Evaluation, interval, transfer_matrix
+from isomorph.curriculum.report.transfer import Accuracy, Evaluation, interval, transfer_matrix
 
 
 def _coverage(rate: float, n: int) -> float:

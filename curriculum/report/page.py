@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from isomorph.curriculum import figures
-from isomorph.curriculum.run_record import (
+from isomorph.curriculum.report import figures
+from isomorph.curriculum.report.run_record import (
     ExamResult,
     RunRecord,
     Span,
@@ -20,7 +20,7 @@ from isomorph.curriculum.run_record import (
     series,
     trained_on,
 )
-from isomorph.curriculum.transfer import Accuracy, Evaluation, TransferMatrix, transfer_matrix
+from isomorph.curriculum.report.transfer import Accuracy, Evaluation, TransferMatrix, transfer_matrix
 from isomorph.engine.config import UserError
 from isomorph.engine.record.runlog import Row
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from isomorph.curriculum.drawing import (
+from isomorph.curriculum.report.drawing import (
     dot,
     dress,
     errorbars,
@@ -21,8 +21,8 @@ from isomorph.curriculum.drawing import (
     percent,
     smoothing_window,
 )
-from isomorph.curriculum.run_record import ExamResult, RunRecord, Span, series
-from isomorph.curriculum.transfer import Accuracy, TransferMatrix
+from isomorph.curriculum.report.run_record import ExamResult, RunRecord, Span, series
+from isomorph.curriculum.report.transfer import Accuracy, TransferMatrix
 from isomorph.engine.record.runlog import Row
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; the runs' colours are Paul Tol's muted ones.

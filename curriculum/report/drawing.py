@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from isomorph.curriculum.run_record import Span
-from isomorph.curriculum.transfer import Accuracy
+from isomorph.curriculum.report.run_record import Span
+from isomorph.curriculum.report.transfer import Accuracy
 
 WIDTH_IN = 9.0
 MIN_LABEL_SHARE = 0.09  # of the axis: a narrower stage has its name written slanted

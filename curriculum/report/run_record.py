@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from isomorph.curriculum.recipe import Recipe, StageRecipe
-from isomorph.curriculum.transfer import Accuracy
+from isomorph.curriculum.report.transfer import Accuracy
 from isomorph.engine.config import UserError, check_tables
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.record.runlog import Row, read_steps
