@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from isomorph.curriculum.commands.plan import FirstSteps, short_of_memory
 from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found
-from isomorph.curriculum.planning import FirstSteps, short_of_memory
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json

@@ -164,7 +164,7 @@ def plan(
     """What fits and how long a step takes, stage by stage. Loads no weights and touches no GPU."""
     import json
 
-    from isomorph.curriculum.planning import plan_recipe, show_plan
+    from isomorph.curriculum.commands.plan import plan_recipe, show_plan
     from isomorph.curriculum.recipe import Recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides or [], Recipe), device, device_gib, ranks)
@@ -192,7 +192,7 @@ def evaluate(
     """Greedy accuracy of a model or a run, per representation, with 95 % intervals."""
     import json
 
-    from isomorph.curriculum.evaluate import evaluate, show_scores
+    from isomorph.curriculum.commands.evaluate import evaluate, show_scores
 
     _check_backends()
 
@@ -231,7 +231,7 @@ def show(
     num: Annotated[int, typer.Option("--num", min=1, help="Answers per representation")] = 3,
 ) -> None:
     """Look at answers of a run: what was asked, what came, what it was worth."""
-    from isomorph.curriculum.show import show_answers
+    from isomorph.curriculum.commands.show import show_answers
 
     show_answers(run, step, num, console)
 
@@ -251,7 +251,7 @@ def make_data(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there")] = False,
 ) -> None:
     """Write asynchronous-planning tasks as JSON Lines; for a recipe's files, one representation a file."""
-    from isomorph.curriculum.data import make_rows, parse_difficulty, write_rows
+    from isomorph.curriculum.commands.data import make_rows, parse_difficulty, write_rows
 
     difficulty = parse_difficulty(settings or [])
     write_rows(make_rows(representation or [], prompts, difficulty, seed=seed, split=split), out, force=force)
@@ -264,7 +264,7 @@ def inspect_data(
     representation: Annotated[str, typer.Option("--representation", help="natural, graph, code, ...")],
 ) -> None:
     """Check a file of tasks: broken rows, lengths, duplicates, answers that our solver does not find, samples."""
-    from isomorph.curriculum.data import inspect_file, show_inspection
+    from isomorph.curriculum.commands.data import inspect_file, show_inspection
 
     show_inspection(inspect_file(file, family, representation), file, console)
 
@@ -272,7 +272,7 @@ def inspect_data(
 @app.command()
 def doctor() -> None:
     """What this machine has and lacks, and what to do about it."""
-    from isomorph.curriculum.doctor import examine, is_sound, show_findings
+    from isomorph.curriculum.commands.doctor import examine, is_sound, show_findings
 
     findings = examine()
     show_findings(findings, console)

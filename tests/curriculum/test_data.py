@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from isomorph.curriculum.data import inspect_file, make_rows, parse_difficulty, show_inspection, write_rows
+from isomorph.curriculum.commands.data import inspect_file, make_rows, parse_difficulty, show_inspection, write_rows
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report.run_record import read_run_json

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import open_policy
-from isomorph.curriculum.evaluate import evaluate, open_candidate, show_scores
+from isomorph.curriculum.commands.evaluate import evaluate, open_candidate, show_scores
 from isomorph.engine.config import UserError
 
 

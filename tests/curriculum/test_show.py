@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from isomorph.curriculum.show import show_answers
+from isomorph.curriculum.commands.show import show_answers
 from isomorph.engine.config import UserError
 
 
