@@ -18,7 +18,7 @@ VOCAB_QWEN, VOCAB_SMOLLM2, VOCAB_TINY = 151_900, 49_148, 100  # words; a few spe
 def make_policy(shape: tuple[int, ...], vocab: int, dtype: torch.dtype | None = None) -> Any:
     """A decoder of this shape on the device; bfloat16 on a GPU, float32 elsewhere, where nothing is said."""
     from isomorph.engine.config import TinyModel
-    from isomorph.engine.policy import build_tiny
+    from isomorph.engine.model.policy import build_tiny
 
     names = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
     tiny = TinyModel(**dict(zip(names, shape, strict=True)), max_tok=4096)
@@ -29,7 +29,7 @@ def make_policy(shape: tuple[int, ...], vocab: int, dtype: torch.dtype | None = 
 
 def recomputing(policy: Any) -> Any:
     """The same model, every layer run again in the backward."""
-    from isomorph.engine.policy import Policy
+    from isomorph.engine.model.policy import Policy
 
     return Policy(policy.model, policy.text, recompute_every=1)
 

@@ -24,7 +24,7 @@ from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.loop import Crew, train
-from isomorph.engine.policy import Policy, load_policy, silence_loaders
+from isomorph.engine.model.policy import Policy, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.readers import check_readers, open_readers
 from isomorph.engine.record.runlog import QuietLog, RunLog

@@ -13,7 +13,7 @@ from functools import partial
 
 from isomorph.engine.config import RunConfig, Stage
 from isomorph.engine.drift import Surprise, check_ends, check_step
-from isomorph.engine.policy import Policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.checkpoint import save_checkpoint
 from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.runlog import Row, RunLog

@@ -16,8 +16,8 @@ OURS = "isomorph"
 OF_KERNELS = {"torch", "triton", "numpy"}  # besides the standard library
 ONE_FILE = {
     "vllm": "engine/rollout/vllm.py",
-    "transformers": "engine/policy.py",
-    "peft": "engine/lora.py",
+    "transformers": "engine/model/policy.py",
+    "peft": "engine/model/lora.py",
     "trl": "engine/adapters/trl.py",
     "flash_attn": "kernels/varlen_attention.py",
 }
@@ -133,7 +133,7 @@ def test_the_rooms_are_read_at_all() -> None:
         ("engine/rollout/weights.py", "from vllm import LLM", "vllm is imported"),
         ("engine/rollout/vllm.py", "import transformers", "transformers is imported"),
         ("curriculum/a.py", "from transformers.modeling_utils import x", "transformers is imported"),
-        ("engine/policy.py", "import peft", "peft is imported"),
+        ("engine/model/policy.py", "import peft", "peft is imported"),
         ("engine/loop.py", "import trl", "trl is imported"),
         ("engine/rollout/a.py", "from isomorph.engine.update.pack import pack", "do not know each other"),
         ("engine/update/a.py", "from isomorph.engine import rollout", "do not know each other"),
@@ -156,7 +156,7 @@ def test_a_planted_violation_is_caught(tmp_path: Path, file: str, line: str, rul
         ),
         ("engine/a.py", "from isomorph.kernels.packing import x\nimport pydantic, safetensors.torch"),
         ("engine/loop.py", "from isomorph.engine.rollout import a\nfrom isomorph.engine.update import b"),
-        ("engine/policy.py", "import transformers"),
+        ("engine/model/policy.py", "import transformers"),
         ("engine/rollout/vllm.py", "import vllm\nfrom isomorph.engine.rollout.weights import x"),
         ("curriculum/a.py", "from isomorph.engine.rollout.vllm import start\nfrom isomorph.kernels import backend"),
     ],

@@ -14,6 +14,7 @@ from isomorph.curriculum.commands import machine
 from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
 from isomorph.curriculum.tasks.async_plan import draw_tasks, vocabulary
 from isomorph.engine.config import UserError
+from isomorph.engine.model.policy import WORD, Policy, read_shape, shape_of
 from isomorph.engine.plan import (
     GIB,
     MOMENTS,
@@ -27,7 +28,6 @@ from isomorph.engine.plan import (
     peak_bytes,
     seconds,
 )
-from isomorph.engine.policy import WORD, Policy, read_shape, shape_of
 from isomorph.engine.record.runlog import Row, RunLog
 from isomorph.engine.record.telemetry import process_memory_gib
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from isomorph.engine.config import SamplerConfig, UserError
-from isomorph.engine.policy import Policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.decoder import Decoder, Room
 from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isomorph.engine.policy import Policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Prompt
 from isomorph.kernels import backend
 from isomorph.kernels.decode_attention import CachedKV, decode_attention

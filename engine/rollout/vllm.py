@@ -34,7 +34,7 @@ import torch
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.foreign import foreign
-from isomorph.engine.policy import Policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
 from isomorph.engine.types import Finish, OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 

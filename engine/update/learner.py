@@ -19,8 +19,8 @@ from torch import Tensor
 
 from isomorph.engine.config import Stage, UserError
 from isomorph.engine.drift import DriftSums, step_drift
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.plan import logits_chunk_rows
-from isomorph.engine.policy import Policy
 from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.distributed import ALONE, Ranks, local, part_of, whole_of

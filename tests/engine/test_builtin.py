@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import SamplerConfig, TinyModel, UserError
-from isomorph.engine.policy import Policy, build_tiny
+from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.rollout import builtin
 from isomorph.engine.rollout import decoder as decoder_file
 from isomorph.engine.rollout.builtin import BuiltinSampler

@@ -23,8 +23,8 @@ from isomorph.engine.config import (
     TinyModel,
     UserError,
 )
-from isomorph.engine.lora import attach
-from isomorph.engine.policy import Policy, build_tiny
+from isomorph.engine.model.lora import attach
+from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.types import Group, Prompt, Rollout, StepStats
 from isomorph.engine.update.distributed import ALONE, Ranks, cut, gathered, open_ranks
 from isomorph.engine.update.learner import Learner

@@ -13,7 +13,7 @@ from torch import Tensor
 from isomorph.engine import drift
 from isomorph.engine.config import ModelConfig, RunConfig, SamplerConfig, TinyModel
 from isomorph.engine.drift import DriftSums, Surprise, check_ends, check_step, mean_limit, step_drift, tail_count
-from isomorph.engine.policy import Policy, build_tiny, load_policy
+from isomorph.engine.model.policy import Policy, build_tiny, load_policy
 from isomorph.engine.rollout import decoder
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import trainer_logprob, trainer_stats

@@ -20,7 +20,7 @@ from isomorph.engine.config import (
     TinyModel,
     UserError,
 )
-from isomorph.engine.policy import Policy, build_tiny
+from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout, RunFailed, Sampling, StepStats
 from isomorph.engine.update.learner import Learner, Tally

@@ -26,8 +26,8 @@ from isomorph.engine.config import (
     TinyModel,
     UserError,
 )
+from isomorph.engine.model.policy import Policy, load_policy
 from isomorph.engine.packed import Part, pack_parts
-from isomorph.engine.policy import Policy, load_policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import fingerprint, trainer_logprob
 from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout, Sampling

@@ -19,7 +19,7 @@ from torch import Tensor
 from truth import exact_norms
 
 from isomorph.engine.config import ObjectiveConfig, SamplingConfig, Stage, TinyModel
-from isomorph.engine.policy import Policy, build_tiny
+from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.learner import Learner, Tally
 from isomorph.engine.update.objective import MAX_LOG_RATIO, Rows, kl_estimate, loss_of_tokens, token_weight

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from isomorph.engine.config import EngineConfig, LoraConfig, ModelConfig, Stage, TinyModel, UserError
-from isomorph.engine.lora import attach
+from isomorph.engine.model.lora import attach
+from isomorph.engine.model.policy import build_tiny, read_shape, shape_of
 from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.plan import (
     GIB,
@@ -26,7 +27,6 @@ from isomorph.engine.plan import (
     peak_bytes,
     seconds,
 )
-from isomorph.engine.policy import build_tiny, read_shape, shape_of
 from isomorph.engine.types import Prompt, Rollout
 
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"

@@ -15,7 +15,7 @@ from torch import Tensor
 from truth import exact_norms
 
 from isomorph.engine.config import ModelConfig, TinyModel, UserError
-from isomorph.engine.policy import Policy, TextCodec, build_tiny, load_policy, word_tokenizer
+from isomorph.engine.model.policy import Policy, TextCodec, build_tiny, load_policy, word_tokenizer
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.packed_attention import PackedLayout
 
@@ -507,7 +507,7 @@ SHAPES = """
 import ctypes, torch
 from isomorph.engine.config import TinyModel
 from isomorph.engine.packed import Part, pack_parts
-from isomorph.engine.policy import attend_packed, build_tiny
+from isomorph.engine.model.policy import attend_packed, build_tiny
 from isomorph.engine.types import Prompt
 from isomorph.kernels.linear_logprob import linear_loss
 weight = torch.randn(512, 256, requires_grad=True)

@@ -20,7 +20,7 @@ from truth import exact_norms
 
 from isomorph.engine.adapters.trl import IGNORED, pack_groups, pack_rows
 from isomorph.engine.config import UserError
-from isomorph.engine.policy import word_tokenizer
+from isomorph.engine.model.policy import word_tokenizer
 
 WORDS = [f"w{chr(97 + i)}" for i in range(16)]
 NUM_VOCAB = len(WORDS) + 4

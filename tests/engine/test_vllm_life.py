@@ -26,7 +26,7 @@ from vllm_parts import (
 )
 
 from isomorph.engine.config import SamplerConfig
-from isomorph.engine.policy import Policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
 from isomorph.engine.types import Prompt, Rollout
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from isomorph.engine.config import SamplerConfig, TinyModel
-from isomorph.engine.policy import Policy, build_tiny
+from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import (
     Standing,

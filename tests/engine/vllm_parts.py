@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from isomorph.engine.policy import Policy, word_tokenizer
+from isomorph.engine.model.policy import Policy, word_tokenizer
+from isomorph.engine.model.text import TextCodec
 from isomorph.engine.rollout.vllm import VllmSampler
 from isomorph.engine.rollout.weights import check_publication, fingerprint, storage_fingerprint, trainer_logprob
-from isomorph.engine.text import TextCodec
 from isomorph.engine.types import Prompt, Rollout, Sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

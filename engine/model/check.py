@@ -1,6 +1,6 @@
 """Whether a loaded model fits its own configuration, and can be saved after the last step: mended, or refused.
 
-What is mended is returned in sentences. ``engine/text.py`` does the same for its tokenizer and chat template.
+What is mended is returned in sentences. ``engine/model/text.py`` does the same for its tokenizer and chat template.
 """
 
 import tempfile
@@ -8,7 +8,7 @@ from typing import Any
 
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import foreign, one_line
-from isomorph.engine.text import TextCodec
+from isomorph.engine.model.text import TextCodec
 
 # keys of a generation_config.json that transformers refuses to save where do_sample is not true
 ONLY_SAMPLED = (

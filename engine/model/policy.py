@@ -35,8 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.foreign import foreign
-from isomorph.engine.lora import Adapters, attach, is_adapter, require_peft
-from isomorph.engine.model_check import (
+from isomorph.engine.model.check import (
     end_ids,
     limit_to_window,
     mend_generation_config,
@@ -44,8 +43,9 @@ from isomorph.engine.model_check import (
     sliding_window,
     untie,
 )
+from isomorph.engine.model.lora import Adapters, attach, is_adapter, require_peft
+from isomorph.engine.model.text import TextCodec, open_text
 from isomorph.engine.plan import ModelShape
-from isomorph.engine.text import TextCodec, open_text
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels import backend
 from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_packed, pack, row_multiple
