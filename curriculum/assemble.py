@@ -23,6 +23,7 @@ from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
+from isomorph.engine.distributed.ranks import Ranks, cut, lost_ranks_explained
 from isomorph.engine.loop import Crew, train
 from isomorph.engine.model.policy import Policy, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
@@ -33,7 +34,6 @@ from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.rollout.weights import fingerprint
 from isomorph.engine.types import Prompt, RunFailed, RunState, Sampler
-from isomorph.engine.update.distributed import Ranks, cut, lost_ranks_explained
 from isomorph.engine.update.learner import Learner
 from isomorph.kernels import backend
 from isomorph.kernels.attention_route import Route

@@ -99,9 +99,9 @@ def train(
     from isomorph.curriculum.recipe import Recipe
     from isomorph.curriculum.report.run_record import read_run_json
     from isomorph.curriculum.resume import resumed_recipe
+    from isomorph.engine.distributed.ranks import open_ranks
     from isomorph.engine.record.runlog import LOCK, locked
     from isomorph.engine.types import RunFailed
-    from isomorph.engine.update.distributed import open_ranks
 
     given, changes = list(overrides or []), None
     if resume is not None and recipe is not None and "=" in str(recipe):  # the first of the overrides

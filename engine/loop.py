@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from isomorph.engine.config import RunConfig, Stage
+from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.drift import Surprise, check_ends, check_step
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.checkpoint import save_checkpoint
@@ -34,7 +35,6 @@ from isomorph.engine.types import (
     StepDrift,
     StepStats,
 )
-from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
 from isomorph.engine.update.score import (

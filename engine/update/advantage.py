@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig
+from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.types import PackedBatch
-from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.engine.update.pack import Update
 from isomorph.kernels.advantage import gae, group_advantage
 

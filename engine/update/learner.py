@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import Stage, UserError
+from isomorph.engine.distributed.ranks import ALONE, Ranks, local, part_of, whole_of
 from isomorph.engine.drift import DriftSums, step_drift
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.plan import logits_chunk_rows
 from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
-from isomorph.engine.update.distributed import ALONE, Ranks, local, part_of, whole_of
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.pack import Update

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from isomorph.engine.config import OptimConfig
+from isomorph.engine.distributed.ranks import gathered, local, part_of
 from isomorph.engine.types import RunFailed
-from isomorph.engine.update.distributed import gathered, local, part_of
 
 
 class MasterAdamW:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig, UserError
+from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.packed import Part, pack_parts
 from isomorph.engine.types import Group, PackedBatch
-from isomorph.engine.update.distributed import ALONE, Ranks
 from isomorph.kernels.packing import assign_groups
 
 

@@ -30,10 +30,10 @@ from isomorph.engine.config import (
     UserError,
     load_recipe,
 )
+from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.effect import idle_paths
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
-from isomorph.engine.update.distributed import ALONE
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import learning_rate
 from isomorph.engine.update.pack import pack

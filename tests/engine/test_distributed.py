@@ -23,10 +23,10 @@ from isomorph.engine.config import (
     TinyModel,
     UserError,
 )
+from isomorph.engine.distributed.ranks import ALONE, Ranks, cut, gathered, open_ranks
 from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.types import Group, Prompt, Rollout, StepStats
-from isomorph.engine.update.distributed import ALONE, Ranks, cut, gathered, open_ranks
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.pack import pack
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from truth import exact_norms
 
 from isomorph.engine.config import ObjectiveConfig
+from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.types import Group
 from isomorph.engine.update.advantage import whitened
-from isomorph.engine.update.distributed import ALONE
 
 COEF = 0.3
 GROUPS = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1))))
