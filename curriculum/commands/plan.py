@@ -15,7 +15,7 @@ from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
 from isomorph.curriculum.tasks.async_plan import draw_tasks, vocabulary
 from isomorph.engine.config import UserError
 from isomorph.engine.model.policy import WORD, Policy, read_shape, shape_of
-from isomorph.engine.plan import (
+from isomorph.engine.planner import (
     GIB,
     MOMENTS,
     Facts,

@@ -45,7 +45,7 @@ from isomorph.engine.model.check import (
 )
 from isomorph.engine.model.lora import Adapters, attach, is_adapter, require_peft
 from isomorph.engine.model.text import TextCodec, open_text
-from isomorph.engine.plan import ModelShape
+from isomorph.engine.planner import ModelShape
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels import backend
 from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_packed, pack, row_multiple

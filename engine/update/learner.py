@@ -21,7 +21,7 @@ from isomorph.engine.config import Stage, UserError
 from isomorph.engine.distributed.ranks import ALONE, Ranks, local, part_of, whole_of
 from isomorph.engine.drift import DriftSums, step_drift
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.plan import logits_chunk_rows
+from isomorph.engine.planner import logits_chunk_rows
 from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight

@@ -14,7 +14,7 @@ from isomorph.engine.config import EngineConfig, LoraConfig, ModelConfig, Stage,
 from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import build_tiny, read_shape, shape_of
 from isomorph.engine.packed import Part, pack_parts
-from isomorph.engine.plan import (
+from isomorph.engine.planner import (
     GIB,
     Ceilings,
     Facts,
