@@ -34,7 +34,7 @@ from torch import Tensor
 from isomorph.engine.config import ModelConfig, SamplerConfig
 from isomorph.engine.drift import DriftSums, Surprise, check_step, mean_limit, step_drift, tail_count
 from isomorph.engine.model.policy import Policy, load_policy
-from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import trainer_stats
 from isomorph.engine.types import Prompt, RunFailed, Sampling, StepDrift

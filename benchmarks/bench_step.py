@@ -39,7 +39,7 @@ from isomorph.engine.model.policy import load_policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Sampling
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.pack import pack
+from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.score import Judging, score
 
 LEARNING_RATE = 1e-6
@@ -78,7 +78,7 @@ class Ours:
                 "steps": 1_000,
                 "objective": {"name": "grpo", "kl_coef": args.kl},
                 "optim": {"lr": LEARNING_RATE},
-                "batch": {"prompts": args.prompts, "max_tok": args.max_tok},
+                "batch": {"prompts": args.prompts, "micro_batch_tok": args.micro_batch_tok},
                 "sampling": {"max_new_tok": args.max_new_tok, "samples_per_prompt": args.group},
             }
         )
@@ -107,7 +107,7 @@ class Ours:
         groups = score(prompts, rollouts, rewards, stage.objective)
         updates = pack(
             groups,
-            max_tok=stage.batch.max_tok,
+            micro_batch_tok=stage.batch.micro_batch_tok,
             prompts_per_update=None,
             objective=stage.objective,
             device=self.policy.device,
@@ -125,7 +125,7 @@ class Ours:
             "step_s": marks[-1] - marks[0],
             "completion_tok": completion_tok,
             "all_tok": completion_tok + prompt_tok,
-            "computed_tok": stats.num_trunk_tok,  # every prompt once
+            "computed_tok": stats.num_forward_tok,  # every prompt once
             "padding_share": 0.0,
             "peak_mib": memory.mib(),
             "drift_max": stats.drift.largest,
@@ -268,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     parser.add_argument("--max-new-tok", type=int, default=64)
-    parser.add_argument("--max-tok", type=int, default=4096, help="of ours: packed tokens of a micro-batch")
+    parser.add_argument("--micro-batch-tok", type=int, default=4096, help="of ours: packed tokens of a micro-batch")
     parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the KL to the first weights, k3")
     parser.add_argument("--sampler", choices=("builtin", "vllm"), default="builtin", help="ours")
     parser.add_argument("--trl-generation", choices=("transformers", "continuous", "vllm"), default="transformers")

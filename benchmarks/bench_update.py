@@ -30,7 +30,7 @@ from isomorph.engine.config import ModelConfig, Stage
 from isomorph.engine.model.policy import Policy, load_policy
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.pack import Update, pack
+from isomorph.engine.update.micro_batches import Update, pack
 
 Row = dict[str, Any]
 
@@ -99,7 +99,12 @@ def gemm_flop_s(policy: Policy, num_tok: int, rounds: int) -> float:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    config = ModelConfig(path=args.model, dtype=args.dtype, recompute_every=args.recompute_every, compile=args.compile)
+    config = ModelConfig(
+        path=args.model,
+        dtype=args.dtype,
+        gradient_checkpointing_every=args.gradient_checkpointing_every,
+        compile=args.compile,
+    )
     policy = load_policy(config, vocabulary=[], seed=0, device=torch.device(args.device))
     groups = random_groups(policy, args)
     per_seq = args.prompt_tok + args.response_tok
@@ -108,7 +113,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
             "name": "bench",
             "steps": 1_000_000,
             "objective": {"name": "grpo"},
-            "batch": {"prompts": args.groups, "max_tok": args.groups * args.group * per_seq},
+            "batch": {"prompts": args.groups, "micro_batch_tok": args.groups * args.group * per_seq},
             "sampling": {"max_new_tok": args.response_tok, "samples_per_prompt": max(args.group, 2)},
         }
     )
@@ -117,7 +122,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     updates = {
         name: pack(
             side,
-            max_tok=stage.batch.max_tok,
+            micro_batch_tok=stage.batch.micro_batch_tok,
             prompts_per_update=None,
             objective=stage.objective,
             device=policy.device,
@@ -145,7 +150,7 @@ def _row(
     known = [peak for peak in peaks if peak is not None]
     return {
         "who": name,
-        "trunk_tok": sum(len(b.token_ids) for b in update.batches),
+        "forward_tok": sum(len(b.token_ids) for b in update.batches),
         "loss_tok": update.num_loss_tok,
         "median_s": median,
         "p20_s": deciles[1],

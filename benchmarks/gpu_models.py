@@ -21,7 +21,7 @@ def make_policy(shape: tuple[int, ...], vocab: int, dtype: torch.dtype | None = 
     from isomorph.engine.model.policy import build_tiny
 
     names = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
-    tiny = TinyModel(**dict(zip(names, shape, strict=True)), max_tok=4096)
+    tiny = TinyModel(**dict(zip(names, shape, strict=True)), max_model_len=4096)
     dtype = dtype or (torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
     with torch.device(DEVICE):  # a billion random numbers are made where they are wanted
         return build_tiny(tiny, [f"w{i}" for i in range(vocab)], seed=0, dtype=dtype, device=DEVICE)
@@ -31,7 +31,7 @@ def recomputing(policy: Any) -> Any:
     """The same model, every layer run again in the backward."""
     from isomorph.engine.model.policy import Policy
 
-    return Policy(policy.model, policy.text, recompute_every=1)
+    return Policy(policy.model, policy.text, gradient_checkpointing_every=1)
 
 
 def make_tokens(rng: random.Random, num: int, vocab: int) -> tuple[int, ...]:

@@ -167,14 +167,16 @@ def update(rehearse: bool) -> Rows:
     and 9.0 % of an H100's peak (1.7 B weights, padding-free, checkpointing, huggingface/trl PR #6092).
     """
     from isomorph.engine.update.learner import Learner
-    from isomorph.engine.update.pack import pack
+    from isomorph.engine.update.micro_batches import pack
 
     policy = make_policy(*((TINY, VOCAB_TINY) if rehearse else (QWEN_1_5B, VOCAB_QWEN)))
     weights = sum(p.numel() for p in policy.named_parameters().values())
-    for max_tok, recomputes in ((8192, False), (16_384, True)):
+    for micro_batch_tok, recomputes in ((8192, False), (16_384, True)):
         learner = Learner(recomputing(policy) if recomputes else policy)
-        groups, stage = _groups(rehearse, max_tok)
-        updates = pack(groups, max_tok=max_tok, prompts_per_update=None, objective=stage.objective, device=DEVICE)
+        groups, stage = _groups(rehearse, micro_batch_tok)
+        updates = pack(
+            groups, micro_batch_tok=micro_batch_tok, prompts_per_update=None, objective=stage.objective, device=DEVICE
+        )
         learner.enter(stage)
         batches = [batch for u in updates for batch in u.batches]
         head = 6 * sum(b.num_loss_tok for b in batches) * policy.unembedding.numel()
@@ -185,7 +187,7 @@ def update(rehearse: bool) -> Rows:
         tokens = sum(len(b.token_ids) for b in batches)
         repeated = sum(len(g.prompt.token_ids) + len(r.token_ids) for g in groups for r in g.rollouts)
         yield {
-            "check": f"update of {weights / 1e9:.2f} B weights, {max_tok} tokens a micro-batch, "
+            "check": f"update of {weights / 1e9:.2f} B weights, {micro_batch_tok} tokens a micro-batch, "
             f"{'all layers recomputed' if recomputes else 'nothing recomputed'}",
             **timing,
             "mfu_percent": None if DEVICE.type == "cpu" else 100 * timing["tflops"] / HOPPER_TFLOPS,
@@ -197,7 +199,7 @@ def update(rehearse: bool) -> Rows:
         free_memory()
 
 
-def _groups(rehearse: bool, max_tok: int) -> tuple[list[Any], Any]:
+def _groups(rehearse: bool, micro_batch_tok: int) -> tuple[list[Any], Any]:
     """Prompts with random answers, half of them good, and their stage."""
     from isomorph.engine.config import Stage
     from isomorph.engine.types import Group, Rollout
@@ -219,7 +221,12 @@ def _groups(rehearse: bool, max_tok: int) -> tuple[list[Any], Any]:
         )
         advantages = tuple(1.0 - 2.0 * (g % 2) for g in range(size))
         groups.append(Group(prompt=prompt, rollouts=answers, rewards=advantages, advantages=advantages))
-    tables = {"name": "gpu", "steps": 10, "objective": {"name": "grpo"}, "batch": {"prompts": num, "max_tok": max_tok}}
+    tables = {
+        "name": "gpu",
+        "steps": 10,
+        "objective": {"name": "grpo"},
+        "batch": {"prompts": num, "micro_batch_tok": micro_batch_tok},
+    }
     sampling = {"samples_per_prompt": size, "max_new_tok": response}
     return groups, Stage.model_validate({**tables, "sampling": sampling})
 

@@ -139,7 +139,18 @@ def step_beside_trl(rehearse: bool) -> Rows:
     """bench_step.py on a model of SmolLM2-135M's shape."""
     sizes = ["--steps", "1", "--prompts", "2", "--group", "2", "--max-new-tok", "4"]
     if not rehearse:
-        sizes = ["--steps", "5", "--prompts", "16", "--group", "8", "--max-new-tok", "256", "--max-tok", "16384"]
+        sizes = [
+            "--steps",
+            "5",
+            "--prompts",
+            "16",
+            "--group",
+            "8",
+            "--max-new-tok",
+            "256",
+            "--micro-batch-tok",
+            "16384",
+        ]
     yield from _beside_trl("bench_step.py", sizes, "a step beside TRL's: TRL's seconds over ours", rehearse)
 
 

@@ -27,8 +27,8 @@ from isomorph.engine.distributed.ranks import Ranks, cut, lost_ranks_explained
 from isomorph.engine.loop import Crew, train
 from isomorph.engine.model.policy import Policy, load_policy, silence_loaders
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
-from isomorph.engine.record.readers import check_readers, open_readers
 from isomorph.engine.record.runlog import QuietLog, RunLog
+from isomorph.engine.record.sinks import check_sinks, open_sinks
 from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory_gib
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
@@ -72,7 +72,7 @@ def run_recipe(
         raise UserError('parallel.kind = "fsdp" cuts the weights up between ranks: start several with torchrun')
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    check_readers(recipe.log)
+    check_sinks(recipe.log)
     if resume:
         ranks.from_first(lambda: _refuse_changed_files(recipe, folder))
     else:
@@ -87,8 +87,8 @@ def run_recipe(
             stack.enter_context(log.telemetry.watching())
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
-                log.readers += stack.enter_context(open_readers(recipe.log, folder, tables, state.step))
-                log.readers.append(FirstSteps(recipe, crew.policy, log, before_gib, ranks.size))
+                log.sinks += stack.enter_context(open_sinks(recipe.log, folder, tables, state.step))
+                log.sinks.append(FirstSteps(recipe, crew.policy, log, before_gib, ranks.size))
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:
@@ -117,10 +117,10 @@ def _crew_at_work(
     recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], ranks: Ranks, *, resume: bool
 ) -> Iterator[tuple[Crew, RunState]]:
     policy = open_policy(recipe)
-    _refuse_long_responses(recipe, policy.max_tok)
+    _refuse_long_responses(recipe, policy.max_model_len)
     log.telemetry = Telemetry(*find_gpu(policy.device))
     state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
-    curriculum = Curriculum(recipe, policy.text, policy.max_tok)
+    curriculum = Curriculum(recipe, policy.text, policy.max_model_len)
     for files in curriculum.files.values():
         for sentence in files.left_out:
             log.say(f"warning: {sentence}")
@@ -130,7 +130,7 @@ def _crew_at_work(
         # after the sampler: it may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             cut(policy)
-        learner = Learner(policy, ranks, optimizer_on_host=recipe.model.optimizer == "host")
+        learner = Learner(policy, ranks, optimizer_on_host=recipe.model.offload_optimizer)
         if learned is not None and state.stage:  # else it was interrupted before its first stage
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
@@ -148,7 +148,9 @@ def _crew_at_work(
         crew = Crew(
             policy=policy,
             sampler=sampler,
-            demonstrations=DemonstrationSampler(policy.text, curriculum.demonstrate, max_tok=policy.max_tok),
+            demonstrations=DemonstrationSampler(
+                policy.text, curriculum.demonstrate, max_model_len=policy.max_model_len
+            ),
             source=curriculum,
             judge=judges,
             learner=learner,
@@ -189,13 +191,13 @@ def finds_answer(prompt: Prompt, text: str) -> bool:
     return answer_found(task.family, text)
 
 
-def _refuse_long_responses(recipe: Recipe, max_tok: int) -> None:
+def _refuse_long_responses(recipe: Recipe, max_model_len: int) -> None:
     """Before the first stage, what a later one could not draw."""
     asked = {f"stage {stage.name}: sampling.max_new_tok": stage.sampling.max_new_tok for stage in recipe.stage}
     for name, num_tok in {**asked, "eval.max_new_tok": recipe.eval.max_new_tok}.items():
-        if num_tok >= max_tok:
+        if num_tok >= max_model_len:
             raise UserError(
-                f"{name} must leave room for a prompt within the model's {max_tok} positions, got {num_tok}"
+                f"{name} must leave room for a prompt within the model's {max_model_len} positions, got {num_tok}"
             )
 
 
@@ -367,7 +369,7 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
         "status": "done",
         "steps": state.step,
         "wall_s": crew.log.wall_s(),
-        "tokens": {key: state.totals.get(key, 0) for key in ("prompt_tok", "response_tok", "trunk_tok")},
+        "tokens": {key: state.totals.get(key, 0) for key in ("prompt_tok", "response_tok", "forward_tok")},
         "accuracy": {
             when: {name: result["rate"] for name, result in results.items()} for when, results in accuracy.items()
         },

@@ -55,10 +55,12 @@ class JsonlData(Section):
 class Ingredient(Section):
     """One part of a stage's mixture."""
 
+    renamed = {"naive_rate": "sequential_rate"}
+
     data: str
     representation: str
     weight: float = Field(1.0, gt=0)
-    naive_rate: float = Field(0.0, ge=0, le=1)  # share of demonstrations that do one step after the other
+    sequential_rate: float = Field(0.0, ge=0, le=1)  # share of demonstrations that do one step after the other
 
 
 class Mastery(Section):
@@ -88,8 +90,8 @@ class StageRecipe(Stage):
         if len(self.mixture) == 1:
             keys[("mixture", 0, "weight")] = "the mixture has one part"
         if not self.objective.is_supervised:
-            why = "only demonstrations are naive, and the stage samples its responses"
-            keys |= {("mixture", i, "naive_rate"): why for i in range(len(self.mixture))}
+            why = "only demonstrations can be sequential, and the stage samples its responses"
+            keys |= {("mixture", i, "sequential_rate"): why for i in range(len(self.mixture))}
         return keys
 
     @property
@@ -120,7 +122,7 @@ class Recipe(EngineConfig):
         for i, stage in enumerate(self.stage):
             for j, part in enumerate(stage.mixture):
                 if isinstance(self.data[part.data], JsonlData):
-                    keys[("stage", i, "mixture", j, "naive_rate")] = "files bring their own demonstrations"
+                    keys[("stage", i, "mixture", j, "sequential_rate")] = "files bring their own demonstrations"
         if isinstance(self.data[self.eval.data], JsonlData):
             keys[("eval", "seed")] = "a file's questions are not drawn: data.NAME.split_seed splits them off"
         supervised = {part.data for stage in self.stage if stage.objective.is_supervised for part in stage.mixture}

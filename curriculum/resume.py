@@ -15,16 +15,16 @@ from isomorph.engine.record.checkpoint import latest_checkpoint
 # What decides how long, how fast and how far a run goes on, and not what it is. A path must lead to the same content.
 MAY_CHANGE = (
     *("stage.*.steps", "stage.*.mastery*", "stage.*.plateau*", "stage.*.max_response_tok"),
-    *("stage.*.optim.*", "stage.*.batch.max_tok"),
+    *("stage.*.optim.*", "stage.*.batch.micro_batch_tok"),
     *("sampler.kv_tok", "sampler.max_seqs", "sampler.memory_frac", "sampler.max_model_len"),
     *("run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_every"),
     *("run.max_mean_drift", "run.profile*", "log.*"),
-    *("model.recompute_every", "model.compile", "model.path", "data.*.files.*"),
+    *("model.gradient_checkpointing_every", "model.compile", "model.path", "data.*.files.*"),
 )
 IN_WORDS = (
-    "a stage's steps and other ends, optim and batch.max_tok; the sampler's kv_tok, max_seqs, memory_frac and "
-    "max_model_len; run, but for its seed; log; model.recompute_every, model.compile; paths to files of the "
-    "same content"
+    "a stage's steps and other ends, optim and batch.micro_batch_tok; the sampler's kv_tok, max_seqs, memory_frac and "
+    "max_model_len; run, but for its seed; log; model.gradient_checkpointing_every, model.compile; paths to files of "
+    "the same content"
 )
 
 Changes = dict[str, list[Any]]  # key -> before, after

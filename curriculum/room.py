@@ -18,11 +18,11 @@ Misfit = Callable[[Task], str | None]  # why a task does not fit; None where it 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What prompts and responses of ``recipe`` have to fit into; the model has positions for ``max_tok`` tokens."""
+    """The limits on prompts and responses of ``recipe``, for a model with ``max_model_len`` positions."""
 
     recipe: Recipe
     text: TextCodec
-    max_tok: int
+    max_model_len: int
 
     def misfit_of_training(self, data: str, representation: str) -> Misfit:
         """Of the stages that ask tasks of ``data``; a row that one of them cannot ask is left out of all."""
@@ -55,8 +55,8 @@ class Room:
                     continue
                 difficulty = data.difficulty.model_copy(update={"min_steps": data.difficulty.max_steps})
                 for i in range(NUM_SAMPLES):
-                    rng, naive = random.Random(f"room:{i}"), part.naive_rate
-                    task = make_task(rng, difficulty, part.representation, split="train", naive_rate=naive)
+                    rng, rate = random.Random(f"room:{i}"), part.sequential_rate
+                    task = make_task(rng, difficulty, part.representation, split="train", sequential_rate=rate)
                     if why := self._in_stage(task, stage):
                         raise UserError(f"stage {stage.name}, a {part.representation} question of {part.data}: {why}")
 
@@ -68,9 +68,12 @@ class Room:
 
     def _in_stage(self, task: Task, stage: StageRecipe) -> str | None:
         limits = [
-            (self.max_tok, f"the model has positions for {self.max_tok}"),
+            (self.max_model_len, f"the model has positions for {self.max_model_len}"),
             # a response's last token is predicted, and is nobody's input
-            (stage.batch.max_tok + 1, f"a micro-batch must hold all but the last: batch.max_tok={stage.batch.max_tok}"),
+            (
+                stage.batch.micro_batch_tok + 1,
+                f"a micro-batch must hold all but the last: batch.micro_batch_tok={stage.batch.micro_batch_tok}",
+            ),
         ]
         most = stage.sampling.max_new_tok
         if stage.objective.is_supervised:
@@ -88,7 +91,10 @@ class Room:
         return self._over(task, num_tok, response, *min(limits))
 
     def _in_exam(self, task: Task) -> str | None:
-        limits, most = [(self.max_tok, f"the model has positions for {self.max_tok}")], self.recipe.eval.max_new_tok
+        limits, most = (
+            [(self.max_model_len, f"the model has positions for {self.max_model_len}")],
+            self.recipe.eval.max_new_tok,
+        )
         if self.recipe.sampler.kind == "vllm":
             longest = self.recipe.sampler.max_model_len
             limits.append((longest, f"vLLM is started for sampler.max_model_len={longest}"))

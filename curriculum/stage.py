@@ -25,14 +25,14 @@ START = "start"  # the exam before the first stage
 class Curriculum:
     """Stages in order; ``text`` turns questions into token ids."""
 
-    def __init__(self, recipe: Recipe, text: TextCodec, max_tok: int | None = None) -> None:
-        """``max_tok``: the model's positions; None: whether questions fit is not looked at.
+    def __init__(self, recipe: Recipe, text: TextCodec, max_model_len: int | None = None) -> None:
+        """``max_model_len``: the model's positions; None: whether questions fit is not looked at.
 
         Raises UserError where generated questions cannot fit, or no row of a file does; other rows are left out.
         """
         self.recipe = recipe
         self.text = text
-        room = None if max_tok is None else Room(recipe=recipe, text=text, max_tok=max_tok)
+        room = None if max_model_len is None else Room(recipe=recipe, text=text, max_model_len=max_model_len)
         self.files = {
             name: TaskFiles(data, text, name, room) for name, data in recipe.data.items() if isinstance(data, JsonlData)
         }
@@ -117,8 +117,8 @@ class Curriculum:
         known: dict[str, list[float]] = {}
         for prompt in self._questions():
             task: Task = prompt.payload
-            if task.naive_answer is not None:
-                answered = f"<answer>{task.naive_answer}</answer>"
+            if task.sequential_answer is not None:
+                answered = f"<answer>{task.sequential_answer}</answer>"
                 known.setdefault(prompt.representation, []).append(
                     judge(task.family, answered, task.answer, reward=task.reward)
                 )
@@ -207,7 +207,9 @@ class Curriculum:
     def _task(self, part: Ingredient, rng: random.Random) -> Task:
         data = self.recipe.data[part.data]
         if isinstance(data, GeneratedData):
-            return make_task(rng, data.difficulty, part.representation, split="train", naive_rate=part.naive_rate)
+            return make_task(
+                rng, data.difficulty, part.representation, split="train", sequential_rate=part.sequential_rate
+            )
         key = f"{part.data}:{part.representation}"
         position = self.positions.get(key, 0)
         self.positions[key] = position + 1

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -32,6 +32,7 @@ class Section(BaseModel):
     """A frozen table of the recipe; an unknown key is an error, and so is a number in quotes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    renamed: ClassVar[dict[str, str]] = {}  # key, or key = "value", of earlier versions -> what to write now
 
     def idle(self) -> dict[KeyPath, str]:
         """Keys, by their path from here, that change nothing beside the others' values, and why.
@@ -45,6 +46,9 @@ class Section(BaseModel):
     def _of_its_kind(cls, table: Any) -> Any:
         """TOML tells numbers, truth and text apart; pydantic would turn one into the other."""
         for key, value in table.items() if isinstance(table, dict) else ():
+            for old in (key, f'{key} = "{value}"'):
+                if old in cls.renamed:
+                    raise ValueError(f"{old} has a new name: write {cls.renamed[old]}")
             field = cls.model_fields.get(key)
             if field is None or any(isinstance(rule, BeforeValidator) for rule in field.metadata):
                 continue
@@ -70,12 +74,14 @@ def _scalars_in(annotation: Any) -> set[type]:
 class TinyModel(Section):
     """A decoder with random weights and a word-level tokenizer, built on the spot: no download."""
 
+    renamed = {"max_tok": "max_model_len"}
+
     hidden_size: int = Field(128, ge=8)
     num_layers: int = Field(4, ge=1)
     num_heads: int = Field(4, ge=1)
     num_kv_heads: int = Field(2, ge=1)
     intermediate_size: int = Field(384, ge=8)
-    max_tok: int = Field(512, ge=16)  # longest sequence, prompt and response
+    max_model_len: int = Field(512, ge=16)  # longest sequence, prompt and response
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TinyModel":
@@ -94,11 +100,18 @@ class TinyModel(Section):
 class ModelConfig(Section):
     """Exactly one of ``path`` and ``tiny``."""
 
+    renamed = {
+        "recompute_every": "gradient_checkpointing_every",
+        "optimizer": 'offload_optimizer = true (was optimizer = "host") or nothing ("device")',
+    }
+
     path: str | None = None  # a folder, a .gguf file, or a hub name
     tiny: TinyModel | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; masters are always float32
-    recompute_every: int | None = Field(None, ge=1)  # of n layers one is run again in backward; 1: all; None: none
-    optimizer: Literal["device", "host"] = "device"  # host: masters, moments and gradients beside it, AdamW on the CPU
+    gradient_checkpointing_every: int | None = Field(
+        None, ge=1
+    )  # of n layers one is run again in backward; 1: all; None: none
+    offload_optimizer: bool = False  # float32 masters, moments and gradients in host memory, AdamW on the CPU
     compile: bool = False  # the learner's layers by torch.compile: a minute at the start for fewer passes over memory
     chat_template: bool = True  # wrap the question as a user's turn, where the tokenizer has a template
     stop: tuple[str, ...] = ()  # further tokens that end a response, as text: one token of the tokenizer each
@@ -146,10 +159,12 @@ class SamplingConfig(Section):
 
 
 class BatchConfig(Section):
+    renamed = {"max_tok": "micro_batch_tok", "epochs": "num_iterations"}
+
     prompts: int = Field(16, ge=1)  # per step
-    max_tok: int = Field(8192, ge=1)  # packed tokens of one micro-batch, the prompt of a group counted once
+    micro_batch_tok: int = Field(8192, ge=1)  # packed tokens of one micro-batch, the prompt of a group counted once
     prompts_per_update: int | None = Field(None, ge=1)  # None: one optimizer step on all prompts of a step
-    epochs: int = Field(1, ge=1)  # passes over the rollouts of a step
+    num_iterations: int = Field(1, ge=1)  # passes over the rollouts of a step
     refills: int = Field(
         0, ge=0
     )  # rounds in which further prompts take the place of groups whose rewards are all equal
@@ -207,6 +222,13 @@ Clip = Annotated[float | None, BeforeValidator(lambda value: None if value == "o
 class ObjectiveConfig(Section):
     """A loss by its name, and every choice the name stands for."""
 
+    renamed = {
+        "tis": "importance_sampling",
+        "tis_mode": "importance_sampling_mode",
+        "tis_cap": "importance_sampling_cap",
+        "kl": 'kl_estimator = "k1", "k2" or "k3" for a KL term of the loss, reward_kl_coef for a penalty on rewards',
+    }
+
     name: ObjectiveName = DEFAULT_OBJECTIVE
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"  # of a group's rewards, taken off each of them
     scale: Literal["std", "none", "batch"] = "std"  # of the group; batch: whitened over all tokens of a step
@@ -218,22 +240,17 @@ class ObjectiveConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of kl_coef
     reward_kl_coef: float = Field(0.0, ge=0)  # of k1 = log old - log reference, taken off the reward
     entropy_coef: float = Field(0.0, ge=0)
-    tis: Literal["off", "token", "sequence"] = "off"  # importance weight trainer / sampler
-    tis_mode: Literal["truncate", "mask"] = (
+    importance_sampling: Literal["off", "token", "sequence"] = "off"  # importance weight trainer / sampler
+    importance_sampling_mode: Literal["truncate", "mask"] = (
         "truncate"  # above the cap: weight = cap, or the token (sequence) is left out
     )
-    tis_cap: float = Field(2.0, gt=0)
+    importance_sampling_cap: float = Field(2.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if "kl" in data:
-            raise ValueError(
-                'the key kl is no longer known: kl_estimator = "k1", "k2" or "k3" names the estimate that kl_coef adds '
-                'to the loss; what kl = "k1" did, a penalty on the reward, is reward_kl_coef'
-            )
         name = data.get("name", DEFAULT_OBJECTIVE)
         return {**(PRESETS.get(name, {}) if isinstance(name, str) else {}), **data}
 
@@ -242,7 +259,7 @@ class ObjectiveConfig(Section):
         if (self.clip_low is None) != (self.clip_high is None):
             raise ValueError('clip_low and clip_high must both be numbers or both be "off"')
         if self.name in ("sft", "rft"):
-            idle = dict(kl_coef=0.0, reward_kl_coef=0.0, entropy_coef=0.0, tis="off", ratio="token")
+            idle = dict(kl_coef=0.0, reward_kl_coef=0.0, entropy_coef=0.0, importance_sampling="off", ratio="token")
             for key, value in idle.items():
                 if getattr(self, key) != value:
                     raise ValueError(f"{key} has no meaning for {self.name}: leave it out")
@@ -260,8 +277,11 @@ class ObjectiveConfig(Section):
             keys = {key: f'objective.name is "{self.name}"' for key in type(self).model_fields if key not in acting}
         if self.kl_coef == 0:
             keys.setdefault("kl_estimator", "objective.kl_coef is 0")
-        if self.tis == "off":
-            keys |= {key: keys.get(key, 'objective.tis is "off"') for key in ("tis_mode", "tis_cap")}
+        if self.importance_sampling == "off":
+            keys |= {
+                key: keys.get(key, 'objective.importance_sampling is "off"')
+                for key in ("importance_sampling_mode", "importance_sampling_cap")
+            }
         return {(key,): why for key, why in keys.items()}
 
     @property
@@ -272,7 +292,7 @@ class ObjectiveConfig(Section):
     @property
     def is_per_token(self) -> bool:
         """A token's loss depends on its own row alone, so that gradients can be made chunk by chunk."""
-        return self.ratio == "token" and self.tis != "sequence"
+        return self.ratio == "token" and self.importance_sampling != "sequence"
 
     @property
     def needs_reference(self) -> bool:
@@ -288,16 +308,21 @@ class ObjectiveConfig(Section):
 class Stage(Section):
     """What the engine has to know of a stage: how to draw, what to minimise, and what to keep from the stage before."""
 
+    renamed = {
+        "optimizer": "optimizer_state",
+        'reference = "anchor"': 'reference = "snapshot"',
+        'reference = "keep"': 'reference = "previous"',
+    }
+
     name: str = Field(pattern=r"^\w[\w .-]*$")  # names files, too
     steps: int = Field(ge=1)  # at most; the schedule of the learning rate runs over them
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
-    optimizer: Literal["carry", "reset"] = "reset"  # moments of the stage before
-    reference: Literal["keep", "anchor"] = (
-        "anchor"  # KL is measured to the policy as it was at the start of this stage, or of an earlier one
-    )
+    optimizer_state: Literal["carry", "reset"] = "reset"  # carry: AdamW keeps the moments of the stage before
+    # of the KL term. snapshot: the policy as it is at the start of this stage; previous: the reference in use before
+    reference: Literal["previous", "snapshot"] = "snapshot"
 
     @property
     def loss_temperature(self) -> float:
@@ -307,8 +332,8 @@ class Stage(Section):
     def idle(self) -> dict[KeyPath, str]:
         if self.objective.is_supervised:
             return {("sampling", "temperature"): "demonstrations are not sampled"}
-        if self.batch.epochs == 1 and self.batch.prompts_per_update in (None, self.batch.prompts):
-            why = "a step makes one update (batch.prompts_per_update, batch.epochs), in which every ratio is 1"
+        if self.batch.num_iterations == 1 and self.batch.prompts_per_update in (None, self.batch.prompts):
+            why = "a step makes one update (batch.prompts_per_update, batch.num_iterations), in which every ratio is 1"
             return {("objective", "clip_low"): why, ("objective", "clip_high"): why}
         return {}
 
@@ -401,10 +426,10 @@ class EngineConfig(Section):
             raise ValueError(
                 'model.compile cannot see through what parallel.kind = "fsdp" hangs on the layers: leave it'
             )
-        if self.parallel.kind == "fsdp" and self.model.optimizer == "host":
+        if self.parallel.kind == "fsdp" and self.model.offload_optimizer:
             raise ValueError(
                 'parallel.kind = "fsdp" cuts masters and moments up between the devices: '
-                'leave model.optimizer = "host", or set parallel.kind = "data"'
+                'leave model.offload_optimizer = true, or set parallel.kind = "data"'
             )
         return self
 

@@ -36,7 +36,7 @@ from isomorph.engine.types import (
     StepStats,
 )
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.pack import pack
+from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.score import (
     FindsAnswer,
     Judging,
@@ -138,7 +138,7 @@ def step(crew: Crew, here: Here, stage: Stage) -> None:
     with log.time("pack"):
         updates = pack(
             learned,
-            max_tok=stage.batch.max_tok,
+            micro_batch_tok=stage.batch.micro_batch_tok,
             prompts_per_update=stage.batch.prompts_per_update,
             objective=stage.objective,
             device=crew.policy.device,
@@ -349,7 +349,7 @@ def _advanced(
     added = {
         "prompt_tok": sum(len(g.prompt.token_ids) for g in groups),
         "response_tok": sum(len(r.token_ids) for g in groups for r in g.rollouts),
-        "trunk_tok": stats.num_trunk_tok,
+        "forward_tok": stats.num_forward_tok,
     }
     return dataclasses.replace(
         state,
@@ -397,7 +397,7 @@ def _row(
         "response/stopped": sum(r.finish == "stop" for g in groups for r in g.rollouts) / len(response_tok),
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
         "tok/response": sum(response_tok),
-        "tok/trunk": stats.num_trunk_tok,
+        "tok/trunk": stats.num_forward_tok,
         "tok/loss": stats.num_loss_tok,
         "tok/dropped": stats.num_dropped_tok,
         "loss": stats.loss,

@@ -55,7 +55,7 @@ class ModelShape:
     normalises_heads: bool  # Qwen3: RMSNorm on queries and keys
 
     @property
-    def num_trunk(self) -> int:
+    def num_backbone(self) -> int:
         """Parameters that multiply every token: all but embedding and unembedding."""
         return self.num_parameters - self.num_head * (1 if self.is_tied else 2)
 
@@ -75,7 +75,7 @@ class Facts:
     shape: ModelShape
     weight_bytes: int  # of one weight
     is_gpu: bool
-    recompute_every: int | None
+    gradient_checkpointing_every: int | None
     has_reference: bool
     is_sampled: bool  # else demonstrations
     is_repeated: bool  # old log-probabilities need a pass of their own
@@ -95,7 +95,7 @@ class Facts:
     optimizer_on_host: bool
 
     @property
-    def trunk_tok(self) -> float:
+    def forward_tok(self) -> float:
         """Through the decoder in one pass over the step; a group's prompt once."""
         return self.prompts * (self.prompt_tok + self.samples * self.response_tok)
 
@@ -105,7 +105,7 @@ class Facts:
 
     @property
     def has_several_micro_batches(self) -> bool:
-        return self.trunk_tok > self.micro_tok * self.num_updates
+        return self.forward_tok > self.micro_tok * self.num_updates
 
     @property
     def num_rows(self) -> int:
@@ -194,7 +194,7 @@ def activation_bytes_per_tok(facts: Facts) -> float:
     """Kept between forward and backward, and the one layer that is being worked on."""
     shape, size = facts.shape, facts.weight_bytes
     layer = layer_bytes_per_tok(shape, size)
-    every = facts.recompute_every
+    every = facts.gradient_checkpointing_every
     num_recomputed = 0 if every is None else -(-shape.num_layers // every)
     kept = (shape.num_layers - num_recomputed) * layer + num_recomputed * shape.width * size
     run_again = layer if num_recomputed else 0
@@ -219,8 +219,8 @@ def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
 def _gathered_bytes(facts: Facts) -> float:
     """Of a pass: embedding and unembedding stay whole throughout it, one layer computes, the next one is on its way."""
     shape = facts.shape
-    outside = shape.num_parameters - shape.num_trunk
-    return facts.weight_bytes * (outside + 2 * shape.num_trunk / shape.num_layers)
+    outside = shape.num_parameters - shape.num_backbone
+    return facts.weight_bytes * (outside + 2 * shape.num_backbone / shape.num_layers)
 
 
 def _reference_bytes(facts: Facts) -> float:
@@ -253,7 +253,7 @@ def _sampler_bytes(facts: Facts) -> float:
 def _packed_bytes(facts: Facts) -> float:
     """Copies by which the built-in sampler's layers multiply on a CPU."""
     is_packed = facts.is_sampled and facts.sampler == "builtin" and not facts.is_gpu
-    return facts.shape.num_trunk * facts.weight_bytes if is_packed else 0
+    return facts.shape.num_backbone * facts.weight_bytes if is_packed else 0
 
 
 def peak_bytes(facts: Facts, moment: Moment) -> float:
@@ -296,11 +296,11 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
     shape = facts.shape
     context = facts.prompt_tok + facts.response_tok / 2
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * context  # FLOPs a token
-    forward = facts.trunk_tok * (2 * shape.num_trunk + attention) + facts.loss_tok * 2 * shape.num_head
-    share_again = 0.0 if facts.recompute_every is None else 1 / facts.recompute_every
+    forward = facts.forward_tok * (2 * shape.num_backbone + attention) + facts.loss_tok * 2 * shape.num_head
+    share_again = 0.0 if facts.gradient_checkpointing_every is None else 1 / facts.gradient_checkpointing_every
     num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights need no gradient of their own
     num_passes += facts.has_reference + facts.is_repeated
-    moved = UPDATE_TRAFFIC * facts.trunk_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
+    moved = UPDATE_TRAFFIC * facts.forward_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
     stepped = OPTIMIZER_TRAFFIC * shape.num_trained / facts.num_shards * facts.num_updates
     step_bandwidth = HOST_BANDWIDTH if facts.is_gpu and facts.optimizer_on_host else ceilings.bandwidth
     update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth + stepped / step_bandwidth
@@ -310,8 +310,8 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
 def _generate_s(facts: Facts, ceilings: Ceilings, attention: float) -> float:
     """The prompts in one pass; then a round a token, each of which reads the weights and the keys and values."""
     shape = facts.shape
-    prefill = facts.prompts * facts.prompt_tok * (2 * shape.num_trunk + attention)
-    decode = facts.loss_tok * (2 * shape.num_trunk + 2 * shape.num_head + attention)
+    prefill = facts.prompts * facts.prompt_tok * (2 * shape.num_backbone + attention)
+    decode = facts.loss_tok * (2 * shape.num_backbone + 2 * shape.num_head + attention)
     num_rounds = facts.response_tok * -(-facts.prompts * facts.samples // facts.num_rows)
     read = num_rounds * (shape.num_parameters * facts.weight_bytes + facts.kv_tok * facts.kv_bytes_per_tok / 2)
     return (prefill + decode) / ceilings.flops + read / ceilings.bandwidth
@@ -330,12 +330,12 @@ def facts_of(
 ) -> Facts:
     """The stage's step at its longest: every response as long as it may be. On the rank that has most of it."""
     is_supervised, batch = stage.objective.is_supervised, stage.batch
-    num_updates = batch.epochs * (batch.prompts // (batch.prompts_per_update or batch.prompts))
+    num_updates = batch.num_iterations * (batch.prompts // (batch.prompts_per_update or batch.prompts))
     facts = Facts(
         shape=shape,
         weight_bytes={"float32": 4, "bfloat16": 2}[config.model.dtype],
         is_gpu=is_gpu,
-        recompute_every=config.model.recompute_every,
+        gradient_checkpointing_every=config.model.gradient_checkpointing_every,
         has_reference=stage.objective.needs_reference,
         is_sampled=not is_supervised,
         is_repeated=num_updates > 1 or stage.objective.reward_kl_coef > 0,
@@ -349,12 +349,14 @@ def facts_of(
         samples=stage.sampling.samples_per_prompt,
         prompt_tok=prompt_tok,
         response_tok=stage.sampling.max_new_tok,
-        micro_tok=batch.max_tok,
+        micro_tok=batch.micro_batch_tok,
         num_updates=num_updates,
         device_gib=device_gib,
-        optimizer_on_host=config.model.optimizer == "host",
+        optimizer_on_host=config.model.offload_optimizer,
     )
-    return dataclasses.replace(facts, micro_tok=min(batch.max_tok, facts.trunk_tok / num_updates * batch.epochs))
+    return dataclasses.replace(
+        facts, micro_tok=min(batch.micro_batch_tok, facts.forward_tok / num_updates * batch.num_iterations)
+    )
 
 
 def card_ceilings(name: str) -> tuple[Card, Ceilings]:

@@ -73,7 +73,7 @@ def _explained(error: Exception) -> Exception:
     if not is_memory:
         return error
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return RunFailed(f"out of memory ({first}): lower batch.max_tok, sampler.max_seqs or sampler.kv_tok")
+    return RunFailed(f"out of memory ({first}): lower batch.micro_batch_tok, sampler.max_seqs or sampler.kv_tok")
 
 
 def _broken(parameters: dict[str, Any]) -> str | None:

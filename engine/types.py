@@ -157,7 +157,7 @@ class StepStats:
     drift: StepDrift
     num_updates: int  # optimizer steps
     num_loss_tok: int
-    num_trunk_tok: int  # tokens that went through the decoder in the update passes
+    num_forward_tok: int  # tokens that went through the decoder in the update passes
     num_dropped_tok: int  # their sampler log-probability was not finite
 
 

@@ -9,7 +9,7 @@ products of a layer are oneDNN's, by the operator that torch.compile's own CPU c
 Everything else is PyTorch's ``linear``: other dtypes, other devices, the reference body, products and weights that are
 too small to gain.
 
-Few rows cost the reading of the weight, and oneDNN arranges it anew for each product. ``pack`` does that once, for a
+Few rows cost the reading of the weight, and oneDNN arranges it anew for each product. ``prepack`` does that once, for a
 sampler whose weights stay as they are while it decodes.
 """
 
@@ -115,8 +115,8 @@ def _with_rounded_rows(x: Tensor) -> Tensor:
 
 
 # -- public
-def pack(weight_OI: Tensor) -> Tensor | None:
-    """A copy of the weight as oneDNN multiplies by it, for ``linear_packed``; None where there is nothing to gain.
+def prepack(weight_OI: Tensor) -> Tensor | None:
+    """A copy of the weight as oneDNN multiplies by it, for ``linear_prepacked``; None where there is nothing to gain.
 
     It knows nothing of later changes of the weight.
     """
@@ -126,7 +126,7 @@ def pack(weight_OI: Tensor) -> Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), PACKED_FOR_ROWS)
 
 
-def linear_packed(x: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear_prepacked(x: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[..., I] -> [..., O], in the dtype that ``packed`` was made from. No gradient."""
     x_RI = _with_rounded_rows(x)
     y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, packed, bias_O, "none", [], "")

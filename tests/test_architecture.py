@@ -135,7 +135,7 @@ def test_the_rooms_are_read_at_all() -> None:
         ("curriculum/a.py", "from transformers.modeling_utils import x", "transformers is imported"),
         ("engine/model/policy.py", "import peft", "peft is imported"),
         ("engine/loop.py", "import trl", "trl is imported"),
-        ("engine/rollout/a.py", "from isomorph.engine.update.pack import pack", "do not know each other"),
+        ("engine/rollout/a.py", "from isomorph.engine.update.micro_batches import pack", "do not know each other"),
         ("engine/update/a.py", "from isomorph.engine import rollout", "do not know each other"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> No
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
     assert one["weights_sha256"] == other["weights_sha256"]
     assert one["exams"] == other["exams"] and one["tokens"] == other["tokens"]
-    assert set(one["tokens"]) == {"prompt_tok", "response_tok", "trunk_tok"}
+    assert set(one["tokens"]) == {"prompt_tok", "response_tok", "forward_tok"}
 
 
 @pytest.mark.slow
@@ -128,8 +128,12 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_heard_while_responses_are_drawn(tmp_path: Path, number: signal.Signals) -> None:
     """A step whose responses take minutes: what is drawn is dropped, the step's beginning is kept."""
-    long = ("model.tiny.max_tok=8192", "stage.0.sampling.max_new_tok=8000", "stage.0.sampling.samples_per_prompt=64")
-    tables = (*long, "stage.0.batch.max_tok=16384", "stage.0.objective.name=dapo", "stage.0.batch.prompts=16")
+    long = (
+        "model.tiny.max_model_len=8192",
+        "stage.0.sampling.max_new_tok=8000",
+        "stage.0.sampling.samples_per_prompt=64",
+    )
+    tables = (*long, "stage.0.batch.micro_batch_tok=16384", "stage.0.objective.name=dapo", "stage.0.batch.prompts=16")
     process = subprocess.Popen(
         [*ISOMORPH, "train", str(SMOKE), "--run", "run", *tables, "eval.prompts=1", "eval.max_new_tok=1"],
         cwd=tmp_path,
@@ -182,7 +186,7 @@ def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
         ("stage.0.sampling.max_new_tok=10", "a demonstration of"),
         ("stage.1.sampling.max_new_tok=250", "positions for 256"),
         ("stage.2.sampling.max_new_tok=256", "stage words: sampling.max_new_tok must leave room for a prompt"),
-        ("stage.1.batch.max_tok=60", "batch.max_tok=60"),
+        ("stage.1.batch.micro_batch_tok=60", "batch.micro_batch_tok=60"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_every_module_that_is_named_exists_and_holds_what_is_named_in_it() -> No
 def test_paths_are_found_where_they_are_known_to_be() -> None:
     named = {(m.file, m.name) for m in mentions(ROOT, PATH, TOP_FILE, LINK)}
     assert ("README.md", "curriculum/recipes/quickstart.toml") in named
-    assert ("ARCHITECTURE.md", "engine/update/pack.py") in named
+    assert ("ARCHITECTURE.md", "engine/update/micro_batches.py") in named
     assert any(file.startswith("engine/") for file, _ in named)
 
 

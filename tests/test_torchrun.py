@@ -19,7 +19,7 @@ PROGRAM = "import sys; from isomorph.curriculum.cli import main; main()"
 SHORT = ("stage.0.steps=6", "run.checkpoint_every=4", "eval.prompts=4")
 KINDS = {
     "data": ("parallel.kind=data",),
-    "fsdp": ("parallel.kind=fsdp", "model.recompute_every=1"),
+    "fsdp": ("parallel.kind=fsdp", "model.gradient_checkpointing_every=1"),
 }
 # what is measured differs; and a resumed run publishes before its first step
 UNTIMED = ("time/", "wall_s", "mem/", "gpu/", "energy/", "publish/")

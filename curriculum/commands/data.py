@@ -43,7 +43,7 @@ def make_rows(
     representations: Sequence[str], num_tasks: int, difficulty: Difficulty, *, seed: int, split: str
 ) -> list[str]:
     """Lines of JSON with the paper's keys ``question`` and ``answer``, and representation, key, demonstration and
-    naive_answer; one representation after the other (none named: all), row i of each the same procedure.
+    sequential_answer; one representation after the other (none named: all), row i of each the same procedure.
 
     Raises:
         UserError: an unknown representation or split, or fewer than one task.
@@ -73,7 +73,7 @@ def _row(task: Task) -> str:
         "representation": task.representation,
         "key": task.key,
         "demonstration": task.demonstration,
-        "naive_answer": task.naive_answer,
+        "sequential_answer": task.sequential_answer,
     }
     return json.dumps(row, ensure_ascii=False) + "\n"
 

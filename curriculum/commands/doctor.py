@@ -74,7 +74,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Everything that is looked at, in order; takes a few seconds, for PyTorch is imported and a little measured."""
     findings = [_python(), *(_package(name, *pins) for name, pins in BASE.items()), *_trio()]
-    findings += [_vllm(), *(_extra(name, packages) for name, packages in EXTRAS.items()), _nvml(), _readers()]
+    findings += [_vllm(), *(_extra(name, packages) for name, packages in EXTRAS.items()), _nvml(), _sinks()]
     if _state_of(findings, "torch") == "ok":
         findings += [*_torch_devices(), _triton(), *_bodies(), _threads(), _contention()]
     return [*findings, _memory(), _disk(), *_variables()]
@@ -188,10 +188,10 @@ def _nvml() -> Finding:
         return Finding("telemetry", "missing", f"nvidia-ml-py {version}, but NVML: {error}", advice)
 
 
-def _readers() -> Finding:
+def _sinks() -> Finding:
     """Who can read along: TensorBoard always, the others where they are installed."""
     there = [f"{name} {version}" for name in ("wandb", "trackio") if (version := _version(name))]
-    return Finding("log readers", "ok", ", ".join(["TensorBoard event files", *there]))
+    return Finding("log sinks", "ok", ", ".join(["TensorBoard event files", *there]))
 
 
 def _torch_devices() -> Iterator[Finding]:

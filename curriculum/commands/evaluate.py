@@ -248,19 +248,20 @@ def _refuse_unreadable(prompts: Sequence[Prompt], text: TextCodec) -> None:
 def _refuse_long(policy: Policy, tasks: Sequence[Task], max_new_tok: int, noun: str) -> None:
     """Before the first answer is drawn: ``noun`` says what is counted, rows of a file or questions."""
     for i, task in enumerate(tasks):
-        num_tok = at_most(policy.text, task.question, policy.max_tok - max_new_tok, is_prompt=True)
-        if num_tok + max_new_tok > policy.max_tok:
+        num_tok = at_most(policy.text, task.question, policy.max_model_len - max_new_tok, is_prompt=True)
+        if num_tok + max_new_tok > policy.max_model_len:
             raise UserError(
                 f"{task.representation}, {noun} {i + 1}: a prompt of {num_tok} tokens and {max_new_tok} new ones make "
-                f"{num_tok + max_new_tok}, the model has positions for {policy.max_tok}: lower --max-new-tok, or "
+                f"{num_tok + max_new_tok}, the model has positions for {policy.max_model_len}: lower --max-new-tok, or "
                 "take it out"
             )
 
 
 def _floor(tasks: Sequence[Task]) -> float | None:
-    known = [task for task in tasks if task.naive_answer is not None]
+    known = [task for task in tasks if task.sequential_answer is not None]
     right = (
-        judge(task.family, f"<answer>{task.naive_answer}</answer>", task.answer, reward=task.reward) for task in known
+        judge(task.family, f"<answer>{task.sequential_answer}</answer>", task.answer, reward=task.reward)
+        for task in known
     )
     return sum(right) / len(known) if known else None
 
@@ -316,7 +317,7 @@ def _recipe_tasks(candidate: Candidate, representation: str, prompts: int | None
     data = candidate.recipe.data[wanted.data]
     num = prompts or wanted.prompts
     if isinstance(data, JsonlData):
-        room = Room(recipe=candidate.recipe, text=candidate.policy.text, max_tok=candidate.policy.max_tok)
+        room = Room(recipe=candidate.recipe, text=candidate.policy.text, max_model_len=candidate.policy.max_model_len)
         files = TaskFiles(data, candidate.policy.text, wanted.data, room)  # what the run's exams leave out, too
         return files.held_out[representation][:num]
     return draw_tasks(data.difficulty, representation, num, seed=wanted.seed, split="eval")

@@ -96,7 +96,7 @@ def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]
         if peaks[moment] > device_gib:
             found.append(
                 f"stage {stage.name}: {moment} needs up to {_size(peaks[moment])} of memory and this device has "
-                f"{_size(device_gib)}: lower batch.max_tok ({largest_micro_tok(facts):,} tokens fit), "
+                f"{_size(device_gib)}: lower batch.micro_batch_tok ({largest_micro_tok(facts):,} tokens fit), "
                 "sampling.max_new_tok or sampler.max_seqs; `isomorph plan` has the parts"
             )
     return found
@@ -155,7 +155,7 @@ def show_plan(planned: dict[str, Any], console: Console) -> None:
         memory.add_row(f"peak, {moment}", "", *peaks)
     console.print(memory)
     rest = _table("what fits, and how long a step takes at most", "", stages)
-    rest.add_row("largest batch.max_tok", "tokens", *(f"{s['largest_micro_tok']:,}" for s in stages))
+    rest.add_row("largest batch.micro_batch_tok", "tokens", *(f"{s['largest_micro_tok']:,}" for s in stages))
     rest.add_row("planned micro-batch", "tokens", *(f"{s['tok']['micro_batch']:,.0f}" for s in stages))
     kv = ("-" if s["largest_kv_tok"] is None else f"{s['largest_kv_tok']:,}" for s in stages)
     rest.add_row("keys and values", "tokens", *kv)
@@ -241,4 +241,4 @@ class FirstSteps:
             response_tok=row["tok/response"] / num_responses,
         )
         own_tok = row["tok/trunk"] / row["updates"] / self.num_ranks
-        return dataclasses.replace(facts, micro_tok=min(stage.batch.max_tok, own_tok))
+        return dataclasses.replace(facts, micro_tok=min(stage.batch.micro_batch_tok, own_tok))

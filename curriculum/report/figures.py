@@ -99,7 +99,7 @@ def _rewards(ax: Axes, record: RunRecord, spans: Sequence[Span]) -> None:
 
 
 def exam_accuracy(record: RunRecord) -> Figure:
-    """Greedy accuracy per representation at each boundary, with intervals and the naive floor."""
+    """Greedy accuracy per representation at each boundary, with intervals and the sequential baseline."""
     figure = new_figure(3.8)
     ax = figure.subplots()
     names = list(dict.fromkeys(name for exam in record.exams for name in exam.accuracy))

@@ -33,7 +33,7 @@ __all__ = [
     "draw",
     "draw_tasks",
     "make_task",
-    "naive_sum",
+    "sequential_sum",
     "render",
     "solve",
     "vocabulary",
@@ -49,7 +49,7 @@ def solve(procedure: Procedure) -> tuple[str, list[int]]:
     return with_unit(max(finish), procedure.unit), [int(f) for f in finish]
 
 
-def naive_sum(procedure: Procedure) -> str:
+def sequential_sum(procedure: Procedure) -> str:
     """The total if one step is done after the other: right only where nothing overlaps."""
     return with_unit(sum(procedure.amounts), procedure.unit)
 
@@ -60,26 +60,26 @@ def make_task(
     representation: str,
     *,
     split: Split,
-    naive_rate: float = 0.0,
+    sequential_rate: float = 0.0,
 ) -> Task:
-    """A task drawn from ``split``; its demonstration is naive with probability ``naive_rate``.
+    """A task drawn from ``split``; its demonstration is sequential with probability ``sequential_rate``.
 
     Raises:
         ValueError: an unknown representation or split, or a rate outside 0..1.
         DataError: the difficulty allows no procedure.
     """
-    if not 0 <= naive_rate <= 1:
-        raise ValueError(f"naive_rate must be in 0..1, got {naive_rate}")
+    if not 0 <= sequential_rate <= 1:
+        raise ValueError(f"sequential_rate must be in 0..1, got {sequential_rate}")
     procedure = draw(rng, difficulty, split=split)
     question = render(procedure, representation, rng, difficulty)
-    naive = rng.random() < naive_rate
+    is_sequential = rng.random() < sequential_rate
     return Task(
         family="async_plan",
         representation=representation,
         question=question,
         answer=solve(procedure)[0],
-        demonstration=demonstration(procedure, representation, difficulty, naive=naive),
-        naive_answer=naive_sum(procedure),
+        demonstration=demonstration(procedure, representation, difficulty, sequential=is_sequential),
+        sequential_answer=sequential_sum(procedure),
         key=procedure.key,
         difficulty=difficulty.model_dump(mode="json"),
     )
@@ -91,8 +91,8 @@ def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, s
     return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
 
 
-def demonstration(procedure: Procedure, representation: str, difficulty: Difficulty, *, naive: bool) -> str:
-    """A worked response that ends in ``<answer>..</answer>``; ``naive`` does one step after the other.
+def demonstration(procedure: Procedure, representation: str, difficulty: Difficulty, *, sequential: bool) -> str:
+    """A worked response that ends in ``<answer>..</answer>``; ``sequential`` does one step after the other.
 
     Raises:
         ValueError: an unknown representation.
@@ -106,7 +106,7 @@ def demonstration(procedure: Procedure, representation: str, difficulty: Difficu
         unit=procedure.unit,
         noun="step" if representation in ("natural", "table") else "node",
     )
-    return worked_solution(working, style=difficulty.demonstration, naive=naive)
+    return worked_solution(working, style=difficulty.demonstration, sequential=sequential)
 
 
 def vocabulary(difficulty: Difficulty) -> list[str]:

@@ -76,10 +76,10 @@ def demonstrate_question(question: str, representation: str, *, style: Style = "
 
 def demonstrate_plan(plan: Plan, *, style: Style = "sentences") -> str:
     """A worked response that ends in ``<answer>..</answer>``."""
-    return worked_solution(_working(plan), style=style, naive=False)
+    return worked_solution(_working(plan), style=style, sequential=False)
 
 
-def naive_total(plan: Plan) -> str:
+def sequential_total(plan: Plan) -> str:
     """The answer if one step is done after the other."""
     working = _working(plan)
     return with_unit(sum(working.amounts), working.unit)

@@ -13,9 +13,9 @@ from isomorph.curriculum.judge import check_answer, check_reward, refuse_golds
 from isomorph.curriculum.tasks.asynchow import (
     demonstrate_plan,
     demonstrate_question,
-    naive_total,
     parse_question,
     plan_key,
+    sequential_total,
     solve_question,
 )
 from isomorph.curriculum.tasks.task import DataError, Task
@@ -29,9 +29,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one ch
 def read_rows(path: str | PathLike[str], family: str, representation: str, *, reward: str = "strict") -> list[Task]:
     """The tasks of a file, in its order. The key is the number of the first row with the same procedure.
 
-    Asynchronous-planning tasks carry a demonstration and the naive answer, derived from questions of the paper's form
-    or, in rows of ``isomorph data make``, which also have a ``key``, written in the row. Two of the paper's rows are
-    the same procedure if they differ in words and numbering alone, other rows if their keys or questions are the same.
+    Asynchronous-planning tasks carry a demonstration and the sequential answer, derived from questions of the paper's
+    form or, in rows of ``isomorph data make``, which also have a ``key``, written in the row. Two of the paper's rows
+    are the same procedure if they differ in words and numbering alone, other rows if their keys or questions are
+    the same.
 
     Raises:
         ValueError: an unknown family, or one without this reward.
@@ -137,14 +138,18 @@ def _task(line: str, family: str, representation: str) -> Task:
     if "key" in record:
         return _with_own_solution(task, record)
     plan = parse_question(question, representation)
-    return replace(task, key=plan_key(plan), demonstration=demonstrate_plan(plan), naive_answer=naive_total(plan))
+    return replace(
+        task, key=plan_key(plan), demonstration=demonstrate_plan(plan), sequential_answer=sequential_total(plan)
+    )
 
 
 def _with_own_solution(task: Task, record: dict[str, Any]) -> Task:
     """A row of ``isomorph data make`` says itself which procedure it asks about and how that is solved."""
     if record.get("representation", task.representation) != task.representation:
         raise DataError(f"must be of the representation {task.representation}, got {_brief(record['representation'])}")
-    own: dict[str, Any] = {name: record.get(name) for name in ("key", "demonstration", "naive_answer")}
+    if "naive_answer" in record:
+        raise DataError("naive_answer has a new name: call the column sequential_answer")
+    own: dict[str, Any] = {name: record.get(name) for name in ("key", "demonstration", "sequential_answer")}
     for name, value in own.items():
         if not isinstance(value, str) and (value is not None or name == "key"):
             raise DataError(f"{name} must be text, got {_brief(value)}")

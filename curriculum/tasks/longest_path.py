@@ -70,12 +70,12 @@ class Working:
     noun: str  # "step" or "node"
 
 
-def worked_solution(working: Working, *, style: Style, naive: bool) -> str:
+def worked_solution(working: Working, *, style: Style, sequential: bool) -> str:
     """A response: each step's start and finish, then the total in <answer>..</answer>.
 
-    ``naive`` lists the same predecessors, but starts every step only when the one before it is finished.
+    ``sequential`` lists the same predecessors, but starts every step only when the one before it is finished.
     """
-    times = sequential_finish_times if naive else finish_times
+    times = sequential_finish_times if sequential else finish_times
     finish: list[Any] = times(working.amounts, working.predecessors)
     write = _compact_line if style == "compact" else _sentence
     lines = [write(working, finish, j) for j in topological_order(working.predecessors)]

@@ -34,7 +34,7 @@ class Task:
     reward: str = "strict"  # "strict" | "paper": by which rules a response is judged
     key: str  # identity of the underlying procedure: the same in all of its representations
     demonstration: str | None = None  # a worked response, ends in <answer>..</answer>
-    naive_answer: str | None = None  # what doing one step after the other would give
+    sequential_answer: str | None = None  # what doing one step after the other would give
     difficulty: dict[str, Any] = field(default_factory=dict)
 
     def is_correct(self, reward: float) -> bool:
@@ -60,7 +60,7 @@ class Task:
         return cls(**record)
 
 
-_OPTIONAL_TEXT = ("demonstration", "naive_answer")
+_OPTIONAL_TEXT = ("demonstration", "sequential_answer")
 
 
 def _check_record(record: Any) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from isomorph.engine.config import UserError
 from isomorph.engine.model.policy import Attend, attend_packed, let_attend
-from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.types import PackedBatch, Prompt, Rollout
 from isomorph.kernels.linear_logprob import linear_logprob
 

@@ -26,7 +26,7 @@ def sliding_window(config: Any) -> int | None:
 
 
 def limit_to_window(model: Any) -> list[str]:
-    """Says where a sliding window is shorter than the positions: ``Policy.max_tok`` is then the window."""
+    """Says where a sliding window is shorter than the positions: ``Policy.max_model_len`` is then the window."""
     window, positions = sliding_window(model.config), model.config.max_position_embeddings
     if window is None or window >= positions:
         return []

@@ -4,7 +4,7 @@ A policy is a stack of decoder layers of the Llama family: Llama, Mistral, Qwen2
 own; we drive them ourselves, so that the one thing that differs between training on packed groups and decoding token
 by token, the attention, is a function handed in from outside:
 
-    hidden = policy.trunk(token_ids, positions, attend)
+    hidden = policy.backbone(token_ids, positions, attend)
     attend(layer, q_BHTd, k_BKTd, v_BKTd, scale) -> [B, T, H, d]
 """
 
@@ -48,7 +48,7 @@ from isomorph.engine.model.text import TextCodec, open_text
 from isomorph.engine.planner import ModelShape
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels import backend
-from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_packed, pack, row_multiple
+from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_prepacked, prepack, row_multiple
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -65,7 +65,7 @@ SPECIAL = PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
 def _attend_from_outside(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, attend: Attend, **_: Any
 ) -> tuple[Tensor, None]:
-    """The attention function that the layers call; ``attend`` comes down from ``Policy.trunk``."""
+    """The attention function that the layers call; ``attend`` comes down from ``Policy.backbone``."""
     return attend(module.layer_idx, q, k, v, scaling), None
 
 
@@ -99,7 +99,7 @@ class _Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.packed is not None:
-            return linear_packed(input, self.packed, self.bias)
+            return linear_prepacked(input, self.packed, self.bias)
         return linear(input, self.weight, self.bias)
 
 
@@ -134,7 +134,7 @@ class Policy:
         model: Any,
         text: TextCodec,
         *,
-        recompute_every: int | None = None,
+        gradient_checkpointing_every: int | None = None,
         compiles: bool = False,
         adapters: Adapters | None = None,
     ) -> None:
@@ -160,7 +160,9 @@ class Policy:
         self.whole: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         run = torch.compile(_run_layer, dynamic=True) if compiles else _run_layer
         self._learner_runs: list[RunLayer] = [
-            partial(_run_again_in_backward, run) if recompute_every and i % recompute_every == 0 else run
+            partial(_run_again_in_backward, run)
+            if gradient_checkpointing_every and i % gradient_checkpointing_every == 0
+            else run
             for i in range(len(model.model.layers))
         ]
 
@@ -178,7 +180,7 @@ class Policy:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     @property
-    def max_tok(self) -> int:
+    def max_model_len(self) -> int:
         """The longest sequence the positions were made for, and that no sliding window cuts."""
         window = sliding_window(self.config)
         return min(self.config.max_position_embeddings, window or self.config.max_position_embeddings)
@@ -199,7 +201,7 @@ class Policy:
         """
         return self.named_parameters() if self.adapters is None else self.adapters.merged()
 
-    def trunk(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+    def backbone(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         """[B, T, D] hidden rows after the last norm."""
         return self._through_layers(token_ids_BT, positions_BT, attend, [_run_layer] * len(self.model.model.layers))
 
@@ -246,16 +248,16 @@ class Policy:
             self.overwrite(own)
 
     @contextlib.contextmanager
-    def packed(self) -> Iterator[None]:
+    def prepacked(self) -> Iterator[None]:
         """While open the layers multiply by packed copies of their weights, which must stay as they are: on a CPU."""
         layers = [module for module in self.model.model.layers.modules() if isinstance(module, _Linear)]
         try:
             for layer in layers:
-                layer.packed = pack(layer.weight)
+                layer.prepacked = prepack(layer.weight)
             yield
         finally:
             for layer in layers:
-                layer.packed = None
+                layer.prepacked = None
 
     def snapshot(self) -> list[Tensor]:
         """A copy of what is trained in host memory, in the order of ``named_parameters``; of what FSDP left here."""
@@ -335,8 +337,14 @@ def load_policy(
             notes += mend_generation_config(model, text)
             rehearse_saving(model, tokenizer)
     adapters = None if lora is None else attach(model, lora, seed=seed, base=config.path)
-    recompute_every, compiles = config.recompute_every, config.compile
-    policy = Policy(model.to(device), text, recompute_every=recompute_every, compiles=compiles, adapters=adapters)
+    gradient_checkpointing_every, compiles = config.gradient_checkpointing_every, config.compile
+    policy = Policy(
+        model.to(device),
+        text,
+        gradient_checkpointing_every=gradient_checkpointing_every,
+        compiles=compiles,
+        adapters=adapters,
+    )
     policy.notes = (*notes, *text.notes)
     return policy
 
@@ -472,7 +480,7 @@ def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype:
         num_hidden_layers=tiny.num_layers,
         num_attention_heads=tiny.num_heads,
         num_key_value_heads=tiny.num_kv_heads,
-        max_position_embeddings=tiny.max_tok,
+        max_position_embeddings=tiny.max_model_len,
         attention_bias=True,
         tie_word_embeddings=True,
         initializer_range=0.05,  # at width 128 the usual 0.02 learns more slowly

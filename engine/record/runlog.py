@@ -30,7 +30,7 @@ from isomorph.engine.types import RunFailed
 LINE_S = 10.0  # a line on the console at least so often, as soon as a step has ended
 
 Row = dict[str, Any]
-Reader = Callable[[Row], None]  # gets every row of steps.jsonl after it has been written
+Sink = Callable[[Row], None]  # gets every row of steps.jsonl after it has been written
 
 
 class RunLog:
@@ -42,7 +42,7 @@ class RunLog:
         self.console = console
         self.every = every
         self.telemetry = Telemetry()
-        self.readers: list[Reader] = []
+        self.sinks: list[Sink] = []
         self.times: dict[str, float] = {}
         self.seconds_before = 0.0  # of the run that this one goes on with
         self._between: dict[str, float] = {}  # phases between the step before and the present one
@@ -106,7 +106,7 @@ class RunLog:
         rss_gib = row.get("mem/rss_gib")
         if rss_gib is not None and self.telemetry.growth.observe(rss_gib) and self.telemetry.growth.num_alarms == 1:
             self.say(f"warning: this process's memory only grows, {rss_gib:.2f} GiB now: something is never freed")
-        for read in self.readers:
+        for read in self.sinks:
             read(row)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], description=row["stage"])

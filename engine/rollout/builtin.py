@@ -43,7 +43,7 @@ class BuiltinSampler:
         if not prompts:
             return []
         batch = _Batch(self._decoder_for(prompts, sampling), prompts, sampling, self.policy_version)
-        with self.policy.packed():
+        with self.policy.prepacked():
             for index, rollouts in batch.run(on_step or (lambda: None)):
                 if on_group is not None:
                     on_group(index, rollouts)
@@ -66,10 +66,10 @@ class BuiltinSampler:
                 f"a prompt must hold at least one token, prompt {prompts[lens.index(0)].prompt_id} has none"
             )
         longest = max(lens, default=0) + sampling.max_new_tok
-        if longest > self.policy.max_tok:
+        if longest > self.policy.max_model_len:
             raise UserError(
                 f"the longest prompt and sampling.max_new_tok={sampling.max_new_tok} make {longest} tokens, the model "
-                f"has positions for {self.policy.max_tok}: lower max_new_tok or leave long prompts out"
+                f"has positions for {self.policy.max_model_len}: lower max_new_tok or leave long prompts out"
             )
 
     def _decoder_for(self, prompts: Sequence[Prompt], sampling: Sampling) -> Decoder:

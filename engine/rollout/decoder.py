@@ -99,7 +99,7 @@ class Decoder:
                 cache_SKLd[slot_T, :, layout.positions] = new_TKd
             return packed_attention(q_THd, k_TKd, v_TKd, layout, scale=scale)[None]
 
-        hidden_TD = self.policy.trunk(token_ids_T[None], layout.positions[None], attend)[0]
+        hidden_TD = self.policy.backbone(token_ids_T[None], layout.positions[None], attend)[0]
         self.prompt_hidden[slot_P] = hidden_TD[len_P.cumsum(0) - 1]
 
     def admit(
@@ -161,7 +161,7 @@ class Decoder:
             return decode_attention(q[:, :, 0], prompt, own, scale=scale)[:, None]
 
         token_B, position_B = self.token_ids[slot_B, last_B], prompt_len_B + last_B
-        self._draw(slot_B, self.policy.trunk(token_B[:, None], position_B[:, None], attend)[:, 0])
+        self._draw(slot_B, self.policy.backbone(token_B[:, None], position_B[:, None], attend)[:, 0])
 
     def _draw(self, slot_B: Tensor, hidden_BD: Tensor) -> None:
         """The next token of every row, written where the response has not ended."""

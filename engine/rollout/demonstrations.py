@@ -15,11 +15,11 @@ from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout,
 
 
 class DemonstrationSampler:
-    """``demonstrate(prompt)`` is the worked response, as text; the model has positions for ``max_tok`` tokens."""
+    """``demonstrate(prompt)`` is the worked response, as text; the model has positions for ``max_model_len`` tokens."""
 
-    def __init__(self, text: TextCodec, demonstrate: Callable[[Prompt], str | None], *, max_tok: int) -> None:
+    def __init__(self, text: TextCodec, demonstrate: Callable[[Prompt], str | None], *, max_model_len: int) -> None:
         self.text = text
-        self.max_tok = max_tok
+        self.max_model_len = max_model_len
         self.demonstrate = demonstrate
         self.policy_version = 0
 
@@ -67,10 +67,10 @@ class DemonstrationSampler:
                 f"the demonstration of prompt {prompt.prompt_id} has {len(token_ids)} tokens: "
                 f"sampling.max_new_tok must be at least that, got {max_new_tok}"
             )
-        if len(prompt.token_ids) + len(token_ids) > self.max_tok:
+        if len(prompt.token_ids) + len(token_ids) > self.max_model_len:
             raise UserError(
                 f"prompt {prompt.prompt_id} and its demonstration make {len(prompt.token_ids)} + {len(token_ids)} "
-                f"tokens, the model has positions for {self.max_tok}: leave long prompts out"
+                f"tokens, the model has positions for {self.max_model_len}: leave long prompts out"
             )
         return Rollout(
             prompt_id=prompt.prompt_id,

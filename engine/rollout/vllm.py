@@ -63,7 +63,7 @@ class VllmSampler:
     def __init__(self, policy: Policy, config: SamplerConfig, *, seed: int) -> None:
         self.policy = policy
         self.policy_version = 0
-        self.max_model_len = min(config.max_model_len, policy.max_tok)
+        self.max_model_len = min(config.max_model_len, policy.max_model_len)
         is_shared = config.publish == "shared"
         with _trainer_state_kept(), _unpacked_cpu_weights() if is_shared else contextlib.nullcontext():
             self.llm = _start_engine(policy, config, self.max_model_len, seed)
@@ -188,7 +188,7 @@ class VllmSampler:
             raise UserError(
                 f"the longest prompt and sampling.max_new_tok={sampling.max_new_tok} make {longest} tokens, vLLM was "
                 f"started for {self.max_model_len}: raise sampler.max_model_len (the model has positions for "
-                f"{self.policy.max_tok}), lower max_new_tok or leave long prompts out"
+                f"{self.policy.max_model_len}), lower max_new_tok or leave long prompts out"
             )
 
     def _forget_prefixes(self) -> None:

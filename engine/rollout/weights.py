@@ -26,7 +26,7 @@ from torch import Tensor
 from isomorph.engine.config import UserError
 from isomorph.engine.drift import DriftSums, check_step, step_drift
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.types import Prompt, Publication, Rollout, RunFailed, Sampler, Sampling, StepDrift
 from isomorph.kernels.bit_hash import bit_hash
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob

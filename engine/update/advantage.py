@@ -17,7 +17,7 @@ from torch import Tensor
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.types import PackedBatch
-from isomorph.engine.update.pack import Update
+from isomorph.engine.update.micro_batches import Update
 from isomorph.kernels.advantage import gae, group_advantage
 
 VARIANCE_EPS = 1e-8

@@ -24,9 +24,9 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.planner import logits_chunk_rows
 from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
+from isomorph.engine.update.micro_batches import Update
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
-from isomorph.engine.update.pack import Update
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
 
 
@@ -85,7 +85,7 @@ class Round:
 
     @property
     def is_done(self) -> bool:
-        return len(self.norms) == self.stage.batch.epochs * len(self.learned)
+        return len(self.norms) == self.stage.batch.num_iterations * len(self.learned)
 
     def compare(self, update: Update, seen: Sequence[Seen]) -> None:
         """Takes down how far the sampler was off on the tokens of ``update``."""
@@ -152,14 +152,14 @@ class Learner:
         """A new stage begins: its optimizer, and the policy that KL is measured to."""
         if self.optimizer is None:
             self._open_optimizer(stage)
-        elif stage.optimizer == "reset":
+        elif stage.optimizer_state == "reset":
             self.optimizer.reset(stage.optim)
         else:
             self.optimizer.configure(stage.optim)
         if not stage.objective.needs_reference:
-            if stage.reference == "anchor":
+            if stage.reference == "snapshot":
                 self.reference = None
-        elif self.reference is None or stage.reference == "anchor":
+        elif self.reference is None or stage.reference == "snapshot":
             self.reference = self.policy.snapshot()
 
     def update(self, updates: Sequence[Update], stage: Stage, stage_step: int) -> StepStats:
@@ -272,7 +272,7 @@ class Learner:
             drift=work.step_drift(self.ranks),
             num_updates=len(norms),
             num_loss_tok=sum(u.num_loss_tok for u in updates),
-            num_trunk_tok=stage.batch.epochs * sum(self.ranks.gather(num_own_tok)),
+            num_forward_tok=stage.batch.num_iterations * sum(self.ranks.gather(num_own_tok)),
             num_dropped_tok=sum(u.num_dropped_tok for u in updates),
         )
 

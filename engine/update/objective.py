@@ -89,7 +89,7 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) ->
     surrogate = cispo if objective.name == "cispo" else clipped
     ratio = _ratio(objective, stats.logprob, old, rows.seq_id)
     loss, is_clipped = surrogate(objective, ratio, stats.logprob, rows.advantage)
-    if objective.tis != "off":
+    if objective.importance_sampling != "off":
         assert rows.sampler_logprob is not None
         loss = loss * sampler_correction(objective, old, rows.sampler_logprob, rows.seq_id)
     if objective.kl_coef:
@@ -132,12 +132,12 @@ def kl_estimate(kind: str, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 def sampler_correction(objective: ObjectiveConfig, old: Tensor, sampler_logprob: Tensor, seq_id: Tensor) -> Tensor:
     """[n] weight trainer / sampler, of the token or of its whole sequence, truncated or masked at the cap."""
     log_weight = (old - sampler_logprob).detach()
-    if objective.tis == "sequence":
+    if objective.importance_sampling == "sequence":
         log_weight = _per_sequence(log_weight, seq_id)[seq_id]
     weight = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    if objective.tis_mode == "truncate":
-        return weight.clamp(max=objective.tis_cap)
-    return torch.where(weight <= objective.tis_cap, weight, torch.zeros_like(weight))
+    if objective.importance_sampling_mode == "truncate":
+        return weight.clamp(max=objective.importance_sampling_cap)
+    return torch.where(weight <= objective.importance_sampling_cap, weight, torch.zeros_like(weight))
 
 
 def _ratio(objective: ObjectiveConfig, logprob: Tensor, old: Tensor, seq_id: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from isomorph.curriculum.tasks.async_plan import (
     demonstration,
     draw,
     make_task,
-    naive_sum,
     render,
+    sequential_sum,
     solve,
     vocabulary,
 )
@@ -167,28 +167,28 @@ def test_the_program_prints_the_answer(name: str) -> None:
 
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("name", DIFFICULTIES)
-def test_demonstrations_are_right_and_naive_ones_only_where_the_sum_is(name: str, representation: str) -> None:
+def test_demonstrations_are_right_and_sequential_ones_only_where_the_sum_is(name: str, representation: str) -> None:
     rng = random.Random(3)
-    num_naive_right = 0
+    num_sequential_right = 0
     for _ in range(100):
         difficulty = DIFFICULTIES[name]
         procedure = draw(rng, difficulty, split="train")
         answer = solve(procedure)[0]
-        right, naive = (demonstration(procedure, representation, difficulty, naive=n) for n in (False, True))
+        right, sequential = (demonstration(procedure, representation, difficulty, sequential=n) for n in (False, True))
         assert judge("async_plan", right, answer) == 1.0
         sum_is_right = sum(d.seconds for d in procedure.durations) == _stated_seconds(answer)
-        assert judge("async_plan", naive, answer) == float(sum_is_right)
-        assert judge("async_plan", f"<answer>{naive_sum(procedure)}</answer>", answer) == float(sum_is_right)
-        num_naive_right += sum_is_right
-    assert 0 < num_naive_right < 50
+        assert judge("async_plan", sequential, answer) == float(sum_is_right)
+        assert judge("async_plan", f"<answer>{sequential_sum(procedure)}</answer>", answer) == float(sum_is_right)
+        num_sequential_right += sum_is_right
+    assert 0 < num_sequential_right < 50
 
 
 def test_compact_chain_of_thought_is_the_agreed_one() -> None:
     procedure = _procedure([5, 8, 7], [(), (), (0, 1)])
-    right = demonstration(procedure, "graph", TERSE, naive=False)
+    right = demonstration(procedure, "graph", TERSE, sequential=False)
     assert right == "<think>1: 0 + 5 = 5; 2: 0 + 8 = 8; 3: 1 5 2 8 > 8 + 7 = 15</think> <answer>15 min</answer>"
-    naive = demonstration(procedure, "graph", TERSE, naive=True)
-    assert naive == "<think>1: 0 + 5 = 5; 2: 5 + 8 = 13; 3: 1 5 2 13 > 13 + 7 = 20</think> <answer>20 min</answer>"
+    sequential = demonstration(procedure, "graph", TERSE, sequential=True)
+    assert sequential == "<think>1: 0 + 5 = 5; 2: 5 + 8 = 13; 3: 1 5 2 13 > 13 + 7 = 20</think> <answer>20 min</answer>"
 
 
 def test_every_line_of_a_demonstration_adds_up() -> None:
@@ -254,7 +254,7 @@ def test_one_in_eight_procedures_is_held_out() -> None:
 def test_the_same_seed_gives_the_same_task_and_another_seed_another() -> None:
     def tasks(seed: int) -> list[Task]:
         rng = random.Random(seed)
-        return [make_task(rng, FULL_MIXED, r, split="train", naive_rate=0.5) for r in REPRESENTATIONS]
+        return [make_task(rng, FULL_MIXED, r, split="train", sequential_rate=0.5) for r in REPRESENTATIONS]
 
     assert tasks(11) == tasks(11)
     assert tasks(11) != tasks(12)
@@ -265,12 +265,12 @@ def test_representations_drawn_from_one_seed_are_of_one_procedure() -> None:
     assert len(keys) == 1
 
 
-def test_naive_rate_is_the_share_of_naive_demonstrations() -> None:
+def test_sequential_rate_is_the_share_of_sequential_demonstrations() -> None:
     rng = random.Random(2)
     wide = TERSE.model_copy(update={"edge_probability": 0.0})  # the sum is never right
-    tasks = [make_task(rng, wide, "graph", split="train", naive_rate=0.6) for _ in range(1000)]
-    naive = sum(judge("async_plan", t.demonstration or "", t.answer) == 0.0 for t in tasks) / 1000
-    assert abs(naive - 0.6) < 4 * (0.6 * 0.4 / 1000) ** 0.5
+    tasks = [make_task(rng, wide, "graph", split="train", sequential_rate=0.6) for _ in range(1000)]
+    sequential = sum(judge("async_plan", t.demonstration or "", t.answer) == 0.0 for t in tasks) / 1000
+    assert abs(sequential - 0.6) < 4 * (0.6 * 0.4 / 1000) ** 0.5
 
 
 TOKEN = re.compile(r"<\/?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
@@ -286,7 +286,7 @@ def test_the_vocabulary_holds_every_token_and_no_other_word(difficulty: Difficul
     seen: set[str] = set()
     for i in range(num_tasks):
         representation = REPRESENTATIONS[i % len(REPRESENTATIONS)]
-        task = make_task(rng, difficulty, representation, split="train", naive_rate=0.5)
+        task = make_task(rng, difficulty, representation, split="train", sequential_rate=0.5)
         seen |= set(TOKEN.findall(f"{task.question} {task.demonstration}"))
     assert seen <= set(words)
     unused = {w for w in set(words) - seen if not w.isdigit()}
@@ -334,7 +334,7 @@ def test_width_is_the_most_steps_under_way_at_once(width: int) -> None:
         finish = solve(procedure)[1]
         spans = [(f - a, f) for f, a in zip(finish, procedure.amounts, strict=True)]
         assert max(sum(s <= t < f for s, f in spans) for t in range(max(finish))) == width
-        assert (naive_sum(procedure) == solve(procedure)[0]) == (width == 1)
+        assert (sequential_sum(procedure) == solve(procedure)[0]) == (width == 1)
 
 
 def test_draws_stay_inside_the_difficulty() -> None:
@@ -392,8 +392,8 @@ def test_unknown_representations_splits_and_rates_are_refused() -> None:
         make_task(rng, TERSE, "haiku", split="train")
     with pytest.raises(ValueError, match="split"):
         make_task(rng, TERSE, "graph", split="test")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="naive_rate"):
-        make_task(rng, TERSE, "graph", split="train", naive_rate=1.1)
+    with pytest.raises(ValueError, match="sequential_rate"):
+        make_task(rng, TERSE, "graph", split="train", sequential_rate=1.1)
 
 
 def test_full_questions_end_with_the_instruction() -> None:

@@ -55,11 +55,11 @@ def test_row_i_of_every_representation_is_one_procedure() -> None:
     assert len({row["question"] for row in rows}) == 16
 
 
-def test_rows_bring_a_right_demonstration_and_a_naive_answer() -> None:
+def test_rows_bring_a_right_demonstration_and_a_sequential_answer() -> None:
     rows = [json.loads(row) for row in make_rows(["natural"], 20, Difficulty(), seed=0, split="eval")]
     assert all(judge("async_plan", row["demonstration"], row["answer"]) == 1.0 for row in rows)
-    naive = [judge("async_plan", f"<answer>{row['naive_answer']}</answer>", row["answer"]) for row in rows]
-    assert 0 < sum(naive) < len(rows)  # right only where nothing overlaps
+    sequential = [judge("async_plan", f"<answer>{row['sequential_answer']}</answer>", row["answer"]) for row in rows]
+    assert 0 < sum(sequential) < len(rows)  # right only where nothing overlaps
 
 
 def test_no_procedure_is_in_both_splits() -> None:
@@ -142,7 +142,7 @@ def test_made_rows_are_read_back_as_they_were_drawn(representation: str, tmp_pat
     write_rows(make_rows([representation], 40, Difficulty(), seed=0, split="train"), tmp_path / "rows.jsonl")
     tasks = read_rows(tmp_path / "rows.jsonl", "async_plan", representation)
     drawn = draw_tasks(Difficulty(), representation, 40, seed=0, split="train")
-    for name in ("question", "answer", "representation", "demonstration", "naive_answer"):
+    for name in ("question", "answer", "representation", "demonstration", "sequential_answer"):
         assert [getattr(task, name) for task in tasks] == [getattr(task, name) for task in drawn]
     keys = [task.key for task in drawn]
     assert [task.key for task in tasks] == [str(keys.index(key)) for key in keys]

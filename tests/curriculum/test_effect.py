@@ -34,9 +34,9 @@ from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.effect import idle_paths
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
+from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import learning_rate
-from isomorph.engine.update.pack import pack
 from isomorph.engine.update.score import score
 from isomorph.kernels.linear_logprob import TokenStats
 
@@ -50,7 +50,7 @@ num_layers = 1
 num_heads = 2
 num_kv_heads = 1
 intermediate_size = 16
-max_tok = 256
+max_model_len = 256
 [data.plans]
 kind = "async_plan"
 difficulty = { form = "terse", demonstration = "compact", min_steps = 2, max_steps = 2, max_duration = 4 }
@@ -69,7 +69,7 @@ mastery = { pass_rate = 1.0, window = 1 }
 [[stage]]
 name = "kl"
 steps = 2
-objective = { name = "grpo", kl_coef = 0.01, tis = "token", entropy_coef = 0.01 }
+objective = { name = "grpo", kl_coef = 0.01, importance_sampling = "token", entropy_coef = 0.01 }
 optim.schedule = "cosine"
 batch = { prompts_per_update = 1, refills = 1 }
 plateau = { window = 1 }
@@ -79,8 +79,8 @@ mixture = [{ data = "plans", representation = "graph" }]
 name = "rloo"
 steps = 1
 objective = { name = "rloo", reward_kl_coef = 0.01 }
-reference = "keep"
-batch.epochs = 2
+reference = "previous"
+batch.num_iterations = 2
 mixture = [{ data = "plans", representation = "natural" }]
 [[stage]]
 name = "rft"
@@ -261,9 +261,9 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "kl_estimator": ("k1", "k2", "k3"),
     "reward_kl_coef": (0.1, 0.2),
     "entropy_coef": (0.1, 0.2),
-    "tis": ("off", "token", "sequence"),
-    "tis_mode": ("truncate", "mask"),
-    "tis_cap": (1.01, 1.02),
+    "importance_sampling": ("off", "token", "sequence"),
+    "importance_sampling_mode": ("truncate", "mask"),
+    "importance_sampling_cap": (1.01, 1.02),
 }
 GENERATOR = torch.Generator().manual_seed(0)
 LENS = (4, 1, 6, 3, 5, 2)
@@ -295,7 +295,7 @@ def outcome(o: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     seq_id = torch.arange(len(LENS)).repeat_interleave(torch.tensor(LENS))
     advantage = torch.tensor([a for g in groups for a in g.advantages]).double()[seq_id]
     if o.reward_kl_coef:
-        updates = pack(groups, max_tok=100, prompts_per_update=None, objective=o, device=torch.device("cpu"))
+        updates = pack(groups, micro_batch_tok=100, prompts_per_update=None, objective=o, device=torch.device("cpu"))
         order = updates[0].response_ids[0].tolist()
         old_S, ref_S = old.split(LENS), ref.split(LENS)
         known = [[[torch.cat([part[i] for i in order])]] for part in (old_S, ref_S)]
@@ -317,7 +317,9 @@ def outcome(o: ObjectiveConfig) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", get_args(ObjectiveName))
 @pytest.mark.parametrize(
-    "others", [{}, {"kl_coef": 0.1, "tis": "token", "tis_cap": 1.1}], ids=["preset", "with KL and TIS"]
+    "others",
+    [{}, {"kl_coef": 0.1, "importance_sampling": "token", "importance_sampling_cap": 1.1}],
+    ids=["preset", "with KL and TIS"],
 )
 def test_a_key_of_an_objective_is_idle_where_loss_and_gradient_do_not_depend_on_it(
     name: str, others: dict[str, Any]

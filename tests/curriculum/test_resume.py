@@ -31,7 +31,7 @@ def changes_of(run: Path, *overrides: str) -> dict[str, Any]:
         ("stage.1.steps=9", {"stage.1.steps": [2, 9]}),
         ("stage.2.steps=1", {}),  # as it was
         ("stage.2.optim.lr=1e-5", {"stage.2.optim.lr": [1e-4, 1e-5]}),
-        ("stage.1.batch.max_tok=2000", {"stage.1.batch.max_tok": [1024, 2000]}),
+        ("stage.1.batch.micro_batch_tok=2000", {"stage.1.batch.micro_batch_tok": [1024, 2000]}),
         ("sampler.max_seqs=7", {"sampler.max_seqs": [256, 7]}),
         ("log.tensorboard=false", {"log.tensorboard": [True, False]}),
         ("run.checkpoint_every=3", {"run.checkpoint_every": [81, 3]}),
@@ -68,5 +68,5 @@ def test_in_the_midst_of_a_step_its_batches_are_cut_already(stopped: Path) -> No
     fields = json.loads(state.read_text())
     state.write_text(json.dumps({**fields, "draws": [{}]}))
     with pytest.raises(UserError, match="in the midst of a step"):
-        changes_of(stopped, "stage.1.batch.max_tok=2000")
-    assert changes_of(stopped, "stage.2.batch.max_tok=2000")
+        changes_of(stopped, "stage.1.batch.micro_batch_tok=2000")
+    assert changes_of(stopped, "stage.2.batch.micro_batch_tok=2000")

@@ -16,12 +16,14 @@ TEXT = TextCodec(word_tokenizer(["a", "b"]), chat_template=False, stop_ids=[1]) 
 
 
 def row(words: int, key: int, demonstration: int | None = 1) -> str:
-    written = {"key": f"k{key}", "naive_answer": None}
+    written = {"key": f"k{key}", "sequential_answer": None}
     shown = None if demonstration is None else " ".join(["b"] * demonstration)
     return json.dumps({"question": " ".join(["a"] * words), "answer": "7 min", "demonstration": shown, **written})
 
 
-def curriculum(folder: Path, rows: list[str], *stages: dict[str, Any], max_tok: int = 64, **eval_: Any) -> Curriculum:
+def curriculum(
+    folder: Path, rows: list[str], *stages: dict[str, Any], max_model_len: int = 64, **eval_: Any
+) -> Curriculum:
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
     files = {"natural": str(folder / "rows.jsonl")}
     mixture = [{"data": "rows", "representation": "natural"}]
@@ -31,7 +33,7 @@ def curriculum(folder: Path, rows: list[str], *stages: dict[str, Any], max_tok: 
         "stage": [{"name": f"s{i}", "steps": 1, "mixture": mixture, **stage} for i, stage in enumerate(stages)],
         "eval": {"data": "rows", "representations": ["natural"], "max_new_tok": 8, **eval_},
     }
-    return Curriculum(check_tables(tables, Recipe, where="test"), TEXT, max_tok)
+    return Curriculum(check_tables(tables, Recipe, where="test"), TEXT, max_model_len)
 
 
 SHORT = {"sampling": {"max_new_tok": 8, "samples_per_prompt": 2}}
@@ -71,13 +73,13 @@ def test_the_strictest_stage_decides_and_demonstrations_count(tmp_path: Path) ->
 
 def test_a_micro_batch_must_hold_a_prompt_and_its_longest_response(tmp_path: Path) -> None:
     rows = [row(9 + n, n) for n in range(4)]
-    assert kept(curriculum(tmp_path, rows, {**SHORT, "batch": {"max_tok": 1 + 12 + 8 - 1}})) == 4
-    with pytest.raises(UserError, match="batch.max_tok=9"):
-        curriculum(tmp_path, rows, {**SHORT, "batch": {"max_tok": 9}})
+    assert kept(curriculum(tmp_path, rows, {**SHORT, "batch": {"micro_batch_tok": 1 + 12 + 8 - 1}})) == 4
+    with pytest.raises(UserError, match="batch.micro_batch_tok=9"):
+        curriculum(tmp_path, rows, {**SHORT, "batch": {"micro_batch_tok": 9}})
 
 
-@pytest.mark.parametrize("max_tok", [60, 4096])
-def test_generated_questions_are_drawn_before_the_first_step(max_tok: int) -> None:
+@pytest.mark.parametrize("max_model_len", [60, 4096])
+def test_generated_questions_are_drawn_before_the_first_step(max_model_len: int) -> None:
     tables = {
         "model": {"path": "a/model"},
         "data": {"plans": {"kind": "async_plan"}},
@@ -85,11 +87,11 @@ def test_generated_questions_are_drawn_before_the_first_step(max_tok: int) -> No
         "eval": {"data": "plans", "representations": ["graph"], "prompts": 2},
     }
     recipe = check_tables(tables, Recipe, where="test")
-    if max_tok == 4096:
-        Curriculum(recipe, TEXT, max_tok)
+    if max_model_len == 4096:
+        Curriculum(recipe, TEXT, max_model_len)
     else:
         with pytest.raises(UserError, match="stage s, a graph question of plans: .* positions for 60"):
-            Curriculum(recipe, TEXT, max_tok)
+            Curriculum(recipe, TEXT, max_model_len)
 
 
 @pytest.mark.parametrize("words", ["a", "a b a", "", "aaaa bbbb cccc", "ä b", "日本 語"])

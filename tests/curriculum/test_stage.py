@@ -221,11 +221,11 @@ def test_another_seed_asks_other_questions() -> None:
     assert do_step(one) != do_step(two)
 
 
-def test_the_floor_counts_chains_whose_naive_answer_is_right() -> None:
+def test_the_sequential_baseline_counts_chains_whose_answer_is_right() -> None:
     source = curriculum(stage("one"))
     exam = source.exam()
     assert exam is not None
-    right = [p.payload.naive_answer == p.payload.answer for p in exam.prompts if p.representation == "natural"]
+    right = [p.payload.sequential_answer == p.payload.answer for p in exam.prompts if p.representation == "natural"]
     assert source.floor()["natural"] == sum(right) / len(right)
 
 

@@ -13,7 +13,7 @@ TASK = Task(
     answer="5 min",
     key="00ff",
     demonstration=None,
-    naive_answer="5 min",
+    sequential_answer="5 min",
     difficulty={"units": ["min"], "max_steps": 5},
 )
 

@@ -31,8 +31,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_policy(dtype: torch.dtype = torch.float32, max_tok: int = 256) -> Policy:
-    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=max_tok)
+def make_policy(dtype: torch.dtype = torch.float32, max_model_len: int = 256) -> Policy:
+    tiny = TinyModel(
+        hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=max_model_len
+    )
     policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=CPU)
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([0.35 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
@@ -234,7 +236,7 @@ def test_long_responses_have_the_trainers_log_probabilities_to_their_end(policy:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused() -> None:
-    policy = make_policy(max_tok=16)
+    policy = make_policy(max_model_len=16)
     generate(policy, make_prompts(4), make_sampling(max_new_tok=12))
     with pytest.raises(UserError, match="make 17 tokens, the model has positions for 16"):
         generate(policy, make_prompts(2, 5), make_sampling(max_new_tok=12))

@@ -1,9 +1,10 @@
 import math
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from isomorph.engine.config import (
     PRESETS,
@@ -269,7 +270,7 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (SamplingConfig, dict(top_p=0.9)),  # the sampled log-probabilities would be another policy's
         (SamplingConfig, dict(top_k=5)),
         (BatchConfig, dict(prompts=0)),
-        (BatchConfig, dict(epochs=0)),
+        (BatchConfig, dict(num_iterations=0)),
         (BatchConfig, dict(refills=-1)),
         (OptimConfig, dict(lr=0.0)),
         (OptimConfig, dict(lr=math.inf)),
@@ -289,7 +290,7 @@ def test_a_recipe_that_is_missing_a_folder_or_not_text_is_a_user_error(tmp_path:
         (ObjectiveConfig, dict(name="reinforce_pp", scale="std", reward_kl_coef=0.1)),
         (ObjectiveConfig, dict(name="sft", kl_coef=0.1)),
         (ObjectiveConfig, dict(name="sft", entropy_coef=0.1)),
-        (ObjectiveConfig, dict(name="rft", tis="token")),
+        (ObjectiveConfig, dict(name="rft", importance_sampling="token")),
         (ObjectiveConfig, dict(name="rft", ratio="sequence")),
         (RunConfig, dict(seed=-1)),
         (ParallelConfig, dict(kind="tensor")),
@@ -326,7 +327,10 @@ def test_what_cannot_work_is_refused(section: type[Section], values: dict[str, o
         (EngineConfig, dict(model=dict(path="x"), lora=dict(), sampler=dict(kind="vllm", publish="copy"))),
         (LoraConfig, dict(rank=1, targets=("q_proj",))),
         (ObjectiveConfig, dict(name="grpo", clip_low=None, clip_high=None)),
-        (ObjectiveConfig, dict(name="cispo", clip_high=5.0, tis="sequence", tis_mode="mask")),
+        (
+            ObjectiveConfig,
+            dict(name="cispo", clip_high=5.0, importance_sampling="sequence", importance_sampling_mode="mask"),
+        ),
         (Stage, dict(name="s", steps=1, objective=dict(name="sft"), sampling=dict(samples_per_prompt=1))),
         (Stage, dict(name="s", steps=1, objective=dict(name="reinforce_pp"), sampling=dict(samples_per_prompt=1))),
         (Stage, dict(name="s", steps=1, objective=dict(name="dapo"), batch=dict(refills=3))),
@@ -346,9 +350,9 @@ def test_a_recipe_takes_a_presets_clip_away_by_a_word() -> None:
 
 # -- what follows from the choices
 def test_only_losses_of_single_tokens_are_made_chunk_by_chunk() -> None:
-    assert ObjectiveConfig(name="dapo", tis="token").is_per_token
+    assert ObjectiveConfig(name="dapo", importance_sampling="token").is_per_token
     assert not ObjectiveConfig(name="gspo").is_per_token
-    assert not ObjectiveConfig(name="dapo", tis="sequence").is_per_token
+    assert not ObjectiveConfig(name="dapo", importance_sampling="sequence").is_per_token
 
 
 def test_a_sequence_without_advantage_is_left_out_only_where_nothing_else_gives_it_a_gradient() -> None:
@@ -408,9 +412,30 @@ def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_on_the_host_and_fsdp_exclude_each_other(tmp_path: Path) -> None:
-    assert "model.optimizer" in refusal(tmp_path, "parallel.kind=fsdp", "model.optimizer=host")
+    assert "model.offload_optimizer" in refusal(tmp_path, "parallel.kind=fsdp", "model.offload_optimizer=true")
 
 
 def test_the_old_key_of_the_kl_estimator_is_refused_with_both_new_names() -> None:
     with pytest.raises(UserError, match="kl_estimator .* reward_kl_coef"):
         check_tables({"name": "grpo", "kl_coef": 0.1, "kl": "k1"}, ObjectiveConfig, where="r.toml", inside="objective")
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "new"),
+    [
+        (TinyModel, dict(max_tok=64), "max_model_len"),
+        (ModelConfig, dict(path="x", recompute_every=1), "gradient_checkpointing_every"),
+        (ModelConfig, dict(path="x", optimizer="host"), "offload_optimizer = true"),
+        (BatchConfig, dict(max_tok=64), "micro_batch_tok"),
+        (BatchConfig, dict(epochs=2), "num_iterations"),
+        (ObjectiveConfig, dict(tis="token"), "importance_sampling"),
+        (ObjectiveConfig, dict(tis_mode="mask"), "importance_sampling_mode"),
+        (ObjectiveConfig, dict(tis_cap=2.0), "importance_sampling_cap"),
+        (Stage, dict(name="a", steps=1, optimizer="carry"), "optimizer_state"),
+        (Stage, dict(name="a", steps=1, reference="anchor"), 'reference = "snapshot"'),
+        (Stage, dict(name="a", steps=1, reference="keep"), 'reference = "previous"'),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(section: type[Section], old: dict[str, Any], new: str) -> None:
+    with pytest.raises(ValidationError, match=f"has a new name: write {re.escape(new)}"):
+        section.model_validate(old)

@@ -18,7 +18,7 @@ def sampling(samples: int = 1, max_new_tok: int = 3) -> Sampling:
 
 
 def sampler() -> DemonstrationSampler:
-    return DemonstrationSampler(TEXT, lambda prompt: prompt.payload, max_tok=6)
+    return DemonstrationSampler(TEXT, lambda prompt: prompt.payload, max_model_len=6)
 
 
 def test_a_demonstration_is_a_rollout_that_nobody_sampled() -> None:

@@ -28,7 +28,7 @@ from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.types import Group, Prompt, Rollout, StepStats
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.pack import pack
+from isomorph.engine.update.micro_batches import pack
 
 NUM_RANKS = 2
 WORDS = [f"w{chr(97 + i)}" for i in range(16)]
@@ -36,12 +36,14 @@ NUM_VOCAB = len(WORDS) + 4
 GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
 OBJECTIVES = [  # every aggregation, ratio and weight that looks beyond its own token
     GRPO,
-    ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1),
+    ObjectiveConfig(name="dapo", importance_sampling="token", kl_coef=0.1),
     ObjectiveConfig(name="dr_grpo", entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1"),
     ObjectiveConfig(name="rloo", reward_kl_coef=0.3),
     ObjectiveConfig(name="reinforce_pp", reward_kl_coef=0.3),
     ObjectiveConfig(name="gspo", clip_low=0.05, clip_high=0.05),
-    ObjectiveConfig(name="cispo", tis="sequence", tis_mode="mask", tis_cap=1.2),
+    ObjectiveConfig(
+        name="cispo", importance_sampling="sequence", importance_sampling_mode="mask", importance_sampling_cap=1.2
+    ),
     ObjectiveConfig(name="rft"),
     ObjectiveConfig(name="sft"),
 ]
@@ -49,7 +51,7 @@ OBJECTIVES = [  # every aggregation, ratio and weight that looks beyond its own 
 
 # -- a small world
 def make_policy(dtype: torch.dtype = torch.float64, lora: LoraConfig | None = None) -> Policy:
-    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
+    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=32)
     policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=torch.device("cpu"))
     if lora is not None:
         policy = Policy(policy.model, policy.text, adapters=attach(policy.model, lora, seed=0, base=None))
@@ -180,7 +182,7 @@ def step_on(
     learner.optimizer.step = look  # type: ignore[method-assign]
     updates = pack(
         groups,
-        max_tok=stage.batch.max_tok,
+        micro_batch_tok=stage.batch.micro_batch_tok,
         prompts_per_update=stage.batch.prompts_per_update,
         objective=objective,
         device=policy.device,
@@ -201,7 +203,7 @@ def assert_same_step(
         torch.testing.assert_close(ours, one, rtol=0, atol=1e-12)
     found = [numbers(first_stats), numbers(second_stats)]
     for name, value in numbers(stats).items():
-        if name == "num_trunk_tok":  # a split group's prompt and an idle pass count
+        if name == "num_forward_tok":  # a split group's prompt and an idle pass count
             continue
         for theirs in found:
             assert theirs[name] == pytest.approx(value, rel=1e-9, nan_ok=True), name
@@ -214,7 +216,7 @@ def numbers(stats: StepStats) -> dict[str, Any]:
 
 
 def test_adapters_get_the_gradient_of_one_rank(crowd: Crowd) -> None:
-    assert_same_step(crowd, ObjectiveConfig(name="grpo", kl_coef=0.1), make_groups(), "adapters", max_tok=14)
+    assert_same_step(crowd, ObjectiveConfig(name="grpo", kl_coef=0.1), make_groups(), "adapters", micro_batch_tok=14)
 
 
 by_kind = pytest.mark.parametrize("kind", ["data", "fsdp"])
@@ -223,14 +225,18 @@ by_kind = pytest.mark.parametrize("kind", ["data", "fsdp"])
 @by_kind
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
 def test_gradient_and_statistics_are_those_of_one_rank(crowd: Crowd, objective: ObjectiveConfig, kind: str) -> None:
-    assert_same_step(crowd, objective, make_groups(), kind, max_tok=14)  # the first group has several micro-batches
+    assert_same_step(
+        crowd, objective, make_groups(), kind, micro_batch_tok=14
+    )  # the first group has several micro-batches
 
 
 @by_kind
 def test_a_rank_without_groups_takes_part(crowd: Crowd, kind: str) -> None:
     groups = make_groups(((5, (4, 1, 7)),))
-    assert_same_step(crowd, ObjectiveConfig(name="gspo"), groups, kind, max_tok=14)
-    assert_same_step(crowd, ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1), groups, kind, max_tok=14)
+    assert_same_step(crowd, ObjectiveConfig(name="gspo"), groups, kind, micro_batch_tok=14)
+    assert_same_step(
+        crowd, ObjectiveConfig(name="dapo", importance_sampling="token", kl_coef=0.1), groups, kind, micro_batch_tok=14
+    )
     assert_same_step(crowd, ObjectiveConfig(name="sft"), groups, kind)
 
 
@@ -239,7 +245,9 @@ def test_every_update_of_a_step_has_a_denominator_of_its_own(crowd: Crowd, kind:
     groups = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1))))
     whitened = ObjectiveConfig(name="reinforce_pp", baseline="mean", reward_kl_coef=0.3)  # over all updates of a step
     for objective in (GRPO, ObjectiveConfig(name="dapo"), whitened):
-        assert_same_step(crowd, objective, groups, kind, max_tok=14, prompts=4, prompts_per_update=2, epochs=2)
+        assert_same_step(
+            crowd, objective, groups, kind, micro_batch_tok=14, prompts=4, prompts_per_update=2, num_iterations=2
+        )
 
 
 def test_responses_without_advantage_count_whichever_rank_has_them(crowd: Crowd) -> None:
@@ -268,7 +276,7 @@ def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, resumes: bo
             learner.restore(stage, tensors)
         updates = pack(
             make_groups(seed=seed),
-            max_tok=100,
+            micro_batch_tok=100,
             prompts_per_update=2,
             objective=stage.objective,
             device=policy.device,

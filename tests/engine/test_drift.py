@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 # -- a small world
 def make_policy(dtype: torch.dtype = torch.float32) -> Policy:
     """Logits as wide as a language model's: entropy 3.1 nats, varentropy 1.8; half of the responses stop."""
-    tiny = TinyModel(hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=96, max_tok=128)
+    tiny = TinyModel(hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=96, max_model_len=128)
     policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

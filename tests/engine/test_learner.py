@@ -24,7 +24,7 @@ from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout, RunFailed, Sampling, StepStats
 from isomorph.engine.update.learner import Learner, Tally
-from isomorph.engine.update.pack import Update, pack
+from isomorph.engine.update.micro_batches import Update, pack
 
 CPU = torch.device("cpu")
 WORDS = [f"w{chr(97 + i)}" for i in range(16)]
@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 # -- a small world
 def make_policy(dtype: torch.dtype = torch.float64, scale: float = 0.4) -> Policy:
-    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
+    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=32)
     policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=CPU)
     if dtype == torch.float64:
         exact_norms(policy.model)
@@ -104,7 +104,7 @@ def make_stage(objective: ObjectiveConfig = GRPO, **tables: Any) -> Stage:
 def packed(groups: list[Group], stage: Stage) -> list[Update]:
     return pack(
         groups,
-        max_tok=stage.batch.max_tok,
+        micro_batch_tok=stage.batch.micro_batch_tok,
         prompts_per_update=stage.batch.prompts_per_update,
         objective=stage.objective,
         device=CPU,
@@ -116,9 +116,9 @@ def moved(weights: list[Tensor], seed: int) -> list[Tensor]:
     return [w + 0.02 * torch.randn(w.shape, generator=generator) for w in weights]
 
 
-def gradient(policy: Policy, groups: list[Group], objective: ObjectiveConfig, max_tok: int = 10_000) -> Tensor:
+def gradient(policy: Policy, groups: list[Group], objective: ObjectiveConfig, micro_batch_tok: int = 10_000) -> Tensor:
     """Of one optimizer step over all micro-batches, before clipping: all parameters in one vector."""
-    stage = make_stage(objective, batch=dict(max_tok=max_tok))
+    stage = make_stage(objective, batch=dict(micro_batch_tok=micro_batch_tok))
     learner = Learner(policy)
     learner.enter(stage)
     weights = policy.snapshot()
@@ -151,10 +151,12 @@ def flat(policy: Policy) -> Tensor:
 # -- invariant 1: the gradient does not depend on how the step is cut
 OBJECTIVES = [
     GRPO,
-    ObjectiveConfig(name="dapo", tis="token", kl_coef=0.1),
+    ObjectiveConfig(name="dapo", importance_sampling="token", kl_coef=0.1),
     ObjectiveConfig(name="dr_grpo", entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1"),
     ObjectiveConfig(name="gspo", clip_low=0.05, clip_high=0.05),
-    ObjectiveConfig(name="cispo", tis="sequence", tis_mode="mask", tis_cap=1.2),
+    ObjectiveConfig(
+        name="cispo", importance_sampling="sequence", importance_sampling_mode="mask", importance_sampling_cap=1.2
+    ),
     ObjectiveConfig(name="rloo", clip_low=0.05, clip_high=0.05),
     ObjectiveConfig(name="rft"),
     ObjectiveConfig(name="sft"),
@@ -167,8 +169,8 @@ def test_gradient_is_the_same_for_every_token_budget(objective: ObjectiveConfig)
     policy, groups = make_policy(), make_groups()
     whole = gradient(policy, groups, objective)
     assert whole.norm() > 1e-3
-    for max_tok in (25, 14, 11):  # at 11 the first group is split between its responses
-        parts = gradient(policy, groups, objective, max_tok)
+    for micro_batch_tok in (25, 14, 11):  # at 11 the first group is split between its responses
+        parts = gradient(policy, groups, objective, micro_batch_tok)
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
 
 
@@ -224,7 +226,7 @@ def test_gradient_is_the_same_for_more_tokens_than_one_chunk_of_logits_holds() -
     policy = make_policy()
     groups = make_groups(tuple((2, (27,) * 12) for _ in range(26)))
     objective = ObjectiveConfig(name="dapo", kl_coef=0.1)
-    assert packed(groups, make_stage(objective, batch=dict(max_tok=20_000)))[0].batches[0].num_loss_tok > 8192
+    assert packed(groups, make_stage(objective, batch=dict(micro_batch_tok=20_000)))[0].batches[0].num_loss_tok > 8192
     torch.testing.assert_close(
         gradient(policy, groups, objective, 20_000), gradient(policy, groups, objective, 400), rtol=0, atol=1e-12
     )
@@ -253,7 +255,7 @@ def restored(policy: Policy) -> Policy:
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"])
-@pytest.mark.parametrize("batch", [dict(), dict(epochs=2), dict(prompts_per_update=2)])
+@pytest.mark.parametrize("batch", [dict(), dict(num_iterations=2), dict(prompts_per_update=2)])
 def test_nothing_is_clipped_while_the_policy_has_not_moved(
     sampled: tuple[Policy, list[Group]], name: Any, batch: dict[str, Any]
 ) -> None:
@@ -320,7 +322,7 @@ def test_rejection_sampling_compares_with_the_sampler_at_the_temperature_of_samp
         Group(prompt=p, rollouts=tuple(drawn[3 * i : 3 * i + 3]), rewards=(1, 1, 1), advantages=(1.0, 1.0, 1.0))
         for i, p in enumerate(prompts)
     ]
-    stage = make_stage(ObjectiveConfig(name="rft"), batch=dict(prompts=2, prompts_per_update=1, epochs=2))
+    stage = make_stage(ObjectiveConfig(name="rft"), batch=dict(prompts=2, prompts_per_update=1, num_iterations=2))
     stage = stage.model_copy(update={"sampling": stage.sampling.model_copy(update={"temperature": 0.5})})
     stats = update(policy, groups, stage)
     assert stats.num_updates == 4 and 0 < stats.drift.largest < 1e-5  # nats, float32
@@ -358,7 +360,7 @@ def written_out(model: Any, groups: list[Group], stage: Stage) -> list[dict[str,
         old_S, _ = dense_logprob(model, groups)
     minibatches = [range(i, i + stage.batch.prompts_per_update) for i in range(0, len(groups), 2)]  # type: ignore[operator]
     numbers = []
-    for _ in range(stage.batch.epochs):
+    for _ in range(stage.batch.num_iterations):
         for members in minibatches:
             part = [groups[i] for i in members]
             old = torch.cat([old_S[3 * i + j] for i in members for j in range(3)])
@@ -393,7 +395,7 @@ def test_epochs_of_updates_are_those_of_a_loop_over_plain_sequences() -> None:
     stage = make_stage(
         ObjectiveConfig(name="dapo", clip_low=0.02, clip_high=0.03, kl_coef=0.5),
         optim=dict(lr=3e-3, clip_norm=0.5),
-        batch=dict(prompts=4, prompts_per_update=2, epochs=3, max_tok=17),
+        batch=dict(prompts=4, prompts_per_update=2, num_iterations=3, micro_batch_tok=17),
     )
     model = transformers_twin(policy)
     stats = update(policy, groups, stage)
@@ -417,7 +419,7 @@ def test_drift_is_the_distance_to_the_sampler_before_anything_moved() -> None:
     with torch.no_grad():
         logprob_S, _ = dense_logprob(model, groups)
     gaps = torch.cat(logprob_S) - torch.cat([r.sampler_logprob for g in groups for r in g.rollouts])  # type: ignore[misc]
-    stage = make_stage(optim=dict(lr=0.1), batch=dict(prompts=3, prompts_per_update=1, epochs=2))
+    stage = make_stage(optim=dict(lr=0.1), batch=dict(prompts=3, prompts_per_update=1, num_iterations=2))
     stats = update(policy, groups, stage)
     assert stats.drift.mean == pytest.approx(float(gaps.abs().mean()), rel=1e-9)
     assert stats.drift.largest == pytest.approx(float(gaps.abs().max()), rel=1e-9)
@@ -473,7 +475,7 @@ def test_the_schedule_runs_over_the_stage() -> None:
 def test_bf16_weights_learn_from_float32_sums_over_micro_batches() -> None:
     policy = make_policy(torch.bfloat16)
     learner = Learner(policy)
-    stage = make_stage(optim=dict(lr=1e-5), batch=dict(max_tok=13))
+    stage = make_stage(optim=dict(lr=1e-5), batch=dict(micro_batch_tok=13))
     learner.enter(stage)
     (step,) = packed(make_groups(), stage)
     assert len(step.batches) > 1
@@ -508,21 +510,22 @@ def group_tok(group: Group) -> int:
     return len(group.prompt.token_ids) + sum(len(r.token_ids) - 1 for r in group.rollouts)
 
 
-@pytest.mark.parametrize(("kl_coef", "epochs"), [(0.0, 1), (0.1, 1), (0.0, 3), (0.1, 3)])
+@pytest.mark.parametrize(("kl_coef", "num_iterations"), [(0.0, 1), (0.1, 1), (0.0, 3), (0.1, 3)])
 def test_only_updates_after_the_first_need_a_pass_for_old_log_probabilities(
-    monkeypatch: pytest.MonkeyPatch, kl_coef: float, epochs: int
+    monkeypatch: pytest.MonkeyPatch, kl_coef: float, num_iterations: int
 ) -> None:
     groups = make_groups()
     stage = make_stage(
-        ObjectiveConfig(name="grpo", kl_coef=kl_coef), batch=dict(prompts=3, prompts_per_update=1, epochs=epochs)
+        ObjectiveConfig(name="grpo", kl_coef=kl_coef),
+        batch=dict(prompts=3, prompts_per_update=1, num_iterations=num_iterations),
     )
     a, b, c = (group_tok(g) for g in groups)
-    reference = [(a, False), (b, False), (c, False)] if kl_coef else []  # once, whatever the number of epochs
+    reference = [(a, False), (b, False), (c, False)] if kl_coef else []  # once, whatever the number of iterations
     old = [(b, False), (c, False)]
     assert passes(make_policy(), groups, stage, monkeypatch) == [
         *reference,
         *old,
-        *[(a, True), (b, True), (c, True)] * epochs,
+        *[(a, True), (b, True), (c, True)] * num_iterations,
     ]
 
 
@@ -531,7 +534,7 @@ def test_a_kl_in_the_reward_costs_the_first_update_a_pass_for_old_log_probabilit
 ) -> None:
     groups = make_groups()
     stage = make_stage(
-        ObjectiveConfig(name="rloo", reward_kl_coef=0.1), batch=dict(prompts=3, prompts_per_update=1, epochs=2)
+        ObjectiveConfig(name="rloo", reward_kl_coef=0.1), batch=dict(prompts=3, prompts_per_update=1, num_iterations=2)
     )
     each = [group_tok(g) for g in groups]
     found = passes(make_policy(), groups, stage, monkeypatch)
@@ -602,7 +605,7 @@ def test_dropped_tokens_are_counted_and_give_no_gradient(value: float) -> None:
     assert math.isfinite(stats.loss) and math.isfinite(stats.drift.largest)
 
 
-@pytest.mark.parametrize("batch", [dict(), dict(epochs=2)])
+@pytest.mark.parametrize("batch", [dict(), dict(num_iterations=2)])
 @pytest.mark.parametrize("objective", [GRPO, ObjectiveConfig(name="gspo")], ids=lambda o: o.name)
 def test_a_policy_that_gives_no_finite_log_probability_ends_the_run_with_its_weights_unchanged(
     objective: ObjectiveConfig, batch: dict[str, int]
@@ -635,16 +638,16 @@ def test_a_stage_measures_kl_to_where_it_began_or_to_where_an_earlier_one_began(
     policy = make_policy()
     learner = Learner(policy)
     o = ObjectiveConfig(name="grpo", kl_coef=0.1)
-    anchored = make_stage(o, optim=dict(lr=1e-3), reference="anchor")
-    kept = make_stage(o, optim=dict(lr=1e-3), reference="keep")
-    learner.enter(anchored)
-    assert kl_of_one_step(learner, anchored) == pytest.approx(0, abs=1e-12)
-    assert kl_of_one_step(learner, anchored) > 1e-6
+    snapshotted = make_stage(o, optim=dict(lr=1e-3), reference="snapshot")
+    kept = make_stage(o, optim=dict(lr=1e-3), reference="previous")
+    learner.enter(snapshotted)
+    assert kl_of_one_step(learner, snapshotted) == pytest.approx(0, abs=1e-12)
+    assert kl_of_one_step(learner, snapshotted) > 1e-6
     learner.enter(kept)
     far = kl_of_one_step(learner, kept)
     assert far > 1e-6
-    learner.enter(anchored)
-    assert kl_of_one_step(learner, anchored) == pytest.approx(0, abs=1e-12)
+    learner.enter(snapshotted)
+    assert kl_of_one_step(learner, snapshotted) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_stage_without_kl_keeps_or_forgets_the_reference_as_it_says() -> None:
@@ -652,9 +655,9 @@ def test_a_stage_without_kl_keeps_or_forgets_the_reference_as_it_says() -> None:
     learner = Learner(policy)
     learner.enter(make_stage(ObjectiveConfig(name="grpo", kl_coef=0.1)))
     first = learner.reference
-    learner.enter(make_stage(reference="keep"))
+    learner.enter(make_stage(reference="previous"))
     assert learner.reference is first
-    learner.enter(make_stage(reference="anchor"))
+    learner.enter(make_stage(reference="snapshot"))
     assert learner.reference is None
 
 
@@ -665,9 +668,9 @@ def test_a_stage_carries_the_optimizer_over_or_begins_with_a_fresh_one() -> None
     update(policy, make_groups(), stage, learner)
     moments = learner.state_tensors()
     assert moments["step/model.norm.weight"] == 1
-    learner.enter(make_stage(optimizer="carry", optim=dict(betas=(0.5, 0.5))))
+    learner.enter(make_stage(optimizer_state="carry", optim=dict(betas=(0.5, 0.5))))
     assert torch.equal(learner.state_tensors()["exp_avg/model.norm.weight"], moments["exp_avg/model.norm.weight"])
-    learner.enter(make_stage(optimizer="reset"))
+    learner.enter(make_stage(optimizer_state="reset"))
     assert learner.state_tensors() == {}
 
 

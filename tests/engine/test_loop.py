@@ -37,7 +37,7 @@ from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.rollout.weights import trainer_logprob
 from isomorph.engine.types import Exam, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.pack import Update, pack
+from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.kernels import backend
 
 WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
@@ -123,7 +123,7 @@ def gold(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
 
 
 def make_policy() -> Policy:
-    tiny = TinyModel(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=48, max_tok=32)
+    tiny = TinyModel(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=48, max_model_len=32)
     return build_tiny(tiny, WORDS, seed=0, dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -134,7 +134,7 @@ def make_stage(name: str = "words", steps: int = 20, objective: str = "dapo", **
         steps=steps,
         objective=ObjectiveConfig(name=objective, **choices.pop("objective_choices", {})),  # type: ignore[arg-type]
         optim=OptimConfig(lr=3e-3),
-        batch=BatchConfig(prompts=6, max_tok=64, refills=choices.pop("refills", 0)),
+        batch=BatchConfig(prompts=6, micro_batch_tok=64, refills=choices.pop("refills", 0)),
         sampling=SamplingConfig(max_new_tok=4, samples_per_prompt=1 if is_supervised else 8),
         **choices,
     )
@@ -155,7 +155,7 @@ def make_crew(
     return Crew(
         policy=policy,
         sampler=sampler_of(policy),
-        demonstrations=DemonstrationSampler(policy.text, source.demonstrate, max_tok=policy.max_tok),
+        demonstrations=DemonstrationSampler(policy.text, source.demonstrate, max_model_len=policy.max_model_len),
         source=source,
         judge=judge,
         learner=Learner(policy),
@@ -211,7 +211,10 @@ def test_fifty_steps_with_the_fast_bodies_follow_the_references(tmp_path: Path) 
 
 def test_a_run_is_the_same_bit_for_bit_when_run_again(tmp_path: Path) -> None:
     def once(name: str) -> tuple[str, list[dict[str, Any]]]:
-        stages = (make_stage("a", 3, "sft"), make_stage("b", 4, objective_choices=dict(kl_coef=0.01, tis="token")))
+        stages = (
+            make_stage("a", 3, "sft"),
+            make_stage("b", 4, objective_choices=dict(kl_coef=0.01, importance_sampling="token")),
+        )
         crew = make_crew(tmp_path / name, *stages, examines=True)
         train(crew, RunState())
         rows = [
@@ -448,7 +451,9 @@ def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, 
 STAGES = (
     make_stage("a", 3, "sft"),
     make_stage("b", 3, objective_choices=dict(kl_coef=0.05)),
-    make_stage("c", 3, "grpo", objective_choices=dict(kl_coef=0.05), optimizer="carry", reference="keep", refills=2),
+    make_stage(
+        "c", 3, "grpo", objective_choices=dict(kl_coef=0.05), optimizer_state="carry", reference="previous", refills=2
+    ),
 )
 
 
@@ -498,10 +503,12 @@ def _num_rows(folder: Path) -> int:
 
 # three updates on each draw, twice; of the last stage's flat groups some are drawn anew
 MANY = [
-    stage.model_copy(update={"batch": stage.batch.model_copy(update={"prompts_per_update": 2, "epochs": 2})})
+    stage.model_copy(update={"batch": stage.batch.model_copy(update={"prompts_per_update": 2, "num_iterations": 2})})
     for stage in (
         make_stage("a", 1, "sft"),
-        make_stage("b", 2, objective_choices=dict(kl_coef=0.05, reward_kl_coef=0.05, tis="token"), refills=2),
+        make_stage(
+            "b", 2, objective_choices=dict(kl_coef=0.05, reward_kl_coef=0.05, importance_sampling="token"), refills=2
+        ),
     )
 ]
 

@@ -27,18 +27,18 @@ from isomorph.engine.config import (
     UserError,
 )
 from isomorph.engine.model.policy import Policy, load_policy
-from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import fingerprint, trainer_logprob
 from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout, Sampling
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.pack import Update, pack
+from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.kernels.linear_logprob import linear_logprob
 
 CPU = torch.device("cpu")
 WORDS = [f"w{chr(97 + i)}" for i in range(16)]
 NUM_VOCAB = len(WORDS) + 4
-TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
+TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=32)
 LORA = LoraConfig(rank=3, alpha=5.0)
 KL = ObjectiveConfig(name="grpo", kl_coef=0.1)
 LENGTHS = ((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)))
@@ -111,7 +111,7 @@ def packed(stage: Stage, seed: int = 3) -> list[Update]:
     batch = stage.batch
     return pack(
         make_groups(seed),
-        max_tok=batch.max_tok,
+        micro_batch_tok=batch.micro_batch_tok,
         prompts_per_update=batch.prompts_per_update,
         objective=stage.objective,
         device=CPU,
@@ -157,7 +157,9 @@ def padded_logprob(model: Any) -> Tensor:
 
 # -- the function and its gradient
 @pytest.mark.parametrize(
-    "options", [{}, {"recompute_every": 1}, pytest.param({"compiles": True}, marks=pytest.mark.slow)], ids=str
+    "options",
+    [{}, {"gradient_checkpointing_every": 1}, pytest.param({"compiles": True}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_log_probabilities_and_gradients_are_pefts_own_on_padded_sequences(
     options: dict[str, Any], tmp_path: Path
@@ -258,19 +260,19 @@ def test_the_first_reference_is_the_base_with_the_adapters_left_out() -> None:
     assert all(p.requires_grad for p in policy.named_parameters().values())
 
 
-def test_a_later_anchor_is_the_adapters_as_they_were() -> None:
+def test_a_later_snapshot_is_the_adapters_as_they_were() -> None:
     policy, stage = make_policy(), make_stage()
     learner = entered(policy, stage)
     learner.update(packed(stage), stage, 0)
     batches = [update.batches for update in packed(stage)]
-    at_anchor = [[learner._logprob(batch, stage) for batch in update] for update in batches]
+    at_snapshot = [[learner._logprob(batch, stage) for batch in update] for update in batches]
     learner.enter(stage)
     assert learner.reference is not None
     assert sum(w.nbytes for w in learner.reference) == sum(p.nbytes for p in policy.named_parameters().values())
     learner.update(packed(stage, 1), stage, 1)
     again = learner._reference_logprobs(batches, stage)
     assert again is not None
-    assert all(torch.equal(a, b) for x, y in zip(again, at_anchor, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(torch.equal(a, b) for x, y in zip(again, at_snapshot, strict=True) for a, b in zip(x, y, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -382,7 +384,7 @@ def test_a_real_model_learns_by_its_adapters_alone(smollm2_folder: Path, tmp_pat
     learner = entered(policy, sft)
     losses = []
     for step in range(4):
-        updates = pack([group], max_tok=4096, prompts_per_update=None, objective=sft.objective, device=CPU)
+        updates = pack([group], micro_batch_tok=4096, prompts_per_update=None, objective=sft.objective, device=CPU)
         losses.append(learner.update(updates, sft, step).loss)
     assert losses[-1] < 0.8 * losses[0], losses
     assert policy.adapters is not None

@@ -301,7 +301,7 @@ def windowed(folder: Path, window: int, family: str = "mistral") -> Path:
 def test_a_window_bounds_the_sequences_and_within_it_logits_are_transformers_own(tmp_path: Path, family: str) -> None:
     folder = windowed(tmp_path, 16, family)
     policy = load(folder)
-    assert policy.max_tok == 16
+    assert policy.max_model_len == 16
     assert any("look 16 tokens back" in note for note in policy.notes)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -311,7 +311,9 @@ def test_a_window_bounds_the_sequences_and_within_it_logits_are_transformers_own
         from isomorph.kernels.packed_attention import PackedLayout
 
         layout = PackedLayout.from_groups([length], [[0]])
-        return policy.trunk(ids[:, :length], torch.arange(length)[None], attend_packed(layout)) @ policy.unembedding.T
+        return (
+            policy.backbone(ids[:, :length], torch.arange(length)[None], attend_packed(layout)) @ policy.unembedding.T
+        )
 
     torch.testing.assert_close(ours(16), theirs(input_ids=ids[:, :16]).logits, rtol=0, atol=1e-5)
     assert (ours(20) - theirs(input_ids=ids).logits).abs().max() > 1e-3  # beyond it they differ: hence the bound
@@ -319,7 +321,7 @@ def test_a_window_bounds_the_sequences_and_within_it_logits_are_transformers_own
 
 def test_a_window_longer_than_every_sequence_changes_nothing(tmp_path: Path) -> None:
     policy = load(windowed(tmp_path, 4096))
-    assert policy.max_tok == 64 and policy.notes == ()
+    assert policy.max_model_len == 64 and policy.notes == ()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
     let_attend(model)
     model.config._attn_implementation, model.config.sliding_window = "sdpa", 8

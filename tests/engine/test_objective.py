@@ -22,8 +22,8 @@ from isomorph.engine.config import ObjectiveConfig, SamplingConfig, Stage, TinyM
 from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.learner import Learner, Tally
+from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.engine.update.objective import MAX_LOG_RATIO, Rows, kl_estimate, loss_of_tokens, token_weight
-from isomorph.engine.update.pack import Update, pack
 from isomorph.kernels.linear_logprob import TokenStats
 
 MAX_NEW_TOK = 9
@@ -32,7 +32,13 @@ ALL_CHOICES = dict(
     aggregation=("token", "sequence", "constant"),
     ratio=("token", "sequence", "product"),
     kl=(None, "k1", "k2", "k3"),
-    tis=(None, ("token", "truncate"), ("token", "mask"), ("sequence", "truncate"), ("sequence", "mask")),
+    importance_sampling=(
+        None,
+        ("token", "truncate"),
+        ("token", "mask"),
+        ("sequence", "truncate"),
+        ("sequence", "mask"),
+    ),
     clip=(None, (0.1, 0.2)),
     entropy_coef=(0.0, 0.03),
 )
@@ -48,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 def objective(name: str, choices: dict[str, Any]) -> ObjectiveConfig:
     low, high = choices["clip"] or (None, None)
-    tis, mode = choices["tis"] or ("off", "truncate")
+    importance_sampling, mode = choices["importance_sampling"] or ("off", "truncate")
     return ObjectiveConfig(
         name=name,  # type: ignore[arg-type]
         aggregation=choices["aggregation"],
@@ -58,9 +64,9 @@ def objective(name: str, choices: dict[str, Any]) -> ObjectiveConfig:
         kl_coef=0.2 if choices["kl"] else 0.0,
         kl_estimator=choices["kl"] or "k3",
         entropy_coef=choices["entropy_coef"],
-        tis=tis,
-        tis_mode=mode,
-        tis_cap=1.2,
+        importance_sampling=importance_sampling,
+        importance_sampling_mode=mode,
+        importance_sampling_cap=1.2,
     )
 
 
@@ -126,12 +132,12 @@ def _surrogate(o: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Te
 
 def _correction(o: ObjectiveConfig, s: Known) -> Tensor:
     weight = s.old.exp() / s.sampler.exp()
-    if o.tis == "off":
+    if o.importance_sampling == "off":
         return torch.ones_like(weight)
-    if o.tis == "sequence":
+    if o.importance_sampling == "sequence":
         weight = weight.prod().expand(len(weight))
-    above = weight > o.tis_cap
-    return weight.masked_fill(above, o.tis_cap if o.tis_mode == "truncate" else 0.0)
+    above = weight > o.importance_sampling_cap
+    return weight.masked_fill(above, o.importance_sampling_cap if o.importance_sampling_mode == "truncate" else 0.0)
 
 
 # -- on given logits
@@ -285,7 +291,9 @@ def test_what_is_not_measured_is_nan() -> None:
     assert loss_of_tokens(ObjectiveConfig(name="sft"), c.stats, rows).kl.isnan().all()
 
 
-@pytest.mark.parametrize("choices", [dict(), dict(ratio="sequence"), dict(tis="token"), dict(tis="sequence")])
+@pytest.mark.parametrize(
+    "choices", [dict(), dict(ratio="sequence"), dict(importance_sampling="token"), dict(importance_sampling="sequence")]
+)
 @pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_policies_that_are_far_apart_give_finite_losses(choices: dict[str, Any], kl: Any) -> None:
     c = case(spread=500.0)
@@ -306,7 +314,7 @@ def test_columns_are_sliced_together() -> None:
 
 # -- through packing, decoder and learner
 def random_policy() -> Policy:
-    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=32)
+    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=32)
     words = [f"w{chr(97 + i)}" for i in range(16)]
     policy = build_tiny(tiny, words, seed=0, dtype=torch.float64, device=torch.device("cpu"))
     exact_norms(policy.model)
@@ -408,7 +416,7 @@ def world() -> World:
     return World(policy=policy, model=model, groups=groups, sequences=sequences, old=old, ref=ref)
 
 
-def learned(world: World, o: ObjectiveConfig, max_tok: int = 10_000) -> tuple[float, dict[str, Tensor]]:
+def learned(world: World, o: ObjectiveConfig, micro_batch_tok: int = 10_000) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one optimizer step's micro-batches, as ``Learner.update`` makes them."""
     stage = Stage(
         name="s",
@@ -419,7 +427,9 @@ def learned(world: World, o: ObjectiveConfig, max_tok: int = 10_000) -> tuple[fl
     learner = Learner(world.policy)
     learner.enter(stage)
     learner.reference = world.ref
-    (update,) = pack(world.groups, max_tok=max_tok, prompts_per_update=None, objective=o, device=torch.device("cpu"))
+    (update,) = pack(
+        world.groups, micro_batch_tok=micro_batch_tok, prompts_per_update=None, objective=o, device=torch.device("cpu")
+    )
     tally = backward_all(learner, update, stage, world.old)
     gradients = {name: p.grad for name, p in world.policy.named_parameters().items()}
     assert learner.optimizer is not None
@@ -449,7 +459,7 @@ def some_choices() -> list[ObjectiveConfig]:
 
 
 @pytest.mark.parametrize(
-    "o", some_choices(), ids=lambda o: f"{o.name}-{o.aggregation}-{o.ratio}-{o.kl_estimator}-{o.tis}"
+    "o", some_choices(), ids=lambda o: f"{o.name}-{o.aggregation}-{o.ratio}-{o.kl_estimator}-{o.importance_sampling}"
 )
 def test_loss_and_gradient_of_every_parameter_are_those_of_padded_repeated_full_logits(
     world: World, o: ObjectiveConfig

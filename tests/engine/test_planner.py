@@ -13,7 +13,7 @@ import torch
 from isomorph.engine.config import EngineConfig, LoraConfig, ModelConfig, Stage, TinyModel, UserError
 from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import build_tiny, read_shape, shape_of
-from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.planner import (
     GIB,
     Ceilings,
@@ -35,8 +35,10 @@ SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwe
 def seven_b(
     *, lora: LoraConfig | None = None, num_ranks: int = 1, kind: str = "data", publish: str = "shared", **changes: Any
 ) -> Facts:
-    model = ModelConfig(path=str(SEVEN_B), dtype="bfloat16", recompute_every=1)
-    stage = Stage.model_validate({"name": "a", "steps": 1, "objective": {"kl_coef": 0.01}, "batch": {"max_tok": 16384}})
+    model = ModelConfig(path=str(SEVEN_B), dtype="bfloat16", gradient_checkpointing_every=1)
+    stage = Stage.model_validate(
+        {"name": "a", "steps": 1, "objective": {"kl_coef": 0.01}, "batch": {"micro_batch_tok": 16384}}
+    )
     sampler = {"kind": "vllm", "memory_frac": 0.3, "publish": publish}
     config = EngineConfig.model_validate({"model": model, "sampler": sampler, "parallel": {"kind": kind}})
     shape = read_shape(model, [], lora)
@@ -62,7 +64,7 @@ def test_several_ranks_share_the_prompts_and_with_fsdp_the_states() -> None:
     billions, size = 7.615616512e9 / GIB, seven_b().shape
     alone, data, cut = seven_b(), seven_b(num_ranks=4), seven_b(num_ranks=4, kind="fsdp", publish="copy")
     assert data.prompts == cut.prompts == -(-alone.prompts // 4)
-    assert data.trunk_tok < alone.trunk_tok / 3 and data.kv_tok < alone.kv_tok
+    assert data.forward_tok < alone.forward_tok / 3 and data.kv_tok < alone.kv_tok
     states = ("weights", "masters", "moments", "gradients", "reference")
     assert [gib(data)[name] for name in states] == [gib(alone)[name] for name in states]
     found = gib(cut)
@@ -118,7 +120,7 @@ def test_adapters_alone_have_masters_moments_gradients_and_a_reference() -> None
 
 def test_frozen_weights_need_no_gradients_of_their_own() -> None:
     endless = Ceilings(1e15, 1e30, "test")
-    options: dict[str, Any] = dict(has_reference=False, is_repeated=False, recompute_every=None)
+    options: dict[str, Any] = dict(has_reference=False, is_repeated=False, gradient_checkpointing_every=None)
     one, every = (seconds(seven_b(lora=lora, **options), endless)["update"] for lora in (LoraConfig(rank=1), None))
     assert one == pytest.approx(every * 2 / 3, rel=1e-3)
 
@@ -136,7 +138,7 @@ def test_what_fits_fits_exactly() -> None:
     assert largest > 0
     for num_tok, fits in ((largest, True), (largest + 1, False)):
         assert (peak_bytes(dataclasses.replace(facts, micro_tok=num_tok), "update") <= 139.8 * GIB) is fits
-    assert largest_micro_tok(seven_b(recompute_every=None)) < largest / 2
+    assert largest_micro_tok(seven_b(gradient_checkpointing_every=None)) < largest / 2
     assert largest_micro_tok(seven_b(device_gib=79.6)) == 0
     kv_gib = largest_kv_tok(facts) * facts.kv_bytes_per_tok / GIB
     assert kv_gib == pytest.approx(0.3 * 139.8 - 2 - gib(facts)["weights"], rel=1e-3)
@@ -154,21 +156,25 @@ def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=8)], ids=["every weight", "adapters"])
-@pytest.mark.parametrize("recompute_every", [None, 1, 2])
-def test_a_layers_bytes_are_those_that_autograd_keeps(recompute_every: int | None, lora: LoraConfig | None) -> None:
+@pytest.mark.parametrize("gradient_checkpointing_every", [None, 1, 2])
+def test_a_layers_bytes_are_those_that_autograd_keeps(
+    gradient_checkpointing_every: int | None, lora: LoraConfig | None
+) -> None:
     """Counted by hooks on a real packed pass: the difference that two layers make, so that all else cancels."""
     facts_by_layers = {}
     for num_layers in (2, 4):
         tiny = TinyModel(hidden_size=64, num_layers=num_layers, num_heads=4, num_kv_heads=2, intermediate_size=96)
         policy = build_tiny(tiny, ["a", "b"], seed=0, dtype=torch.float32, device=torch.device("cpu"))
         adapters = None if lora is None else attach(policy.model, lora, seed=0, base=None)
-        policy = type(policy)(policy.model, policy.text, recompute_every=recompute_every, adapters=adapters)
+        policy = type(policy)(
+            policy.model, policy.text, gradient_checkpointing_every=gradient_checkpointing_every, adapters=adapters
+        )
         num_tok, kept = _kept_bytes(policy)
         facts_by_layers[num_layers] = kept / num_tok
         shape = shape_of(policy.model)
     measured = (facts_by_layers[4] - facts_by_layers[2]) / 2
     whole, light = layer_bytes_per_tok(shape, 4), 4 * shape.width
-    expected = {None: whole, 1: light, 2: (whole + light) / 2}[recompute_every]
+    expected = {None: whole, 1: light, 2: (whole + light) / 2}[gradient_checkpointing_every]
     assert measured == pytest.approx(expected, rel=0.05)
 
 
@@ -199,12 +205,12 @@ def _kept_bytes(policy: Any) -> tuple[int, int]:
 
 
 def test_seconds_are_flops_over_one_ceiling_and_bytes_over_the_other() -> None:
-    facts = seven_b(has_reference=False, is_repeated=False, recompute_every=None)
+    facts = seven_b(has_reference=False, is_repeated=False, gradient_checkpointing_every=None)
     endless = Ceilings(1e15, 1e30, "test")
     one = seconds(facts, endless)["update"]
-    ideal = 6 * facts.shape.num_trunk * facts.trunk_tok + 6 * facts.shape.num_head * facts.loss_tok
+    ideal = 6 * facts.shape.num_backbone * facts.forward_tok + 6 * facts.shape.num_head * facts.loss_tok
     assert ideal < one * 1e15 < 1.1 * ideal  # the rest is attention
-    again = seconds(dataclasses.replace(facts, recompute_every=1, has_reference=True), endless)["update"]
+    again = seconds(dataclasses.replace(facts, gradient_checkpointing_every=1, has_reference=True), endless)["update"]
     assert again == pytest.approx(one * 5 / 3)
     assert seconds(dataclasses.replace(facts, is_sampled=False), endless)["generate"] == 0
     slow = seconds(facts, Ceilings(1e30, 4e12, "test"))["generate"]
@@ -219,10 +225,17 @@ def test_an_unknown_card_is_refused() -> None:
 def test_the_command_tells_the_budget_of_a_recipe_it_has_no_weights_for(tmp_path: Path) -> None:
     recipe = SEVEN_B.parents[1] / "paper" / "graph_natural.toml"
     command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "plan", str(recipe)]
-    command += [f"model.path={SEVEN_B}", "model.recompute_every=1", "--device", "h200", "--ranks", "2"]
+    command += [f"model.path={SEVEN_B}", "model.gradient_checkpointing_every=1", "--device", "h200", "--ranks", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("weights", "moments", "reference (host)", "largest batch.max_tok", "989.00 TFLOP/s", "one of 2 ranks"):
+    for word in (
+        "weights",
+        "moments",
+        "reference (host)",
+        "largest batch.micro_batch_tok",
+        "989.00 TFLOP/s",
+        "one of 2 ranks",
+    ):
         assert word in done.stdout, done.stdout
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     planned = json.loads(done.stdout)
@@ -240,7 +253,7 @@ def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(
     recipe.write_text(
         f'[model]\npath = "{smollm2_folder}"\n[run]\ncheckpoint_every = 99\n[data.plans]\nkind = "async_plan"\n'
         '[[stage]]\nname = "rl"\nsteps = 2\nobjective = { name = "dapo", entropy_coef = 0.01 }\n'
-        "sampling = { max_new_tok = 8, samples_per_prompt = 4 }\nbatch = { prompts = 8, max_tok = 4096 }\n"
+        "sampling = { max_new_tok = 8, samples_per_prompt = 4 }\nbatch = { prompts = 8, micro_batch_tok = 4096 }\n"
         'mixture = [{ data = "plans", representation = "graph" }]\n'
         '[eval]\ndata = "plans"\nrepresentations = ["graph"]\nprompts = 1\nmax_new_tok = 2\n'
     )

@@ -21,7 +21,7 @@ from isomorph.kernels.packed_attention import PackedLayout
 
 CPU = torch.device("cpu")
 VOCABULARY = ["<answer>", "</answer>", "stir", "take", "minutes", "in", "total", ":", ",", ".", *map(str, range(31))]
-TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_tok=64)
+TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=64)
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_recomputed_layers_give_the_same_gradients_bit_for_bit(every: int, again
     groups = [
         ([i % 9 for i in prompt], [[i % 9 for i in r] for r in responses]) for prompt, responses in random_groups()
     ]
-    kept, policy = learners_policy(), learners_policy(recompute_every=every)
+    kept, policy = learners_policy(), learners_policy(gradient_checkpointing_every=every)
     runs: list[int] = []
     for i, layer in enumerate(policy.model.model.layers):
         layer.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
@@ -191,7 +191,7 @@ def saved_bytes(policy: Policy, batch: PackedBatch) -> int:
 def test_recomputed_layers_keep_less_than_a_third() -> None:
     groups = [([1 + i % 8 for i in range(40)], [[1 + i % 8 for i in range(30)]] * 3)]
     kept = saved_bytes(learners_policy(), packed(groups))
-    assert saved_bytes(learners_policy(recompute_every=1), packed(groups)) < kept / 3
+    assert saved_bytes(learners_policy(gradient_checkpointing_every=1), packed(groups)) < kept / 3
 
 
 @pytest.mark.slow  # compiles C++
@@ -223,7 +223,7 @@ def test_shapes_that_samplers_ask_for_are_the_models(family: str) -> None:
     policy, _ = twins(config_of(family.split()[0], **FAMILIES[family]))
     k_proj = policy.named_parameters()["model.layers.0.self_attn.k_proj.weight"]
     assert policy.num_kv_heads * policy.head_dim == k_proj.shape[0]
-    assert (policy.max_tok, policy.dtype, policy.device) == (64, torch.float64, CPU)
+    assert (policy.max_model_len, policy.dtype, policy.device) == (64, torch.float64, CPU)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -506,7 +506,7 @@ def test_the_real_135m_model_speaks_through_its_chat_template(smollm2_folder: Pa
 SHAPES = """
 import ctypes, torch
 from isomorph.engine.config import TinyModel
-from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.model.policy import attend_packed, build_tiny
 from isomorph.engine.types import Prompt
 from isomorph.kernels.linear_logprob import linear_loss
@@ -516,7 +516,7 @@ class Info(ctypes.Structure):
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Info
 torch.set_num_threads(1)
-shape = TinyModel(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=512, max_tok=2048)
+shape = TinyModel(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=512, max_model_len=2048)
 policy = build_tiny(shape, ["a"], seed=0, dtype=torch.float32, device=torch.device("cpu"))
 in_use = []
 for num_tok in range(577, 641):
@@ -527,7 +527,7 @@ for num_tok in range(577, 641):
     loss = linear_loss(hidden, weight, torch.zeros(num_tok, dtype=torch.int64), lambda stats, rows: stats.logprob.sum())
     loss.backward()
     with torch.no_grad():
-        policy.trunk(batch.token_ids[None], batch.layout.positions[None], attend_packed(batch.layout))
+        policy.backbone(batch.token_ids[None], batch.layout.positions[None], attend_packed(batch.layout))
     del hidden, batch, loss
     in_use.append(libc.mallinfo2().in_use / 2**20)
 print(in_use[-1] - in_use[1])

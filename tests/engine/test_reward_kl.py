@@ -96,8 +96,8 @@ def in_float64() -> Any:
 def test_the_gradient_is_that_of_the_penalised_reward(o: ObjectiveConfig) -> None:
     model, old, ref = models()
     advantages = true_advantages(o, old, ref)
-    for max_tok in (1000, 14):
-        gradients, _ = step_on(ALONE, o, GROUPS, dict(prompts=4, prompts_per_update=2, max_tok=max_tok))
+    for micro_batch_tok in (1000, 14):
+        gradients, _ = step_on(ALONE, o, GROUPS, dict(prompts=4, prompts_per_update=2, micro_batch_tok=micro_batch_tok))
         for u, gradient in enumerate(gradients):
             own = range(6 * u, 6 * u + 6)
             now = logprobs(model, GROUPS[2 * u : 2 * u + 2])

@@ -24,8 +24,8 @@ from isomorph.engine.config import ObjectiveConfig, Stage
 from isomorph.engine.model.policy import word_tokenizer
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
+from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
-from isomorph.engine.update.pack import pack
 from isomorph.engine.update.score import score
 from isomorph.kernels.linear_logprob import TokenStats
 
@@ -156,7 +156,7 @@ CLIP = dict(epsilon=0.1, epsilon_high=0.2)
 KL = dict(beta=0.2, use_bias_correction_kl=False)
 TIS = dict(vllm_importance_sampling_correction=True, vllm_importance_sampling_clip_max=1.2)
 OUR_CLIP = dict(clip_low=0.1, clip_high=0.2)
-OUR_TIS = dict(tis_cap=1.2)
+OUR_TIS = dict(importance_sampling_cap=1.2)
 GRPO_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": (dict(loss_type="grpo", **CLIP), dict(name="grpo", **OUR_CLIP)),
     "grpo, k3": (dict(loss_type="grpo", **CLIP, **KL), dict(name="grpo", kl_coef=0.2, **OUR_CLIP)),
@@ -180,19 +180,26 @@ GRPO_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reinforce_pp": (dict(loss_type="dapo", epsilon=0.2), dict(name="reinforce_pp")),
     "dapo, tis token": (
         dict(loss_type="dapo", **CLIP, **TIS, vllm_importance_sampling_mode="token_truncate"),
-        dict(name="dapo", tis="token", **OUR_CLIP, **OUR_TIS),
+        dict(name="dapo", importance_sampling="token", **OUR_CLIP, **OUR_TIS),
     ),
     "dapo, tis token mask, k3": (
         dict(loss_type="dapo", **CLIP, **TIS, **KL, vllm_importance_sampling_mode="token_mask"),
-        dict(name="dapo", tis="token", tis_mode="mask", kl_coef=0.2, **OUR_CLIP, **OUR_TIS),
+        dict(
+            name="dapo",
+            importance_sampling="token",
+            importance_sampling_mode="mask",
+            kl_coef=0.2,
+            **OUR_CLIP,
+            **OUR_TIS,
+        ),
     ),
     "grpo, tis sequence": (
         dict(loss_type="grpo", **CLIP, **TIS, vllm_importance_sampling_mode="sequence_truncate"),
-        dict(name="grpo", tis="sequence", **OUR_CLIP, **OUR_TIS),
+        dict(name="grpo", importance_sampling="sequence", **OUR_CLIP, **OUR_TIS),
     ),
     "grpo, tis sequence mask": (
         dict(loss_type="grpo", **CLIP, **TIS, vllm_importance_sampling_mode="sequence_mask"),
-        dict(name="grpo", tis="sequence", tis_mode="mask", **OUR_CLIP, **OUR_TIS),
+        dict(name="grpo", importance_sampling="sequence", importance_sampling_mode="mask", **OUR_CLIP, **OUR_TIS),
     ),
 }
 
@@ -317,7 +324,7 @@ def test_rloos_advantages_are_those_of_a_step_of_trls_rloo_trainer(tmp_path: Pat
     ours = torch.tensor([a for group in groups for a in group.advantages])
     if beta:
         assert (ours - batch["advantages"]).abs().max() > 0.01  # the KL matters
-        updates = pack(groups, max_tok=1000, prompts_per_update=None, objective=o, device=torch.device("cpu"))
+        updates = pack(groups, micro_batch_tok=1000, prompts_per_update=None, objective=o, device=torch.device("cpu"))
         ((packed_batch,), (response_id,)) = updates[0].batches, updates[0].response_ids
         lens = batch["completion_mask"].sum(1).tolist()
         known = []

@@ -81,7 +81,7 @@ def compile_key(policy: Policy, **options: Any) -> str:
     """As vLLM computes it for an engine that compiles, which ours does on a GPU only."""
     from vllm import EngineArgs
 
-    asked = vllm_sampler._engine_options(policy, SamplerConfig(kind="vllm", max_seqs=4), policy.max_tok, 0)
+    asked = vllm_sampler._engine_options(policy, SamplerConfig(kind="vllm", max_seqs=4), policy.max_model_len, 0)
     return EngineArgs(**{**asked, "enforce_eager": False, **options}).create_engine_config().compute_hash()
 
 
@@ -203,7 +203,7 @@ def take_steps(policy: Policy, num: int = 2) -> None:
     token_ids = torch.tensor(policy.text.encode_prompt(text), device=DEVICE)
     positions = torch.arange(len(token_ids), device=DEVICE)
     for _ in range(num):
-        hidden_TD = policy.trunk(token_ids[None], positions[None], causal)[0]
+        hidden_TD = policy.backbone(token_ids[None], positions[None], causal)[0]
         loss = -linear_logprob(hidden_TD[:-1], policy.unembedding, token_ids[1:]).logprob.mean()
         loss.backward()
         optimizer.step()
@@ -374,7 +374,7 @@ def test_greedy_takes_the_likeliest_token_and_carries_no_log_probability(pair: P
     assert all(r.sampler_logprob is None for r in rollouts)
     token_ids = torch.tensor([*prompt.token_ids, *rollouts[0].token_ids.tolist()], device=DEVICE)
     with torch.no_grad():
-        hidden = policy.trunk(token_ids[None], torch.arange(len(token_ids), device=DEVICE)[None], causal)[0]
+        hidden = policy.backbone(token_ids[None], torch.arange(len(token_ids), device=DEVICE)[None], causal)[0]
         logits_NV = hidden[len(prompt.token_ids) - 1 : -1] @ policy.unembedding.T
     chosen = logits_NV.gather(1, rollouts[0].token_ids.to(DEVICE)[:, None])[:, 0]
     assert (logits_NV.max(1).values - chosen).max() <= 1e-3

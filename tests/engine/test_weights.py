@@ -28,7 +28,7 @@ LAYER = "model.layers.3.self_attn"
 
 
 def make_policy(seed: int = 0) -> Policy:
-    tiny = TinyModel(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_tok=64)
+    tiny = TinyModel(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_model_len=64)
     return build_tiny(tiny, WORDS, seed=seed, dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -151,7 +151,7 @@ def test_trainer_logprob_is_that_of_every_sequence_alone() -> None:
         prompt = prompt_of[rollout.prompt_id].token_ids
         token_ids = torch.tensor([*prompt, *rollout.token_ids.tolist()])
         with torch.no_grad():
-            hidden = policy.trunk(token_ids[None], torch.arange(len(token_ids))[None], causal)[0]
+            hidden = policy.backbone(token_ids[None], torch.arange(len(token_ids))[None], causal)[0]
             all_TV = torch.log_softmax(hidden @ policy.unembedding.T / 0.7, -1)
         alone = all_TV[len(prompt) - 1 : -1].gather(1, rollout.token_ids[:, None])[:, 0]
         assert logprob.shape == rollout.token_ids.shape

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isomorph.kernels import backend, linear_chunks
-from isomorph.kernels.linear import linear, linear_packed, linear_ref, pack, rounded_rows, takes_onednn
+from isomorph.kernels.linear import linear, linear_prepacked, linear_ref, prepack, rounded_rows, takes_onednn
 from isomorph.kernels.linear_logprob import linear_loss
 
 SIZE = st.integers(1, 70)
@@ -94,10 +94,10 @@ def test_infinity_and_nan_stay_in_their_rows() -> None:
 def test_a_packed_weight_multiplies_as_the_weight_does(num_rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=generator) for s in ((2, num_rows, 96), (80, 96), (80,)))
-    packed = pack(weight.to(dtype))
+    packed = prepack(weight.to(dtype))
     assert packed is not None
     exact = linear_ref(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
-    ours = linear_packed(x.to(dtype), packed, bias.to(dtype))
+    ours = linear_prepacked(x.to(dtype), packed, bias.to(dtype))
     theirs = linear_ref(x.to(dtype), weight.to(dtype), bias.to(dtype))
     assert ours.dtype == dtype and ours.shape == (2, num_rows, 80)
     rounding = 96**0.5 * 2**-23 * exact.abs().max()
@@ -113,10 +113,10 @@ def test_few_different_numbers_of_rows_are_multiplied() -> None:
 
 
 def test_what_onednn_does_not_multiply_is_not_packed() -> None:
-    assert pack(torch.randn(3, 8).double()) is None
-    assert pack(torch.empty(0, 8)) is None
+    assert prepack(torch.randn(3, 8).double()) is None
+    assert prepack(torch.empty(0, 8)) is None
     with backend.using("reference"):
-        assert pack(torch.randn(3, 8)) is None
+        assert prepack(torch.randn(3, 8)) is None
 
 
 def test_a_small_product_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_a_small_product_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isomorph.kernels.linear.MIN_WEIGHT", 3 * 8)
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     assert takes_onednn(x, weight, 24) and not takes_onednn(x[:3], weight, 24) and not takes_onednn(x, weight, 23)
-    assert pack(weight) is not None and pack(weight[:2]) is None
+    assert prepack(weight) is not None and prepack(weight[:2]) is None
 
 
 def test_the_heads_products_are_pytorchs_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig, UserError
 from isomorph.engine.distributed.ranks import ALONE, Ranks
-from isomorph.engine.packed import Part, pack_parts
+from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.types import Group, PackedBatch
 from isomorph.kernels.packing import assign_groups
 
@@ -40,29 +40,31 @@ class Update:
 def pack(
     groups: Sequence[Group],
     *,
-    max_tok: int,
+    micro_batch_tok: int,
     prompts_per_update: int | None,
     objective: ObjectiveConfig,
     device: torch.device,
     ranks: Ranks = ALONE,
 ) -> list[Update]:
-    """One Update for every ``prompts_per_update`` groups, in order; micro-batches hold at most ``max_tok`` tokens.
+    """One Update for every ``prompts_per_update`` groups, in micro-batches of at most ``micro_batch_tok`` tokens.
 
     ``groups`` are those of all ranks.
     """
     per_update = prompts_per_update or len(groups)
     chunks = [groups[i : i + per_update] for i in range(0, len(groups), per_update)]
-    return [_update(chunk, max_tok, objective, device, ranks) for chunk in chunks]
+    return [_update(chunk, micro_batch_tok, objective, device, ranks) for chunk in chunks]
 
 
 def _update(
-    groups: Sequence[Group], max_tok: int, objective: ObjectiveConfig, device: torch.device, ranks: Ranks
+    groups: Sequence[Group], micro_batch_tok: int, objective: ObjectiveConfig, device: torch.device, ranks: Ranks
 ) -> Update:
     first_id = [0, *itertools.accumulate(len(group.rollouts) for group in groups)]
-    parts_of = [_parts(group, max_tok, objective, start) for group, start in zip(groups, first_id, strict=False)]
+    parts_of = [
+        _parts(group, micro_batch_tok, objective, start) for group, start in zip(groups, first_id, strict=False)
+    ]
     dealt = ranks.deal([sum(part.num_tok for part in parts) for parts in parts_of])
     trained = [[part for i in members for part in parts_of[i]] for members in dealt]
-    bins = [assign_groups([part.num_tok for part in parts], max_tok) for parts in trained]
+    bins = [assign_groups([part.num_tok for part in parts], micro_batch_tok) for parts in trained]
     own, own_bins = trained[ranks.rank], bins[ranks.rank]
     batches = [pack_parts([own[i] for i in members], device) for members in own_bins]
     num_idle = max(map(len, bins)) - len(own_bins)
@@ -85,7 +87,7 @@ def _update(
     )
 
 
-def _parts(group: Group, max_tok: int, objective: ObjectiveConfig, first_id: int) -> list[Part]:
+def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first_id: int) -> list[Part]:
     """The group's responses that have a gradient, cut so that each part fits the budget; the first is ``first_id``."""
     parts: list[Part] = []
     room = -1  # even a response without inner tokens needs a prompt before it
@@ -96,11 +98,11 @@ def _parts(group: Group, max_tok: int, objective: ObjectiveConfig, first_id: int
             continue
         size = len(rollout.token_ids) - 1
         if size > room:
-            room = max_tok - len(group.prompt.token_ids)
+            room = micro_batch_tok - len(group.prompt.token_ids)
             if size > room:
                 raise UserError(
-                    f"batch.max_tok={max_tok} cannot hold prompt {group.prompt.prompt_id} with one response: "
-                    f"{len(group.prompt.token_ids)} + {size} tokens; raise it, or lower sampling.max_new_tok"
+                    f"batch.micro_batch_tok={micro_batch_tok} cannot hold prompt {group.prompt.prompt_id} with one "
+                    f"response: {len(group.prompt.token_ids)} + {size} tokens; raise it, or lower sampling.max_new_tok"
                 )
             parts.append(Part(group.prompt, (), ()))
         room -= size

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from isomorph.engine.config import ObjectiveConfig, UserError
 from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout
-from isomorph.engine.update.pack import Update, pack
+from isomorph.engine.update.micro_batches import Update, pack
 
 CPU = torch.device("cpu")
 GRPO = ObjectiveConfig(name="grpo")
@@ -49,8 +49,8 @@ def group(
     return Group(prompt=prompt, rollouts=tuple(rollouts), rewards=tuple(values), advantages=tuple(values))
 
 
-def packed(groups: list[Group], max_tok: int = 10_000, objective: ObjectiveConfig = WITH_KL) -> Update:
-    (update,) = pack(groups, max_tok=max_tok, prompts_per_update=None, objective=objective, device=CPU)
+def packed(groups: list[Group], micro_batch_tok: int = 10_000, objective: ObjectiveConfig = WITH_KL) -> Update:
+    (update,) = pack(groups, micro_batch_tok=micro_batch_tok, prompts_per_update=None, objective=objective, device=CPU)
     return update
 
 
@@ -81,16 +81,16 @@ some_groups = st.lists(st.tuples(lens, st.lists(lens, min_size=1, max_size=5)), 
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes=some_groups, max_tok=st.integers(13, 40))
+@given(shapes=some_groups, micro_batch_tok=st.integers(13, 40))
 def test_every_token_is_predicted_once_by_a_row_that_sees_exactly_what_came_before(
-    shapes: list[tuple[int, list[int]]], max_tok: int
+    shapes: list[tuple[int, list[int]]], micro_batch_tok: int
 ) -> None:
     groups = [group(i + 1, prompt_len, response_lens) for i, (prompt_len, response_lens) in enumerate(shapes)]
-    update = packed(groups, max_tok)
+    update = packed(groups, micro_batch_tok)
     got = [p for batch in update.batches for p in predictions(batch)]
     assert sorted(got) == sorted(expected(groups))
     for batch in update.batches:
-        assert 0 < len(batch.token_ids) <= max_tok
+        assert 0 < len(batch.token_ids) <= micro_batch_tok
         seen_tok = batch.layout.dense_mask().sum(1) - 1
         assert torch.equal(batch.positions, seen_tok)
         assert torch.equal(batch.seq_id, batch.seq_id.sort().values)
@@ -109,7 +109,7 @@ def test_a_group_within_the_budget_holds_its_prompt_once_and_no_last_token() -> 
 
 
 def test_a_group_above_the_budget_is_split_between_responses() -> None:
-    update = packed([group(1, 4, [3, 3, 3])], max_tok=8)
+    update = packed([group(1, 4, [3, 3, 3])], micro_batch_tok=8)
     assert sorted(len(b.token_ids) for b in update.batches) == [6, 8]
     assert [b.num_seqs for b in update.batches] in ([2, 1], [1, 2])
 
@@ -121,16 +121,16 @@ def test_a_response_of_one_token_may_come_first(first: int) -> None:
 
 
 def test_a_prompt_and_a_response_that_fill_the_budget_exactly_fit() -> None:
-    assert len(packed([group(1, 4, [5])], max_tok=8).batches) == 1
-    with pytest.raises(UserError, match="max_tok=7 cannot hold prompt 1 with one response: 4 \\+ 4 tokens"):
-        packed([group(1, 4, [5])], max_tok=7)
-    with pytest.raises(UserError, match="max_tok=3"):
-        packed([group(1, 4, [1])], max_tok=3)
+    assert len(packed([group(1, 4, [5])], micro_batch_tok=8).batches) == 1
+    with pytest.raises(UserError, match="micro_batch_tok=7 cannot hold prompt 1 with one response: 4 \\+ 4 tokens"):
+        packed([group(1, 4, [5])], micro_batch_tok=7)
+    with pytest.raises(UserError, match="micro_batch_tok=3"):
+        packed([group(1, 4, [1])], micro_batch_tok=3)
 
 
 def test_updates_follow_the_order_of_the_prompts() -> None:
     groups = [group(i, 2, [2, 3]) for i in range(1, 7)]
-    updates = pack(groups, max_tok=100, prompts_per_update=2, objective=WITH_KL, device=CPU)
+    updates = pack(groups, micro_batch_tok=100, prompts_per_update=2, objective=WITH_KL, device=CPU)
     prompts = [{int(t) // 1000 for b in u.batches for t in b.token_ids} for u in updates]
     assert prompts == [{1, 2}, {3, 4}, {5, 6}]
     assert [u.num_loss_tok for u in updates] == [10, 10, 10]

@@ -1,6 +1,6 @@
 """Who else reads a run's rows: TensorBoard, Weights & Biases, Trackio. steps.jsonl stays the truth.
 
-A reader gets each row after it has been written, and takes the numbers out of it.
+A sink gets each row after it has been written, and takes the numbers out of it.
 """
 
 import contextlib
@@ -17,27 +17,27 @@ from tensorboardX.record_writer import RecordWriter
 
 from isomorph.engine.config import LogConfig, UserError
 from isomorph.engine.foreign import foreign
-from isomorph.engine.record.runlog import Reader, Row
+from isomorph.engine.record.runlog import Row, Sink
 from isomorph.engine.types import RunFailed
 
 FLUSH_S = 10.0  # between what a watching TensorBoard gets to see
 
 
 @contextlib.contextmanager
-def open_readers(config: LogConfig, folder: Path, recipe: Mapping[str, Any], done: int) -> Iterator[list[Reader]]:
-    """The readers that the recipe asks for, in a run that has ``done`` steps behind it."""
+def open_sinks(config: LogConfig, folder: Path, recipe: Mapping[str, Any], done: int) -> Iterator[list[Sink]]:
+    """The sinks that the recipe asks for, in a run that has ``done`` steps behind it."""
     with contextlib.ExitStack() as stack:
-        readers: list[Reader] = []
+        sinks: list[Sink] = []
         if config.tensorboard:
-            readers.append(stack.enter_context(_tensorboard(folder / "tensorboard", done)))
+            sinks.append(stack.enter_context(_tensorboard(folder / "tensorboard", done)))
         if config.wandb is not None:
-            readers.append(stack.enter_context(_wandb(config.wandb, folder, recipe)))
+            sinks.append(stack.enter_context(_wandb(config.wandb, folder, recipe)))
         if config.trackio is not None:
-            readers.append(stack.enter_context(_trackio(config.trackio, folder, recipe)))
-        yield readers
+            sinks.append(stack.enter_context(_trackio(config.trackio, folder, recipe)))
+        yield sinks
 
 
-def check_readers(config: LogConfig) -> None:
+def check_sinks(config: LogConfig) -> None:
     """Raises UserError where a package is missing: before a model is loaded, not after the first step."""
     for name, project in (("wandb", config.wandb), ("trackio", config.trackio)):
         if project is not None and importlib.util.find_spec(name) is None:
@@ -45,7 +45,7 @@ def check_readers(config: LogConfig) -> None:
 
 
 @contextlib.contextmanager
-def _tensorboard(folder: Path, done: int) -> Iterator[Reader]:
+def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
     """One file of events. Not by SummaryWriter: its thread would meet a full disk where nobody listens."""
     folder.mkdir(exist_ok=True)
     file = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"))
@@ -85,7 +85,7 @@ def _refusal_told(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Reader]:
+def _wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Sink]:
     wandb = importlib.import_module("wandb")
     name = folder.resolve().name
     with foreign("log.wandb: no run can be opened"):
@@ -97,7 +97,7 @@ def _wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Re
 
 
 @contextlib.contextmanager
-def _trackio(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Reader]:
+def _trackio(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Sink]:
     trackio = importlib.import_module("trackio")
     with foreign("log.trackio: no run can be opened"):
         run = trackio.init(project=project, name=folder.resolve().name, config=dict(recipe), resume="allow")

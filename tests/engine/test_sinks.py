@@ -11,8 +11,8 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from isomorph.engine.config import LogConfig, UserError
-from isomorph.engine.record.readers import check_readers, numbers, open_readers
 from isomorph.engine.record.runlog import RunLog
+from isomorph.engine.record.sinks import check_sinks, numbers, open_sinks
 
 
 def events(folder: Path) -> list[Event]:
@@ -29,7 +29,7 @@ def events(folder: Path) -> list[Event]:
 
 def write(folder: Path, steps: range, *, done: int = 0) -> None:
     log = RunLog(folder, Console(file=io.StringIO()))
-    with open_readers(LogConfig(), folder, {}, done) as log.readers:
+    with open_sinks(LogConfig(), folder, {}, done) as log.sinks:
         for step in steps:
             log.write_step({"step": step, "stage": "a", "loss": step / 4, "kl": math.nan, "gpu/power_w": None}, "")
 
@@ -53,8 +53,8 @@ def test_only_numbers_are_taken() -> None:
 
 
 def test_nothing_is_written_where_nobody_asks(tmp_path: Path) -> None:
-    with open_readers(LogConfig(tensorboard=False), tmp_path, {}, 0) as readers:
-        assert readers == []
+    with open_sinks(LogConfig(tensorboard=False), tmp_path, {}, 0) as sinks:
+        assert sinks == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -63,14 +63,14 @@ def test_a_missing_package_is_refused_before_anything_starts(name: str) -> None:
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed here")
     with pytest.raises(UserError, match=f"pip install {name}"):
-        check_readers(LogConfig(**{name: "project"}))  # type: ignore[arg-type]
+        check_sinks(LogConfig(**{name: "project"}))  # type: ignore[arg-type]
 
 
 def test_wandb_gets_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = LogConfig(tensorboard=False, wandb="isomorph-test")
-    with open_readers(config, tmp_path, {"run": {"seed": 0}}, 0) as readers:
-        for read in readers:
+    with open_sinks(config, tmp_path, {"run": {"seed": 0}}, 0) as sinks:
+        for read in sinks:
             read({"step": 1, "stage": "a", "loss": 0.5})
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
