@@ -95,11 +95,11 @@ def attend_packed(layout: PackedLayout) -> Attend:
 class _Linear(torch.nn.Linear):
     """A layer that is there already takes this class: its parameters and their names stay."""
 
-    packed: Tensor | None = None
+    prepacked: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.packed is not None:
-            return linear_prepacked(input, self.packed, self.bias)
+        if self.prepacked is not None:
+            return linear_prepacked(input, self.prepacked, self.bias)
         return linear(input, self.weight, self.bias)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from truth import exact_norms
 
 from isomorph.engine.config import ModelConfig, TinyModel, UserError
-from isomorph.engine.model.policy import Policy, TextCodec, build_tiny, load_policy, word_tokenizer
+from isomorph.engine.model.policy import Policy, TextCodec, attend_packed, build_tiny, load_policy, word_tokenizer
 from isomorph.engine.types import PackedBatch
+from isomorph.kernels.linear import linear_prepacked
 from isomorph.kernels.packed_attention import PackedLayout
 
 CPU = torch.device("cpu")
@@ -544,3 +545,29 @@ def test_micro_batches_of_many_lengths_leave_no_memory_in_use() -> None:
     done = subprocess.run([sys.executable, "-c", one_token + SHAPES], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 5.0  # MiB; as they are, these lengths left 166
+
+
+def test_prepacked_weights_are_multiplied_by_while_the_context_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        used.append(len(x))
+        return linear_prepacked(x, weight, bias)
+
+    monkeypatch.setattr("isomorph.kernels.linear.MIN_WEIGHT", 0)
+    monkeypatch.setattr("isomorph.engine.model.policy.linear_prepacked", spy)
+    policy = build_tiny(TINY, ["a", "b"], seed=0, dtype=torch.float32, device=CPU)
+    layout = PackedLayout.from_groups([5], [[0]])
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+
+    def hidden() -> Tensor:
+        return policy.backbone(ids, layout.positions[None], attend_packed(layout))
+
+    with torch.no_grad():
+        plain = hidden()
+        assert used == []
+        with policy.prepacked():
+            inside = hidden()
+        assert len(used) == 7 * TINY.num_layers  # q, k, v, o, gate, up, down
+        torch.testing.assert_close(inside, plain)
+        assert torch.equal(hidden(), plain) and len(used) == 7 * TINY.num_layers
