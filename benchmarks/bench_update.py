@@ -1,7 +1,7 @@
 """One update, the prompt of a group computed once, beside the same update with the prompt repeated for each response.
 
     python benchmarks/bench_update.py --model FOLDER [--dtype bfloat16] [--prompt-tok 600] [--response-tok 100]
-        [--groups 1] [--group 8] [--rounds 5] [--recompute-every N] [--compile] [--device cpu]
+        [--groups 1] [--group 8] [--rounds 5] [--gradient-checkpointing-every N] [--compile] [--device cpu]
         [--out benchmarks/results/update.jsonl]
 
 An update is forward, backward, clip and AdamW on one micro-batch of random tokens: GRPO, no KL. Both sides take turns
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--recompute-every", type=int)
+    parser.add_argument("--gradient-checkpointing-every", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

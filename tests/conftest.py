@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ import torch
 if not torch.cuda.is_available():
     # before Triton is imported: its kernels are interpreted, on the CPU. On a GPU the same tests run the real ones.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of two processes, none is then left alone with a long file at the end."""
+    num_slow = Counter(item.path for item in items if any(item.iter_markers("slow")) or any(item.iter_markers("vllm")))
+    items.sort(key=lambda item: -num_slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 No timing is tested.
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -192,3 +193,24 @@ def test_missing_benchmarks_are_an_input_error(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "curriculum" / "cli.py"))
     with pytest.raises(UserError, match="not part of the installed package"):
         cli.bench_kernels()
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_reads_no_option_that_it_does_not_have(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    of_args = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    ]
+    written = {node.attr for node in of_args if isinstance(node.ctx, ast.Store)}
+    read = {node.attr for node in of_args} - written
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    names = {
+        str(argument.value).lstrip("-").replace("-", "_")
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
+        for argument in call.args
+        if isinstance(argument, ast.Constant)
+    }
+    assert not names or read <= names
