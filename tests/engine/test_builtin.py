@@ -1,9 +1,10 @@
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from small_world import CPU, NUM_VOCAB, WORDS, one_thread  # noqa: F401
 from torch import Tensor
 
 from isomorph.engine.config import SamplerConfig, TinyModel, UserError
@@ -17,18 +18,6 @@ from isomorph.kernels import backend
 from isomorph.kernels import decode_attention as attention_file
 from isomorph.kernels.linear_logprob import linear_logprob
 from isomorph.kernels.packed_attention import PackedLayout
-
-CPU = torch.device("cpu")
-WORDS = [f"w{chr(97 + i)}" for i in range(16)]
-NUM_VOCAB = len(WORDS) + 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_policy(dtype: torch.dtype = torch.float32, max_model_len: int = 256) -> Policy:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_world import TINY, WORDS, make_groups, with_advantages
 from torch import Tensor
 from truth import exact_norms
 
@@ -20,19 +21,16 @@ from isomorph.engine.config import (
     OptimConfig,
     SamplingConfig,
     Stage,
-    TinyModel,
     UserError,
 )
 from isomorph.engine.distributed.ranks import ALONE, Ranks, cut, gathered, open_ranks
 from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy, build_tiny
-from isomorph.engine.types import Group, Prompt, Rollout, StepStats
+from isomorph.engine.types import Group, Rollout, StepStats
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import pack
 
 NUM_RANKS = 2
-WORDS = [f"w{chr(97 + i)}" for i in range(16)]
-NUM_VOCAB = len(WORDS) + 4
 GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
 OBJECTIVES = [  # every aggregation, ratio and weight that looks beyond its own token
     GRPO,
@@ -51,43 +49,13 @@ OBJECTIVES = [  # every aggregation, ratio and weight that looks beyond its own 
 
 # -- a small world
 def make_policy(dtype: torch.dtype = torch.float64, lora: LoraConfig | None = None) -> Policy:
-    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=32)
-    policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=torch.device("cpu"))
+    policy = build_tiny(TINY, WORDS, seed=0, dtype=dtype, device=torch.device("cpu"))
     if lora is not None:
         policy = Policy(policy.model, policy.text, adapters=attach(policy.model, lora, seed=0, base=None))
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([0.4 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     exact_norms(policy.model)
     return policy
-
-
-def make_groups(
-    shapes: tuple[tuple[int, tuple[int, ...]], ...] = ((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3))), seed: int = 3
-) -> list[Group]:
-    """For each shape a prompt of that length with responses of those lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = []
-    for prompt_id, (prompt_len, lens) in enumerate(shapes):
-        rollouts = tuple(
-            Rollout(
-                prompt_id=prompt_id,
-                sample=i,
-                token_ids=torch.randint(4, NUM_VOCAB, (length,), generator=generator),
-                sampler_logprob=-3 + 0.4 * torch.randn(length, generator=generator),
-                finish="stop",
-                policy_version=0,
-            )
-            for i, length in enumerate(lens)
-        )
-        token_ids = tuple(torch.randint(4, NUM_VOCAB, (prompt_len,), generator=generator).tolist())
-        prompt = Prompt(prompt_id=prompt_id, token_ids=token_ids, task="t", representation="r", payload=None)
-        advantages = tuple(torch.randn(len(lens), generator=generator).tolist())
-        groups.append(Group(prompt=prompt, rollouts=rollouts, rewards=advantages, advantages=advantages))
-    return groups
-
-
-def with_advantages(group: Group, *advantages: float) -> Group:
-    return dataclasses.replace(group, advantages=advantages)
 
 
 def make_stage(objective: ObjectiveConfig = GRPO, **tables: Any) -> Stage:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from small_world import CPU, one_thread  # noqa: F401
 from torch import Tensor
 
 from isomorph.engine import drift
@@ -19,18 +20,9 @@ from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import trainer_logprob, trainer_stats
 from isomorph.engine.types import Prompt, Rollout, RunFailed, Sampling, StepDrift
 
-CPU = torch.device("cpu")
 WORDS = [f"w{chr(97 + i // 10)}{chr(97 + i % 10)}" for i in range(60)]
 STEP_TOK = 2_000
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- a small world

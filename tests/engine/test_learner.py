@@ -1,12 +1,12 @@
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from small_world import CPU, NUM_VOCAB, TINY, WORDS, make_groups, one_thread, with_advantages  # noqa: F401
 from torch import Tensor
 from truth import exact_norms
 
@@ -17,68 +17,25 @@ from isomorph.engine.config import (
     SamplerConfig,
     SamplingConfig,
     Stage,
-    TinyModel,
     UserError,
 )
 from isomorph.engine.model.policy import Policy, build_tiny
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout, RunFailed, Sampling, StepStats
+from isomorph.engine.types import Group, PackedBatch, Rollout, RunFailed, Sampling, StepStats
 from isomorph.engine.update.learner import Learner, Tally
 from isomorph.engine.update.micro_batches import Update, pack
 
-CPU = torch.device("cpu")
-WORDS = [f"w{chr(97 + i)}" for i in range(16)]
-NUM_VOCAB = len(WORDS) + 4
 GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- a small world
 def make_policy(dtype: torch.dtype = torch.float64, scale: float = 0.4) -> Policy:
-    tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=32)
-    policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=CPU)
+    policy = build_tiny(TINY, WORDS, seed=0, dtype=dtype, device=CPU)
     if dtype == torch.float64:
         exact_norms(policy.model)
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([scale * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     return policy
-
-
-def make_groups(
-    shapes: tuple[tuple[int, tuple[int, ...]], ...] = ((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3))), seed: int = 3
-) -> list[Group]:
-    generator = torch.Generator().manual_seed(seed)
-    groups = []
-    for prompt_id, (prompt_len, response_lens) in enumerate(shapes):
-        rollouts = tuple(
-            Rollout(
-                prompt_id=prompt_id,
-                sample=i,
-                token_ids=torch.randint(4, NUM_VOCAB, (length,), generator=generator),
-                sampler_logprob=-3 + 0.4 * torch.randn(length, generator=generator),
-                finish="stop",
-                policy_version=0,
-            )
-            for i, length in enumerate(response_lens)
-        )
-        advantages = torch.randn(len(response_lens), generator=generator).tolist()
-        token_ids = tuple(torch.randint(4, NUM_VOCAB, (prompt_len,), generator=generator).tolist())
-        prompt = Prompt(prompt_id=prompt_id, token_ids=token_ids, task="t", representation="r", payload=None)
-        groups.append(
-            Group(prompt=prompt, rollouts=rollouts, rewards=(0.0,) * len(rollouts), advantages=tuple(advantages))
-        )
-    return groups
-
-
-def with_advantages(group: Group, *advantages: float) -> Group:
-    return Group(prompt=group.prompt, rollouts=group.rollouts, rewards=group.rewards, advantages=advantages)
 
 
 def one_by_one(group: Group) -> list[Group]:

@@ -3,13 +3,13 @@
 import copy
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from small_world import CPU, TINY, WORDS, make_groups, one_thread  # noqa: F401
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from truth import exact_norms
@@ -23,7 +23,6 @@ from isomorph.engine.config import (
     SamplerConfig,
     SamplingConfig,
     Stage,
-    TinyModel,
     UserError,
 )
 from isomorph.engine.model.policy import Policy, load_policy
@@ -35,21 +34,8 @@ from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.kernels.linear_logprob import linear_logprob
 
-CPU = torch.device("cpu")
-WORDS = [f"w{chr(97 + i)}" for i in range(16)]
-NUM_VOCAB = len(WORDS) + 4
-TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=32)
 LORA = LoraConfig(rank=3, alpha=5.0)
 KL = ObjectiveConfig(name="grpo", kl_coef=0.1)
-LENGTHS = ((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- a small world
@@ -67,28 +53,6 @@ def move(policy: Policy, scale: float = 0.3, seed: int = 1) -> Policy:
     generator = torch.Generator().manual_seed(seed)
     policy.overwrite([scale * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     return policy
-
-
-def make_groups(seed: int = 3) -> list[Group]:
-    generator = torch.Generator().manual_seed(seed)
-    groups = []
-    for prompt_id, (prompt_len, response_lens) in enumerate(LENGTHS):
-        rollouts = tuple(
-            Rollout(
-                prompt_id=prompt_id,
-                sample=i,
-                token_ids=torch.randint(4, NUM_VOCAB, (length,), generator=generator),
-                sampler_logprob=-3 + 0.4 * torch.randn(length, generator=generator),
-                finish="stop",
-                policy_version=0,
-            )
-            for i, length in enumerate(response_lens)
-        )
-        advantages = tuple(torch.randn(len(rollouts), generator=generator).tolist())
-        token_ids = tuple(torch.randint(4, NUM_VOCAB, (prompt_len,), generator=generator).tolist())
-        prompt = Prompt(prompt_id=prompt_id, token_ids=token_ids, task="t", representation="r", payload=None)
-        groups.append(Group(prompt=prompt, rollouts=rollouts, rewards=(0.0,) * len(rollouts), advantages=advantages))
-    return groups
 
 
 def make_batch() -> PackedBatch:
@@ -110,7 +74,7 @@ def make_stage(objective: ObjectiveConfig = KL, **tables: Any) -> Stage:
 def packed(stage: Stage, seed: int = 3) -> list[Update]:
     batch = stage.batch
     return pack(
-        make_groups(seed),
+        make_groups(seed=seed),
         micro_batch_tok=batch.micro_batch_tok,
         prompts_per_update=batch.prompts_per_update,
         objective=stage.objective,

@@ -14,6 +14,7 @@ import trl
 from accelerate import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from small_world import NUM_VOCAB, WORDS, one_thread  # noqa: F401
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from truth import exact_norms
@@ -22,8 +23,6 @@ from isomorph.engine.adapters.trl import IGNORED, pack_groups, pack_rows
 from isomorph.engine.config import UserError
 from isomorph.engine.model.policy import word_tokenizer
 
-WORDS = [f"w{chr(97 + i)}" for i in range(16)]
-NUM_VOCAB = len(WORDS) + 4
 SIZES = dict(
     vocab_size=NUM_VOCAB,
     hidden_size=16,
@@ -36,14 +35,6 @@ SIZES = dict(
     eos_token_id=1,
 )
 GROUPS = ((5, (4, 1, 7)), (2, (3, 6)), (1, (2,)))  # tokens of a prompt, and of its responses
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_of(config: type = LlamaConfig, attention: str = "sdpa", **options: Any) -> Any:
