@@ -1,14 +1,21 @@
 """Tables of ops, each beside its peers: a line a case, every provider, and one sentence an op."""
 
-from table_rows import OURS, Row, is_gpu
+from collections.abc import Sequence
+
+from table_rows import OURS, Headline, Row, dates, is_gpu, marked
 
 KEY = ("machine", "op", "size", "dtype", "provider")
 EAGER, COMPILED = "torch eager", "torch.compile"
-SHORT_HEAD = (
-    "| Op | Size | Dtype | p20 to p80 | % of ceiling | Eager | Compiled | Best peer | MiB (eager) | Error (eager) |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
-)  # fmt: skip
-FULL_COLUMNS = ("Size", "Dtype", "Provider", "Time over ours (p20 to p80)", "% of ceiling", "Extra MiB", "Error")
+SUMMARY, ALL = "Every op: summary", "Every op, every provider"  # titles
+SHORT_COLUMNS = (
+    *("Op", "Size", "Dtype", "p20 to p80", "% of roofline", "Eager", "Compiled", "Best peer"),
+    *("MiB (eager)", "Error (eager)", "Date"),
+)
+FULL_COLUMNS = ("Size", "Dtype", "Provider", "Time / ours (p20 to p80)", "% of roofline", "Extra MiB", "Error", "Date")
+HEADLINES = {  # op -> its size in the README's table, or how it begins; that of another machine: the first
+    "linear_loss": "GRPO, N=256 H=576",
+    "packed_attention": "P=256 R=64 G=8",
+}
 GPU_COLUMNS = ("Median, ms", "Rate")
 
 
@@ -17,19 +24,59 @@ def by_machine(rows: list[Row]) -> dict[str, list[Row]]:
     return {m: [row for key, row in latest.items() if key[0] == m] for m in dict.fromkeys(key[0] for key in latest)}
 
 
+def headlines(rows: list[Row]) -> list[Headline]:
+    """The README's rows of ops: beside the fastest provider that is not ours."""
+    found = []
+    for machine, here in by_machine(rows).items():
+        for op, wanted in HEADLINES.items():
+            cases = {case: by for case, by in _cases(here).items() if case[0] == op}
+            sizes = list(dict.fromkeys(size for _, size, _ in cases))
+            size = next((size for size in sizes if size.startswith(wanted)), sizes[0] if sizes else None)
+            others = {dtype: (by[OURS], _other(by)) for (_, s, dtype), by in cases.items() if s == size}
+            rows_of = {dtype: (ours, other) for dtype, (ours, other) in others.items() if other is not None}
+            if rows_of:
+                found.append(_headline(machine, f"op `{op}`, {size}", rows_of))
+    return found
+
+
+def _headline(machine: str, what: str, rows_of: dict[str, tuple[Row, Row]]) -> Headline:
+    names = list(dict.fromkeys(other["provider"] for _, other in rows_of.values()))
+    speed, memory = {}, {}
+    for dtype, (ours, other) in rows_of.items():
+        beside = "" if len(names) == 1 else f", {other['provider']}"
+        speed[dtype] = f"{marked(other['ratio'])} ({_spread(other, other['ratio'])}{beside})"
+        if ours.get("memory_mib") and other.get("memory_mib") is not None:
+            memory[dtype] = marked(other["memory_mib"] / ours["memory_mib"])
+    name = names[0] if len(names) == 1 else "fastest other"
+    ours_rows = [ours for ours, _ in rows_of.values()]
+    return Headline(machine, what, name, speed, memory, SUMMARY, dates(ours_rows))
+
+
+def _other(by: dict[str, Row]) -> Row | None:
+    """The fastest provider that is not ours, PyTorch included."""
+    others = [row for name, row in by.items() if not name.startswith(OURS) and row["status"] == "ok"]
+    return min(others, key=lambda row: row["median_s"], default=None)
+
+
+def _head(columns: Sequence[str]) -> str:
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+
+
 def _title(machine: str, rows: list[Row]) -> str:
     last = rows[-1]
-    return f"{machine}; {last['threads']} threads; torch {last['torch']}; {last['date']}. `isomorph bench kernels`"
+    return f"{machine}; {last['threads']} threads; torch {last['torch']}; `isomorph bench kernels`"
 
 
 def short_of_machine(machine: str, rows: list[Row]) -> str:
+    """A table with a line a case: ours, PyTorch, the fastest peer."""
     lines = [_short_line(case, by) for case, by in _cases(rows).items()]
     note = (
-        "Eager, compiled, best peer: how many times as long as ours; p20 to p80: our rounds over their median; "
-        "% of ceiling: the copy or the products that cannot be avoided, done by PyTorch, over our time (beyond 100 "
-        "where our body is faster than PyTorch's). [Every provider, with spread and memory](benchmarks/RESULTS.md)."
+        "Eager, compiled, best peer: their time divided by ours. p20 to p80: percentiles of our rounds divided by our "
+        "median. % of roofline: PyTorch's time for the op's minimal copy or for its matmuls alone, divided by our time "
+        "(above 100 where our implementation is faster than PyTorch's). MiB: peak memory above that before the call. "
+        "Error: largest difference from float64, divided by the largest float64 value."
     )
-    return "\n".join([f"{_title(machine, rows)}. {note}\n", SHORT_HEAD, *lines])
+    return "\n".join([f"{_title(machine, rows)}. {note}\n", _head(SHORT_COLUMNS), *lines])
 
 
 def _cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
@@ -76,17 +123,18 @@ def _short_line(case: tuple[str, ...], by: dict[str, Row]) -> str:
         f"{best['provider']}: {_times(best)}" if best else "",
         f"{_memory(ours)} ({_memory(eager)})",
         f"{ours['error']:.0e} ({eager['error']:.0e})" if "error" in eager else f"{ours['error']:.0e}",
+        ours["date"],
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def full_of_machine(machine: str, rows: list[Row]) -> str:
-    parts = [f"## {_title(machine, rows)}"]
+    """A table an op: every provider, also those that are absent or wrong."""
+    parts = [f"### {_title(machine, rows)}"]
     columns = (*FULL_COLUMNS, *GPU_COLUMNS) if is_gpu(machine) else FULL_COLUMNS
-    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     for op in dict.fromkeys(row["op"] for row in rows):
         ordered = sorted((row for row in rows if row["op"] == op), key=_order(rows))
-        parts.append("\n".join([f"### {op}\n", head, *(_full_line(row, len(columns)) for row in ordered)]))
+        parts.append("\n".join([f"#### {op}\n", _head(columns), *(_full_line(row, len(columns)) for row in ordered)]))
     return "\n\n".join(parts)
 
 
@@ -104,7 +152,7 @@ def _full_line(row: Row, num_columns: int) -> str:
     else:
         ceiling = f"{_percent(row)} ({row['ceiling']})" if "ceiling" in row else ""
         times = f"{_times(row)} ({_spread(row, row['ratio'])})" if "ratio" in row else ""
-        cells += [times, ceiling, _memory(row), f"{row['error']:.1e}"]
+        cells += [times, ceiling, _memory(row), f"{row['error']:.1e}", row["date"]]
         if is_gpu(row["machine"]):
             rate = f"{row['gflop_s']:.0f} GFLOP/s" if "gflop_s" in row else ""
             cells += [f"{1e3 * row['median_s']:.2f}", f"{row['gb_s']:.1f} GB/s" if "gb_s" in row else rate]

@@ -3,10 +3,23 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 OURS = "isomorph"
+NOT_MEASURED = "not measured"
 Row = dict[str, Any]
+
+
+class Headline(NamedTuple):
+    """A row of the README's table: one comparison, in the dtypes that it was measured in."""
+
+    machine: str
+    what: str
+    other: str
+    speed: dict[str, str]  # dtype -> the other's time over ours
+    memory: dict[str, str]  # dtype -> the other's memory over ours
+    section: str  # of benchmarks/RESULTS.md: command, sizes, spread
+    dates: str
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -24,7 +37,7 @@ def markdown_table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 def titled_part(title: str, says: str, table: str, rows: Iterable[Row]) -> str:
     commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
-    return f"### {title}\n\n{says}\n\n{table}\n\n```\n{commands}\n```"
+    return f"## {title}\n\n{says}\n\n{table}\n\n```\n{commands}\n```"
 
 
 def grouped(rows: Iterable[Row], *names: str) -> Iterable[list[Row]]:
@@ -39,5 +52,17 @@ def latest_of(rows: Iterable[Row], *names: str) -> list[Row]:
     return [alike[-1] for alike in grouped(rows, *names)]
 
 
+def dates(rows: Iterable[Row]) -> str:
+    """The day, or the days, on which these rows were measured."""
+    days = sorted({row["date"] if "date" in row else row["time"][:10] for row in rows})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def marked(ratio: float) -> str:
+    """Bold where the other side is better."""
+    text = f"{ratio:.2f}"
+    return f"**{text}**" if ratio < 1 else text
+
+
 def ratio_text(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.1f}"
+    return NOT_MEASURED if value is None else f"{value:.1f}"

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_latest_row_counts(tmp_path: Path) -> None:
     table = load("table")
     rows = rows_of_a_case(isomorph=0.001) + rows_of_a_case(isomorph=0.002)
     (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for text in (table.section(tmp_path), table.full(tmp_path)):
-        assert "| 2.00 " in text and "| 1.00 ms" not in text and "| 1.00 |" not in text
+    text = table.full(tmp_path)
+    assert "| 2.00 " in text and "| 1.00 ms" not in text and "| 1.00 |" not in text
 
 
 def test_tables_name_the_best_peer_and_put_the_fastest_first(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_tables_name_the_best_peer_and_put_the_fastest_first(tmp_path: Path) -> 
     gone = {**rows[0], "provider": "gone", "status": "absent", "reason": "not installed"}
     del gone["median_s"], gone["ratio"]
     (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [gone, *rows]))
-    assert "| 5.00 | absent | fast peer: 0.50 |" in table.section(tmp_path)
+    assert "| 5.00 | absent | fast peer: 0.50 |" in table.full(tmp_path)
     page = table.with_rows("before\n<!-- bench:o -->\nold\n<!-- /bench -->\nafter", tmp_path)
     assert "o -->\nMeasured (m): s, float32: 2.00 ms, torch eager 5.00 times as long, fast peer 0.50" in page
     assert page.startswith("before\n") and page.endswith("<!-- /bench -->\nafter") and "old" not in page
@@ -98,7 +99,7 @@ def test_tables_name_the_best_peer_and_put_the_fastest_first(tmp_path: Path) -> 
     assert order == ["fast peer", "isomorph", "slow peer", "torch eager", "gone"]
 
 
-def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_readme(tmp_path: Path) -> None:
+def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_pages(tmp_path: Path) -> None:
     step, table = load("bench_step"), load("table")
     args = step.parse_args(["--model", "/some/where/SmolLM2-135M", "--steps", "3", "--device", "cpu", "--kl", "0.01"])
     turn = {
@@ -118,7 +119,8 @@ def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_readme(tmp_p
     assert summary["ratio"] == 3.0 and summary["trl"]["step_s"] == 9.0 and "/some/where" not in summary["command"]
     assert summary["isomorph"]["completion_tok_s"] == (30 / 2 + 30 / 4) / 2
     (tmp_path / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, summary]))
-    text = table.section(tmp_path)
+    assert "| 3.25 (2.50 to 4.00) | not measured | 1.00 | - |" in table.section(tmp_path)
+    text = table.full(tmp_path)
     assert "SmolLM2-135M, sampler builtin, KL 0.01, 4 prompts of 8 completions" in text
     assert "| float32 | TRL | **3.2** (2.5 to 4.0) | 3.00 | 0.33 | 2.67 |" in text and "| 25 % |" in text
     assert f"```\n{summary['command']}\n```" in text
@@ -131,12 +133,23 @@ def test_of_a_processor_the_tables_say_no_seconds_and_no_rates(tmp_path: Path) -
         here = [{**row, "machine": machine, "p20_s": 0.5 * row["median_s"], "gb_s": 7.0} for row in rows]
         (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in here))
         pages = [
-            table.section(tmp_path),
             table.full(tmp_path),
             table.with_rows("<!-- bench:o -->\n<!-- /bench -->", tmp_path),
         ]
-        assert ["2.00 ms" in pages[0], "GB/s" in pages[1], "2.00 ms" in pages[2]] == [says_ms] * 3
-        assert "0.50 to " in pages[0] and "| 5.00 (2.50 to " in pages[1] and "eager 5.00 times" in pages[2]
+        assert ["2.00 ms" in pages[0], "GB/s" in pages[0], "2.00 ms" in pages[1]] == [says_ms] * 3
+        assert "| 5.00 (2.50 to " in pages[0] and "eager 5.00 times" in pages[1]
+
+
+def test_the_readmes_table_marks_where_the_other_is_better_and_links_to_its_command(tmp_path: Path) -> None:
+    table = load("table")
+    times = {"isomorph": 0.002, "torch eager": 0.01, "fast peer": 0.001}
+    rows = [{**row, "op": "linear_loss", "memory_mib": 1e3 * row["median_s"]} for row in rows_of_a_case(**times)]
+    (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (line,) = [line for line in table.section(tmp_path).splitlines() if line.startswith("| op ")]
+    assert line.split(" | ")[1:6] == ["fast peer", "**0.50** (0.50 to 0.50)", "not measured", "**0.50**", "-"]
+    (anchor,) = re.findall(r"benchmarks/RESULTS\.md#([\w-]+)\)", line)
+    titles = re.findall(r"^#+ (.*)$", table.full(tmp_path), re.MULTILINE)
+    assert anchor in {table.anchor(title) for title in titles}
 
 
 @pytest.mark.parametrize(
