@@ -12,14 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "engine", "curriculum")
-READ = ("README.md", "ARCHITECTURE.md", "pyproject.toml", "CMakeLists.txt", ".ci/run")
-READ_IN = (*ROOMS, "benchmarks", "studies")
-KINDS = {".py", ".pyi", ".toml", ".md", ".cpp", ".h", ".txt"}
+READ = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "pyproject.toml", "CMakeLists.txt", ".ci/run")
+READ_IN = (*ROOMS, "benchmarks", "studies", "docs")  # CHANGELOG.md names what is gone
+MAPPED_IN = (*READ_IN, "tests")
+KINDS = {".py", ".pyi", ".toml", ".md", ".cpp", ".h", ".cu", ".txt"}
 
 BEFORE = r"(?<![\w./$-])"
-PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|studies|tests|\.links|\.ci)/[\w./*-]*)")
+PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|studies|docs|tests|\.links|\.ci)/[\w./*-]*)")
 TOP_FILE = re.compile(BEFORE + r"((?:[A-Z]{3,}\.md|pyproject\.toml|CMakeLists\.txt))\b")
 MODULE = re.compile(BEFORE + r"(isomorph(?:\.\w+)+)")
+MAP = re.compile(r"^## Map$(.*?)^## ", re.MULTILINE | re.DOTALL)
+MAP_ROW = re.compile(r"^\| `([\w./-]+)` \| (?=\S)", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
 
@@ -88,6 +91,39 @@ def _defined_in(source: Path) -> set[str]:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
+
+
+def map_rows(root: Path) -> list[str]:
+    """The first column of ARCHITECTURE.md's map: files, and folders with a slash at their end."""
+    (section,) = MAP.findall((root / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+    return MAP_ROW.findall(section)
+
+
+def unmapped_files(root: Path) -> list[str]:
+    """Files that neither have a row in the map nor stand under a folder that has one."""
+    rows = map_rows(root)
+    folders = tuple(row for row in rows if row.endswith("/"))
+    files = (p for top in MAPPED_IN for p in sorted((root / top).rglob("*")) if p.suffix in KINDS and p.is_file())
+    names = (p.relative_to(root).as_posix() for p in files)
+    return [name for name in names if name not in rows and not name.startswith(folders)]
+
+
+def test_every_file_is_on_the_map_once() -> None:
+    """A new file needs a row in ARCHITECTURE.md."""
+    rows = map_rows(ROOT)
+    assert sorted(set(rows)) == sorted(rows)
+    assert [row for row in rows if not _exists(ROOT, row)] == []
+    assert unmapped_files(ROOT) == []
+
+
+def test_a_file_without_a_row_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "ARCHITECTURE.md").write_text(
+        "## Map\n\n| `engine/a.py` | one |\n| `engine/b/` | two |\n| `engine/d.py` |  |\n\n## More\n`engine/c.py`\n"
+    )
+    for name in ("engine/a.py", "engine/b/x.py", "engine/c.py", "engine/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert unmapped_files(tmp_path) == ["engine/c.py", "engine/d.py"]
 
 
 def test_every_path_that_is_named_exists() -> None:
