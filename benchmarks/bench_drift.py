@@ -33,7 +33,8 @@ from torch import Tensor
 
 from isomorph.engine.config import ModelConfig, SamplerConfig
 from isomorph.engine.drift import DriftSums, Surprise, check_step, mean_limit, step_drift, tail_count
-from isomorph.engine.model.policy import Policy, load_policy
+from isomorph.engine.model.load import load_policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import trainer_stats

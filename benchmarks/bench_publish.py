@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from isomorph.engine.config import ModelConfig, SamplerConfig
-from isomorph.engine.model.policy import Policy, load_policy
+from isomorph.engine.model.load import load_policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
 from isomorph.engine.rollout.vllm import _import_vllm as import_vllm
 from isomorph.engine.rollout.weights import check_publication, probe_drift, trainer_logprob

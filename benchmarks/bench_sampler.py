@@ -28,7 +28,8 @@ import torch
 import transformers
 
 from isomorph.engine.config import ModelConfig, SamplerConfig, UserError
-from isomorph.engine.model.policy import Policy, load_policy
+from isomorph.engine.model.load import load_policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.vllm import start_vllm
 from isomorph.engine.types import Prompt, Sampling

@@ -35,7 +35,7 @@ from compare import PeakMemory, append_rows, machine, now
 
 from isomorph.curriculum.tasks.async_plan import Difficulty, make_task
 from isomorph.engine.config import ModelConfig, SamplerConfig, Stage
-from isomorph.engine.model.policy import load_policy
+from isomorph.engine.model.load import load_policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Sampling
 from isomorph.engine.update.learner import Learner

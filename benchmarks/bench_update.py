@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python lea
 from compare import PeakMemory, append_rows, machine, now
 
 from isomorph.engine.config import ModelConfig, Stage
-from isomorph.engine.model.policy import Policy, load_policy
+from isomorph.engine.model.load import load_policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack

@@ -18,7 +18,7 @@ VOCAB_QWEN, VOCAB_SMOLLM2, VOCAB_TINY = 151_900, 49_148, 100  # words; a few spe
 def make_policy(shape: tuple[int, ...], vocab: int, dtype: torch.dtype | None = None) -> Any:
     """A decoder of this shape on the device; bfloat16 on a GPU, float32 elsewhere, where nothing is said."""
     from isomorph.engine.config import TinyModel
-    from isomorph.engine.model.policy import build_tiny
+    from isomorph.engine.model.load import build_tiny
 
     names = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
     tiny = TinyModel(**dict(zip(names, shape, strict=True)), max_model_len=4096)

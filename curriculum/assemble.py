@@ -25,7 +25,8 @@ from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import Ranks, cut, lost_ranks_explained
 from isomorph.engine.loop import Crew, train
-from isomorph.engine.model.policy import Policy, load_policy, silence_loaders
+from isomorph.engine.model.load import load_policy, silence_loaders
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import QuietLog, RunLog
 from isomorph.engine.record.sinks import check_sinks, open_sinks

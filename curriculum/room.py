@@ -9,7 +9,7 @@ from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
 from isomorph.curriculum.tasks.async_plan import make_task
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import TextCodec
+from isomorph.engine.model.text import TextCodec
 
 NUM_SAMPLES = 32  # of the longest generated questions of a stage
 

@@ -16,7 +16,7 @@ from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import TextCodec
+from isomorph.engine.model.text import TextCodec
 from isomorph.engine.types import Exam, Group, Prompt
 
 START = "start"  # the exam before the first stage

@@ -47,7 +47,7 @@ def smollm2_folder() -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from isomorph.engine.config import ModelConfig
-    from isomorph.engine.model.policy import load_policy
+    from isomorph.engine.model.load import load_policy
 
     making = Path(tempfile.mkdtemp(dir=folder.parent))
     load_policy(ModelConfig(path=str(gguf)), vocabulary=[], seed=0, device=torch.device("cpu")).save(making)

@@ -27,7 +27,9 @@ from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import FAMILIES, Task
 from isomorph.engine.config import ModelConfig, SamplerConfig, UserError, check_tables
 from isomorph.engine.foreign import printable
-from isomorph.engine.model.policy import Policy, TextCodec, load_policy, silence_loaders
+from isomorph.engine.model.load import load_policy, silence_loaders
+from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.text import TextCodec
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Sampling

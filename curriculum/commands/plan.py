@@ -14,7 +14,9 @@ from isomorph.curriculum.commands import machine
 from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
 from isomorph.curriculum.tasks.async_plan import draw_tasks, vocabulary
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import WORD, Policy, read_shape, shape_of
+from isomorph.engine.model.load import read_shape, shape_of
+from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.text import WORD
 from isomorph.engine.planner import (
     GIB,
     MOMENTS,

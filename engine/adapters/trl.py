@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import Attend, attend_packed, let_attend
+from isomorph.engine.model.attention import Attend, attend_packed, let_attend
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.types import PackedBatch, Prompt, Rollout
 from isomorph.kernels.linear_logprob import linear_logprob

@@ -8,21 +8,13 @@ from typing import Any
 
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import foreign, one_line
+from isomorph.engine.model.families import sliding_window
 from isomorph.engine.model.text import TextCodec
 
 # keys of a generation_config.json that transformers refuses to save where do_sample is not true
 ONLY_SAMPLED = (
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 )  # fmt: skip
-
-
-def sliding_window(config: Any) -> int | None:
-    """How many tokens back a layer sees at most, itself included; None where every layer sees all of them.
-
-    Up to this length a sequence is computed as if there were no window.
-    """
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return config.sliding_window if slides or config.model_type == "mistral" else None
 
 
 def limit_to_window(model: Any) -> list[str]:

@@ -7,6 +7,9 @@ cannot mend it refuses by a UserError, before the first step.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import cause_of, foreign, shortened
 
@@ -14,6 +17,8 @@ from isomorph.engine.foreign import cause_of, foreign, shortened
 PROBE = "Please add 17 and 25, then say what the sum is."
 ANSWER = "The sum is 42."
 NAMED = 3  # tokens that a message names
+WORD = r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]"  # a tag, a word, a number or a sign: one token each
+SPECIAL = PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
 
 
 class TextCodec:
@@ -237,3 +242,16 @@ def _user(question: str) -> list[dict[str, str]]:
 
 def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:NAMED]) + (", ..." if len(items) > NAMED else "")
+
+
+def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word, number, tag or sign; what is not in the vocabulary is [UNK]."""
+    words = [*SPECIAL, *vocabulary]
+    if len(set(words)) != len(words):
+        raise ValueError("vocabulary must hold each word once, and none of [PAD] [EOS] [BOS] [UNK]")
+    table = {word: index for index, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(table, unk_token=UNK))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    inner.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])])
+    # no decoder: tokens are then joined with spaces
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNK)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import TextCodec
+from isomorph.engine.model.text import TextCodec
 from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
 

@@ -18,7 +18,7 @@ from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, dr
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError, check_tables
-from isomorph.engine.model.policy import TextCodec, word_tokenizer
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
 

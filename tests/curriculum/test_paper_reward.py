@@ -13,7 +13,7 @@ from isomorph.curriculum.judge import JudgePool, check_reward, judge
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError, check_tables, load_recipe
-from isomorph.engine.model.policy import TextCodec, word_tokenizer
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 
 NONE = None  # of the texts below none is worth that
 # Accepted answer: (what is worth 1, what is worth 0), texts with ¦ between them.

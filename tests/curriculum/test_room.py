@@ -10,7 +10,7 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.room import at_most
 from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError, check_tables
-from isomorph.engine.model.policy import TextCodec, word_tokenizer
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 
 TEXT = TextCodec(word_tokenizer(["a", "b"]), chat_template=False, stop_ids=[1])  # [BOS], then a token a word
 

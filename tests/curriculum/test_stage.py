@@ -12,7 +12,7 @@ import torch
 from isomorph.curriculum.recipe import JsonlData, Recipe
 from isomorph.curriculum.stage import Curriculum, TaskFiles
 from isomorph.engine.config import UserError, check_tables, load_recipe
-from isomorph.engine.model.policy import TextCodec, word_tokenizer
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.types import Group, Prompt, Rollout
 
 RECIPES = Path(__file__).parents[2] / "curriculum" / "recipes"

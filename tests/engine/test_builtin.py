@@ -8,7 +8,8 @@ from small_world import CPU, NUM_VOCAB, WORDS, one_thread  # noqa: F401
 from torch import Tensor
 
 from isomorph.engine.config import SamplerConfig, TinyModel, UserError
-from isomorph.engine.model.policy import Policy, build_tiny
+from isomorph.engine.model.load import build_tiny
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout import builtin
 from isomorph.engine.rollout import decoder as decoder_file
 from isomorph.engine.rollout.builtin import BuiltinSampler

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import TextCodec, word_tokenizer
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.types import Prompt, Rollout, Sampling
 

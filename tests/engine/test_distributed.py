@@ -24,8 +24,9 @@ from isomorph.engine.config import (
     UserError,
 )
 from isomorph.engine.distributed.ranks import ALONE, Ranks, cut, gathered, open_ranks
+from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.lora import attach
-from isomorph.engine.model.policy import Policy, build_tiny
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Group, Rollout, StepStats
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import pack

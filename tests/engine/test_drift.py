@@ -14,7 +14,8 @@ from torch import Tensor
 from isomorph.engine import drift
 from isomorph.engine.config import ModelConfig, RunConfig, SamplerConfig, TinyModel
 from isomorph.engine.drift import DriftSums, Surprise, check_ends, check_step, mean_limit, step_drift, tail_count
-from isomorph.engine.model.policy import Policy, build_tiny, load_policy
+from isomorph.engine.model.load import build_tiny, load_policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout import decoder
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import trainer_logprob, trainer_stats

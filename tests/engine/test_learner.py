@@ -19,7 +19,8 @@ from isomorph.engine.config import (
     Stage,
     UserError,
 )
-from isomorph.engine.model.policy import Policy, build_tiny
+from isomorph.engine.model.load import build_tiny
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Group, PackedBatch, Rollout, RunFailed, Sampling, StepStats
 from isomorph.engine.update.learner import Learner, Tally

@@ -28,7 +28,8 @@ from isomorph.engine.config import (
     TinyModel,
 )
 from isomorph.engine.loop import Crew, train
-from isomorph.engine.model.policy import Policy, build_tiny
+from isomorph.engine.model.load import build_tiny
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.record.telemetry import MIN_GROWTH

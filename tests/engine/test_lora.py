@@ -25,7 +25,8 @@ from isomorph.engine.config import (
     Stage,
     UserError,
 )
-from isomorph.engine.model.policy import Policy, load_policy
+from isomorph.engine.model.load import load_policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import fingerprint, trainer_logprob

@@ -10,7 +10,9 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from isomorph.engine.config import ModelConfig, UserError
-from isomorph.engine.model.policy import Policy, let_attend, load_policy, read_shape
+from isomorph.engine.model.attention import let_attend
+from isomorph.engine.model.load import load_policy, read_shape
+from isomorph.engine.model.policy import Policy
 
 CPU = torch.device("cpu")
 TAGS = ("<answer>", "</answer>")
@@ -307,7 +309,7 @@ def test_a_window_bounds_the_sequences_and_within_it_logits_are_transformers_own
     ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
 
     def ours(length: int) -> torch.Tensor:
-        from isomorph.engine.model.policy import attend_packed
+        from isomorph.engine.model.attention import attend_packed
         from isomorph.kernels.packed_attention import PackedLayout
 
         layout = PackedLayout.from_groups([length], [[0]])

@@ -19,7 +19,8 @@ from torch import Tensor
 from truth import exact_norms
 
 from isomorph.engine.config import ObjectiveConfig, SamplingConfig, Stage, TinyModel
-from isomorph.engine.model.policy import Policy, build_tiny
+from isomorph.engine.model.load import build_tiny
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.learner import Learner, Tally
 from isomorph.engine.update.micro_batches import Update, pack

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from isomorph.engine.config import EngineConfig, LoraConfig, ModelConfig, Stage, TinyModel, UserError
+from isomorph.engine.model.load import build_tiny, read_shape, shape_of
 from isomorph.engine.model.lora import attach
-from isomorph.engine.model.policy import build_tiny, read_shape, shape_of
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.planner import (
     GIB,

@@ -15,7 +15,10 @@ from torch import Tensor
 from truth import exact_norms
 
 from isomorph.engine.config import ModelConfig, TinyModel, UserError
-from isomorph.engine.model.policy import Policy, TextCodec, attend_packed, build_tiny, load_policy, word_tokenizer
+from isomorph.engine.model.attention import attend_packed
+from isomorph.engine.model.load import build_tiny, load_policy
+from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.linear import linear_prepacked
 from isomorph.kernels.packed_attention import PackedLayout
@@ -508,7 +511,8 @@ SHAPES = """
 import ctypes, torch
 from isomorph.engine.config import TinyModel
 from isomorph.engine.packed_batch import Part, pack_parts
-from isomorph.engine.model.policy import attend_packed, build_tiny
+from isomorph.engine.model.attention import attend_packed
+from isomorph.engine.model.load import build_tiny
 from isomorph.engine.types import Prompt
 from isomorph.kernels.linear_logprob import linear_loss
 weight = torch.randn(512, 256, requires_grad=True)

@@ -21,7 +21,7 @@ from truth import exact_norms
 
 from isomorph.engine.adapters.trl import IGNORED, pack_groups, pack_rows
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import word_tokenizer
+from isomorph.engine.model.text import word_tokenizer
 
 SIZES = dict(
     vocab_size=NUM_VOCAB,

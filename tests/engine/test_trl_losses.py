@@ -21,7 +21,7 @@ from test_trl_adapter import GROUPS, NUM_VOCAB, WORDS, model_of, trainer_of
 from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig, Stage
-from isomorph.engine.model.policy import word_tokenizer
+from isomorph.engine.model.text import word_tokenizer
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.micro_batches import pack

@@ -28,7 +28,8 @@ from vllm_parts import (
 )
 
 from isomorph.engine.config import LoraConfig, ModelConfig, SamplerConfig, UserError
-from isomorph.engine.model.policy import Policy, load_policy
+from isomorph.engine.model.load import load_policy
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout import vllm as vllm_sampler
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
 from isomorph.engine.rollout.weights import check_publication, fingerprint, probe_drift

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from isomorph.engine.config import SamplerConfig, TinyModel
-from isomorph.engine.model.policy import Policy, build_tiny
+from isomorph.engine.model.load import build_tiny
+from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.weights import (
     Standing,

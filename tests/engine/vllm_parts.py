@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from isomorph.engine.model.policy import Policy, word_tokenizer
-from isomorph.engine.model.text import TextCodec
+from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.rollout.vllm import VllmSampler
 from isomorph.engine.rollout.weights import check_publication, fingerprint, storage_fingerprint, trainer_logprob
 from isomorph.engine.types import Prompt, Rollout, Sampling

@@ -1,0 +1,233 @@
+"""The policy that a recipe names: loaded, or made; and its sizes alone."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # its thread pool does not survive the fork of a judge's worker
+
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
+from isomorph.engine.foreign import foreign
+from isomorph.engine.model.check import end_ids, limit_to_window, mend_generation_config, rehearse_saving, untie
+from isomorph.engine.model.families import refuse_unsupported
+from isomorph.engine.model.lora import attach, require_peft
+from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.text import TextCodec, open_text, word_tokenizer
+from isomorph.engine.planner import ModelShape
+
+# of which a folder with a tokenizer has at least one
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+def silence_loaders() -> None:
+    """No progress bars of transformers between the lines of a run; its warnings stay."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_policy(
+    config: ModelConfig,
+    *,
+    vocabulary: Sequence[str],
+    seed: int,
+    device: torch.device,
+    lora: LoraConfig | None = None,
+    tags: Sequence[str] = (),
+) -> Policy:
+    """The policy that the recipe names, after model, tokenizer, chat template and what saving needs have been checked
+    against each other; ``Policy.notes`` says what was mended.
+
+    ``vocabulary``: the words of a tiny model. ``tags``: what stands around an answer and must survive decoding.
+    Raises UserError.
+    """
+    if lora is not None:
+        require_peft()  # before weights are read for nothing
+    dtype = getattr(torch, config.dtype)
+    if config.tiny is not None:
+        model, tokenizer = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
+        text, notes = _opened_text(model, tokenizer, config, tags), []
+    else:
+        assert config.path is not None
+        model, tokenizer = _loaded_model(config.path, dtype)
+        with _about(config.path):
+            notes = untie(model) + limit_to_window(model)
+            text = _opened_text(model, tokenizer, config, tags)
+            notes += mend_generation_config(model, text)
+            rehearse_saving(model, tokenizer)
+    adapters = None if lora is None else attach(model, lora, seed=seed, base=config.path)
+    gradient_checkpointing_every, compiles = config.gradient_checkpointing_every, config.compile
+    policy = Policy(
+        model.to(device),
+        text,
+        gradient_checkpointing_every=gradient_checkpointing_every,
+        compiles=compiles,
+        adapters=adapters,
+    )
+    policy.notes = (*notes, *text.notes)
+    return policy
+
+
+@contextlib.contextmanager
+def _about(path: str) -> Iterator[None]:
+    """Says in a UserError which model it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"model.path: {path}: {error}") from error
+
+
+def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    folder, gguf = _locate(path)
+    tokenizer = _loaded_tokenizer(path, folder, gguf)
+    loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
+    with foreign(f"model.path: no model could be loaded from {path!r}"):
+        _refuse_broken_generation_config(Path(folder))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="isomorph", output_loading_info=True, **loader_options
+        )
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would train random numbers in their place
+        raise UserError(
+            f"model.path: the weights in {path!r} lack {len(missing)} tensors of a {model.config.model_type}, "
+            f"the first is {missing[0]}"
+        )
+    model.config._attn_implementation = "isomorph"
+    return model, tokenizer
+
+
+def _loaded_tokenizer(path: str, folder: str, gguf: Mapping[str, str]) -> Any:
+    if not gguf and Path(folder).is_dir() and not has_tokenizer(Path(folder)):
+        raise UserError(
+            f"model.path: {path} holds no tokenizer, none of {', '.join(TOKENIZER_FILES)}: copy the tokenizer's files "
+            "there from the model that the weights come from"
+        )
+    with foreign(f"model.path: no tokenizer could be loaded from {path!r}"):
+        return AutoTokenizer.from_pretrained(folder, **gguf)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _refuse_broken_generation_config(folder: Path) -> None:
+    """transformers would go on without it and say nothing."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    with foreign(f"{file} must hold a JSON object"):
+        if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise UserError(f"{file} must hold a JSON object")
+
+
+def _opened_text(model: Any, tokenizer: Any, config: ModelConfig, tags: Sequence[str]) -> TextCodec:
+    return open_text(
+        tokenizer,
+        chat_template=config.chat_template and config.tiny is None,
+        stop=config.stop,
+        end_ids=end_ids(model),
+        tags=tags,
+        num_rows=model.get_input_embeddings().weight.shape[0],
+    )
+
+
+def read_shape(config: ModelConfig, vocabulary: Sequence[str], lora: LoraConfig | None = None) -> ModelShape:
+    """The sizes of the recipe's model, from its config alone: no weights are read. Raises UserError.
+
+    A tokenizer in the model's folder is checked as ``load_policy`` does.
+    """
+    model = _weightless_model(config, vocabulary)
+    if config.path is not None and has_tokenizer(Path(config.path).expanduser()):
+        folder, gguf = _locate(config.path)
+        with _about(config.path):
+            _opened_text(model, _loaded_tokenizer(config.path, folder, gguf), config, tags=())
+    if lora is not None:
+        attach(model, lora, seed=0, base=None)
+    return shape_of(model)
+
+
+def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
+    if config.tiny is not None:
+        return _tiny_model(config.tiny, vocabulary, seed=0, dtype=torch.float32)[0]
+    assert config.path is not None
+    folder, gguf = _locate(config.path)
+    with foreign(
+        f"model.path: no config could be read from {config.path!r} (a folder with nothing but the model's config.json "
+        "is enough here)"
+    ):
+        model_config = transformers.AutoConfig.from_pretrained(folder, **gguf)
+    refuse_unsupported(model_config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, attn_implementation="isomorph")
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The sizes of a loaded model, or of one on the meta device."""
+    config = model.config
+    adapters = (p for name, p in model.model.layers[0].named_parameters() if ".lora_A." in name)
+    return ModelShape(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        adapter_rows=sum(len(a_RI) for a_RI in adapters),
+        num_layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        inner=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=model.model.layers[0].self_attn.head_dim,
+        num_vocab=config.vocab_size,
+        is_tied=config.tie_word_embeddings,
+        normalises_heads=config.model_type == "qwen3",
+    )
+
+
+def build_tiny(
+    tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype, device: torch.device
+) -> Policy:
+    """A small Llama decoder with random weights over a vocabulary of whole words."""
+    model, tokenizer = _tiny_model(tiny, vocabulary, seed=seed, dtype=dtype)
+    return Policy(model.to(device), _opened_text(model, tokenizer, ModelConfig(tiny=tiny), tags=()))
+
+
+def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Not a Qwen2: to that type transformers gives Qwen's own splitting into words, whatever its tokenizer says."""
+    tokenizer = word_tokenizer(vocabulary)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        num_hidden_layers=tiny.num_layers,
+        num_attention_heads=tiny.num_heads,
+        num_key_value_heads=tiny.num_kv_heads,
+        max_position_embeddings=tiny.max_model_len,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        initializer_range=0.05,  # at width 128 the usual 0.02 learns more slowly
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
+    return model, tokenizer
+
+
+def _locate(path: str) -> tuple[str, dict[str, str]]:
+    file = Path(path).expanduser()
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise UserError(f"model.path: no such file: {file}")
+        return str(file.parent), {"gguf_file": file.name}
+    looks_local = path.startswith((".", "/", "~")) or file.exists()
+    if looks_local and not (file / "config.json").is_file():
+        raise UserError(f"model.path: {file} must be a folder with a config.json, a .gguf file, or a hub name")
+    return str(file) if looks_local else path, {}
