@@ -23,7 +23,9 @@ from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
-from isomorph.engine.distributed.ranks import Ranks, cut, lost_ranks_explained
+from isomorph.engine.distributed.fsdp import cut
+from isomorph.engine.distributed.heartbeat import lost_ranks_explained
+from isomorph.engine.distributed.ranks import Ranks
 from isomorph.engine.loop import Crew, train
 from isomorph.engine.model.load import load_policy, silence_loaders
 from isomorph.engine.model.policy import Policy

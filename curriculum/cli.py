@@ -99,7 +99,7 @@ def train(
     from isomorph.curriculum.recipe import Recipe
     from isomorph.curriculum.report.run_record import read_run_json
     from isomorph.curriculum.resume import resumed_recipe
-    from isomorph.engine.distributed.ranks import open_ranks
+    from isomorph.engine.distributed.launch import open_ranks
     from isomorph.engine.record.runlog import LOCK, locked
     from isomorph.engine.types import RunFailed
 

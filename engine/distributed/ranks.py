@@ -4,39 +4,22 @@ Every rank asks the curriculum the same questions, draws and judges the response
 both with the others. From there on all ranks know all groups, so statistics, denominators and the curriculum's state
 are the same everywhere. Whole groups are then dealt out, evenly by their tokens; each rank makes the gradients of its
 own, and the gradients are summed.
-
-A rank that dies must not leave the others waiting: the kernel closes its connections, which ends the collective that
-waits for it, and a thread in every rank listens for the heartbeat of all others, and of the launcher.
 """
 
-import contextlib
-import datetime
-import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.model.policy import Policy
-from isomorph.engine.types import Finish, Rollout, RunFailed
+from isomorph.engine.types import Finish, Rollout
 from isomorph.kernels.packing import balanced_bins
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(minutes=30)  # of a collective: ranks wait for each other's longest response
-BEAT_S = 1.0
-SILENCE_S = 20.0  # a rank not heard of for so long is lost; torchrun kills the others after 30 s
-FAREWELL = b"farewell"  # instead of a beat
 BUCKET_BYTES = 64 * 2**20  # of gradients summed at once: beyond it a collective gains nothing, and it is held twice
 
 
@@ -177,168 +160,3 @@ class _Wire(NamedTuple):
             )
         ]
         return rollouts, self.texts, self.rewards
-
-
-# -- FSDP2
-def cut(policy: Policy) -> None:
-    """Every rank keeps its part of each weight; a layer is gathered while it computes. Gradients are summed on the way.
-
-    The parts are the float32 masters, and what is gathered is rounded to the policy's dtype: so this comes before the
-    optimizer, and after whatever wants the weights as they are.
-    """
-    model, wide = policy.model, torch.promote_types(policy.dtype, torch.float32)
-    mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=wide, cast_forward_inputs=False)
-    model.to(wide)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    # the unembedding is read after the pass through the layers
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    for module in (*model.model.layers, model):
-        module.set_gradient_divide_factor(1.0)  # a sum: the denominator is one for all ranks
-        module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "run")
-    policy.whole = partial(_whole, model)
-
-
-@contextlib.contextmanager
-def _whole(model: Any) -> Iterator[None]:
-    units = [*model.model.layers, model]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
-            unit.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What lies on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor of which FSDP has left a part here. All ranks must ask."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.full_tensor()
-
-
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of ``whole``, cut as ``like`` is."""
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.detach().to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def whole_of(part: Tensor, like: Tensor) -> Tensor:
-    """Undoes ``part_of`` for a local part. All ranks must ask."""
-    if not isinstance(like, DTensor):
-        return part
-    cut_up = DTensor.from_local(
-        part.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    )
-    return cut_up.full_tensor()
-
-
-# -- the group of processes
-@contextlib.contextmanager
-def open_ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun started, this process among them; without torchrun, one alone.
-
-    On a GPU each rank of a machine takes a device of its own.
-    """
-    size = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
-    if size == 1:
-        yield ALONE
-        return
-    _take_device()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    ranks = Ranks(dist.get_rank(), size)
-    heartbeat = _Heartbeat(ranks)
-    try:
-        with lost_ranks_explained():
-            yield ranks
-        heartbeat.bid_farewell()
-    finally:
-        heartbeat.stop()
-        if dist.is_initialized():  # vLLM ends the group with itself
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def lost_ranks_explained() -> Iterator[None]:
-    """A collective that failed inside becomes a RunFailed that says what happened."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo has no type of its own
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise RunFailed(
-            "another rank of this run is gone: it was killed, or it failed and said why; go on with the last "
-            "checkpoint: isomorph train --resume"
-        ) from error
-
-
-def _take_device() -> None:
-    if not torch.cuda.is_available():
-        return
-    local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= found:
-        raise UserError(f"every rank needs a GPU of its own: this machine has {found}, give --nproc-per-node {found}")
-    torch.cuda.set_device(local)
-
-
-class _Heartbeat:
-    """A thread that beats for this rank, listens for the others, and ends the process when one is not heard of.
-
-    It ends the process from outside the main thread, which may be waiting, in C, for the rank that is gone.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=SILENCE_S))
-        self._store = dist.PrefixStore("isomorph/heartbeat", store)
-        self._keys = [str(rank) for rank in range(ranks.size)]
-        self._store.set(self._keys[ranks.rank], "0")
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True, name="heartbeat")
-        ranks.wait()  # every rank has beaten once
-        self._thread.start()
-
-    def bid_farewell(self) -> None:
-        """The others must not miss this rank: it is done."""
-        self.stop()
-        self._store.set(self._keys[self.ranks.rank], FAREWELL.decode())
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _listen(self) -> None:
-        beat, heard = 0, [(b"", time.monotonic())] * self.ranks.size
-        while not self._stopped.wait(BEAT_S):
-            beat += 1
-            try:
-                self._store.set(self._keys[self.ranks.rank], str(beat))
-                beats = self._store.multi_get(self._keys)
-            except RuntimeError as error:
-                if not self._stopped.is_set():
-                    _end(f"the launcher of this run is gone ({str(error).splitlines()[0]})")
-                return
-            now = time.monotonic()
-            heard = [last if last[0] == new else (new, now) for last, new in zip(heard, beats, strict=True)]
-            silent = [r for r, (said, since) in enumerate(heard) if now - since > SILENCE_S and said != FAREWELL]
-            if silent:
-                _end(f"rank {silent[0]} of this run has not been heard of for {SILENCE_S:.0f} s")
-
-
-def _end(reason: str) -> NoReturn:
-    sys.stderr.write(f"error: {reason}; go on with the last checkpoint: isomorph train --resume\n")
-    sys.stderr.flush()
-    os._exit(1)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import Stage, UserError
-from isomorph.engine.distributed.ranks import ALONE, Ranks, local, part_of, whole_of
+from isomorph.engine.distributed.fsdp import local, part_of, whole_of
+from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.drift import DriftSums, step_drift
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.planner import logits_chunk_rows

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from isomorph.engine.config import OptimConfig
-from isomorph.engine.distributed.ranks import gathered, local, part_of
+from isomorph.engine.distributed.fsdp import gathered, local, part_of
 from isomorph.engine.types import RunFailed
 
 

@@ -23,7 +23,9 @@ from isomorph.engine.config import (
     Stage,
     UserError,
 )
-from isomorph.engine.distributed.ranks import ALONE, Ranks, cut, gathered, open_ranks
+from isomorph.engine.distributed.fsdp import cut, gathered
+from isomorph.engine.distributed.launch import open_ranks
+from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy
