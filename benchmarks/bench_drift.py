@@ -35,9 +35,9 @@ from isomorph.engine.config import ModelConfig, SamplerConfig
 from isomorph.engine.drift import DriftSums, Surprise, check_step, mean_limit, step_drift, tail_count
 from isomorph.engine.model.load import load_policy
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import trainer_stats
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.weights import trainer_stats
 from isomorph.engine.types import Prompt, RunFailed, Sampling, StepDrift
 
 PROMPTS, SAMPLES, NEW_TOK = 16, 16, 64  # of a lot: at most 16,384 tokens

@@ -321,8 +321,8 @@ def _graph_difference(q: Tensor, prompt: CachedKV, own: CachedKV) -> float:
 def _check_sampler(rehearse: bool, dtype: torch.dtype) -> Rows:
     """The built-in sampler: its log-probabilities beside the trainer's, and the same draws the second time."""
     from isomorph.engine.config import SamplerConfig
+    from isomorph.engine.model.scoring import trainer_logprob
     from isomorph.engine.rollout.builtin import BuiltinSampler
-    from isomorph.engine.rollout.weights import trainer_logprob
     from isomorph.engine.types import Sampling
 
     shape, vocab = (TINY, VOCAB_TINY) if rehearse else (SMOLLM2_135M, VOCAB_SMOLLM2)

@@ -35,7 +35,7 @@ from isomorph.engine.record.sinks import check_sinks, open_sinks
 from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory_gib
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.rollout.weights import fingerprint
+from isomorph.engine.rollout.fingerprint import fingerprint
 from isomorph.engine.types import Prompt, RunFailed, RunState, Sampler
 from isomorph.engine.update.learner import Learner
 from isomorph.kernels import backend

@@ -37,7 +37,7 @@ a step. Where much is dropped a small fault can so stay below the limit; ``token
 
 What is seen, with SmolLM2-135M in bfloat16 on 2,000 tokens: one layer whose weights are 10 % off (3 % are rounding's
 size), a reported temperature 2 % off, a stop token of mean probability 1.1 % left out. Exact equality of the weights is
-the fingerprints' business: ``engine.rollout.weights``. On a run: drawing at a temperature 5 % off after 7,400 tokens
+checked by ``engine.rollout.fingerprint``. On a run: drawing at a temperature 5 % off after 7,400 tokens
 (below) or 9,000 (above), from the top 95 % after 3,000 (benchmarks/bench_drift.py --faults). The number is about
 (10 / e)^2 / varentropy, so a policy that has become certain needs more; each row says how many.
 """

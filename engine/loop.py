@@ -19,7 +19,7 @@ from isomorph.engine.record.checkpoint import save_checkpoint
 from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.runlog import Row, RunLog
 from isomorph.engine.rescue import Here, StopRequested, rescue
-from isomorph.engine.rollout.weights import check_publication
+from isomorph.engine.rollout.tripwire import check_publication
 from isomorph.engine.types import (
     Draw,
     Exam,

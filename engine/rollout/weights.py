@@ -5,18 +5,9 @@ A sampler such as vLLM keeps several of the trainer's tensors one below the othe
     q_proj, k_proj, v_proj -> qkv_proj          gate_proj, up_proj -> gate_up_proj          (weights and biases)
 
 Every other tensor stands alone under the trainer's name; the embedding may have padding below its last row.
-
-After each publish ``check_publication`` compares fingerprints of both sides, and has the trainer score a few tokens
-that the sampler drew. Where both sides share storage the fingerprint is of addresses: tensors of one name, shape and
-place hold the same bits, and no memory is read. Where they do not it is of every bit. The probe sees what neither can:
-a sampler that computes with a copy it made of its weights earlier.
 """
 
-import dataclasses
-import hashlib
-import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,18 +15,11 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.drift import DriftSums, check_step, step_drift
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.packed_batch import Part, pack_parts
-from isomorph.engine.types import Prompt, Publication, Rollout, RunFailed, Sampler, Sampling, StepDrift
-from isomorph.kernels.bit_hash import bit_hash
-from isomorph.kernels.linear_logprob import TokenStats, linear_logprob
+from isomorph.engine.rollout.fingerprint import combine_hashes, storage_fingerprint, tensor_hashes
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
-
-PROBE_TOK, PROBE_SAMPLES, PROBE_PROMPT_TOK = 8, 2, 64
-_64_BITS = (1 << 64) - 1
 
 
 # -- where a tensor stands
@@ -86,40 +70,6 @@ def _in_order(name: str, parts: list[str]) -> tuple[str, ...]:
     if missing := [module for module in FUSED[whole] if module not in by_module]:
         raise ValueError(f"{name} is made of {', '.join(FUSED[whole])}; the trainer has no {', '.join(missing)}")
     return tuple(by_module[module] for module in FUSED[whole])
-
-
-# -- fingerprint
-def fingerprint(named: Mapping[str, Tensor]) -> str:
-    """32 hex digits of the names, shapes, dtypes and bits of all tensors; one pass over memory, whatever the device."""
-    return combine_hashes(tensor_hashes(named))
-
-
-def storage_fingerprint(named: Mapping[str, Tensor]) -> str:
-    """32 hex digits of the names, shapes, dtypes and places of all tensors: equal where they are one memory."""
-    places = {
-        name: f"{tuple(t.shape)} {tuple(t.stride())} {t.dtype} {t.device} {t.data_ptr():x}" for name, t in named.items()
-    }
-    return combine_hashes(places)
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """Of one tensor's shape, dtype and bits; swapped rows are seen, and every single bit."""
-    return tensor_hashes({"": tensor})[""]
-
-
-def tensor_hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """``tensor_hash`` of each. The device is waited for once, not once a tensor."""
-    found = [(f"{tuple(tensor.shape)} {tensor.dtype}", bit_hash(tensor)) for tensor in named.values()]
-    totals = torch.stack([bits for _, bits in found]).tolist() if found else []
-    return {
-        name: f"{kind} {total & _64_BITS:016x}" for name, (kind, _), total in zip(named, found, totals, strict=True)
-    }
-
-
-def combine_hashes(hashes: Mapping[str, str]) -> str:
-    """The fingerprint of tensors whose ``tensor_hash`` is known."""
-    text = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 # -- whose storage
@@ -222,93 +172,3 @@ def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Pack]]:
             continue
         views.update(split_rows(tensor, standing, num_rows))
     return views, packs
-
-
-# -- drift
-def trainer_logprob(
-    policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, temperature: float
-) -> list[Tensor]:
-    """For each rollout [n] float32 on the CPU: its tokens' log-probabilities as the trainer computes them, nats.
-
-    ``rollouts`` stand as ``Sampler.generate`` returns them for ``prompts``.
-    """
-    stats = trainer_stats(policy, prompts, rollouts, temperature=temperature)
-    return list(stats.logprob.float().cpu().split([len(r.token_ids) for r in rollouts]))
-
-
-@torch.no_grad()
-def trainer_stats(
-    policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, temperature: float
-) -> TokenStats:
-    """Of the tokens of all rollouts, one after the other, as the trainer computes them."""
-    size = len(rollouts) // len(prompts)
-    unscored = [dataclasses.replace(r, sampler_logprob=None) for r in rollouts]  # so that every token is a target
-    parts = [
-        Part(prompt, tuple(unscored[i * size : (i + 1) * size]), (0.0,) * size) for i, prompt in enumerate(prompts)
-    ]
-    batch = pack_parts(parts, policy.device)
-    return linear_logprob(
-        policy.hidden(batch),
-        policy.unembedding,
-        batch.target_ids,
-        row_index_N=batch.row_index,
-        temperature=temperature,
-    )
-
-
-# -- tripwire
-def check_publication(
-    policy: Policy,
-    sampler: Sampler,
-    publication: Publication,
-    probe_prompt: Prompt | None,
-    max_mean_drift: float | None,
-) -> Publication:
-    """Proves that ``sampler`` samples from ``policy`` as it is now, or raises RunFailed.
-
-    Returns the publication with the seconds that the proof took.
-
-    Three things must hold: the sampler's version is the published one; both sides have one fingerprint; and a few
-    tokens, drawn by the sampler after the beginning of ``probe_prompt``, get the same log-probabilities from the
-    trainer. ``probe_prompt``: None where all that is drawn next will be compared before it is learned from.
-    ``max_mean_drift``: as ``check_step`` takes it. A probe has few tokens, of which the tail is judged.
-    """
-    start = time.perf_counter()
-    if sampler.policy_version != publication.version:
-        raise RunFailed(f"published version {publication.version}, but the sampler says {sampler.policy_version}")
-    if publication.fingerprint:
-        is_shared = publication.num_bytes == 0
-        own = storage_fingerprint(policy.base()) if is_shared else fingerprint(policy.weights())
-        if own != publication.fingerprint:
-            raise RunFailed(
-                f"after publishing version {publication.version} the sampler's weights have fingerprint "
-                f"{publication.fingerprint}, the trainer's {own}: responses would come from stale weights"
-            )
-    compared = time.perf_counter()
-    publication = dataclasses.replace(publication, fingerprint_s=publication.fingerprint_s + compared - start)
-    if probe_prompt is None:
-        return publication
-    drift = probe_drift(policy, sampler, probe_prompt)
-    if not math.isfinite(drift.largest):
-        raise RunFailed(f"after publishing version {publication.version} a probe's log-probabilities are not finite")
-    check_step(drift, policy.dtype, policy.config.num_hidden_layers, max_mean_drift)
-    return dataclasses.replace(publication, probe_s=time.perf_counter() - compared)
-
-
-def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> StepDrift:
-    """Of a few tokens that the sampler draws."""
-    num_tok = max(1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK))  # fits wherever the prompt does
-    probe = dataclasses.replace(prompt, token_ids=prompt.token_ids[:num_tok])
-    sampling = Sampling(
-        temperature=1.0,
-        max_new_tok=PROBE_TOK,
-        samples_per_prompt=PROBE_SAMPLES,
-        stop_ids=policy.text.stop_ids,
-        seed=0,
-    )
-    rollouts = sampler.generate([probe], sampling)
-    trainer = trainer_stats(policy, [probe], rollouts, temperature=sampling.temperature)
-    drawn = torch.cat([r.sampler_logprob for r in rollouts if r.sampler_logprob is not None])
-    sums = DriftSums(policy.device)
-    sums.add(trainer.logprob, drawn.to(policy.device), trainer.entropy)
-    return step_drift([sums.tensors()], 0, 0)

@@ -16,9 +16,9 @@ from isomorph.engine.config import ModelConfig, RunConfig, SamplerConfig, TinyMo
 from isomorph.engine.drift import DriftSums, Surprise, check_ends, check_step, mean_limit, step_drift, tail_count
 from isomorph.engine.model.load import build_tiny, load_policy
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import trainer_logprob, trainer_stats
 from isomorph.engine.rollout import decoder
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.weights import trainer_logprob, trainer_stats
 from isomorph.engine.types import Prompt, Rollout, RunFailed, Sampling, StepDrift
 
 WORDS = [f"w{chr(97 + i // 10)}{chr(97 + i % 10)}" for i in range(60)]

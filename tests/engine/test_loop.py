@@ -30,12 +30,12 @@ from isomorph.engine.config import (
 from isomorph.engine.loop import Crew, train
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.record.telemetry import MIN_GROWTH
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.rollout.weights import trainer_logprob
 from isomorph.engine.types import Exam, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack

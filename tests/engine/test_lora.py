@@ -27,9 +27,10 @@ from isomorph.engine.config import (
 )
 from isomorph.engine.model.load import load_policy
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.weights import fingerprint, trainer_logprob
+from isomorph.engine.rollout.fingerprint import fingerprint
 from isomorph.engine.types import Group, PackedBatch, Prompt, Rollout, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack

@@ -31,8 +31,9 @@ from isomorph.engine.config import LoraConfig, ModelConfig, SamplerConfig, UserE
 from isomorph.engine.model.load import load_policy
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout import vllm as vllm_sampler
+from isomorph.engine.rollout.fingerprint import fingerprint
+from isomorph.engine.rollout.tripwire import check_publication, probe_drift
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
-from isomorph.engine.rollout.weights import check_publication, fingerprint, probe_drift
 from isomorph.engine.types import Rollout, RunFailed
 from isomorph.kernels.linear_logprob import linear_logprob
 

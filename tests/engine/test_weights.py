@@ -10,18 +10,11 @@ import torch
 from isomorph.engine.config import SamplerConfig, TinyModel
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.weights import (
-    Standing,
-    check_publication,
-    fingerprint,
-    split_rows,
-    standings,
-    storage_fingerprint,
-    tensor_hash,
-    tensor_hashes,
-    trainer_logprob,
-)
+from isomorph.engine.rollout.fingerprint import fingerprint, storage_fingerprint, tensor_hash, tensor_hashes
+from isomorph.engine.rollout.tripwire import check_publication
+from isomorph.engine.rollout.weights import Standing, split_rows, standings
 from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 
 WORDS = [f"w{chr(97 + i)}" for i in range(26)]

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.model.text import TextCodec, word_tokenizer
+from isomorph.engine.rollout.fingerprint import fingerprint, storage_fingerprint
+from isomorph.engine.rollout.tripwire import check_publication
 from isomorph.engine.rollout.vllm import VllmSampler
-from isomorph.engine.rollout.weights import check_publication, fingerprint, storage_fingerprint, trainer_logprob
 from isomorph.engine.types import Prompt, Rollout, Sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
