@@ -22,6 +22,7 @@ from isomorph.engine.distributed.fsdp import local, part_of, whole_of
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.drift import DriftSums, step_drift
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import batch_stats
 from isomorph.engine.planner import logits_chunk_rows
 from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
@@ -367,13 +368,7 @@ class Learner:
     @torch.no_grad()
     def _seen(self, batch: PackedBatch, stage: Stage) -> Seen:
         self.on_batch()
-        stats = linear_logprob(
-            self.policy.hidden(batch),
-            self.policy.unembedding,
-            batch.target_ids,
-            row_index_N=batch.row_index,
-            temperature=stage.sampling.temperature,
-        )
+        stats = batch_stats(self.policy, batch, temperature=stage.sampling.temperature)
         return Seen(stats.logprob, stats.entropy)
 
     def _reference_logprobs(self, updates: Sequence[Sequence[PackedBatch]], stage: Stage) -> list[list[Tensor]] | None:
