@@ -7,7 +7,7 @@ own, and the gradients are summed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.types import Finish, Rollout
+from isomorph.engine.serialise import join_draw, split_draw
+from isomorph.engine.types import Draw, Rollout
 from isomorph.kernels.packing import balanced_bins
 
 T = TypeVar("T")
@@ -45,11 +46,13 @@ class Ranks:
         """What all ranks made of their shares of the prompts, ``group`` responses each, in the order of the prompts."""
         if self.size == 1:
             return list(rollouts), list(texts), list(rewards)
-        parts = [wire.opened() for wire in self.gather(_Wire.of(rollouts, texts, rewards))]
+        fields, tensors = split_draw(Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards)))
+        sent = self.gather((fields, {name: tensor.numpy() for name, tensor in tensors.items()}))  # arrays pickle fast
+        draws = [join_draw(told, {name: torch.from_numpy(a) for name, a in arrays.items()}) for told, arrays in sent]
         return (
-            _woven([rollouts for rollouts, _, _ in parts], group),
-            _woven([texts for _, texts, _ in parts], group),
-            _woven([rewards for _, _, rewards in parts], group),
+            _woven([draw.rollouts for draw in draws], group),
+            _woven([draw.texts for draw in draws], group),
+            _woven([draw.rewards for draw in draws], group),
         )
 
     def deal(self, cost_tok: Sequence[int]) -> list[list[int]]:
@@ -114,49 +117,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _woven(parts: Sequence[list[T]], run: int) -> list[T]:
+def _woven(parts: Sequence[Sequence[T]], run: int) -> list[T]:
     """One run of each part in turn: item i of ``share`` went to rank i modulo their number."""
     num_runs = max(len(part) for part in parts) // run
     return [thing for i in range(num_runs) for part in parts for thing in part[i * run : (i + 1) * run]]
-
-
-class _Wire(NamedTuple):
-    """Responses on their way: tokens as two arrays, because thousands of tensors would travel slowly."""
-
-    about: list[tuple[int, int, Finish, int]]  # prompt_id, sample, finish, policy_version
-    lens: list[int]
-    token_ids: Any  # numpy's arrays are sent as they lie in memory
-    sampler_logprob: Any  # None: demonstrations, or greedy responses
-    texts: list[str]
-    rewards: list[float]
-
-    @classmethod
-    def of(cls, rollouts: Sequence[Rollout], texts: Sequence[str], rewards: Sequence[float]) -> "_Wire":
-        known = [r.sampler_logprob for r in rollouts if r.sampler_logprob is not None]
-        return cls(
-            about=[(r.prompt_id, r.sample, r.finish, r.policy_version) for r in rollouts],
-            lens=[len(r.token_ids) for r in rollouts],
-            token_ids=torch.cat([torch.empty(0, dtype=torch.int64), *(r.token_ids for r in rollouts)]).numpy(),
-            sampler_logprob=torch.cat(known).numpy() if known else None,
-            texts=list(texts),
-            rewards=list(rewards),
-        )
-
-    def opened(self) -> tuple[list[Rollout], list[str], list[float]]:
-        token_ids = torch.from_numpy(self.token_ids).split(self.lens)
-        unknown = [None] * len(self.lens)
-        known = self.sampler_logprob is not None and torch.from_numpy(self.sampler_logprob).split(self.lens)
-        rollouts = [
-            Rollout(
-                prompt_id=prompt_id,
-                sample=sample,
-                token_ids=tokens,
-                sampler_logprob=logprob,
-                finish=finish,
-                policy_version=version,
-            )
-            for (prompt_id, sample, finish, version), tokens, logprob in zip(
-                self.about, token_ids, known or unknown, strict=True
-            )
-        ]
-        return rollouts, self.texts, self.rewards

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.types import Draw, Rollout, RunFailed, RunState
+from isomorph.engine.serialise import join_draw, split_draw
+from isomorph.engine.types import Draw, RunFailed, RunState
 
 FORMAT = 2
 REPLACED = ".replaced-"  # before the name of a checkpoint while another one of its step takes its place
@@ -41,10 +42,10 @@ def save_checkpoint(
         partial.mkdir()
         _write_tensors(partial / "weights.safetensors", weights)
         _write_tensors(partial / "optimizer.safetensors", learner)
-        about, tensors = _apart(state.draws)
+        fields_of_draws, tensors = _split_draws(state.draws)
         _write_tensors(partial / "draws.safetensors", tensors)
         fields = dataclasses.asdict(dataclasses.replace(state, draws=()))
-        _write_text(partial / "state.json", json.dumps({"format": FORMAT, **fields, "draws": about}))
+        _write_text(partial / "state.json", json.dumps({"format": FORMAT, **fields, "draws": fields_of_draws}))
         _sync(partial)
         if final.exists():
             replaced = root / f"{REPLACED}{final.name}"
@@ -76,10 +77,10 @@ def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str
         fields = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         found = fields.pop("format")
         if found == FORMAT:
-            draws = _together(fields.pop("draws"), load_file(folder / "draws.safetensors"))
+            draws = _join_draws(fields.pop("draws"), load_file(folder / "draws.safetensors"))
             weights = load_file(folder / "weights.safetensors")
             return RunState(**fields, draws=draws), weights, load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: not a readable checkpoint ({error}); delete it to resume from the one before"
         ) from error
@@ -89,45 +90,19 @@ def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str
     )
 
 
-def _apart(draws: Sequence[Draw]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """What of ``draws`` goes into JSON, and the tensors, one of a kind for each draw."""
-    about, tensors = [], {}
-    for i, draw in enumerate(draws):
-        known = [r.sampler_logprob for r in draw.rollouts if r.sampler_logprob is not None]
-        tensors[f"{i}/token_ids"] = torch.cat([r.token_ids for r in draw.rollouts])
-        if known:
-            tensors[f"{i}/sampler_logprob"] = torch.cat(known)
-        about.append(
-            {
-                "rollouts": [
-                    {
-                        "prompt_id": r.prompt_id,
-                        "sample": r.sample,
-                        "finish": r.finish,
-                        "policy_version": r.policy_version,
-                    }
-                    for r in draw.rollouts
-                ],
-                "lens": [len(r.token_ids) for r in draw.rollouts],
-                "texts": draw.texts,
-                "rewards": draw.rewards,
-            }
-        )
-    return about, tensors
+def _split_draws(draws: Sequence[Draw]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """For state.json the fields of each draw; for the file of tensors their tensors, named by the draw's number."""
+    parts = [split_draw(draw) for draw in draws]
+    tensors = {f"{i}/{name}": tensor for i, (_, own) in enumerate(parts) for name, tensor in own.items()}
+    return [fields for fields, _ in parts], tensors
 
 
-def _together(about: list[dict[str, Any]], tensors: dict[str, Tensor]) -> tuple[Draw, ...]:
-    draws = []
-    for i, told in enumerate(about):
-        token_ids = tensors[f"{i}/token_ids"].split(told["lens"])
-        joined = tensors.get(f"{i}/sampler_logprob")  # demonstrations have none
-        logprobs = [None] * len(token_ids) if joined is None else joined.split(told["lens"])
-        rollouts = tuple(
-            Rollout(**fields, token_ids=ids, sampler_logprob=logprob)
-            for fields, ids, logprob in zip(told["rollouts"], token_ids, logprobs, strict=True)
-        )
-        draws.append(Draw(rollouts=rollouts, texts=tuple(told["texts"]), rewards=tuple(told["rewards"])))
-    return tuple(draws)
+def _join_draws(told: Sequence[dict[str, Any]], tensors: Mapping[str, Tensor]) -> tuple[Draw, ...]:
+    named: list[dict[str, Tensor]] = [{} for _ in told]
+    for key, tensor in tensors.items():
+        i, _, name = key.partition("/")
+        named[int(i)][name] = tensor
+    return tuple(join_draw(fields, own) for fields, own in zip(told, named, strict=True))
 
 
 def _complete(root: Path) -> list[Path]:
