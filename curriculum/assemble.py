@@ -23,7 +23,7 @@ from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
-from isomorph.engine.distributed.fsdp import cut
+from isomorph.engine.distributed.fsdp import shard
 from isomorph.engine.distributed.heartbeat import lost_ranks_explained
 from isomorph.engine.distributed.ranks import Ranks
 from isomorph.engine.loop import Crew, train
@@ -101,7 +101,7 @@ def run_recipe(
             with contextlib.suppress(RunFailed):  # on a full disk the first error is the one to tell
                 log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
-        with crew.policy.whole():
+        with crew.policy.unsharded():
             summary = _summary(crew, state)
             if ranks.is_first:
                 with log.writing("model"):
@@ -132,7 +132,7 @@ def _crew_at_work(
     with open_sampler(recipe, policy) as sampler, JudgePool() as judges:
         # after the sampler: it may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
-            cut(policy)
+            shard(policy)
         learner = Learner(policy, ranks, optimizer_on_host=recipe.model.offload_optimizer)
         if learned is not None and state.stage:  # else it was interrupted before its first stage
             present = curriculum.stage() or recipe.stage[-1]

@@ -212,7 +212,7 @@ def answered(
     try:
         # judging, as far as it does not run beside drawing
         with time("judge"), Judging(crew.judge, crew.policy.text.decode, own, look) as judging:
-            with time("generate"), crew.policy.whole():
+            with time("generate"), crew.policy.unsharded():
                 rollouts = sampler.generate(own, sampling, judging.add, look)
             texts, rewards = judging.results()
     except StopRequested:
@@ -279,7 +279,7 @@ def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt | None) ->
     Without a ``probe`` the last proof is left to the learner: it compares every token that a step learns from with what
     the sampler said of it, and refuses before its first update.
     """
-    with crew.policy.whole():
+    with crew.policy.unsharded():
         publication = sampler.publish(version)
         if sampler is crew.sampler:
             publication = check_publication(crew.policy, sampler, publication, probe, crew.config.max_mean_drift)
@@ -305,7 +305,7 @@ def save(crew: Crew, state: RunState, keep: int | None = None) -> None:
     totals = {**state.totals, "wall_s": crew.log.wall_s()}
     state = dataclasses.replace(state, num_ranks=crew.ranks.size, totals=totals)
     tensors = crew.learner.state_tensors() if state.stage else {}
-    with crew.policy.whole():
+    with crew.policy.unsharded():
         if crew.ranks.is_first:
             root = crew.log.folder / "checkpoints"
             weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}

@@ -1,4 +1,7 @@
-"""FSDP2: which part of each tensor lies on this rank."""
+"""FSDP2: every rank holds one shard of each tensor. Conversions between shards and full tensors.
+
+Without FSDP a tensor is no DTensor, and each function here returns it as it is.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,11 +18,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from isomorph.engine.model.policy import Policy
 
 
-def cut(policy: Policy) -> None:
-    """Every rank keeps its part of each weight; a layer is gathered while it computes. Gradients are summed on the way.
+def shard(policy: Policy) -> None:
+    """Applies FSDP2 to the policy's model, in place: one unit for each decoder layer, one for all else.
 
-    The parts are the float32 masters, and what is gathered is rounded to the policy's dtype: so this comes before the
-    optimizer, and after whatever wants the weights as they are.
+    Each rank keeps its shard of the weights in float32 (the optimizer's masters). A layer's full weights are gathered,
+    in the policy's dtype, while the layer computes; gradients are reduced by summation during the backward. Call it
+    before the optimizer is built, and after everything that needs the weights as they were loaded.
     """
     model, wide = policy.model, torch.promote_types(policy.dtype, torch.float32)
     mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
@@ -27,17 +31,17 @@ def cut(policy: Policy) -> None:
     model.to(wide)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    # the unembedding is read after the pass through the layers
+    # the loss reads the unembedding after the pass through the layers
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for module in (*model.model.layers, model):
-        module.set_gradient_divide_factor(1.0)  # a sum: the denominator is one for all ranks
+        module.set_gradient_divide_factor(1.0)  # a sum: the denominator counts the tokens of all ranks
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "run")
-    policy.whole = partial(_whole, model)
+    policy.unsharded = partial(_unsharded, model)
 
 
 @contextlib.contextmanager
-def _whole(model: Any) -> Iterator[None]:
+def _unsharded(model: Any) -> Iterator[None]:
     units = [*model.model.layers, model]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -50,31 +54,31 @@ def _whole(model: Any) -> Iterator[None]:
             unit.reshard()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What lies on this rank."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, as a plain tensor that shares its storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor of which FSDP has left a part here. All ranks must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor, without gradient. A collective: all ranks must call it."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
         return tensor.full_tensor()
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of ``whole``, cut as ``like`` is."""
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """``full``, which every rank holds, as a DTensor sharded as ``like`` is; no communication."""
     if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.detach().to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return full
+    return distribute_tensor(full.detach().to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_of(part: Tensor, like: Tensor) -> Tensor:
-    """Undoes ``part_of`` for a local part. All ranks must ask."""
+def full_from_shard(own: Tensor, like: Tensor) -> Tensor:
+    """The full tensor of which each rank passes its shard ``own``, sharded as ``like`` is. All ranks must call it."""
     if not isinstance(like, DTensor):
-        return part
-    cut_up = DTensor.from_local(
-        part.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        return own
+    sharded = DTensor.from_local(
+        own.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
-    return cut_up.full_tensor()
+    return sharded.full_tensor()

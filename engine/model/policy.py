@@ -94,8 +94,8 @@ class Policy:
         self.notes: tuple[str, ...] = ()  # what was mended when the model was loaded
         self.device: torch.device = self.unembedding.device
         self.dtype: torch.dtype = self.unembedding.dtype  # that the model computes in
-        # while open every parameter is here in full; of a model that FSDP has cut only then
-        self.whole: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        # a context in which every parameter holds its full tensor; outside of it a rank has its shard, if FSDP is on
+        self.unsharded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         run = torch.compile(_run_layer, dynamic=True) if compiles else _run_layer
         self._learner_runs: list[RunLayer] = [
             partial(_run_again_in_backward, run)

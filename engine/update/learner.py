@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import Stage, UserError
-from isomorph.engine.distributed.fsdp import local, part_of, whole_of
+from isomorph.engine.distributed.fsdp import full_from_shard, local_shard, shard_like
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.drift import DriftSums, step_drift
 from isomorph.engine.model.policy import Policy
@@ -288,7 +288,7 @@ class Learner:
             for name, tensor in tensors.items()
         }
         named = zip(self.policy.named_parameters().items(), self.reference or [], strict=False)
-        reference = {f"reference/{name}": whole_of(weight, parameter) for (name, parameter), weight in named}
+        reference = {f"reference/{name}": full_from_shard(weight, parameter) for (name, parameter), weight in named}
         return {**self.optimizer.state_tensors(), **reference, **rounds}
 
     def restore(self, stage: Stage, tensors: dict[str, Tensor]) -> None:
@@ -300,7 +300,9 @@ class Learner:
         self._interrupted = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
         named = {f"reference/{name}": p for name, p in self.policy.named_parameters().items()}
         is_there = all(name in tensors for name in named)
-        self.reference = [local(part_of(tensors[name], p)).cpu() for name, p in named.items()] if is_there else None
+        self.reference = (
+            [local_shard(shard_like(tensors[name], p)).cpu() for name, p in named.items()] if is_there else None
+        )
 
     def _open_optimizer(self, stage: Stage) -> None:
         if self.optimizer is not None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from isomorph.engine.config import OptimConfig
-from isomorph.engine.distributed.fsdp import gathered, local, part_of
+from isomorph.engine.distributed.fsdp import full_tensor, local_shard, shard_like
 from isomorph.engine.types import RunFailed
 
 
@@ -74,7 +74,7 @@ class MasterAdamW:
 
         Raises RunFailed where the norm is not finite: nothing has changed then.
         """
-        total = gathered(torch.nn.utils.get_total_norm(self.gradients()))
+        total = full_tensor(torch.nn.utils.get_total_norm(self.gradients()))
         norm = total.item()
         if not math.isfinite(norm):
             raise RunFailed(
@@ -83,7 +83,7 @@ class MasterAdamW:
             )
         if norm > clip_norm:  # else a pass over all gradients would multiply them by 1
             factor = (clip_norm / (total + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(gradient) for gradient in self.gradients()], factor)
+            torch._foreach_mul_([local_shard(gradient) for gradient in self.gradients()], factor)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -94,20 +94,22 @@ class MasterAdamW:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Masters and moments by name, for a checkpoint."""
-        tensors = {f"master/{name}": gathered(master) for name, master in self.masters.items() if self._is_apart(name)}
+        tensors = {
+            f"master/{name}": full_tensor(master) for name, master in self.masters.items() if self._is_apart(name)
+        }
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = gathered(value)
+                tensors[f"{key}/{name}"] = full_tensor(value)
         return tensors
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, master in self.masters.items():
             if self._is_apart(name):
-                master.copy_(part_of(tensors[f"master/{name}"], master))
+                master.copy_(shard_like(tensors[f"master/{name}"], master))
             if f"step/{name}" not in tensors:
                 continue
-            moments = {key: part_of(tensors[f"{key}/{name}"], master).clone() for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: shard_like(tensors[f"{key}/{name}"], master).clone() for key in ("exp_avg", "exp_avg_sq")}
             state = {"step": tensors[f"step/{name}"].clone(), **moments}
             self.adamw.state[master] = {key: value.to(master.device) for key, value in state.items()}
 

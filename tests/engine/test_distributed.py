@@ -23,7 +23,7 @@ from isomorph.engine.config import (
     Stage,
     UserError,
 )
-from isomorph.engine.distributed.fsdp import cut, gathered
+from isomorph.engine.distributed.fsdp import full_tensor, shard
 from isomorph.engine.distributed.launch import open_ranks
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.load import build_tiny
@@ -137,7 +137,7 @@ def step_on(
     policy = make_policy(lora=LoraConfig(rank=2) if kind == "adapters" else None)
     stage = make_stage(objective, batch=batch)
     if kind == "fsdp":
-        cut(policy)
+        shard(policy)
     learner = Learner(policy, ranks)
     learner.enter(stage)
     if objective.needs_reference:
@@ -146,7 +146,7 @@ def step_on(
 
     def look(**_: Any) -> float:
         assert learner.optimizer is not None
-        seen.append(torch.cat([gathered(gradient).flatten() for gradient in learner.optimizer.gradients()]))
+        seen.append(torch.cat([full_tensor(gradient).flatten() for gradient in learner.optimizer.gradients()]))
         return float(seen[-1].norm())
 
     assert learner.optimizer is not None
@@ -241,7 +241,7 @@ def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, resumes: bo
     for seed in range(3):
         if resumes and seed == 2:
             tensors = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
-            with policy.whole():
+            with policy.unsharded():
                 weights = [p.detach().clone() for p in policy.named_parameters().values()]
             policy, learner = started(ranks, dtype, kind, weights)
             learner.restore(stage, tensors)
@@ -254,7 +254,7 @@ def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, resumes: bo
             ranks=ranks,
         )
         learner.update(updates, stage, seed)
-    with policy.whole():
+    with policy.unsharded():
         return torch.cat([p.detach().flatten() for p in policy.named_parameters().values()])
 
 
@@ -263,7 +263,7 @@ def started(ranks: Ranks, dtype: torch.dtype, kind: str, weights: list[Tensor] |
     if weights is not None:
         policy.overwrite(weights)
     if kind == "fsdp":
-        cut(policy)
+        shard(policy)
     return policy, Learner(policy, ranks)
 
 
