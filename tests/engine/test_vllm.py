@@ -30,7 +30,7 @@ from vllm_parts import (
 from isomorph.engine.config import LoraConfig, ModelConfig, SamplerConfig, UserError
 from isomorph.engine.model.load import load_policy
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.rollout import vllm as vllm_sampler
+from isomorph.engine.rollout import vllm_engine
 from isomorph.engine.rollout.fingerprint import fingerprint
 from isomorph.engine.rollout.tripwire import check_publication, probe_drift
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
@@ -83,7 +83,7 @@ def compile_key(policy: Policy, **options: Any) -> str:
     """As vLLM computes it for an engine that compiles, which ours does on a GPU only."""
     from vllm import EngineArgs
 
-    asked = vllm_sampler._engine_options(policy, SamplerConfig(kind="vllm", max_seqs=4), policy.max_model_len, 0)
+    asked = vllm_engine.engine_options(policy, SamplerConfig(kind="vllm", max_seqs=4), policy.max_model_len, 0)
     return EngineArgs(**{**asked, "enforce_eager": False, **options}).create_engine_config().compute_hash()
 
 
@@ -103,7 +103,7 @@ def test_one_configuration_has_one_key_in_vllms_compile_cache(monkeypatch: pytes
     assert len(folders) == 2
     assert [file.name for folder in folders for file in folder.iterdir()] == ["config.json"] * 2
     moved = tmp_path / "elsewhere"  # as a random folder would be
-    shutil.copytree(vllm_sampler._model_folder(policy), moved)
+    shutil.copytree(vllm_engine.model_folder(policy), moved)
     assert compile_key(policy, model=str(moved)) != keys[0]
 
 
@@ -111,13 +111,13 @@ def test_ranks_that_start_together_write_one_whole_folder(monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     policy = make_policy()
     with ThreadPoolExecutor(8) as ranks:
-        (folder,) = set(ranks.map(lambda _: vllm_sampler._model_folder(policy), range(64)))
+        (folder,) = set(ranks.map(lambda _: vllm_engine.model_folder(policy), range(64)))
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     read = AutoConfig.from_pretrained(folder)
     assert read.architectures == ["Qwen2ForCausalLM"]
     assert (read.hidden_size, read.vocab_size) == (policy.config.hidden_size, policy.config.vocab_size)
     (folder / "config.json").write_text("{")  # a disk that was full, an editor
-    assert vllm_sampler._model_folder(policy) == folder
+    assert vllm_engine.model_folder(policy) == folder
     assert AutoConfig.from_pretrained(folder).to_dict() == read.to_dict()
 
 
@@ -125,7 +125,7 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written .*: set XDG_CACHE_HOME"):
-        vllm_sampler._model_folder(make_policy())
+        vllm_engine.model_folder(make_policy())
 
 
 # -- every family, tiny; Llama and Qwen2 are in test_vllm_life.py
