@@ -1,9 +1,11 @@
-"""The built-in sampler: decodes with the trainer's own modules, so there is no second copy of anything.
+"""The built-in sampler: decodes with the trainer's own modules, so there is no second copy of the weights.
 
-Continuous batching: ``max_seqs`` slots are filled with responses; one that ends leaves its slot to the next, of the
-same prompt or of another. A prompt is prefilled when its first response is admitted, and its keys and values leave with
-its last. Which tokens a request gets depends on (seed, prompt, sample) and the weights: its noise is its own, so others
-change a response by rounding at most, and by no bit on the reference path.
+Continuous batching: up to ``max_seqs`` responses are decoded at once, each in a slot; when one ends, its slot goes to
+the next, of the same prompt or of another. A prompt is prefilled when its first response is admitted, and its KV cache
+is freed when its last response has ended.
+
+Sampling noise is seeded for each request by (seed, prompt_id, sample). The other requests of a batch therefore change a
+response by rounding at most, and on the reference implementation of decode_attention not at all.
 """
 
 import contextlib
@@ -15,14 +17,18 @@ import torch
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.rollout.decoder import Decoder, Room
+from isomorph.engine.rollout.decoder import Decoder, DecoderSpec
 from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
-STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # looking for ended responses stops a GPU's stream
+# decoding steps between two checks for ended responses: each check waits for the GPU's stream
+STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
 
 
 class BuiltinSampler:
-    """Samples from ``policy`` as it is now: publishing is a new version number."""
+    """Samples from ``policy``'s own parameters; ``publish`` therefore moves no bytes and sets the version alone.
+
+    ``config.max_seqs``: responses decoded at once. ``config.kv_tok``: upper limit of the KV cache, in tokens.
+    """
 
     def __init__(self, policy: Policy, config: SamplerConfig) -> None:
         self.policy = policy
@@ -38,7 +44,11 @@ class BuiltinSampler:
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
     ) -> list[Rollout]:
-        """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for a prompt that cannot fit."""
+        """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
+
+        Raises UserError where prompt and response exceed the model's positions or the KV cache, ValueError for an empty
+        prompt.
+        """
         self._refuse_what_cannot_fit(prompts, sampling)
         if not prompts:
             return []
@@ -51,7 +61,7 @@ class BuiltinSampler:
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        """The cache and what was recorded over it are given back; the next ``generate`` makes them anew."""
+        """Frees the KV cache and the CUDA graphs; the next ``generate`` makes them again."""
         self._decoder = None
         yield
 
@@ -73,24 +83,25 @@ class BuiltinSampler:
             )
 
     def _decoder_for(self, prompts: Sequence[Prompt], sampling: Sampling) -> Decoder:
-        """The one of the last call where it has the same room: its graphs are recorded already."""
-        room = plan_room([len(p.token_ids) for p in prompts], sampling, self.max_seqs, self.kv_tok)
-        if self._decoder is None or self._decoder.room != room:
+        """The decoder of the last call if its spec is the same, because its CUDA graphs are recorded already."""
+        spec = plan_decoder([len(p.token_ids) for p in prompts], sampling, self.max_seqs, self.kv_tok)
+        if self._decoder is None or self._decoder.spec != spec:
             self._decoder = None  # the old cache goes before the new one comes
-            self._decoder = Decoder(self.policy, room)
+            self._decoder = Decoder(self.policy, spec)
         return self._decoder
 
 
-def plan_room(prompt_lens: Sequence[int], sampling: Sampling, max_seqs: int, kv_tok: int | None) -> Room:
-    """As many responses at once as ``max_seqs`` and ``kv_tok`` allow. Raises UserError where not even one fits.
+def plan_decoder(prompt_lens: Sequence[int], sampling: Sampling, max_seqs: int, kv_tok: int | None) -> DecoderSpec:
+    """The decoder with as many sequences as ``max_seqs`` and ``kv_tok`` allow.
 
-    Prompts get room for twice the groups that fill all slots, and two more, because a group's last response keeps its
-    prompt: beyond that, slots stay empty until a prompt leaves.
+    Prompt slots = 2 * ceil(seqs / G) + 2, at most one for each prompt: the cache of a prompt is freed only when the
+    last response of its group has ended, so groups that are nearly done hold prompt slots besides those that fill the
+    response slots. Raises UserError where ``kv_tok`` does not hold a single sequence.
     """
 
-    def room(seqs: int) -> Room:
+    def spec(seqs: int) -> DecoderSpec:
         prompts = min(len(prompt_lens), seqs, 2 * -(-seqs // sampling.samples_per_prompt) + 2)
-        return Room(
+        return DecoderSpec(
             seqs=seqs,
             prompts=prompts,
             prompt_tok=max(prompt_lens),
@@ -101,28 +112,28 @@ def plan_room(prompt_lens: Sequence[int], sampling: Sampling, max_seqs: int, kv_
 
     most = min(max_seqs, len(prompt_lens) * sampling.samples_per_prompt)
     if kv_tok is None:
-        return room(most)
+        return spec(most)
     for seqs in range(most, 0, -1):
-        if room(seqs).kv_tok <= kv_tok:
-            return room(seqs)
+        if spec(seqs).kv_tok <= kv_tok:
+            return spec(seqs)
     raise UserError(
         f"one sequence, the longest prompt of {max(prompt_lens)} tokens and sampling.max_new_tok="
-        f"{sampling.max_new_tok}, must fit sampler.kv_tok, got {kv_tok}: raise it to {room(1).kv_tok}, or lower "
+        f"{sampling.max_new_tok}, must fit sampler.kv_tok, got {kv_tok}: raise it to {spec(1).kv_tok}, or lower "
         "max_new_tok"
     )
 
 
 class _Batch:
-    """One call of ``generate``: who waits, who stands in which slot, what is finished."""
+    """The requests of one ``generate``: those that wait, those that run and in which slot, those that are finished."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> None:
         self.decoder, self.prompts, self.sampling, self.policy_version = decoder, prompts, sampling, policy_version
         size = sampling.samples_per_prompt
         self.waiting = deque((index, sample) for index in range(len(prompts)) for sample in range(size))
-        self.running: dict[int, tuple[int, int]] = {}  # slot -> prompt's index, sample
-        self.free_slots = list(range(decoder.room.seqs))
-        self.free_prompt_slots = list(range(decoder.room.prompts))
-        self.prompt_slots: dict[int, int] = {}  # of the prompts that have responses to come
+        self.running: dict[int, tuple[int, int]] = {}  # slot -> (index of the prompt, sample)
+        self.free_slots = list(range(decoder.spec.seqs))
+        self.free_prompt_slots = list(range(decoder.spec.prompts))
+        self.prompt_slots: dict[int, int] = {}  # index of a prompt with unfinished responses -> its slot
         self.drawn: list[dict[int, Rollout]] = [{} for _ in prompts]
 
     @property
@@ -130,21 +141,21 @@ class _Batch:
         return [[rollouts[sample] for sample in sorted(rollouts)] for rollouts in self.drawn]
 
     def run(self, on_step: OnStep) -> Iterator[tuple[int, list[Rollout]]]:
-        """Yields each group, with its prompt's index, when its last response ends."""
-        num_steps = STEPS_BETWEEN_LOOKS[self.decoder.policy.device.type]
+        """Yields (index of the prompt, its rollouts), samples ascending, as soon as a group's last response ends."""
+        num_steps = STEPS_BETWEEN_CHECKS[self.decoder.policy.device.type]
         while self.waiting or self.running:
             while self._admit():
-                yield from self._collect()  # the first token may have been the last
+                yield from self._collect()  # a response may end with its first token
                 on_step()
             if self.running:
-                # rows of one prompt next to each other: its keys are then read once for all of them
+                # responses of one prompt are neighbours: decode_attention then reads the prompt's keys once for all
                 slots = sorted(self.running, key=lambda slot: (self.prompt_slots[self.running[slot][0]], slot))
                 self.decoder.advance(slots, num_steps)
                 yield from self._collect()
                 on_step()
 
     def _admit(self) -> bool:
-        """Fills the free slots; False where there was nothing to fill or to fill with."""
+        """Admits waiting requests into free slots; False if none was admitted."""
         slots: list[int] = []
         new_prompts: list[int] = []
         while self.waiting and self.free_slots:
@@ -166,7 +177,7 @@ class _Batch:
             slots,
             [self.prompt_slots[index] for index, _ in requests],
             [len(self.prompts[index].token_ids) for index, _ in requests],
-            [_key(self.sampling.seed, self.prompts[index].prompt_id, sample) for index, sample in requests],
+            [rng_key(self.sampling.seed, self.prompts[index].prompt_id, sample) for index, sample in requests],
         )
         return True
 
@@ -194,7 +205,7 @@ class _Batch:
                 yield index, [self.drawn[index][s] for s in range(self.sampling.samples_per_prompt)]
 
 
-def _key(seed: int, prompt_id: int, sample: int) -> int:
-    """Of a request's noise: 63 bits."""
+def rng_key(seed: int, prompt_id: int, sample: int) -> int:
+    """The key of a request's sampling noise, 0 <= key < 2**63, from a hash of its three numbers."""
     digest = hashlib.blake2b(f"{seed}:{prompt_id}:{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

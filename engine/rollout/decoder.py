@@ -1,13 +1,13 @@
-"""One token further on many responses at once, with the trainer's own modules and keys and values in slots.
+"""The decoding step of the built-in sampler: one more token for many responses, by the trainer's own modules.
 
-A prompt has a slot for its keys and values, stored once whatever the number of its responses; a response has a slot for
-its own, and all that decoding it needs stands on the device under the number of that slot:
+The KV cache has prompt slots and response slots. A prompt's keys and values are stored once for all its responses; a
+response slot holds those of its own tokens. The state of a response is on the device, indexed by its slot:
 
-    prompt_slot, prompt_len, key        fixed when the response is admitted
-    length, token_ids, logprob, ended   grow by one token a step
+    prompt_slot, prompt_len, rng_key    fixed when the response is admitted
+    length, token_ids, logprob, ended   updated by every step
 
-So a step reads nothing on the host but which slots take part. On a GPU it is recorded once for each number of rows,
-as a CUDA graph; rows that are missing to a recorded number are filled up with one slot more that nobody reads.
+A step therefore needs from the host only the list of slots. On a GPU it is recorded as a CUDA graph, once for each
+captured batch size; smaller batches are padded with a dummy slot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,43 +24,46 @@ from isomorph.kernels.linear_chunks import make_logits
 from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 from isomorph.kernels.sample_token import sample_token
 
-PREFILL_TOK = 8192  # of prompts in one packed pass
+PREFILL_TOK = 8192  # prompt tokens in one packed forward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """What a decoder is made for; another one of the same room can take its place."""
+class DecoderSpec:
+    """KV-cache capacity and sampling settings of a decoder; a decoder is reused while they are equal."""
 
     seqs: int  # responses decoded at once
     prompts: int  # prompts whose keys and values are held at once
-    prompt_tok: int
+    prompt_tok: int  # length of the longest prompt
     max_new_tok: int
     temperature: float
     stop_ids: tuple[int, ...]
 
     @property
     def kv_tok(self) -> int:
+        """Tokens that the KV cache has space for."""
         return self.seqs * self.max_new_tok + self.prompts * self.prompt_tok
 
 
 class Decoder:
-    """The cache, the state of every slot, and the step."""
+    """KV cache and state of all slots, prefill, and the decoding step."""
 
-    def __init__(self, policy: Policy, room: Room) -> None:
-        self.policy, self.room, device = policy, room, policy.device
+    def __init__(self, policy: Policy, spec: DecoderSpec) -> None:
+        self.policy, self.spec, device = policy, spec, policy.device
         num_layers, kv = policy.config.num_hidden_layers, (policy.num_kv_heads, policy.head_dim)
-        num_slots = room.seqs + 1  # the last one belongs to the rows that fill up
+        num_slots = spec.seqs + 1  # the last one is the dummy slot that pads a batch
         # [layers, keys and values, slots, K, entries, d]
-        self.prompt_kv = self._empty(num_layers, 2, room.prompts, kv[0], room.prompt_tok, kv[1])
-        self.own_kv = self._empty(num_layers, 2, num_slots, kv[0], room.max_new_tok, kv[1])
-        self.prompt_hidden = self._empty(room.prompts, policy.config.hidden_size)  # its row predicts the first token
-        self.prompt_slot, self.prompt_len, self.key = (_zeros(device, num_slots) for _ in range(3))
-        self.length = torch.ones(num_slots, dtype=torch.int64, device=device)  # tokens drawn
+        self.prompt_kv = self._empty(num_layers, 2, spec.prompts, kv[0], spec.prompt_tok, kv[1])
+        self.own_kv = self._empty(num_layers, 2, num_slots, kv[0], spec.max_new_tok, kv[1])
+        # hidden state of the last prompt token, which predicts the first token of every response
+        self.prompt_hidden = self._empty(spec.prompts, policy.config.hidden_size)
+        self.prompt_slot, self.prompt_len, self.rng_key = (_zeros(device, num_slots) for _ in range(3))
+        self.length = torch.ones(num_slots, dtype=torch.int64, device=device)  # tokens sampled so far
         self.ended = torch.ones(num_slots, dtype=torch.bool, device=device)
-        self.token_ids = _zeros(device, num_slots, room.max_new_tok)
-        self.logprob = torch.zeros(num_slots, room.max_new_tok, dtype=torch.float32, device=device)
-        self.stop_ids = torch.tensor(room.stop_ids, dtype=torch.int64, device=device)
-        # The reference path takes row by row: a product's last bits depend on how many rows go through it at once
+        self.token_ids = _zeros(device, num_slots, spec.max_new_tok)
+        self.logprob = torch.zeros(num_slots, spec.max_new_tok, dtype=torch.float32, device=device)
+        self.stop_ids = torch.tensor(spec.stop_ids, dtype=torch.int64, device=device)
+        # the reference implementation runs each row by itself: the last bits of a matrix product depend on its number
+        # of rows
         self.is_row_by_row = backend.choose("decode_attention", device) == "reference"
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -69,7 +72,7 @@ class Decoder:
 
     # -- admission
     def prefill(self, prompts: Sequence[Prompt], prompt_slots: Sequence[int]) -> None:
-        """Fills the prompts' slots, in packed passes."""
+        """Computes the keys and values of ``prompts`` into ``prompt_slots``, PREFILL_TOK tokens in one packed pass."""
         for part in self._passes(prompts):
             self._prefill([prompts[i] for i in part], [prompt_slots[i] for i in part])
 
@@ -103,26 +106,26 @@ class Decoder:
         self.prompt_hidden[slot_P] = hidden_TD[len_P.cumsum(0) - 1]
 
     def admit(
-        self, slots: Sequence[int], prompt_slots: Sequence[int], prompt_lens: Sequence[int], keys: Sequence[int]
+        self, slots: Sequence[int], prompt_slots: Sequence[int], prompt_lens: Sequence[int], rng_keys: Sequence[int]
     ) -> None:
-        """Takes responses into slots and draws the first token of each."""
+        """Assigns new responses to ``slots`` and samples the first token of each; all arguments have one entry each."""
         device = self.policy.device
         slot_B = torch.tensor(slots, device=device)
         for state, values in zip(
-            (self.prompt_slot, self.prompt_len, self.key), (prompt_slots, prompt_lens, keys), strict=True
+            (self.prompt_slot, self.prompt_len, self.rng_key), (prompt_slots, prompt_lens, rng_keys), strict=True
         ):
             state[slot_B] = torch.tensor(values, device=device)
         self.length[slot_B] = 0
         self.ended[slot_B] = False
         for part_B in self._parts(slot_B):
-            self._draw(part_B, self.prompt_hidden[self.prompt_slot[part_B]])
+            self._sample(part_B, self.prompt_hidden[self.prompt_slot[part_B]])
 
     # -- the step
     def advance(self, slots: Sequence[int], num_steps: int) -> None:
-        """``num_steps`` tokens further on these slots; those that end before stay as they are."""
+        """Samples up to ``num_steps`` more tokens for each of ``slots``; a response that ends stays as it is."""
         if self.policy.device.type == "cuda" and not self.is_row_by_row:
             graph, slot_B = self._graph(padded_size(len(slots)))
-            slot_B.copy_(torch.tensor(fill_up(slots, len(slot_B), self.room.seqs)), non_blocking=True)
+            slot_B.copy_(torch.tensor(pad_slots(slots, len(slot_B), self.spec.seqs)), non_blocking=True)
             for _ in range(num_steps):
                 graph.replay()
             return
@@ -136,10 +139,10 @@ class Decoder:
 
     def _graph(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         if size not in self.graphs:
-            slot_B = torch.full((size,), self.room.seqs, device=self.policy.device)
+            slot_B = torch.full((size,), self.spec.seqs, device=self.policy.device)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what compiles or allocates at its first call must not be recorded
+            with torch.cuda.stream(stream):  # a warm-up: first calls compile and allocate, which must not be recorded
                 self._advance(slot_B)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
@@ -149,7 +152,7 @@ class Decoder:
         return self.graphs[size]
 
     def _advance(self, slot_B: Tensor) -> None:
-        """Shapes depend on the number of rows alone, and nothing is read on the host."""
+        """One token more for the responses in ``slot_B`` [B]. Shapes depend on B alone; nothing is read on the host."""
         length_B, prompt_slot_B = self.length[slot_B], self.prompt_slot[slot_B]
         prompt_len_B, last_B = self.prompt_len[slot_B], length_B - 1
 
@@ -161,44 +164,48 @@ class Decoder:
             return decode_attention(q[:, :, 0], prompt, own, scale=scale)[:, None]
 
         token_B, position_B = self.token_ids[slot_B, last_B], prompt_len_B + last_B
-        self._draw(slot_B, self.policy.backbone(token_B[:, None], position_B[:, None], attend)[:, 0])
+        self._sample(slot_B, self.policy.backbone(token_B[:, None], position_B[:, None], attend)[:, 0])
 
-    def _draw(self, slot_B: Tensor, hidden_BD: Tensor) -> None:
-        """The next token of every row, written where the response has not ended."""
+    def _sample(self, slot_B: Tensor, hidden_BD: Tensor) -> None:
+        """Samples a token from each of ``hidden_BD`` [B, D]; written only where the response has not ended."""
         length_B, had_ended_B = self.length[slot_B], self.ended[slot_B]
         logits_BV = make_logits(hidden_BD, self.policy.unembedding.detach())
-        if self.room.temperature == 0:
+        if self.spec.temperature == 0:
             token_B, logprob_B = logits_BV.argmax(-1), torch.zeros_like(logits_BV[:, 0])
         else:
-            key_B = self.key[slot_B]
-            token_B, logprob_B = sample_token(logits_BV, key_B, length_B, temperature=self.room.temperature)
-        at_B = length_B.clamp(max=self.room.max_new_tok - 1)
+            rng_key_B = self.rng_key[slot_B]
+            token_B, logprob_B = sample_token(logits_BV, rng_key_B, length_B, temperature=self.spec.temperature)
+        at_B = length_B.clamp(max=self.spec.max_new_tok - 1)
         self.token_ids[slot_B, at_B] = torch.where(had_ended_B, self.token_ids[slot_B, at_B], token_B)
         self.logprob[slot_B, at_B] = torch.where(had_ended_B, self.logprob[slot_B, at_B], logprob_B.float())
         length_B = torch.where(had_ended_B, length_B, length_B + 1)
         self.length[slot_B] = length_B
         stops_B = (token_B[:, None] == self.stop_ids).any(1)
-        self.ended[slot_B] = had_ended_B | stops_B | (length_B == self.room.max_new_tok)
+        self.ended[slot_B] = had_ended_B | stops_B | (length_B == self.spec.max_new_tok)
 
     # -- results
     def ended_lengths(self) -> list[int]:
-        """Of each slot: the length of its response if it has ended, else 0. The one synchronisation."""
+        """For each slot the length of its response if it has ended, else 0. Waits for the device."""
         return torch.where(self.ended, self.length, 0).tolist()
 
     def responses(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[B, max_new_tok] tokens and log-probabilities, on the CPU."""
+        """Token ids int64 and log-probabilities float32 (nats), [B, max_new_tok] each, on the CPU.
+
+        Valid are the first ``ended_lengths`` entries of a row.
+        """
         slot_B = torch.tensor(slots, device=self.policy.device)
         return self.token_ids[slot_B].cpu(), self.logprob[slot_B].cpu()
 
 
 def padded_size(num_rows: int) -> int:
-    """The next number of rows that is recorded: at most a quarter more, and few numbers in all."""
+    """The captured batch size for ``num_rows``: at most a quarter larger, so that few sizes are captured."""
     step = max(1, 2 ** (num_rows.bit_length() - 3))
     return -(-num_rows // step) * step
 
 
-def fill_up(slots: Sequence[int], size: int, nobody: int) -> list[int]:
-    return [*slots, *[nobody] * (size - len(slots))]
+def pad_slots(slots: Sequence[int], size: int, dummy: int) -> list[int]:
+    """``slots``, padded to ``size`` with ``dummy``."""
+    return [*slots, *[dummy] * (size - len(slots))]
 
 
 def _zeros(device: torch.device, *shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout import builtin
 from isomorph.engine.rollout import decoder as decoder_file
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.decoder import Decoder, Room, fill_up, padded_size
+from isomorph.engine.rollout.decoder import Decoder, DecoderSpec, pad_slots, padded_size
 from isomorph.engine.types import PackedBatch, Prompt, Rollout, Sampling
 from isomorph.kernels import backend
 from isomorph.kernels import decode_attention as attention_file
@@ -241,8 +241,8 @@ def test_an_empty_prompt_is_refused(policy: Policy) -> None:
 class Watched(Decoder):
     """Takes down what happens to the slots."""
 
-    def __init__(self, policy: Policy, room: Room) -> None:
-        super().__init__(policy, room)
+    def __init__(self, policy: Policy, spec: DecoderSpec) -> None:
+        super().__init__(policy, spec)
         self.prefilled: list[int] = []
         self.steps: list[list[int]] = []
 
@@ -280,7 +280,7 @@ def test_a_prompt_is_prefilled_once_and_its_slot_is_used_again(watched: Callable
     prompts = make_prompts(5, 1, 9, 4, 4, 7)
     decoder = watched(prompts, make_sampling(samples=5), max_seqs=4)  # a group is larger than what is decoded at once
     assert decoder.prefilled == [p.prompt_id for p in prompts]
-    assert decoder.room.prompts == 4
+    assert decoder.spec.prompts == 4
 
 
 def test_rows_of_a_prompt_stand_next_to_each_other(watched: Callable[..., Watched], policy: Policy) -> None:
@@ -292,9 +292,9 @@ def test_rows_of_a_prompt_stand_next_to_each_other(watched: Callable[..., Watche
 def test_the_kv_budget_limits_what_is_decoded_at_once(watched: Callable[..., Watched]) -> None:
     prompts, sampling = make_prompts(5, 1, 9, 4), make_sampling(samples=4, max_new_tok=12)
     whole = watched(prompts, sampling, max_seqs=16)
-    assert whole.room.kv_tok == 16 * 12 + 4 * 9 and len(whole.steps[0]) > 8
+    assert whole.spec.kv_tok == 16 * 12 + 4 * 9 and len(whole.steps[0]) > 8
     small = watched(prompts, sampling, max_seqs=16, kv_tok=90)
-    assert small.room.kv_tok <= 90 and small.room.seqs == 4
+    assert small.spec.kv_tok <= 90 and small.spec.seqs == 4
     assert max(len(step) for step in small.steps) <= 4
     assert same(generate(small.policy, prompts, sampling), generate(small.policy, prompts, sampling, kv_tok=90))
 
@@ -330,12 +330,12 @@ def test_rows_that_fill_up_and_steps_after_the_end_change_nothing(policy: Policy
     prompts = make_prompts(5, 9)
     sampling = make_sampling(samples=3, stop_ids=(1, 5, 9, 13), max_new_tok=20)
     usual = generate(policy, prompts, sampling)
-    decoder = Decoder(policy, builtin.plan_room([5, 9], sampling, 6, None))
+    decoder = Decoder(policy, builtin.plan_decoder([5, 9], sampling, 6, None))
     with torch.no_grad():
         decoder.prefill(prompts, [1, 0])
-        keys = [builtin._key(0, p.prompt_id, sample) for p in prompts for sample in range(3)]
+        keys = [builtin.rng_key(0, p.prompt_id, sample) for p in prompts for sample in range(3)]
         decoder.admit(range(6), [1, 1, 1, 0, 0, 0], [5, 5, 5, 9, 9, 9], keys)
-        rows = torch.tensor(fill_up(range(6), padded_size(9), decoder.room.seqs))
+        rows = torch.tensor(pad_slots(range(6), padded_size(9), decoder.spec.seqs))
         assert len(rows) == 10
         for _ in range(25):
             decoder._advance(rows)
@@ -349,7 +349,7 @@ def test_rows_that_fill_up_and_steps_after_the_end_change_nothing(policy: Policy
 def test_a_step_looks_at_nothing_on_the_host(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph cannot hold a step that does; checks of values are left out there, so they are left out here."""
     sampling = make_sampling(samples=3)
-    decoder = Decoder(policy, builtin.plan_room([5], sampling, 3, None))
+    decoder = Decoder(policy, builtin.plan_decoder([5], sampling, 3, None))
 
     def looked(*_: object) -> None:
         raise AssertionError("a value was read on the host")
