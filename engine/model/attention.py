@@ -1,4 +1,11 @@
-"""How the layers of transformers' models attend: by a function that comes from outside."""
+"""The hook by which the attention layers of transformers' models call a function of ours.
+
+    attend(layer, q_BHTd, k_BKTd, v_BKTd, scale) -> [B, T, H, d]
+
+``layer`` is the layer's index; q and k are rotated already. transformers looks an attention function up by the name
+that a model was loaded with. Two names are registered here: "isomorph" always calls ``attend``; "isomorph_or_sdpa"
+calls it where the caller of the model passes one, and transformers' own sdpa otherwise.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +22,11 @@ from isomorph.kernels.packed_attention import PackedLayout, packed_attention
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
-@torch.compiler.disable  # it knows its layer by number: compiled, each layer would be compiled by itself
+@torch.compiler.disable  # reads module.layer_idx, which would force one compilation for each layer
 def _attend_from_outside(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, attend: Attend, **_: Any
 ) -> tuple[Tensor, None]:
-    """The attention function that the layers call; ``attend`` comes down from ``Policy.backbone``."""
+    """What a layer calls; ``attend`` is a keyword argument that transformers passes through from the model's call."""
     return attend(module.layer_idx, q, k, v, scaling), None
 
 
@@ -37,7 +44,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", ALL_MASK_ATTENTION_FUN
 
 
 def attend_packed(layout: PackedLayout) -> Attend:
-    """For one packed batch, B = 1, of this layout."""
+    """The ``attend`` for one packed batch of this layout: B = 1, causal within each sequence and its prompt."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q_THd, k_TKd, v_TKd = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -47,16 +54,17 @@ def attend_packed(layout: PackedLayout) -> Attend:
 
 
 def let_attend(model: Any) -> None:
-    """Another trainer's model: ``model(..., attend=...)`` attends by ``attend`` from now on, and as before without it.
+    """Makes another trainer's model accept ``model(..., attend=...)``; without that argument it runs as before.
 
-    Raises UserError for a model whose attention, positions or dropout ours does not know.
+    Raises UserError where the model's type, attention, rotary embedding or dropout is not supported, where a sliding
+    window is shorter than its positions, or where it was not loaded with attn_implementation="sdpa".
     """
     refuse_unsupported(model.config)
     if (window := sliding_window(model.config)) and window < model.config.max_position_embeddings:
         raise UserError(
-            f"sliding-window attention over {window} tokens is not supported here: packed attention sees the whole "
-            "prompt, and this trainer's sequences may be longer"
+            f"sliding-window attention over {window} tokens is not supported with TRL's trainers, whose sequences may "
+            "be longer than the window: use a model without one"
         )
     if (loaded := model.config._attn_implementation) not in ("sdpa", "isomorph_or_sdpa"):
-        raise UserError(f"the model must have been loaded with attn_implementation='sdpa', got {loaded!r}")
+        raise UserError(f"the model must be loaded with attn_implementation='sdpa', got {loaded!r}")
     model.config._attn_implementation = "isomorph_or_sdpa"

@@ -1,6 +1,7 @@
-"""Whether a loaded model fits its own configuration, and can be saved after the last step: mended, or refused.
+"""Checks that a loaded model agrees with its own configuration and can be saved after the last step.
 
-What is mended is returned in sentences. ``engine/model/text.py`` does the same for its tokenizer and chat template.
+What can be repaired is repaired, and each repair is returned as a sentence; everything else raises UserError.
+``engine/model/text.py`` does the same for the tokenizer and the chat template.
 """
 
 import tempfile
@@ -11,24 +12,25 @@ from isomorph.engine.foreign import foreign, one_line
 from isomorph.engine.model.families import sliding_window
 from isomorph.engine.model.text import TextCodec
 
-# keys of a generation_config.json that transformers refuses to save where do_sample is not true
+# keys of a generation_config.json that transformers refuses to save unless do_sample is true
 ONLY_SAMPLED = (
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 )  # fmt: skip
 
 
 def limit_to_window(model: Any) -> list[str]:
-    """Says where a sliding window is shorter than the positions: ``Policy.max_model_len`` is then the window."""
+    """A note if the sliding window is shorter than the positions, so that it limits ``Policy.max_model_len``."""
     window, positions = sliding_window(model.config), model.config.max_position_embeddings
     if window is None or window >= positions:
         return []
     return [
-        f"layers look {window} tokens back: a prompt and its response have at most {window} tokens, not {positions}"
+        f"the model's attention has a sliding window of {window} tokens: prompt and response are limited to {window} "
+        f"tokens, not {positions}"
     ]
 
 
 def end_ids(model: Any) -> list[int]:
-    """The ends that the model's two configurations name. Raises UserError where one is no token id."""
+    """End-of-sequence token ids of generation_config.json and config.json. Raises UserError if one is no token id."""
     found: list[Any] = []
     for configuration in (model.generation_config, model.config):
         named = getattr(configuration, "eos_token_id", None)
@@ -40,25 +42,34 @@ def end_ids(model: Any) -> list[int]:
 
 
 def untie(model: Any) -> list[str]:
-    """transformers keeps a head apart that the file holds beside the embedding; its configuration must say so, or
-    whoever loads the saved model drops the head."""
+    """Sets tie_word_embeddings = false if the loaded unembedding is a tensor of its own, and returns a note.
+
+    transformers keeps an unembedding that the file holds beside the embedding. If the saved config.json said true,
+    whoever loads the saved model would drop it.
+    """
     if not model.config.tie_word_embeddings or model.lm_head.weight is model.get_input_embeddings().weight:
         return []
     model.config.tie_word_embeddings = False
-    return ["config.json says that head and embedding are tied, the weights hold two: they stay two, and are saved so"]
+    return [
+        "config.json says that unembedding and embedding are tied, but the weights hold two tensors: both are kept, "
+        "and the saved config.json will have tie_word_embeddings = false"
+    ]
 
 
 def mend_generation_config(model: Any, text: TextCodec) -> list[str]:
-    """What transformers would refuse to save after the last step; and the saved model ends where this one does."""
+    """Makes generation_config.json name all stop tokens, and removes what transformers would refuse to save.
+
+    Returns a note for each repair.
+    """
     notes = []
     mended = model.generation_config
     named = mended.eos_token_id if isinstance(mended.eos_token_id, list) else [mended.eos_token_id]
     if not set(text.stop_ids) <= set(named):
         mended.eos_token_id = list(text.stop_ids)
-        if mended.pad_token_id is None:  # transformers pads with the end where nothing is named, and says so each time
+        if mended.pad_token_id is None:  # else transformers warns at each call that it pads with eos
             mended.pad_token_id = text.tokenizer.pad_token_id
         tokens = ", ".join(map(repr, text.tokenizer.convert_ids_to_tokens(text.stop_ids)))
-        notes.append(f"generation_config.json will name all ends of a response: {tokens}")
+        notes.append(f"the saved generation_config.json will name all stop tokens: {tokens}")
     if _refusal(mended) is None:
         return notes
     if mended.do_sample is not True:
@@ -68,16 +79,16 @@ def mend_generation_config(model: Any, text: TextCodec) -> list[str]:
             setattr(mended, name, getattr(fresh, name))
         if _refusal(mended) is None:
             dropped = ", ".join(f"{n} = {v}" for n, v in idle.items() if v != getattr(fresh, n))
-            return [*notes, f"generation_config.json does not sample and could not be saved with {dropped}: left out"]
+            return [*notes, f"generation_config.json has do_sample off and cannot be saved with {dropped}: removed"]
     cause = _refusal(mended)
     model.generation_config = type(mended)(
         bos_token_id=mended.bos_token_id, eos_token_id=mended.eos_token_id, pad_token_id=mended.pad_token_id
     )
-    return [*notes, f"generation_config.json could not be saved, its token ids alone are kept: {cause}"]
+    return [*notes, f"generation_config.json cannot be saved, only its token ids are kept: {cause}"]
 
 
 def _refusal(generation_config: Any) -> str | None:
-    """Why transformers will not save it; None where it will."""
+    """The reason why transformers refuses to save it; None if it does not."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             generation_config.save_pretrained(folder)
@@ -87,7 +98,7 @@ def _refusal(generation_config: Any) -> str | None:
 
 
 def rehearse_saving(model: Any, tokenizer: Any) -> None:
-    """All that ``Policy.save`` writes but for the weights: after the last step it must not fail."""
+    """Saves, to a temporary folder, everything that ``Policy.save`` writes but the weights. Raises UserError."""
     with foreign("could not be saved after training"), tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)

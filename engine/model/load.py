@@ -1,4 +1,7 @@
-"""The policy that a recipe names: loaded, or made; and its sizes alone."""
+"""Loads the model of a recipe, or builds a tiny one; or reads its sizes alone, without weights.
+
+Everything that can be wrong with model, tokenizer and chat template is checked here, before the first step.
+"""
 
 import contextlib
 import json
@@ -19,18 +22,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.foreign import foreign
 from isomorph.engine.model.check import end_ids, limit_to_window, mend_generation_config, rehearse_saving, untie
-from isomorph.engine.model.families import refuse_unsupported
+from isomorph.engine.model.families import normalises_heads, refuse_unsupported
 from isomorph.engine.model.lora import attach, require_peft
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec, open_text, word_tokenizer
 from isomorph.engine.planner import ModelShape
 
-# of which a folder with a tokenizer has at least one
+# a folder with a tokenizer has at least one of these
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def silence_loaders() -> None:
-    """No progress bars of transformers between the lines of a run; its warnings stay."""
+    """Turns transformers' progress bars off for this process; its warnings stay."""
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -43,14 +46,14 @@ def load_policy(
     lora: LoraConfig | None = None,
     tags: Sequence[str] = (),
 ) -> Policy:
-    """The policy that the recipe names, after model, tokenizer, chat template and what saving needs have been checked
-    against each other; ``Policy.notes`` says what was mended.
+    """The policy of ``config`` on ``device``: loaded from ``config.path``, or built by ``config.tiny``.
 
-    ``vocabulary``: the words of a tiny model. ``tags``: what stands around an answer and must survive decoding.
-    Raises UserError.
+    Model, tokenizer and chat template are checked against each other, and saving is tried; what was repaired is in
+    ``Policy.notes``. ``vocabulary``: words of a tiny model. ``seed``: of a tiny model's weights and of the adapters.
+    ``tags``: the strings around an answer, which must survive encoding and decoding. Raises UserError.
     """
     if lora is not None:
-        require_peft()  # before weights are read for nothing
+        require_peft()  # before the weights are read, which takes long
     dtype = getattr(torch, config.dtype)
     if config.tiny is not None:
         model, tokenizer = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
@@ -78,7 +81,7 @@ def load_policy(
 
 @contextlib.contextmanager
 def _about(path: str) -> Iterator[None]:
-    """Says in a UserError which model it is about."""
+    """Context: puts the model's path before the message of a UserError."""
     try:
         yield
     except UserError as error:
@@ -95,10 +98,10 @@ def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
             folder, dtype=dtype, attn_implementation="isomorph", output_loading_info=True, **loader_options
         )
     model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):  # transformers would train random numbers in their place
+    if missing := sorted(loading["missing_keys"]):  # transformers would initialise them randomly
         raise UserError(
-            f"model.path: the weights in {path!r} lack {len(missing)} tensors of a {model.config.model_type}, "
-            f"the first is {missing[0]}"
+            f"model.path: the weights in {path!r} lack {len(missing)} tensors of a {model.config.model_type} model, "
+            f"the first is {missing[0]}: use a complete checkpoint of the model that config.json describes"
         )
     model.config._attn_implementation = "isomorph"
     return model, tokenizer
@@ -107,7 +110,7 @@ def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _loaded_tokenizer(path: str, folder: str, gguf: Mapping[str, str]) -> Any:
     if not gguf and Path(folder).is_dir() and not has_tokenizer(Path(folder)):
         raise UserError(
-            f"model.path: {path} holds no tokenizer, none of {', '.join(TOKENIZER_FILES)}: copy the tokenizer's files "
+            f"model.path: {path} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the tokenizer's files "
             "there from the model that the weights come from"
         )
     with foreign(f"model.path: no tokenizer could be loaded from {path!r}"):
@@ -115,11 +118,12 @@ def _loaded_tokenizer(path: str, folder: str, gguf: Mapping[str, str]) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` holds a tokenizer's files."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _refuse_broken_generation_config(folder: Path) -> None:
-    """transformers would go on without it and say nothing."""
+    """Raises UserError for a file that is no JSON object; transformers would silently ignore it."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return
@@ -140,9 +144,9 @@ def _opened_text(model: Any, tokenizer: Any, config: ModelConfig, tags: Sequence
 
 
 def read_shape(config: ModelConfig, vocabulary: Sequence[str], lora: LoraConfig | None = None) -> ModelShape:
-    """The sizes of the recipe's model, from its config alone: no weights are read. Raises UserError.
+    """The sizes of the recipe's model, with adapters if ``lora``, from its config.json: no weights are read.
 
-    A tokenizer in the model's folder is checked as ``load_policy`` does.
+    A tokenizer in the model's folder is checked as by ``load_policy``. Raises UserError.
     """
     model = _weightless_model(config, vocabulary)
     if config.path is not None and has_tokenizer(Path(config.path).expanduser()):
@@ -160,8 +164,7 @@ def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
     assert config.path is not None
     folder, gguf = _locate(config.path)
     with foreign(
-        f"model.path: no config could be read from {config.path!r} (a folder with nothing but the model's config.json "
-        "is enough here)"
+        f"model.path: no config.json could be read from {config.path!r} (its folder may hold nothing else for this)"
     ):
         model_config = transformers.AutoConfig.from_pretrained(folder, **gguf)
     refuse_unsupported(model_config)
@@ -185,20 +188,23 @@ def shape_of(model: Any) -> ModelShape:
         head_dim=model.model.layers[0].self_attn.head_dim,
         num_vocab=config.vocab_size,
         is_tied=config.tie_word_embeddings,
-        normalises_heads=config.model_type == "qwen3",
+        normalises_heads=normalises_heads(config),
     )
 
 
 def build_tiny(
     tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Policy:
-    """A small Llama decoder with random weights over a vocabulary of whole words."""
+    """A Llama decoder of these sizes with random weights, without chat template.
+
+    One token for each word of ``vocabulary``, see ``word_tokenizer``.
+    """
     model, tokenizer = _tiny_model(tiny, vocabulary, seed=seed, dtype=dtype)
     return Policy(model.to(device), _opened_text(model, tokenizer, ModelConfig(tiny=tiny), tags=()))
 
 
 def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Not a Qwen2: to that type transformers gives Qwen's own splitting into words, whatever its tokenizer says."""
+    """Of type Llama: when a saved Qwen2 is loaded, transformers replaces the tokenizer's splitting by Qwen's own."""
     tokenizer = word_tokenizer(vocabulary)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

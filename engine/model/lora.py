@@ -1,14 +1,13 @@
-"""Adapters of low rank (LoRA, arXiv 2106.09685) in place of the weights' own training. The only file that imports peft.
+"""LoRA (arXiv 2106.09685): low-rank adapters are trained instead of the weights. The only file that imports peft.
 
-    layer(x) = W x + scale * B (A x)        scale = alpha / rank        B = 0 at first: exactly the base
+    layer(x) = W x + scale * B (A x)        scale = alpha / rank        B = 0 at first: exactly the base model
 
-W stays as it was loaded, whatever happens. A [rank, in] and B [out, rank] have its dtype, so that learner and built-in
-sampler multiply as fast as without them; the small changes of a step live on in the optimizer's float32 masters, as
-those of any other parameter. Who cannot multiply by A and B (vLLM, the saved model) gets
+W is frozen. A [rank, in] and B [out, rank] have W's dtype; the optimizer keeps float32 masters of them, as of every
+trained parameter. vLLM and the saved model take no adapters; they get merged weights,
 
-    W' = W + scale * B A                    in float32, rounded once to the dtype of W
+    W' = W + scale * B A                    computed in float32, rounded once to the dtype of W
 
-a matrix at a time: a second copy of the model never exists.
+one matrix at a time, so that there is never a second copy of the model.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from torch import Tensor
 from isomorph.engine.config import LoraConfig, UserError
 from isomorph.engine.foreign import foreign
 
-NAME = "default"  # of the one adapter, as peft calls it
+NAME = "default"  # peft's name for the one set of adapters
 
 
 def require_peft() -> None:
@@ -34,9 +33,10 @@ def require_peft() -> None:
 
 
 def attach(model: Any, config: LoraConfig, *, seed: int, base: str | None) -> "Adapters":
-    """Puts adapters on linear layers of the decoder, in place, and freezes all else. Raises UserError.
+    """Adds adapters to ``config.targets`` (default: all linear layers of the decoder), in place, and freezes all else.
 
-    ``base``: where the model was loaded from, for those who load the adapters by themselves.
+    ``seed``: of the random A. ``base``: the path of the base model, written into adapter_config.json. Raises UserError
+    where peft is missing, a target is no linear layer of the decoder, or peft refuses.
     """
     require_peft()
     import peft  # takes seconds
@@ -54,49 +54,50 @@ def attach(model: Any, config: LoraConfig, *, seed: int, base: str | None) -> "A
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with foreign("lora: peft does not put its adapters on the model"):
+        with foreign("[lora]: peft could not add adapters to the model"):
             peft.inject_adapter_in_model(peft_config, model)
     return Adapters(model, peft_config)
 
 
 def linear_names(model: Any) -> list[str]:
-    """Of the linear layers in a decoder layer."""
+    """The names of the linear layers in a decoder layer, such as q_proj."""
     modules = model.model.layers[0].named_modules()
     return [name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear)]
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter called ``name`` is an A or a B."""
+    """Whether ``name`` is that of an adapter's parameter, an A or a B."""
     return f".{NAME}." in name
 
 
 class Adapters:
-    """The adapters of a model, made by ``attach``."""
+    """The adapters of a model; ``attach`` makes them."""
 
     def __init__(self, model: Any, config: Any) -> None:
         self.model, self.config = model, config
         self.layers: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
 
     def base(self) -> dict[str, Tensor]:
-        """The frozen weights, under the names they have in a model without adapters."""
+        """The frozen weights, by their names in a model without adapters."""
         named = self.model.named_parameters()
         return {name.replace(".base_layer.", "."): p for name, p in named if not is_adapter(name)}
 
     @property
     def weight_names(self) -> set[str]:
-        """Of the weights that have adapters."""
+        """The names of the weights that have adapters."""
         return {f"{name}.weight" for name in self.layers}
 
     def merged(self) -> "Merged":
+        """The weights with adapters merged in, by their names in a model without adapters."""
         return Merged(self)
 
     def are_idle(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether with these values of A and B the model is the base: every B is 0."""
+        """Whether the adapters add 0 with these values of A and B, because every B is 0."""
         return not any(weight.any() for name, weight in weights.items() if ".lora_B." in name)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """While open the model is the base, and does no work for A and B."""
+        """Context: the model computes without its adapters."""
         for layer in self.layers.values():
             layer.enable_adapters(False)
         try:
@@ -106,7 +107,7 @@ class Adapters:
                 layer.enable_adapters(True)
 
     def save(self, folder: Path) -> None:
-        """As ``peft.PeftModel.from_pretrained(base, folder)`` loads them."""
+        """Writes the adapters as ``peft.PeftModel.from_pretrained(base, folder)`` loads them."""
         folder.mkdir(parents=True, exist_ok=True)
         named = ((n, p.detach()) for n, p in self.model.named_parameters() if is_adapter(n))
         state = {f"base_model.model.{n.replace(f'.{NAME}.', '.')}": p.to("cpu", copy=True) for n, p in named}
@@ -115,7 +116,7 @@ class Adapters:
 
 
 class Merged(Mapping[str, Tensor]):
-    """The weights of a model without adapters that computes the same; W' is made when it is asked for, every time."""
+    """Weights by name, with adapters merged in: W' is computed at each access and not kept."""
 
     def __init__(self, adapters: Adapters) -> None:
         self._base = adapters.base()

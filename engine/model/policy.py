@@ -1,8 +1,7 @@
-"""The model being trained, and its tokenizer.
+"""The model that is trained, with its tokenizer and, optionally, LoRA adapters.
 
-A policy is a stack of decoder layers of the Llama family: Llama, Mistral, Qwen2, Qwen3. The layers are transformers'
-own; we drive them ourselves, so that the one thing that differs between training on packed groups and decoding token
-by token, the attention, is a function handed in from outside:
+The decoder layers are transformers' own (families: engine/model/families.py), but ``Policy`` loops over them itself:
+training on packed groups and decoding token by token differ in their attention alone, which the caller passes in.
 
     hidden = policy.backbone(token_ids, positions, attend)
     attend(layer, q_BHTd, k_BKTd, v_BKTd, scale) -> [B, T, H, d]
@@ -31,9 +30,9 @@ from isomorph.kernels.linear import ROW_MULTIPLE, linear, linear_prepacked, prep
 
 
 class _Linear(torch.nn.Linear):
-    """A layer that is there already takes this class: its parameters and their names stay."""
+    """The kernels' linear layer. ``Policy`` switches loaded nn.Linear modules to this class in place."""
 
-    prepacked: Tensor | None = None
+    prepacked: Tensor | None = None  # the weight in oneDNN's layout, while ``Policy.prepacked`` is open
 
     def forward(self, input: Tensor) -> Tensor:
         if self.prepacked is not None:
@@ -55,16 +54,21 @@ def _run_layer(layer: Any, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], at
 def _run_again_in_backward(
     run: RunLayer, layer: Any, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend
 ) -> Tensor:
-    """Keeps the layer's input alone; its other activations are made again when their gradients are."""
-    # nothing here draws random numbers
+    """Gradient checkpointing: keeps the layer's input alone and recomputes its activations in the backward."""
     run = backend.bound(run)  # autograd may call it on another thread
+    # preserve_rng_state: layers use no random numbers
     return checkpoint(run, layer, hidden_BTD, rotary, attend, use_reentrant=False, preserve_rng_state=False)
 
 
 class Policy:
-    """Decoder layers, embedding and unembedding; the parameters may be views of another owner's storage.
+    """A causal language model: embedding, decoder layers, unembedding, and ``text``, its tokenizer.
 
-    With ``adapters``, which are part of ``model`` already, they alone are trained.
+    ``model``: transformers' model, loaded with attn_implementation="isomorph"; changed in place. Its parameters may be
+    views of the sampler's storage. ``adapters``: LoRA adapters that are already part of ``model``; they alone are then
+    trained. ``gradient_checkpointing_every``: n for every n-th layer, None for no layer. ``compiles``: runs each layer
+    of the learner's pass through torch.compile.
+
+    Raises UserError for a model that is not supported.
     """
 
     def __init__(
@@ -77,24 +81,24 @@ class Policy:
         adapters: Adapters | None = None,
     ) -> None:
         refuse_unsupported(model.config)
-        if model.config._attn_implementation != "isomorph":  # it would never call ``attend``
+        if model.config._attn_implementation != "isomorph":  # its layers would not call ``attend``
             raise ValueError(
                 f"the model must be made with attn_implementation='isomorph', got {model.config._attn_implementation!r}"
             )
-        self.model = model.eval()  # these decoders have no dropout, and nothing else differs
+        self.model = model.eval()  # training mode would differ in dropout alone, which no supported model has
         self.adapters = adapters
         for parameter in self.named_parameters().values():
             parameter.requires_grad_(True)
         for module in model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = _Linear
-        self.model.run = MethodType(_run, model)  # FSDP gathers what a pass needs around the model's own methods
+        self.model.run = MethodType(_run, model)  # FSDP can hook methods of the module only
         self.config = model.config
         self.text = text
-        self.notes: tuple[str, ...] = ()  # what was mended when the model was loaded
+        self.notes: tuple[str, ...] = ()  # what ``load_policy`` repaired, one sentence each
         self.device: torch.device = self.unembedding.device
-        self.dtype: torch.dtype = self.unembedding.dtype  # that the model computes in
-        # a context in which every parameter holds its full tensor; outside of it a rank has its shard, if FSDP is on
+        self.dtype: torch.dtype = self.unembedding.dtype  # of the computation; FSDP keeps parameters in float32
+        # context: parameters are full tensors while it is open. With FSDP a rank has its shards alone otherwise
         self.unsharded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         run = torch.compile(_run_layer, dynamic=True) if compiles else _run_layer
         self._learner_runs: list[RunLayer] = [
@@ -106,7 +110,7 @@ class Policy:
 
     @property
     def unembedding(self) -> Tensor:
-        """[V, D]; the same tensor as the embedding where the model ties them."""
+        """[V, D]; the embedding itself if the model ties the two."""
         return self.model.lm_head.weight
 
     @property
@@ -119,28 +123,31 @@ class Policy:
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence the positions were made for, and that no sliding window cuts."""
+        """Most tokens of a sequence: the model's positions, or its sliding window where that is shorter."""
         window = sliding_window(self.config)
         return min(self.config.max_position_embeddings, window or self.config.max_position_embeddings)
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """All that is trained, once: a tied unembedding stands under the embedding's name; adapters stand alone."""
+        """The trained parameters by transformers' names: the adapters if there are any, else all.
+
+        A tied unembedding appears once, under the embedding's name.
+        """
         named = self.model.named_parameters()
         return {name: p for name, p in named if self.adapters is None or is_adapter(name)}
 
     def base(self) -> Mapping[str, Tensor]:
-        """The parameters by the names of transformers and vLLM, without what adapters add."""
+        """The model's weights by the names of transformers and vLLM, without adapters."""
         return self.named_parameters() if self.adapters is None else self.adapters.base()
 
     def weights(self) -> Mapping[str, Tensor]:
-        """What a model without adapters computes the same with, by the names of transformers and vLLM.
+        """The model's weights by the names of transformers and vLLM, with adapters merged in.
 
-        A weight with an adapter is made anew each time it is read.
+        A merged weight is computed each time it is read.
         """
         return self.named_parameters() if self.adapters is None else self.adapters.merged()
 
     def backbone(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        """[B, T, D] hidden rows after the last norm."""
+        """Hidden states [B, T, D] after the last norm, in the policy's dtype; ``attend`` computes the attention."""
         return self._through_layers(token_ids_BT, positions_BT, attend, [_run_layer] * len(self.model.model.layers))
 
     def _through_layers(
@@ -157,7 +164,10 @@ class Policy:
         return decoder.norm(hidden_BTD)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """[T, D] hidden rows of a packed batch, the learner's way: layers compiled and recomputed as configured."""
+        """Hidden states [T, D] of a packed batch after the last norm, in the policy's dtype; differentiable.
+
+        The learner's pass: with the configured gradient checkpointing and compilation.
+        """
         num_tok = len(batch.token_ids)
         layout = batch.layout.padded(max(ROW_MULTIPLE, row_multiple(num_tok)))
         token_ids = torch.nn.functional.pad(batch.token_ids, (0, layout.num_tok - num_tok))
@@ -168,9 +178,9 @@ class Policy:
 
     @contextlib.contextmanager
     def borrowed_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """While open the parameters hold ``weights`` (of ``snapshot``); afterwards their own values, bit for bit.
+        """Context: the trained parameters hold ``weights`` (from ``snapshot``); on leaving their own values return.
 
-        Adapters that would add 0 are left out of the computation instead.
+        Where ``weights`` are those of adapters that add 0, adapters are disabled instead.
         """
         if self.adapters is not None and self.adapters.are_idle(
             dict(zip(self.named_parameters(), weights, strict=True))
@@ -187,7 +197,10 @@ class Policy:
 
     @contextlib.contextmanager
     def prepacked(self) -> Iterator[None]:
-        """While open the layers multiply by packed copies of their weights, which must stay as they are: on a CPU."""
+        """Context: linear layers use oneDNN-prepacked copies of their weights (CPU; elsewhere nothing changes).
+
+        The weights must not change while it is open.
+        """
         layers = [module for module in self.model.model.layers.modules() if isinstance(module, _Linear)]
         try:
             for layer in layers:
@@ -198,27 +211,25 @@ class Policy:
                 layer.prepacked = None
 
     def snapshot(self) -> list[Tensor]:
-        """A copy of what is trained in host memory, in the order of ``named_parameters``; of what FSDP left here."""
+        """Copies in host memory of the trained parameters (FSDP: of this rank's shards), ordered as they are named."""
         return [p.to("cpu", copy=True) for p in self._stored()]
 
     @torch.no_grad()
     def overwrite(self, weights: Sequence[Tensor]) -> None:
-        """In place, so that whoever shares the storage sees the new values."""
+        """Copies ``weights`` (from ``snapshot``) into the trained parameters, in place (the sampler may share them)."""
         for parameter, weight in zip(self._stored(), weights, strict=True):
             parameter.copy_(weight)
 
     def _stored(self) -> list[Tensor]:
-        """The parameters' storage on this rank."""
+        """The storage of the trained parameters on this rank; with FSDP of their shards."""
         if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # what a pass has gathered would hide it
+            self.model.reshard()  # after a pass the parameters may still be the gathered ones
         parameters = (p.detach() for p in self.named_parameters().values())
         return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
     def save(self, folder: Path) -> None:
-        """As transformers and vLLM load it, adapters merged into the weights.
-
-        The copies undo any sharing of storage, which the format cannot express.
-        """
+        """Writes model and tokenizer as transformers and vLLM load them, with adapters merged into the weights."""
+        # safetensors refuses tensors that share storage, hence the copies
         state = {name: w.detach().to("cpu", copy=True).contiguous() for name, w in self.weights().items()}
         self.model.save_pretrained(folder, state_dict=state)
         self.text.tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Between text and token ids, and whether a tokenizer and its chat template are fit for it.
+"""Converts between text and token ids, and checks tokenizer and chat template when the model is loaded.
 
-``open_text`` is called once, when the model is loaded. It mends what it can and says so in ``TextCodec.notes``; what it
-cannot mend it refuses by a UserError, before the first step.
+``open_text`` repairs what it can and puts a sentence for each repair into ``TextCodec.notes``; everything else raises
+UserError before the first step. ``word_tokenizer`` is the tokenizer of tiny models.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,16 +13,16 @@ from transformers import PreTrainedTokenizerFast
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import cause_of, foreign, shortened
 
-# Turned into a prompt once, when the model is loaded: its start, its middle and its end must all be there.
+# The question that ``open_text`` sends through the chat template: the rendered prompt must contain it unchanged.
 PROBE = "Please add 17 and 25, then say what the sum is."
 ANSWER = "The sum is 42."
-NAMED = 3  # tokens that a message names
+NAMED = 3  # a message lists so many tokens at most
 WORD = r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]"  # a tag, a word, a number or a sign: one token each
 SPECIAL = PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
 
 
 class TextCodec:
-    """The chat template on the way in, special tokens off on the way out."""
+    """Encodes prompts (through the chat template) and responses, and decodes without special tokens."""
 
     def __init__(
         self,
@@ -33,21 +33,27 @@ class TextCodec:
         tag_ids: Iterable[int] = (),
         num_rows: int | None = None,
     ) -> None:
-        """``tag_ids``: tokens that are shown even where they are special or a stop token. ``num_rows``: of the
-        embedding; None where it is not known."""
+        """``stop_ids``: tokens that end a response; demonstrations end with the first.
+
+        ``tag_ids``: tokens that are decoded even if they are special or stop tokens. ``num_rows``: rows of the
+        embedding, None if unknown.
+        """
         self.tokenizer = tokenizer
         self.uses_chat_template = chat_template and tokenizer.chat_template is not None
         self.stop_ids = tuple(stop_ids)
-        self.notes: tuple[str, ...] = ()  # what was mended when the model was loaded
+        self.notes: tuple[str, ...] = ()  # what ``open_text`` repaired, one sentence each
         self._tag_ids = frozenset(tag_ids)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special.update(tokenizer.all_special_ids)
-        # only where it must differ: decode is then asked to drop nothing, and these are taken out before
+        # None unless a tag is special: then decode drops nothing by itself, and these ids are removed before
         self._dropped_ids = special - self._tag_ids if special & self._tag_ids else None
         self._num_rows = num_rows
 
     def encode_prompt(self, question: str) -> tuple[int, ...]:
-        """Raises UserError where the tokenizer or the template refuses ``question``."""
+        """Token ids of a prompt whose only turn is ``question``, up to where the response begins.
+
+        Raises UserError if tokenizer or template fails on it, or if a token has no row in the embedding.
+        """
         with foreign(f"{self._encoder()} fails on '{shortened(question)}'"):
             if self.uses_chat_template:
                 ids = self.tokenizer.apply_chat_template(_user(question), add_generation_prompt=True, return_dict=False)
@@ -56,13 +62,13 @@ class TextCodec:
         return self._known(_without_extra_ends(ids, self.tokenizer, self.uses_chat_template), question)
 
     def encode_response(self, text: str) -> tuple[int, ...]:
-        """Ends in the stop token: it is trained like every other."""
+        """Token ids of a demonstration, with the first stop token at the end, which is trained as well."""
         with foreign(f"the tokenizer fails on '{shortened(text)}'"):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return (*self._known(ids, text), self.stop_ids[0])
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Without special tokens and without the stop token at the end; answer tags stay in any case."""
+        """The text of a response, without special tokens and the stop token at the end; answer tags are kept."""
         if len(token_ids) and token_ids[-1] in self.stop_ids and token_ids[-1] not in self._tag_ids:
             token_ids = token_ids[:-1]
         if self._dropped_ids is None:
@@ -91,10 +97,10 @@ def open_text(
     tags: Sequence[str],
     num_rows: int,
 ) -> TextCodec:
-    """The codec of a tokenizer that was just loaded, after all that can be known of it has been checked.
+    """The codec of a loaded tokenizer, after checking tokenizer, chat template, stop tokens and answer tags.
 
-    ``stop``: further stop tokens, as text. ``end_ids``: the ends that the model's configuration names. ``tags``: what
-    has to survive encoding and decoding. ``num_rows``: of the embedding. Raises UserError.
+    ``stop``: further stop tokens, as text. ``end_ids``: end-of-sequence ids of the model's configuration. ``tags``:
+    strings that must survive encoding and decoding. ``num_rows``: rows of the embedding. Raises UserError.
     """
     refuse_ids_beyond(tokenizer, num_rows)
     notes: list[str] = []
@@ -111,36 +117,38 @@ def open_text(
 
 
 def refuse_ids_beyond(tokenizer: Any, num_rows: int) -> None:
-    """Raises UserError where a text can hold a token that the embedding has no row for; padding is never asked for."""
+    """Raises UserError if the vocabulary has a token without a row in the embedding; padding alone may have none."""
     with foreign("the tokenizer does not give its vocabulary"):
         found = {i: token for token, i in tokenizer.get_vocab().items() if i >= num_rows}
     beyond = [repr(found[i]) for i in sorted(found) if i != tokenizer.pad_token_id or i == tokenizer.eos_token_id]
     if beyond:
         raise UserError(
             f"the tokenizer has {len(beyond)} tokens beyond the embedding, whose {num_rows} rows are ids 0 to "
-            f"{num_rows - 1}: {_listed(beyond)} (largest id {max(found)}); load the tokenizer that belongs to these "
-            "weights, or save the model with as many rows first: model.resize_token_embeddings(len(tokenizer))"
+            f"{num_rows - 1}: {_listed(beyond)} (largest id {max(found)}); use the tokenizer that belongs to these "
+            "weights, or enlarge the embedding and save the model: model.resize_token_embeddings(len(tokenizer))"
         )
 
 
 def _refuse_unfit_template(tokenizer: Any) -> None:
-    cure = "mend chat_template in the model's folder, or set model.chat_template = false"
+    cure = "correct chat_template in the model's folder, or set model.chat_template = false"
     with foreign(f"the tokenizer's chat template refuses a single turn of a user ({cure})"):
         rendered = tokenizer.apply_chat_template(_user(PROBE), add_generation_prompt=True, tokenize=False)
     if PROBE not in rendered:
         raise UserError(
-            f"the tokenizer's chat template drops or changes the user's turn: of {PROBE!r} it makes "
+            f"the tokenizer's chat template drops or changes the user's turn: it renders {PROBE!r} as "
             f"'{shortened(rendered)}'; {cure}"
         )
 
 
 def _end_of_turn(tokenizer: Any, notes: list[str]) -> int | None:
-    """The added token that the template writes after an assistant's answer; None where there is none."""
+    """Id of the added token that the template writes after an assistant's answer; None if there is none."""
     turns = [*_user(PROBE), {"role": "assistant", "content": ANSWER}]
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # whatever a template raises: no assistant's turn is ever sent through it
-        notes.append(f"the chat template refuses an assistant's turn, so its end of turn is unknown: {cause_of(error)}")
+    except Exception as error:  # no harm: only user turns go through the template later
+        notes.append(
+            f"the chat template fails on an assistant's turn, so its end of turn is unknown: {cause_of(error)}"
+        )
         return None
     _, found, after = rendered.rpartition(ANSWER)
     ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if found else []
@@ -155,17 +163,17 @@ def _stop_ids(
     num_rows: int,
     notes: list[str],
 ) -> list[int]:
-    """What a demonstration ends in first, then all else that ends a response."""
+    """All stop tokens; first the one that demonstrations end with."""
     known = [i for i in (tokenizer.eos_token_id, *end_ids) if i is not None]
     if turn_end is not None and turn_end not in known:
         notes.append(
-            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(turn_end)!r}, which neither the "
-            "tokenizer nor the model's configuration names as an end: it is a stop token from now on"
+            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(turn_end)!r}, which is no "
+            "end-of-sequence token of tokenizer or model: it is used as a stop token"
         )
     drawn = [i for i in known if i < num_rows]
     if len(drawn) < len(known):
         beyond = sorted({i for i in known if i >= num_rows})
-        notes.append(f"the ends with ids {beyond} lie beyond the model's {num_rows} rows and are left out")
+        notes.append(f"end-of-sequence ids {beyond} have no row among the model's {num_rows} and are ignored")
     asked = [_stop_id(tokenizer, text) for text in stop]
     ids = list(dict.fromkeys([*([] if turn_end is None else [turn_end]), *drawn, *asked]))
     if not ids:
@@ -181,14 +189,12 @@ def _stop_id(tokenizer: Any, text: str) -> int:
     ids = [found] if found is not None else tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token):
         pieces = tokenizer.convert_ids_to_tokens(ids)
-        raise UserError(
-            f"model.stop: {text!r} must be one token of the model's tokenizer, which makes {len(ids)} of it: {pieces}"
-        )
+        raise UserError(f"model.stop: {text!r} must be one token of the model's tokenizer, got {len(ids)}: {pieces}")
     return ids[0]
 
 
 def _tag_ids(tokenizer: Any, tags: Sequence[str], notes: list[str]) -> set[int]:
-    """Tokens of the answer tags. Raises UserError where an answer between them cannot be read back."""
+    """Ids of the tokens of the answer tags. Raises UserError if an answer between them does not survive decoding."""
     if not tags:
         return set()
     stated = f"{tags[0]}7{tags[-1]}"
@@ -197,17 +203,17 @@ def _tag_ids(tokenizer: Any, tags: Sequence[str], notes: list[str]) -> set[int]:
         bare, whole = (tokenizer.decode(ids, skip_special_tokens=flag) for flag in (True, False))
     if not all(tag in whole for tag in tags):
         raise UserError(
-            f"the tokenizer makes '{shortened(whole)}' of {stated!r}, so that no answer could be found between "
-            f"{' and '.join(tags)}: load the model with a tokenizer that can write them"
+            f"the tokenizer turns {stated!r} into '{shortened(whole)}', so that no answer between {' and '.join(tags)} "
+            "could be found: use a tokenizer that can encode them"
         )
     if not all(tag in bare for tag in tags):
         lost = [tag for tag in tags if tag not in bare]
-        notes.append(f"{' and '.join(lost)} are special tokens of this tokenizer: they are kept when text is decoded")
+        notes.append(f"{' and '.join(lost)} are special tokens of this tokenizer: they are kept in decoded text")
     return {i for tag in tags for i in tokenizer(tag, add_special_tokens=False)["input_ids"]}
 
 
 def _note_prompt(text: TextCodec, notes: list[str]) -> None:
-    """What ``encode_prompt`` mends on every prompt, and a prompt that is over before it is answered."""
+    """Notes what ``encode_prompt`` will remove from every prompt, and a prompt that ends with a stop token."""
     tokenizer = text.tokenizer
     if text.uses_chat_template:
         with foreign("the tokenizer fails on its own chat template"):
@@ -217,17 +223,17 @@ def _note_prompt(text: TextCodec, notes: list[str]) -> None:
             ids = tokenizer(PROBE)["input_ids"]
     mended = _without_extra_ends(ids, tokenizer, text.uses_chat_template)
     if mended[:2] != ids[:2]:
-        notes.append(f"a prompt begins with {tokenizer.bos_token!r} twice: one is taken away")
+        notes.append(f"a prompt begins with {tokenizer.bos_token!r} twice: one is removed")
     if mended[-1:] != ids[-1:]:
-        notes.append(f"the tokenizer ends a prompt with {tokenizer.eos_token!r}: it is taken away")
+        notes.append(f"the tokenizer ends a prompt with {tokenizer.eos_token!r}: it is removed")
     rest = [i for i in mended if tokenizer.decode([i]).strip()]
     if rest and rest[-1] in text.stop_ids:
         last = tokenizer.convert_ids_to_tokens(rest[-1])
-        notes.append(f"the chat template ends a prompt with the stop token {last!r}: no turn is opened")
+        notes.append(f"the chat template ends a prompt with the stop token {last!r} and opens no assistant's turn")
 
 
 def _without_extra_ends(ids: Sequence[int], tokenizer: Any, uses_chat_template: bool) -> list[int]:
-    """One begin token where tokenizer and template wrote one each; none of the ends that some tokenizers append."""
+    """``ids`` with one bos where tokenizer and template wrote one each, and without an eos that a tokenizer appends."""
     ids, bos, eos = list(ids), tokenizer.bos_token_id, tokenizer.eos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         del ids[0]
@@ -245,7 +251,11 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token a word, number, tag or sign; what is not in the vocabulary is [UNK]."""
+    """A tokenizer with one token for each word, number, tag or punctuation mark; unknown ones become [UNK].
+
+    Ids 0 to 3 are [PAD] [EOS] [BOS] [UNK], then ``vocabulary`` in its order. Prompts begin with [BOS]. Raises
+    ValueError for a repeated word.
+    """
     words = [*SPECIAL, *vocabulary]
     if len(set(words)) != len(words):
         raise ValueError("vocabulary must hold each word once, and none of [PAD] [EOS] [BOS] [UNK]")
