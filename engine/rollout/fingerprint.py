@@ -1,4 +1,4 @@
-"""Fingerprints of weights: of every bit, or of the addresses where both sides share storage."""
+"""Hashes of weights: of all their bits, or of their addresses where trainer and sampler share storage."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ _64_BITS = (1 << 64) - 1
 
 
 def fingerprint(named: Mapping[str, Tensor]) -> str:
-    """32 hex digits of the names, shapes, dtypes and bits of all tensors; one pass over memory, whatever the device."""
+    """32 hex digits: hash of names, shapes, dtypes and bits of all tensors, on whatever device. Reads memory once."""
     return combine_hashes(tensor_hashes(named))
 
 
 def storage_fingerprint(named: Mapping[str, Tensor]) -> str:
-    """32 hex digits of the names, shapes, dtypes and places of all tensors: equal where they are one memory."""
+    """32 hex digits: hash of names, shapes, strides, dtypes, devices and addresses. Equal only for one storage."""
     places = {
         name: f"{tuple(t.shape)} {tuple(t.stride())} {t.dtype} {t.device} {t.data_ptr():x}" for name, t in named.items()
     }
@@ -25,12 +25,12 @@ def storage_fingerprint(named: Mapping[str, Tensor]) -> str:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """Of one tensor's shape, dtype and bits; swapped rows are seen, and every single bit."""
+    """Shape, dtype and 16 hex digits of one tensor's bits; sensitive to every bit and to the order of elements."""
     return tensor_hashes({"": tensor})[""]
 
 
 def tensor_hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """``tensor_hash`` of each. The device is waited for once, not once a tensor."""
+    """``tensor_hash`` of each; waits for the device once for all."""
     found = [(f"{tuple(tensor.shape)} {tensor.dtype}", bit_hash(tensor)) for tensor in named.values()]
     totals = torch.stack([bits for _, bits in found]).tolist() if found else []
     return {
@@ -39,6 +39,6 @@ def tensor_hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def combine_hashes(hashes: Mapping[str, str]) -> str:
-    """The fingerprint of tensors whose ``tensor_hash`` is known."""
+    """The ``fingerprint`` of tensors of which ``tensor_hash`` is given by name."""
     text = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

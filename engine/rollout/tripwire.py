@@ -1,9 +1,8 @@
-"""The proof that both sides hold the same weights.
+"""Checks after a weight sync that the sampler computes with the trainer's present weights.
 
-After each publish ``check_publication`` compares fingerprints of both sides, and has the trainer score a few tokens
-that the sampler drew. Where both sides share storage the fingerprint is of addresses: tensors of one name, shape and
-place hold the same bits, and no memory is read. Where they do not it is of every bit. The probe sees what neither can:
-a sampler that computes with a copy it made of its weights earlier.
+1. Fingerprints: hashes of all bits on both sides or, if they share storage, of the addresses, which reads no memory.
+2. Probe: the sampler generates a few tokens, and the trainer computes their log-probabilities as well. This detects a
+   sampler whose tensors are right, but which computes with an older copy of them.
 """
 
 import dataclasses
@@ -28,18 +27,18 @@ def check_publication(
     probe_prompt: Prompt | None,
     max_mean_drift: float | None,
 ) -> Publication:
-    """Proves that ``sampler`` samples from ``policy`` as it is now, or raises RunFailed.
+    """Raises RunFailed unless ``sampler`` samples from the present weights of ``policy``.
 
-    Returns the publication with the seconds that the proof took.
+    Three conditions: the sampler's version is the published one; the fingerprints agree; and PROBE_SAMPLES *
+    PROBE_TOK tokens, generated after the beginning of ``probe_prompt``, have the same log-probabilities in the trainer,
+    within the limits of ``check_step``, which takes ``max_mean_drift``. ``probe_prompt``: None skips the probe, where
+    the learner compares all generated tokens before its first optimizer step.
 
-    Three things must hold: the sampler's version is the published one; both sides have one fingerprint; and a few
-    tokens, drawn by the sampler after the beginning of ``probe_prompt``, get the same log-probabilities from the
-    trainer. ``probe_prompt``: None where all that is drawn next will be compared before it is learned from.
-    ``max_mean_drift``: as ``check_step`` takes it. A probe has few tokens, of which the tail is judged.
+    Returns the publication with ``fingerprint_s`` and ``probe_s`` set, in seconds.
     """
     start = time.perf_counter()
     if sampler.policy_version != publication.version:
-        raise RunFailed(f"published version {publication.version}, but the sampler says {sampler.policy_version}")
+        raise RunFailed(f"the published version is {publication.version}, the sampler's {sampler.policy_version}")
     if publication.fingerprint:
         is_shared = publication.num_bytes == 0
         own = storage_fingerprint(policy.base()) if is_shared else fingerprint(policy.weights())
@@ -54,14 +53,16 @@ def check_publication(
         return publication
     drift = probe_drift(policy, sampler, probe_prompt)
     if not math.isfinite(drift.largest):
-        raise RunFailed(f"after publishing version {publication.version} a probe's log-probabilities are not finite")
+        raise RunFailed(f"after publishing version {publication.version} the probe's log-probabilities are not finite")
     check_step(drift, policy.dtype, policy.config.num_hidden_layers, max_mean_drift)
     return dataclasses.replace(publication, probe_s=time.perf_counter() - compared)
 
 
 def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> StepDrift:
-    """Of a few tokens that the sampler draws."""
-    num_tok = max(1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK))  # fits wherever the prompt does
+    """Trainer-sampler log-probability mismatch of a few tokens that the sampler generates after ``prompt``."""
+    num_tok = max(
+        1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK)
+    )  # never longer than prompt and response may be
     probe = dataclasses.replace(prompt, token_ids=prompt.token_ids[:num_tok])
     sampling = Sampling(
         temperature=1.0,

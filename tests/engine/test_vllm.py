@@ -292,7 +292,9 @@ def test_a_tensor_left_behind_is_caught_by_its_fingerprint(pair: Pair, monkeypat
     sampler.publish(1)
     take_steps(policy, 1)
     weights: Any = sampler._weights
-    monkeypatch.setattr(weights, "packs", [p for p in weights.packs if "layers.7.mlp.down" not in p.standing.name])
+    monkeypatch.setattr(
+        weights, "prepacked", [p for p in weights.prepacked if "layers.7.mlp.down" not in p.tensor.name]
+    )
     with pytest.raises(RunFailed, match="stale weights"):
         check_publication(policy, sampler, sampler.publish(2), prompt, None)
 

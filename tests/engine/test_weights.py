@@ -1,4 +1,4 @@
-"""Where tensors stand, fingerprints, and the tripwire; on tiny models and in-process samplers."""
+"""The layout of fused tensors, fingerprints, and the tripwire; on tiny models and in-process samplers."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.fingerprint import fingerprint, storage_fingerprint, tensor_hash, tensor_hashes
 from isomorph.engine.rollout.tripwire import check_publication
-from isomorph.engine.rollout.weights import Standing, split_rows, standings
+from isomorph.engine.rollout.weights import SamplerTensor, sampler_tensors, split_rows
 from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 
 WORDS = [f"w{chr(97 + i)}" for i in range(26)]
@@ -37,9 +37,9 @@ def make_prompts(policy: Policy, num: int = 3) -> list[Prompt]:
 # -- where a tensor stands
 def test_query_key_and_value_stand_in_one_tensor_whatever_their_order() -> None:
     names = [f"{LAYER}.{m}_proj.weight" for m in ("v", "o", "k", "q")]
-    found = standings(names)
-    assert Standing(f"{LAYER}.qkv_proj.weight", (names[3], names[2], names[0])) in found
-    assert Standing(f"{LAYER}.o_proj.weight", (names[1],)) in found
+    found = sampler_tensors(names)
+    assert SamplerTensor(f"{LAYER}.qkv_proj.weight", (names[3], names[2], names[0])) in found
+    assert SamplerTensor(f"{LAYER}.o_proj.weight", (names[1],)) in found
     assert len(found) == 2
 
 
@@ -47,7 +47,7 @@ def test_biases_and_norms_find_their_place() -> None:
     biases = [f"{LAYER}.{m}_proj.bias" for m in ("q", "k", "v")]
     mlp = ["model.layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.up_proj.weight"]
     alone = [f"{LAYER}.q_norm.weight", f"{LAYER}.k_norm.weight", "model.norm.weight", "lm_head.weight"]
-    assert {s.name: s.parts for s in standings([*biases, *mlp, *alone])} == {
+    assert {s.name: s.parts for s in sampler_tensors([*biases, *mlp, *alone])} == {
         f"{LAYER}.qkv_proj.bias": tuple(biases),
         "model.layers.3.mlp.gate_up_proj.weight": tuple(mlp),
         **{name: (name,) for name in alone},
@@ -56,22 +56,22 @@ def test_biases_and_norms_find_their_place() -> None:
 
 def test_a_missing_part_is_refused() -> None:
     with pytest.raises(ValueError, match="no k_proj, v_proj"):
-        standings([f"{LAYER}.q_proj.weight"])
+        sampler_tensors([f"{LAYER}.q_proj.weight"])
 
 
 def test_split_rows_gives_views_and_leaves_padding_out() -> None:
     whole = torch.arange(20.0).view(10, 2)
-    views = split_rows(whole, Standing("x", ("a", "b")), {"a": 6, "b": 4})
+    views = split_rows(whole, SamplerTensor("x", ("a", "b")), {"a": 6, "b": 4})
     assert torch.equal(views["b"], whole[6:])
     assert views["b"].data_ptr() == whole[6:].data_ptr()
-    padded = split_rows(whole, Standing("embed", ("embed",)), {"embed": 7})
+    padded = split_rows(whole, SamplerTensor("embed", ("embed",)), {"embed": 7})
     assert padded["embed"].shape == (7, 2)
 
 
 @pytest.mark.parametrize(("parts", "rows"), [(("a",), 11), (("a", "b"), 6), (("a", "b"), 4)])
 def test_split_rows_refuses_rows_that_do_not_fit(parts: tuple[str, ...], rows: int) -> None:
     with pytest.raises(ValueError, match="rows of"):
-        split_rows(torch.zeros(10, 2), Standing("x", parts), dict.fromkeys(parts, rows))
+        split_rows(torch.zeros(10, 2), SamplerTensor("x", parts), dict.fromkeys(parts, rows))
 
 
 # -- fingerprint
@@ -244,7 +244,7 @@ def test_a_sampler_of_another_version_is_caught() -> None:
     sampler = BuiltinSampler(policy, SamplerConfig())
     publication = sampler.publish(4)
     sampler.policy_version = 3
-    with pytest.raises(RunFailed, match="version 4, but the sampler says 3"):
+    with pytest.raises(RunFailed, match="version is 4, the sampler's 3"):
         check_publication(policy, sampler, publication, make_prompts(policy)[0], None)
 
 
