@@ -1,15 +1,15 @@
-"""TRL's trainers on our kernels: a prompt goes through the model once for its group, padding never, no logits are kept.
+"""TRL's trainers with our kernels: packed groups without padding, each prompt computed once, no [B, L, V] logits.
 
     trainer = GRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=...)
     pack_groups(trainer)
     trainer.train()
 
-TRL pads a micro-batch to [B, L], its prompts repeated, and asks ``model(ids, mask, labels=..., fused_lm_head=True)``
-for the log-probability and entropy of every label. That call, and no other, is answered here: rows with one prompt
-become a packed group, attended by ``packed_attention`` and scored by ``linear_logprob``, and the answer is laid out as
-TRL expects it. Sampling, rewards, loss, optimizer, recomputation, LoRA and checkpoints stay TRL's.
+TRL pads a micro-batch to [B, L], repeating prompts, and calls ``model(ids, mask, labels=..., fused_lm_head=True)`` for
+the log-probability and entropy of every label. ``pack_groups`` replaces that call alone: rows with the same prompt
+become a packed group, run through ``packed_attention`` and ``linear_logprob``, and the results are returned in TRL's
+layout. Sampling, rewards, loss, optimizer, gradient checkpointing, LoRA and checkpoints remain TRL's.
 
-Prompts are shared within a micro-batch, and TRL shuffles: let ``per_device_train_batch_size`` be as large as memory
+Prompts are shared within a micro-batch only, and TRL shuffles: set ``per_device_train_batch_size`` as large as memory
 permits. The only file that imports trl.
 """
 
@@ -27,47 +27,49 @@ from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.types import PackedBatch, Prompt, Rollout
 from isomorph.kernels.linear_logprob import linear_logprob
 
-IGNORED = -100  # the label of what is not scored
-WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # what accelerate calls one process, and data parallel
+IGNORED = -100  # label of positions that are not scored
+UNSHARDED = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names for one process and for data parallelism
 
 
 def pack_groups(trainer: Any) -> None:
-    """From now on ``trainer``, a GRPOTrainer or RLOOTrainer of TRL 1.16, computes log-probabilities packed.
+    """Makes ``trainer``, a GRPOTrainer or RLOOTrainer of TRL 1.16, compute log-probabilities on packed groups.
 
-    Raises UserError for another trainer, for a model that is not a decoder of the Llama family with
-    attn_implementation="sdpa", and under FSDP or DeepSpeed, which cut the unembedding up.
+    Changes the trainer's model and reference model in place, nothing else. Raises UserError for another trainer, for a
+    model of an unsupported family or loaded without attn_implementation="sdpa", and under FSDP or DeepSpeed, which
+    shard the unembedding.
     """
     import trl  # takes seconds
     from trl.trainer.utils import FusedCausalLMOutput
 
     if not isinstance(trainer, trl.GRPOTrainer | trl.RLOOTrainer):
         raise UserError(f"pack_groups needs a GRPOTrainer or an RLOOTrainer, got {type(trainer).__name__}")
-    if (kind := trainer.accelerator.distributed_type.name) not in WHOLE:
+    if (kind := trainer.accelerator.distributed_type.name) not in UNSHARDED:
         raise UserError(
-            f"pack_groups needs the whole model on every device (accelerate: {', '.join(WHOLE)}), got {kind}"
+            f"pack_groups needs the whole model on every device (accelerate: {', '.join(UNSHARDED)}), got {kind}: run "
+            "without FSDP and DeepSpeed"
         )
     arguments: Any = trainer.args
-    widens_head = isinstance(trainer, trl.GRPOTrainer) and arguments.cast_lm_head_to_fp32  # RLOO cannot
+    widens_head = isinstance(trainer, trl.GRPOTrainer) and arguments.cast_lm_head_to_fp32  # RLOO has no such option
     models: list[Any] = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     for wrapped in models:
-        model = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # inside of a PeftModel
+        model = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # out of a PeftModel
         let_attend(model)
         answering = _answering(model.forward, FusedCausalLMOutput, trainer.temperature, widens_head)
-        functools.update_wrapper(answering, type(model).forward)  # generate reads its signature
+        functools.update_wrapper(answering, type(model).forward)  # transformers' generate reads its signature
         model.forward = MethodType(answering, model)
 
 
 def _answering(
     forward: Callable[..., Any], answer: Callable[..., Any], temperature: float, widens_head: bool
 ) -> Callable[..., Any]:
-    """``forward`` of a model, but where log-probabilities are asked for."""
+    """A ``forward`` that computes log-probabilities itself and passes every other call on to ``forward``."""
 
     def answering(model: Any, *arguments: Any, fused_lm_head: bool = False, **named: Any) -> Any:
         if not fused_lm_head:
             return forward(*arguments, **named)
-        if (named["labels"] == IGNORED).all():  # TRL's own zeros, with gradients of 0
+        if (named["labels"] == IGNORED).all():  # TRL then returns zeros with a gradient of 0
             return forward(*arguments, fused_lm_head=True, **named)
-        given = {name: value for name, value in named.items() if value is not None}  # peft fills in the rest
+        given = {name: value for name, value in named.items() if value is not None}  # peft passes None for the rest
         return answer(**_log_probs(model, temperature, widens_head, *arguments, **given))
 
     return answering
@@ -76,14 +78,16 @@ def _answering(
 def _log_probs(
     model: Any, temperature: float, widens_head: bool, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """``log_probs`` and ``entropy``, [B, L - 1] each: column j speaks of the label at j + 1; 0 where it is ignored."""
+    """``log_probs`` and ``entropy`` in nats, [B, L - 1] each: column j is of the label at j + 1, 0 if it is ignored."""
     batch, row_N, column_N = pack_rows(input_ids, attention_mask, labels)
     hidden_TD = model.model(
         batch.token_ids[None],
-        attention_mask=torch.empty(1, 1, 1, 1, device=input_ids.device),  # four axes: taken for a finished mask
+        attention_mask=torch.empty(
+            1, 1, 1, 1, device=input_ids.device
+        ),  # transformers takes four axes for a finished mask
         position_ids=batch.positions[None],
         use_cache=False,
-        attend=_without_autocast(attend_packed(batch.layout)),  # it sums in float32 where that matters
+        attend=_without_autocast(attend_packed(batch.layout)),  # it accumulates in float32 by itself
     ).last_hidden_state[0]
     weight_VD, bias = model.lm_head.weight, model.lm_head.bias
     device = hidden_TD.device.type
@@ -109,20 +113,22 @@ def _log_probs(
 def _without_autocast(attend: Attend) -> Attend:
     def attending(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            return attend(layer, q.to(v.dtype), k.to(v.dtype), v, scale)  # under autocast rotation widens q and k
+            return attend(
+                layer, q.to(v.dtype), k.to(v.dtype), v, scale
+            )  # autocast makes the rotary embedding return float32
 
     return attending
 
 
 def pack_rows(token_ids_BL: Tensor, mask_BL: Tensor, labels_BL: Tensor) -> tuple[PackedBatch, Tensor, Tensor]:
-    """The rows packed, and [N] int64 each, row and column of every target. ``mask`` is 1 where a token is.
+    """The packed batch of the rows, and row and column of its N targets, [N] int64 each.
 
-    What stands before a row's first label is its prompt. A row without labels is left out.
-    Raises ValueError where a row begins with a label, for nothing predicts it.
+    ``mask_BL`` is 1 at tokens and 0 at padding. The tokens before a row's first label are its prompt. A row without
+    labels is left out. Raises ValueError where a label is the first token of a row, because nothing predicts it.
     """
     ids, mask, labels = (x.cpu() for x in (token_ids_BL, mask_BL, labels_BL))
     responses: dict[tuple[int, ...], list[Rollout]] = {}
-    columns: list[Tensor] = []  # of its targets, a row
+    columns: list[Tensor] = []  # of each packed row, the columns of its targets
     for row in range(len(ids)):
         is_target = labels[row] != IGNORED
         columns.append(is_target.nonzero()[:, 0])
@@ -133,7 +139,7 @@ def pack_rows(token_ids_BL: Tensor, mask_BL: Tensor, labels_BL: Tensor) -> tuple
         if not is_token_before.any():
             raise ValueError(f"row {row} begins with a label, but a token must stand before it")
         is_token_after = is_token & ~is_token_before
-        # not finite: in the response, but no target
+        # NaN marks a token of the response that is no target
         scored = torch.zeros(is_token.shape).masked_fill(~is_target, torch.nan)[is_token_after]
         responses.setdefault(tuple(ids[row, is_token_before].tolist()), []).append(
             Rollout(

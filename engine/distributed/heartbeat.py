@@ -1,7 +1,7 @@
-"""A rank that dies must not leave the others waiting.
+"""Ends a run within seconds if one of its ranks is lost, so that the others do not wait for it.
 
-The kernel closes its connections, which ends the collective that waits for it, and a thread in every rank listens for
-the heartbeat of all others, and of the launcher.
+A process that dies loses its connections, and collectives on them fail: ``lost_ranks_explained`` turns that into a
+RunFailed. For ranks that hang, a thread in every rank watches the heartbeats of all others and the launcher's store.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ from isomorph.engine.distributed.ranks import Ranks
 from isomorph.engine.types import RunFailed
 
 BEAT_S = 1.0
-SILENCE_S = 20.0  # a rank not heard of for so long is lost; torchrun kills the others after 30 s
-FAREWELL = b"farewell"  # instead of a beat
+SILENCE_S = 20.0  # without a heartbeat for so long a rank is lost; torchrun would kill the others after 30 s
+FINISHED = b"finished"  # a rank's last heartbeat
 
 
 @contextlib.contextmanager
 def lost_ranks_explained() -> Iterator[None]:
-    """A collective that failed inside becomes a RunFailed that says what happened."""
+    """Context: raises RunFailed in place of a failed collective."""
     try:
         yield
-    except RuntimeError as error:  # gloo has no type of its own
+    except RuntimeError as error:  # gloo raises no type of its own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise RunFailed(
-            "another rank of this run is gone: it was killed, or it failed and said why; go on with the last "
-            "checkpoint: isomorph train --resume"
+            "a collective failed because another rank exited, see its output; resume from the last checkpoint: "
+            "isomorph train --resume DIR"
         ) from error
 
 
 class Heartbeat:
-    """A thread that beats for this rank, listens for the others, and ends the process when one is not heard of.
+    """A thread that sends this rank's heartbeat and ends the process when another rank's stops for SILENCE_S.
 
-    It ends the process from outside the main thread, which may be waiting, in C, for the rank that is gone.
+    It ends the process itself, because the main thread may be blocked in a collective that never returns.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -52,15 +52,16 @@ class Heartbeat:
         self._store.set(self._keys[ranks.rank], "0")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True, name="heartbeat")
-        ranks.wait()  # every rank has beaten once
+        ranks.wait()  # every rank has sent its first heartbeat
         self._thread.start()
 
-    def bid_farewell(self) -> None:
-        """The others must not miss this rank: it is done."""
+    def finish(self) -> None:
+        """Stops, and tells the others that this rank has ended as planned."""
         self.stop()
-        self._store.set(self._keys[self.ranks.rank], FAREWELL.decode())
+        self._store.set(self._keys[self.ranks.rank], FINISHED.decode())
 
     def stop(self) -> None:
+        """Ends the thread."""
         self._stopped.set()
         self._thread.join()
 
@@ -73,16 +74,16 @@ class Heartbeat:
                 beats = self._store.multi_get(self._keys)
             except RuntimeError as error:
                 if not self._stopped.is_set():
-                    _end(f"the launcher of this run is gone ({str(error).splitlines()[0]})")
+                    _end(f"the launcher (torchrun) of this run has exited ({str(error).splitlines()[0]})")
                 return
             now = time.monotonic()
             heard = [last if last[0] == new else (new, now) for last, new in zip(heard, beats, strict=True)]
-            silent = [r for r, (said, since) in enumerate(heard) if now - since > SILENCE_S and said != FAREWELL]
+            silent = [r for r, (said, since) in enumerate(heard) if now - since > SILENCE_S and said != FINISHED]
             if silent:
-                _end(f"rank {silent[0]} of this run has not been heard of for {SILENCE_S:.0f} s")
+                _end(f"rank {silent[0]} of this run has sent no heartbeat for {SILENCE_S:.0f} s")
 
 
 def _end(reason: str) -> NoReturn:
-    sys.stderr.write(f"error: {reason}; go on with the last checkpoint: isomorph train --resume\n")
+    sys.stderr.write(f"error: {reason}; resume from the last checkpoint: isomorph train --resume DIR\n")
     sys.stderr.flush()
     os._exit(1)

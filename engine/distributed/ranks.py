@@ -1,9 +1,9 @@
-"""Several devices: one process each, started by torchrun. A process is a rank.
+"""Collectives of a run on several devices: one process (rank) for each, started by torchrun.
 
-Every rank asks the curriculum the same questions, draws and judges the responses to its share of them, and exchanges
-both with the others. From there on all ranks know all groups, so statistics, denominators and the curriculum's state
-are the same everywhere. Whole groups are then dealt out, evenly by their tokens; each rank makes the gradients of its
-own, and the gradients are summed.
+All ranks take the same prompts from the curriculum. Each generates and scores the responses to its share of them, and
+responses and rewards are exchanged, so that every rank has all groups: statistics, loss denominators and the
+curriculum's state are then equal without further communication. For the update whole groups are assigned to ranks,
+balanced by tokens, and the gradients of the ranks are summed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,11 +21,15 @@ from isomorph.kernels.packing import balanced_bins
 
 T = TypeVar("T")
 
-BUCKET_BYTES = 64 * 2**20  # of gradients summed at once: beyond it a collective gains nothing, and it is held twice
+# gradients in one all-reduce: larger buckets are not faster, and a bucket is copied
+BUCKET_BYTES = 64 * 2**20
 
 
 class Ranks:
-    """Which rank this process is, of how many, and what they tell each other. Alone, everything is at hand already."""
+    """This process's rank, the world size and the collectives; with a world size of 1 collectives are no-ops.
+
+    Every rank must call a collective, in the same order.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
@@ -33,38 +37,46 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """The one that writes: the log, checkpoints, the model."""
+        """Whether this is rank 0, which alone writes the log, checkpoints and the model."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of what all ranks hold."""
+        """This rank's items of a list that all ranks hold: every ``size``-th, from ``rank`` on."""
         return list(items[self.rank :: self.size])
 
     def exchange(
         self, rollouts: Sequence[Rollout], texts: Sequence[str], rewards: Sequence[float], group: int
     ) -> tuple[list[Rollout], list[str], list[float]]:
-        """What all ranks made of their shares of the prompts, ``group`` responses each, in the order of the prompts."""
+        """Rollouts, texts and rewards of all ranks, in the order of the prompts before ``share``. A collective.
+
+        The arguments are this rank's own, ``group`` for each prompt of its share, in the order of the prompts.
+        """
         if self.size == 1:
             return list(rollouts), list(texts), list(rewards)
         fields, tensors = split_draw(Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards)))
-        sent = self.gather((fields, {name: tensor.numpy() for name, tensor in tensors.items()}))  # arrays pickle fast
+        sent = self.gather(
+            (fields, {name: tensor.numpy() for name, tensor in tensors.items()})
+        )  # pickle is fast with arrays
         draws = [join_draw(told, {name: torch.from_numpy(a) for name, a in arrays.items()}) for told, arrays in sent]
         return (
-            _woven([draw.rollouts for draw in draws], group),
-            _woven([draw.texts for draw in draws], group),
-            _woven([draw.rewards for draw in draws], group),
+            _interleaved([draw.rollouts for draw in draws], group),
+            _interleaved([draw.texts for draw in draws], group),
+            _interleaved([draw.rewards for draw in draws], group),
         )
 
     def deal(self, cost_tok: Sequence[int]) -> list[list[int]]:
-        """For each rank the items that it takes, heaviest first to the rank that has least."""
+        """For each rank the indices of its items: the most expensive item first, each to the least loaded rank.
+
+        ``cost_tok``: the tokens of each item. Equal on all ranks without communication.
+        """
         return balanced_bins(cost_tok, self.size)
 
     def any(self, flag: bool) -> bool:
-        """True everywhere where it is anywhere."""
+        """Logical OR of ``flag`` over the ranks. A collective."""
         return any(self.gather(flag))
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on the first rank, or the UserError that it raises there; others do not call it."""
+        """What ``make`` returns, or the UserError it raises, on rank 0, which alone calls it. A collective."""
         told: list[tuple[Any, str | None]] = [(None, None)]
         if self.is_first:
             try:
@@ -79,7 +91,10 @@ class Ranks:
         return made
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Each tensor becomes, in place, its sum over the ranks: the same bits everywhere. What FSDP has cut is one."""
+        """Sums each tensor over the ranks, in place, to the same bits on all of them. A collective.
+
+        DTensors are skipped: FSDP has summed them.
+        """
         if self.size == 1:
             return
         for bucket in _buckets(t for t in tensors if not isinstance(t, DTensor)):
@@ -89,12 +104,12 @@ class Ranks:
             torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Returns when every rank has called it. A collective."""
         if self.size > 1:
             dist.barrier()
 
     def gather(self, own: T) -> list[T]:
-        """What every rank says, in the order of the ranks."""
+        """The value ``own`` of every rank, in the order of the ranks; it must be picklable. A collective."""
         if self.size == 1:
             return [own]
         found: list[Any] = [None] * self.size
@@ -106,7 +121,7 @@ ALONE = Ranks()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, together of about BUCKET_BYTES."""
+    """Consecutive tensors of one dtype, about BUCKET_BYTES in each list."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and (tensor.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) >= BUCKET_BYTES):
@@ -117,7 +132,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _woven(parts: Sequence[Sequence[T]], run: int) -> list[T]:
-    """One run of each part in turn: item i of ``share`` went to rank i modulo their number."""
+def _interleaved(parts: Sequence[Sequence[T]], run: int) -> list[T]:
+    """Undoes ``Ranks.share``: the first ``run`` items of each part in turn, then the next ``run`` items, and so on."""
     num_runs = max(len(part) for part in parts) // run
     return [thing for i in range(num_runs) for part in parts for thing in part[i * run : (i + 1) * run]]

@@ -1,7 +1,6 @@
-"""The sampler of supervised stages: it "draws" what the prompt's author wrote down.
+"""The sampler of supervised stages (SFT): it returns demonstrations in place of generated responses.
 
-Seen from the loop a demonstration is a rollout like any other: it is judged, packed and learned from. It has no
-sampler log-probability, because nobody sampled it.
+The loop treats a demonstration as any rollout: it is scored, packed and trained on. Its ``sampler_logprob`` is None.
 """
 
 import contextlib
@@ -15,7 +14,10 @@ from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout,
 
 
 class DemonstrationSampler:
-    """``demonstrate(prompt)`` is the worked response, as text; the model has positions for ``max_model_len`` tokens."""
+    """A ``Sampler`` whose response to a prompt is the text of ``demonstrate(prompt)``.
+
+    ``max_model_len``: limit of prompt and response together, in tokens.
+    """
 
     def __init__(self, text: TextCodec, demonstrate: Callable[[Prompt], str | None], *, max_model_len: int) -> None:
         self.text = text
@@ -30,10 +32,10 @@ class DemonstrationSampler:
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
     ) -> list[Rollout]:
-        """One rollout a prompt. Raises UserError for a prompt without a demonstration, or with one that is too long."""
+        """One rollout for each prompt, in order. Raises UserError where a demonstration is missing or too long."""
         if sampling.samples_per_prompt != 1:
             raise UserError(
-                f"a supervised stage has one demonstration a prompt: sampling.samples_per_prompt must be 1, "
+                f"a supervised stage has one demonstration for each prompt: sampling.samples_per_prompt must be 1, "
                 f"got {sampling.samples_per_prompt}"
             )
         rollouts = []
@@ -48,7 +50,8 @@ class DemonstrationSampler:
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        yield  # holds no memory
+        """Context without effect: this sampler holds no memory."""
+        yield
 
     def publish(self, version: int) -> Publication:
         self.policy_version = version
@@ -58,8 +61,8 @@ class DemonstrationSampler:
         response = self.demonstrate(prompt)
         if response is None:
             raise UserError(
-                f"prompt {prompt.prompt_id} ({prompt.task}, {prompt.representation}) has no demonstration: "
-                f"a supervised stage needs tasks that bring one"
+                f"prompt {prompt.prompt_id} ({prompt.task}, {prompt.representation}) has no demonstration, which a "
+                "supervised stage needs: use a task that provides demonstrations, or an RL objective"
             )
         token_ids = self.text.encode_response(response)
         if len(token_ids) > max_new_tok:

@@ -1,17 +1,17 @@
 """The vLLM sampler: ``vllm.LLM`` in the trainer's process.
 
-vLLM starts with random weights; every weight that it ever computes with was published from the policy. Two ways:
+vLLM starts with random weights; the first ``publish`` replaces them before anything is sampled. Two kinds of sync:
 
-    shared   vLLM's fused tensors are the storage and the policy's parameters view them: publishing moves 0 bytes.
-             Start the sampler before the learner, so that nothing holds on to the policy's earlier storage.
+    shared   the policy's parameters become views of vLLM's fused tensors: publishing moves 0 bytes. Start the sampler
+             before the learner, so that nothing refers to the policy's earlier storage.
     copy     vLLM has tensors of its own; publishing copies every weight, adapters merged in.
 
-On the CPU vLLM multiplies with packed copies of its weights and throws the originals away. With "copy" the packs are
-made anew at each publish, tensor by tensor. With "shared" nothing is packed, which costs decoding speed.
+On the CPU vLLM multiplies by prepacked copies of its weights and frees the originals. With "copy" they are prepacked
+again at each publish, tensor by tensor. With "shared" nothing is prepacked, which makes decoding slower.
 
-While the learner works the engine is paused, on every device; on a GPU its KV cache then gives its memory back. vLLM
-allows that only where its scheduler knows of no request, and the scheduler drops a finished one in the step after
-its last token. ``VllmSampler`` therefore leaves the engine empty after every draw, also after one that raised.
+During the update the engine is paused, on every device; on a GPU it also frees the memory of its KV cache. vLLM permits
+that only while its scheduler has no request, and the scheduler removes a finished request one step after its last
+token. ``VllmSampler`` therefore steps the engine until it is empty after every ``generate``, even after an exception.
 """
 
 import contextlib
@@ -24,35 +24,36 @@ import torch
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.vllm_engine import (
+    check_setup,
     clean_up,
     import_vllm,
     model_of,
-    refuse_what_is_not_exact,
     sampling_params,
     start_engine,
 )
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
 from isomorph.engine.types import Finish, OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 
-LEAST_TEMPERATURE = 0.01  # vLLM silently raises what is lower
+LEAST_TEMPERATURE = 0.01  # vLLM silently raises a lower one to this
 
 
 def start_vllm(policy: Policy, config: SamplerConfig, seed: int) -> "VllmSampler":
-    """Starts vLLM in this process, on the policy's device.
+    """Starts vLLM in this process, on the policy's device, and publishes the policy's weights to it.
 
     With ``config.publish = "shared"`` the policy's parameters become views of vLLM's tensors: build the optimizer
-    afterwards. ``config.memory_frac`` is, on a GPU, vLLM's share of the whole memory; on the CPU the share of the RAM
-    for weights and KV, of which no more is taken than ``max_seqs`` sequences of ``max_model_len`` tokens can fill.
-    Sequences are limited to the model's own positions where ``max_model_len`` is above them.
-    Raises UserError where vLLM is missing or cannot do exactly what is asked.
+    afterwards. ``config.memory_frac``: on a GPU vLLM's share of all GPU memory; on the CPU the share of the RAM for
+    weights and KV cache, of which the KV cache takes at most what ``max_seqs`` sequences of ``max_model_len`` tokens
+    need. ``max_model_len`` is limited to the model's own positions. ``seed``: of vLLM itself; each request has its own.
+
+    Raises UserError where vLLM is missing, is of another version or build, or cannot sample exactly from this policy.
     """
     import_vllm(policy.device)
-    refuse_what_is_not_exact(policy)
+    check_setup(policy)
     return VllmSampler(policy, config, seed=seed)
 
 
 class VllmSampler:
-    """Samples by vLLM. Made by ``start_vllm``. The same seed, weights and prompts give the same rollouts."""
+    """A ``Sampler``; ``start_vllm`` makes it. The same seed, weights and prompts give the same rollouts."""
 
     def __init__(self, policy: Policy, config: SamplerConfig, *, seed: int) -> None:
         self.policy = policy
@@ -75,15 +76,16 @@ class VllmSampler:
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
     ) -> list[Rollout]:
-        """``samples_per_prompt`` rollouts a prompt, in order. Raises UserError for what vLLM cannot draw as asked.
+        """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
 
-        Whatever ends it, an exception of ``on_group`` or ``on_step`` too: no request is left behind.
+        Raises UserError for a temperature or a length that vLLM does not support. However it ends, also by an exception
+        of ``on_group`` or ``on_step``, no request remains in the engine.
         """
         self._refuse(prompts, sampling)
         if not prompts:
             return []
-        self._forget_prefixes()  # what ran before must not change a bit
-        # vLLM draws from the global generator too
+        self._clear_prefix_cache()  # so that results do not depend on earlier calls
+        # vLLM uses the global generator as well
         with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):
             try:
                 return self._draw(prompts, sampling, on_group, on_step)
@@ -92,16 +94,16 @@ class VllmSampler:
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        """While open, vLLM is paused and draws nothing. On a GPU the KV cache's memory is given back; weights stay.
+        """Context: vLLM is paused. On a GPU the memory of its KV cache is free while it is open; weights stay.
 
-        On the CPU vLLM can give nothing back: it is paused and its KV cache stays. ``publish`` and ``close`` are
-        allowed inside, ``generate`` and a second ``asleep`` raise RuntimeError.
+        On the CPU vLLM cannot free the KV cache and is only paused. ``publish`` and ``close`` are allowed inside,
+        ``generate`` and a second ``asleep`` raise RuntimeError.
         """
         self._refuse_asleep()
         self._empty()
-        self.llm.sleep(level=0)  # pauses; levels 1 and 2 would move the weights away
+        self.llm.sleep(level=0)  # level 0 pauses; levels 1 and 2 would also move the weights
         try:
-            if self._gives_memory_back:
+            if self._frees_memory:
                 self.llm.release_kv_cache_memory()
             yield
         finally:
@@ -109,10 +111,10 @@ class VllmSampler:
                 self._wake()
 
     def publish(self, version: int) -> Publication:
-        """From now on sample from the policy's present weights."""
+        """Syncs the policy's present weights to vLLM, as ``version``; clears the prefix cache."""
         start = time.perf_counter()
         num_bytes = self._weights.publish()
-        self._forget_prefixes()
+        self._clear_prefix_cache()
         move_s = time.perf_counter() - start
         self.policy_version = version
         own = self.fingerprint()
@@ -120,51 +122,52 @@ class VllmSampler:
         return Publication(version=version, num_bytes=num_bytes, fingerprint=own, move_s=move_s, fingerprint_s=seconds)
 
     def fingerprint(self) -> str:
-        """Of vLLM's weights, cut into the policy's tensors; of their places where they are shared.
+        """Hash of vLLM's weights in the layout of the policy's tensors; of their addresses where they are shared.
 
-        Where vLLM keeps nothing but a packed copy: of the tensor that the copy was made of.
+        For a weight that vLLM keeps only prepacked: of the tensor that was prepacked.
         """
         return self._weights.fingerprint()
 
     def close(self) -> None:
-        """Ends vLLM, and the process group with it. The policy keeps its weights, shared ones too. Once is enough."""
+        """Ends vLLM and its process group. The policy keeps its weights, shared ones too. May be called twice."""
         if "llm" not in self.__dict__:
             return
         if self.llm.llm_engine.is_sleeping():
-            self._wake()  # vLLM's allocator can free only what has memory
+            self._wake()  # vLLM's allocator can free only memory that is mapped
         self.llm.llm_engine.engine_core.shutdown()
         for name in ("llm", "model", "_weights"):
-            self.__dict__.pop(name, None)  # the last references to vLLM's tensors, but for the policy's own views
+            self.__dict__.pop(name, None)  # frees vLLM's tensors, except those that the policy views
         clean_up()
 
     @property
-    def _gives_memory_back(self) -> bool:
+    def _frees_memory(self) -> bool:
         return bool(self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
 
     def _wake(self) -> None:
-        """Gives back to vLLM whatever memory it is without; with all of it there vLLM schedules again."""
+        """Maps the freed memory again and resumes scheduling. Raises RunFailed if vLLM does not wake up."""
         executor = self.llm.llm_engine.engine_core.engine_core.model_executor
-        lacking = sorted(executor.sleeping_tags)
-        if not self.llm.wake_up(tags=[*lacking, "scheduling"]):
-            raise RunFailed(f"vLLM did not wake up: it lacks the memory of {', '.join(executor.sleeping_tags)}")
-        if lacking:
+        freed = sorted(executor.sleeping_tags)
+        if not self.llm.wake_up(tags=[*freed, "scheduling"]):
+            raise RunFailed(f"vLLM did not wake up: no memory for {', '.join(executor.sleeping_tags)}")
+        if freed:
             self.llm.collective_rpc(_zero_kv)
 
     def _empty(self) -> None:
-        """Aborts what is unfinished and steps until the scheduler and the queue of running batches hold nothing.
+        """Aborts unfinished requests, then steps until scheduler and batch queue are empty.
 
-        vLLM's front and its core each have a list of requests; ``abort_request`` clears both, a pause only the core's.
+        vLLM's output processor and its engine core each keep the requests; ``abort_request`` removes them from both, a
+        pause only from the core.
         """
         engine = self.llm.llm_engine
         core, front = engine.engine_core.engine_core, engine.output_processor
-        engine.abort_request(list(front.parent_requests), internal=True)  # with their samples
+        engine.abort_request(list(front.parent_requests), internal=True)  # including their samples
         engine.abort_request(list(front.request_states), internal=True)
         while core.scheduler.has_requests() or core.batch_queue:
             engine.step()
 
     def _refuse_asleep(self) -> None:
         if self.llm.llm_engine.is_sleeping():
-            raise RuntimeError("vLLM is asleep: leave the block of asleep() first")
+            raise RuntimeError("vLLM is paused: leave the context of asleep() first")
 
     def _refuse(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         self._refuse_asleep()
@@ -176,13 +179,13 @@ class VllmSampler:
         if longest > self.max_model_len:
             raise UserError(
                 f"the longest prompt and sampling.max_new_tok={sampling.max_new_tok} make {longest} tokens, vLLM was "
-                f"started for {self.max_model_len}: raise sampler.max_model_len (the model has positions for "
-                f"{self.policy.max_model_len}), lower max_new_tok or leave long prompts out"
+                f"started for {self.max_model_len}: raise sampler.max_model_len (at most {self.policy.max_model_len}, "
+                "the model's positions), lower max_new_tok or leave long prompts out"
             )
 
-    def _forget_prefixes(self) -> None:
+    def _clear_prefix_cache(self) -> None:
         if not self.llm.reset_prefix_cache():
-            raise RunFailed("vLLM refuses to forget cached prompts: some of its requests have not ended")
+            raise RunFailed("vLLM could not clear its prefix cache, because some of its requests have not ended")
 
     def _draw(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None, on_step: OnStep | None
@@ -191,7 +194,7 @@ class VllmSampler:
         params = [sampling_params(prompt, sampling) for prompt in prompts]
         drawn: dict[int, list[Rollout]] = {}
         names = self.llm.enqueue(requests, params, use_tqdm=False)
-        # a result is called by the number alone, "12", its request inside vLLM "12-9f3c"
+        # vLLM names the request "12-9f3c", but its result "12"
         index_of = {name.partition("-")[0]: i for i, name in enumerate(names)}
         while self.llm.llm_engine.has_unfinished_requests():
             for result in self.llm.llm_engine.step():
@@ -211,7 +214,9 @@ class VllmSampler:
         is_greedy = sampling.temperature == 0
         drawn = result.outputs[0 if is_greedy else sample]
         if drawn.finish_reason not in ("stop", "length"):
-            raise RunFailed(f"vLLM ended a response by {drawn.finish_reason!r} (prompt {prompt.prompt_id})")
+            raise RunFailed(
+                f"vLLM ended a response with finish_reason {drawn.finish_reason!r} (prompt {prompt.prompt_id})"
+            )
         finish: Finish = drawn.finish_reason
         logprob = None
         if not is_greedy:
@@ -228,7 +233,7 @@ class VllmSampler:
 
 
 def _zero_kv(worker: Any) -> None:
-    """What memory holds that came from the driver is not defined, and a NaN gets through attention's masks: 0 x NaN."""
+    """Newly mapped memory may hold NaN, which attention masks do not remove: 0 * NaN is NaN."""
     for cache in worker.model_runner.kv_caches:
         cache.zero_()
 

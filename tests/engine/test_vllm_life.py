@@ -318,9 +318,9 @@ def test_what_the_learner_raises_wakes_it_up(life: Life, memory: Pages | Device)
 def test_nothing_is_drawn_while_it_sleeps(life: Life, memory: Pages | Device) -> None:
     before = draw(life)
     with life.sampler.asleep():
-        with pytest.raises(RuntimeError, match="vLLM is asleep: leave the block"):
+        with pytest.raises(RuntimeError, match="vLLM is paused: leave the context"):
             draw(life)
-        with pytest.raises(RuntimeError, match="vLLM is asleep: leave the block"), life.sampler.asleep():
+        with pytest.raises(RuntimeError, match="vLLM is paused: leave the context"), life.sampler.asleep():
             pass
         assert memory.is_given_back()
     assert same_bits(draw(life), before)
