@@ -82,9 +82,8 @@ def _log_probs(
     batch, row_N, column_N = pack_rows(input_ids, attention_mask, labels)
     hidden_TD = model.model(
         batch.token_ids[None],
-        attention_mask=torch.empty(
-            1, 1, 1, 1, device=input_ids.device
-        ),  # transformers takes four axes for a finished mask
+        # transformers takes a tensor of four axes for a finished mask
+        attention_mask=torch.empty(1, 1, 1, 1, device=input_ids.device),
         position_ids=batch.positions[None],
         use_cache=False,
         attend=_without_autocast(attend_packed(batch.layout)),  # it accumulates in float32 by itself
@@ -113,9 +112,8 @@ def _log_probs(
 def _without_autocast(attend: Attend) -> Attend:
     def attending(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            return attend(
-                layer, q.to(v.dtype), k.to(v.dtype), v, scale
-            )  # autocast makes the rotary embedding return float32
+            # under autocast the rotary embedding returns float32
+            return attend(layer, q.to(v.dtype), k.to(v.dtype), v, scale)
 
     return attending
 
@@ -128,7 +126,7 @@ def pack_rows(token_ids_BL: Tensor, mask_BL: Tensor, labels_BL: Tensor) -> tuple
     """
     ids, mask, labels = (x.cpu() for x in (token_ids_BL, mask_BL, labels_BL))
     responses: dict[tuple[int, ...], list[Rollout]] = {}
-    columns: list[Tensor] = []  # of each packed row, the columns of its targets
+    columns: list[Tensor] = []  # for each row the columns of its targets
     for row in range(len(ids)):
         is_target = labels[row] != IGNORED
         columns.append(is_target.nonzero()[:, 0])

@@ -54,10 +54,9 @@ class Ranks:
         if self.size == 1:
             return list(rollouts), list(texts), list(rewards)
         fields, tensors = split_draw(Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards)))
-        sent = self.gather(
-            (fields, {name: tensor.numpy() for name, tensor in tensors.items()})
-        )  # pickle is fast with arrays
-        draws = [join_draw(told, {name: torch.from_numpy(a) for name, a in arrays.items()}) for told, arrays in sent]
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}  # pickle is fast with arrays
+        parts = self.gather((fields, arrays))
+        draws = [join_draw(told, {name: torch.from_numpy(a) for name, a in found.items()}) for told, found in parts]
         return (
             _interleaved([draw.rollouts for draw in draws], group),
             _interleaved([draw.texts for draw in draws], group),

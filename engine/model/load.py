@@ -5,17 +5,11 @@ Everything that can be wrong with model, tokenizer and chat template is checked 
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # its thread pool does not survive the fork of a judge's worker
-
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 

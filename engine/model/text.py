@@ -4,6 +4,7 @@
 UserError before the first step. ``word_tokenizer`` is the tokenizer of tiny models.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -101,7 +102,11 @@ def open_text(
 
     ``stop``: further stop tokens, as text. ``end_ids``: end-of-sequence ids of the model's configuration. ``tags``:
     strings that must survive encoding and decoding. ``num_rows``: rows of the embedding. Raises UserError.
+
+    Turns the tokenizer's threads off for this process, unless TOKENIZERS_PARALLELISM is set.
     """
+    # reward workers are forked from this process, and the tokenizer's thread pool does not survive a fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     refuse_ids_beyond(tokenizer, num_rows)
     notes: list[str] = []
     turn_end = None

@@ -60,9 +60,8 @@ def check_publication(
 
 def probe_drift(policy: Policy, sampler: Sampler, prompt: Prompt) -> StepDrift:
     """Trainer-sampler log-probability mismatch of a few tokens that the sampler generates after ``prompt``."""
-    num_tok = max(
-        1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK)
-    )  # never longer than prompt and response may be
+    # with the generated tokens no longer than the prompt, so that it fits
+    num_tok = max(1, min(PROBE_PROMPT_TOK, len(prompt.token_ids) - PROBE_TOK))
     probe = dataclasses.replace(prompt, token_ids=prompt.token_ids[:num_tok])
     sampling = Sampling(
         temperature=1.0,

@@ -155,9 +155,8 @@ class CopiedWeights:
         num_rows = {name: len(part) for name, part in zip(layer.tensor.parts, parts, strict=True)}
         views = split_rows(full, layer.tensor, num_rows)
         self.prepacked_hashes.update(tensor_hashes(views))
-        layer.module.quant_method.process_weights_after_loading(
-            layer.module
-        )  # vLLM prepacks it and leaves an empty weight
+        # prepacks the weight and leaves an empty one
+        layer.module.quant_method.process_weights_after_loading(layer.module)
 
 
 def _pair(model: Any, policy: Policy) -> tuple[dict[str, Tensor], list[_Prepacked]]:

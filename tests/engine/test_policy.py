@@ -354,6 +354,20 @@ def test_a_saved_policy_loads_where_isomorph_is_not_installed(tmp_path: Path) ->
     assert done.stdout.strip() == "True", done.stderr[-2000:]
 
 
+def test_only_loading_a_model_changes_the_environment() -> None:
+    program = (
+        "import os\n"
+        "before = dict(os.environ)\n"
+        "import isomorph.engine.adapters.trl, isomorph.engine.model.load\n"
+        "assert dict(os.environ) == before, set(os.environ) ^ set(before)\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, env=clean, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tiny_policy()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     tiny_policy().save(tmp_path)
