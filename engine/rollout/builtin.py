@@ -134,11 +134,11 @@ class _Batch:
         self.free_slots = list(range(decoder.spec.seqs))
         self.free_prompt_slots = list(range(decoder.spec.prompts))
         self.prompt_slots: dict[int, int] = {}  # index of a prompt with unfinished responses -> its slot
-        self.drawn: list[dict[int, Rollout]] = [{} for _ in prompts]
+        self.finished: list[dict[int, Rollout]] = [{} for _ in prompts]
 
     @property
     def groups(self) -> list[list[Rollout]]:
-        return [[rollouts[sample] for sample in sorted(rollouts)] for rollouts in self.drawn]
+        return [[rollouts[sample] for sample in sorted(rollouts)] for rollouts in self.finished]
 
     def run(self, on_step: OnStep) -> Iterator[tuple[int, list[Rollout]]]:
         """Yields (index of the prompt, its rollouts), samples ascending, as soon as a group's last response ends."""
@@ -192,7 +192,7 @@ class _Batch:
             self.free_slots.append(slot)
             n = lengths[slot]
             is_stop = int(token_ids[i, n - 1]) in self.sampling.stop_ids
-            self.drawn[index][sample] = Rollout(
+            self.finished[index][sample] = Rollout(
                 prompt_id=self.prompts[index].prompt_id,
                 sample=sample,
                 token_ids=token_ids[i, :n].clone(),
@@ -200,9 +200,9 @@ class _Batch:
                 finish="stop" if is_stop else "length",
                 policy_version=self.policy_version,
             )
-            if len(self.drawn[index]) == self.sampling.samples_per_prompt:
+            if len(self.finished[index]) == self.sampling.samples_per_prompt:
                 self.free_prompt_slots.append(self.prompt_slots.pop(index))
-                yield index, [self.drawn[index][s] for s in range(self.sampling.samples_per_prompt)]
+                yield index, [self.finished[index][s] for s in range(self.sampling.samples_per_prompt)]
 
 
 def rng_key(seed: int, prompt_id: int, sample: int) -> int:

@@ -53,7 +53,7 @@ class Decoder:
         num_slots = spec.seqs + 1  # the last one is the dummy slot that pads a batch
         # [layers, keys and values, slots, K, entries, d]
         self.prompt_kv = self._empty(num_layers, 2, spec.prompts, kv[0], spec.prompt_tok, kv[1])
-        self.own_kv = self._empty(num_layers, 2, num_slots, kv[0], spec.max_new_tok, kv[1])
+        self.response_kv = self._empty(num_layers, 2, num_slots, kv[0], spec.max_new_tok, kv[1])
         # hidden state of the last prompt token, which predicts the first token of every response
         self.prompt_hidden = self._empty(spec.prompts, policy.config.hidden_size)
         self.prompt_slot, self.prompt_len, self.rng_key = (_zeros(device, num_slots) for _ in range(3))
@@ -157,10 +157,10 @@ class Decoder:
         prompt_len_B, last_B = self.prompt_len[slot_B], length_B - 1
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            for cache_SKLd, new_BK1d in zip(self.own_kv[layer], (k, v), strict=True):
+            for cache_SKLd, new_BK1d in zip(self.response_kv[layer], (k, v), strict=True):
                 cache_SKLd[slot_B, :, last_B] = new_BK1d[:, :, 0]
             prompt = CachedKV(self.prompt_kv[layer, 0], self.prompt_kv[layer, 1], prompt_slot_B, prompt_len_B)
-            own = CachedKV(self.own_kv[layer, 0], self.own_kv[layer, 1], slot_B, length_B)
+            own = CachedKV(self.response_kv[layer, 0], self.response_kv[layer, 1], slot_B, length_B)
             return decode_attention(q[:, :, 0], prompt, own, scale=scale)[:, None]
 
         token_B, position_B = self.token_ids[slot_B, last_B], prompt_len_B + last_B

@@ -88,7 +88,7 @@ class VllmSampler:
         # vLLM uses the global generator as well
         with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):
             try:
-                return self._draw(prompts, sampling, on_group, on_step)
+                return self._sample(prompts, sampling, on_group, on_step)
             finally:
                 self._empty()
 
@@ -187,12 +187,12 @@ class VllmSampler:
         if not self.llm.reset_prefix_cache():
             raise RunFailed("vLLM could not clear its prefix cache, because some of its requests have not ended")
 
-    def _draw(
+    def _sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_group: OnGroup | None, on_step: OnStep | None
     ) -> list[Rollout]:
         requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         params = [sampling_params(prompt, sampling) for prompt in prompts]
-        drawn: dict[int, list[Rollout]] = {}
+        groups: dict[int, list[Rollout]] = {}
         names = self.llm.enqueue(requests, params, use_tqdm=False)
         # vLLM names the request "12-9f3c", but its result "12"
         index_of = {name.partition("-")[0]: i for i, name in enumerate(names)}
@@ -200,32 +200,32 @@ class VllmSampler:
             for result in self.llm.llm_engine.step():
                 if result.finished:
                     index = index_of[result.request_id]
-                    drawn[index] = self._rollouts(prompts[index], result, sampling)
+                    groups[index] = self._rollouts(prompts[index], result, sampling)
                     if on_group is not None:
-                        on_group(index, drawn[index])
+                        on_group(index, groups[index])
             if on_step is not None:
                 on_step()
-        return [rollout for i in range(len(prompts)) for rollout in drawn[i]]
+        return [rollout for i in range(len(prompts)) for rollout in groups[i]]
 
     def _rollouts(self, prompt: Prompt, result: Any, sampling: Sampling) -> list[Rollout]:
         return [self._rollout(prompt, sample, result, sampling) for sample in range(sampling.samples_per_prompt)]
 
     def _rollout(self, prompt: Prompt, sample: int, result: Any, sampling: Sampling) -> Rollout:
         is_greedy = sampling.temperature == 0
-        drawn = result.outputs[0 if is_greedy else sample]
-        if drawn.finish_reason not in ("stop", "length"):
+        output = result.outputs[0 if is_greedy else sample]
+        if output.finish_reason not in ("stop", "length"):
             raise RunFailed(
-                f"vLLM ended a response with finish_reason {drawn.finish_reason!r} (prompt {prompt.prompt_id})"
+                f"vLLM ended a response with finish_reason {output.finish_reason!r} (prompt {prompt.prompt_id})"
             )
-        finish: Finish = drawn.finish_reason
+        finish: Finish = output.finish_reason
         logprob = None
         if not is_greedy:
-            logprob = torch.tensor(drawn.logprobs.logprobs, dtype=torch.float32)
-            assert len(logprob) == len(drawn.token_ids), (len(logprob), len(drawn.token_ids))
+            logprob = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)
+            assert len(logprob) == len(output.token_ids), (len(logprob), len(output.token_ids))
         return Rollout(
             prompt_id=prompt.prompt_id,
             sample=sample,
-            token_ids=torch.tensor(drawn.token_ids, dtype=torch.int64),
+            token_ids=torch.tensor(output.token_ids, dtype=torch.int64),
             sampler_logprob=logprob,
             finish=finish,
             policy_version=self.policy_version,
