@@ -208,8 +208,8 @@ def _tag_ids(tokenizer: Any, tags: Sequence[str], notes: list[str]) -> set[int]:
         bare, whole = (tokenizer.decode(ids, skip_special_tokens=flag) for flag in (True, False))
     if not all(tag in whole for tag in tags):
         raise UserError(
-            f"the tokenizer turns {stated!r} into '{shortened(whole)}', so that no answer between {' and '.join(tags)} "
-            "could be found: use a tokenizer that can encode them"
+            f"the tokenizer turns {stated!r} into '{shortened(whole)}', so that no answer could be found between "
+            f"{' and '.join(tags)}: use a tokenizer that can encode them"
         )
     if not all(tag in bare for tag in tags):
         lost = [tag for tag in tags if tag not in bare]

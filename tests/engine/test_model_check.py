@@ -304,7 +304,7 @@ def test_a_window_bounds_the_sequences_and_within_it_logits_are_transformers_own
     folder = windowed(tmp_path, 16, family)
     policy = load(folder)
     assert policy.max_model_len == 16
-    assert any("look 16 tokens back" in note for note in policy.notes)
+    assert any("sliding window of 16 tokens" in note for note in policy.notes)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
 
