@@ -1,4 +1,4 @@
-"""Every op beside its peers; ``isomorph bench kernels`` calls this, ``python benchmarks/table.py`` writes it down.
+"""Measures every op beside other implementations; ``isomorph bench kernels`` runs this, table.py makes tables of it.
 
 python benchmarks/all_ops.py [--op linear_loss] [--out benchmarks/results/kernels.jsonl] [--quick]
 """

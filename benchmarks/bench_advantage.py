@@ -1,8 +1,8 @@
 """Advantages of groups, and generalised advantage estimates.
 
-Model: bytes, 2 (groups) or 4 (GAE) numbers a row; too small for a ceiling to say anything. Other trainers do this
-inside their trainer classes, padded: eager is that arithmetic, for groups and sequences of one length. A loop over the
-tokens is not given to torch.compile, which would unroll it.
+Cost model: bytes, 2 (groups) or 4 (GAE) numbers per row; too small for a roofline to be meaningful. Other trainers
+compute this inside their trainer classes, padded: "eager" is that arithmetic, for groups and sequences of equal length.
+A loop over tokens is not measured with torch.compile, which would unroll it.
 """
 
 import peers
@@ -20,7 +20,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A size that Triton's interpreter bears."""
+    """A size small enough for Triton's interpreter."""
     return [_groups(4, 3), _gae(3, 5)]
 
 

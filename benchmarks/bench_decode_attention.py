@@ -1,6 +1,6 @@
 """One new token per response over the shared prompt's and its own cache, beside the prompt's cache repeated.
 
-Model: bytes. 2 K D (P L + P G L_own) numbers are read; the ceiling is a copy of both caches.
+Cost model: bytes. 2 K D (P L + P G L_own) numbers are read; the roofline is a copy of both caches.
 """
 
 import pytest
@@ -22,7 +22,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A size that Triton's interpreter bears."""
+    """A size small enough for Triton's interpreter."""
     return [_case(1, 2, 2, 1, 16, 8, 4, torch.float32)]
 
 

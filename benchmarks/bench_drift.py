@@ -1,18 +1,18 @@
-"""How far the built-in sampler's log-probabilities and the trainer's lie apart on a real model's own responses.
+"""Difference between the built-in sampler's and the trainer's log-probabilities, on a real model's own responses.
 
     python benchmarks/bench_drift.py --model FOLDER [--dtype bfloat16] [--tok 1000000] [--step-tok 2000]
                                      [--faults] [--out benchmarks/results/drift.jsonl]
 
-Two computations of the same weights: the sampler decodes token by token over its cache, with packed weights; the
-learner's pass goes over packed groups. Tokens are judged in steps of ``step-tok`` as a run judges them, by
-``engine.drift.check_step`` for each step and ``Surprise`` for all; nothing is left out of a step, and a step's last
-response is cut where the step is full. A row holds a lot of steps: the extremes of each statistic over them, how many
-steps tripped, and the running sums of surprise. A later call with the same --out goes on where the last row of its
-model and dtype stands. Counts and nats only: load on the machine changes nothing.
+Two computations of the same weights: the sampler decodes token by token over its cache, with prepacked weights; the
+learner's forward pass runs over packed groups. Tokens are checked in steps of ``step-tok`` as in a run, by
+``engine.drift.check_step`` for each step and ``Surprise`` for all steps; no token of a step is left out, and a step's
+last response is truncated where the step is full. A row covers many steps: the extremes of each statistic over them,
+how many steps failed the check, and the running sums of surprise. A later call with the same --out continues after the
+last row of its model and dtype. Results are counts and nats, so load on the machine does not change them.
 
-``--faults`` instead says after how many tokens ``Surprise`` sees a sampler that draws from another distribution than it
-reports. The mean and the square of surprise minus entropy under each fault are exact sums over the vocabulary, in the
-contexts of one lot's first 2,000 tokens.
+``--faults`` instead computes after how many tokens ``Surprise`` sees a sampler that draws from another distribution
+than it reports. The mean and the square of surprise minus entropy under each fault are exact sums over the vocabulary,
+in the contexts of one lot's first 2,000 tokens.
 """
 
 import argparse
@@ -51,7 +51,7 @@ QUESTIONS = (
 
 
 def drawn(policy: Policy, sampler: BuiltinSampler, lot: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens of lot number ``lot``: by the trainer, by the sampler, entropy."""
+    """Log-probabilities of the tokens of lot number ``lot`` by the trainer and by the sampler, and the entropy."""
     prompts = prompts_of(policy, lot)
     rollouts = sampler.generate(prompts, sampling_of(policy, lot))
     parts = [range(i, i + PARTS) for i in range(0, PROMPTS, PARTS)]
@@ -135,7 +135,7 @@ def tokens_to_see_faults(policy: Policy, sampler: BuiltinSampler, num_tok: int =
 
 
 def judged(found: StepDrift, run: Surprise, policy: Policy) -> str:
-    """ "" or what a run would have ended by."""
+    """The error that would have ended a run; empty where there is none."""
     try:
         check_step(found, policy.dtype, policy.config.num_hidden_layers, None)
         run.check()

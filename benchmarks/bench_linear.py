@@ -1,6 +1,6 @@
 """A linear layer, forward and backward, on the CPU: what every decoder layer spends most of an update on.
 
-Model: 6 T I O FLOP. The ceiling is the forward product three times, by PyTorch's own library.
+Cost model: 6 T I O FLOP. The roofline is the forward product three times, by PyTorch's default backend.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Log-probability and entropy from hidden states and the head's weight, without gradients: the old log-probabilities.
 
-Model: 2 N H V FLOP. The ceiling is the GEMM of this shape and dtype. Some peers have no entropy.
+Cost model: 2 N H V FLOP. The roofline is the GEMM of this shape and dtype. Some peers return no entropy.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A size that Triton's interpreter bears."""
+    """A size small enough for Triton's interpreter."""
     return [_case(4, 16, 300, torch.float32)]
 
 

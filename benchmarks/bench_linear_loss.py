@@ -1,7 +1,7 @@
 """The head and a loss, forward and backward: the loss, the gradients of the hidden states and of the weight.
 
-Two losses: GRPO's, clipped, and the mean cross-entropy, which more libraries fuse. Model: 6 N H V FLOP, three GEMMs
-(who makes the logits twice pays for four). The ceiling is these three of this shape and dtype.
+Two losses: GRPO's, clipped, and the mean cross-entropy, which more libraries fuse. Cost model: 6 N H V FLOP,
+three GEMMs (recomputing the logits makes it four). The roofline is these three, in this shape and dtype.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A size that Triton's interpreter bears."""
+    """A size small enough for Triton's interpreter."""
     return [_case(4, 16, 300, torch.float32)]
 
 

@@ -1,9 +1,9 @@
 """Shared-prefix attention of packed groups, forward and backward, beside the prompt repeated for every response.
 
-Model: 4 H D FLOP for each visible pair forward, 2.5 times that backward. A group of P prompt tokens and G responses of
-R has P(P+1)/2 + G (P R + R(R+1)/2) pairs packed; repeated, G times (P+R)(P+R+1)/2: the ratio stands in the size.
-Everybody's rate counts the packed pairs, so that whoever computes the prompt G times is not paid for it. The ceiling is
-as many FLOP in one product of square matrices.
+Cost model: 4 H D FLOP for each visible pair forward, 2.5 times that backward. A group of P prompt tokens and G
+responses of R has P(P+1)/2 + G (P R + R(R+1)/2) pairs packed; repeated, G times (P+R)(P+R+1)/2: the ratio stands in the
+size. Every provider's rate counts the packed pairs, so that computing the prompt G times does not raise it. The
+roofline is as many FLOP in one product of square matrices.
 """
 
 import inspect
@@ -71,7 +71,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A size that Triton's interpreter bears."""
+    """A size small enough for Triton's interpreter."""
     return [_case(Shape(1, 4, 3, 2, 2, 1, 16), torch.float32)]
 
 

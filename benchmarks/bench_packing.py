@@ -1,6 +1,6 @@
-"""Rows of a ragged array taken in a new order, on the CPU.
+"""Gathering rows of a ragged array in a new order, on the CPU.
 
-Model: bytes. Every number is read and written once; the ceiling is a copy of the array.
+Cost model: bytes. Every number is read and written once; the roofline is a copy of the array.
 """
 
 import pytest

@@ -1,13 +1,13 @@
-"""vLLM in the trainer's process: what starting, publishing, proving and decoding cost, for both ways of publishing.
+"""vLLM in the trainer's process: time of start, weight sync, its checks and decoding, for both ways of weight sync.
 
     python benchmarks/bench_publish.py --model FOLDER [--dtype float32] [--modes copy shared] [--seqs 64] [--new-tok 32]
                                        [--repeats 3] [--out benchmarks/results/publish.jsonl]
 
-Each way in turn, in one process. ``move_s`` is the publication alone, ``fingerprint_s`` the sampler's fingerprint
-(``publish_s`` is both), ``check_s`` the trainer's fingerprint and the comparison, ``probe_s`` the probe that is drawn
-at the start and before an exam only. Decoding: ``seqs`` sequences
-of one short prompt each, to the full length. Drift: trainer against sampler over all tokens decoded, after AdamW-sized
-noise on every weight. Medians of the repeats.
+Both ways, one after the other, in one process. ``move_s`` is the copy alone, ``fingerprint_s`` the hash of the
+sampler's weights (``publish_s`` is both), ``check_s`` the hash of the trainer's weights and the comparison, ``probe_s``
+the probe, which a run makes at its start and before an evaluation only. Decoding: ``seqs`` sequences of one short
+prompt each, to the full length. Drift: trainer against sampler log-probabilities over all decoded tokens, after
+AdamW-sized noise on every weight. Medians over the repeats.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """What repeats the row, without this machine's folders."""
+    """The command that repeats the row, without this machine's folders."""
     options = ["--model", Path(args.model).name, "--dtype", args.dtype, "--modes", *args.modes]
     numbers = ["--seqs", args.seqs, "--new-tok", args.new_tok, "--repeats", args.repeats]
     return shlex.join(map(str, ["python", "benchmarks/bench_publish.py", *options, *numbers]))

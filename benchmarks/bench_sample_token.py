@@ -1,7 +1,7 @@
-"""One token a row and its log-probability, from logits, as a sampler needs them.
+"""One sampled token per row and its log-probability, from logits.
 
-Model: bytes. The logits are read once; the ceiling is a copy of them, which reads and writes. Everybody draws from the
-same distribution but not the same tokens: the error is that of the log-probability of the token that was drawn.
+Cost model: bytes. The logits are read once; the roofline is a copy of them, which reads and writes. All providers
+sample from the same distribution but not the same tokens: the error is that of the sampled token's log-probability.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A size that Triton's interpreter bears."""
+    """A size small enough for Triton's interpreter."""
     return [_case(3, 300, torch.float32)]
 
 

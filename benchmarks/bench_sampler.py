@@ -1,14 +1,15 @@
-"""The built-in sampler beside vLLM (in this process) and transformers' generate: decoding of many sequences at once.
+"""The built-in sampler beside vLLM (in this process) and transformers' generate: throughput of decoding.
 
     python benchmarks/bench_sampler.py --model FOLDER [--dtypes bfloat16 float32] [--prompts 64] [--samples 1]
                                        [--new-tok 64] [--rounds 5] [--out benchmarks/results/sampler.jsonl]
 
-All draw from the full softmax at temperature 1 and stop nowhere. Round by round each provider answers twice, with one
-new token (its prefill) and with all; a decoding rate is the tokens beyond the first over the difference of the medians.
-vLLM is our VllmSampler, its weights packed as it likes them best; it and ours also give the log-probability of each
-token, generate does not. "bare products" is nothing but one multiplication of [seqs, in] with each matrix of the model
-for each token, by PyTorch's own linear: what generate could reach at most. Models stay loaded, threads are PyTorch's
-default. Prompts come again round by round: vLLM finds them in its prefix cache, so its prefill is none.
+All sample from the full softmax at temperature 1, without stop tokens. In each round every provider generates twice,
+one new token (its prefill) and all of them; the decoding rate is the tokens beyond the first, divided by the difference
+of the medians. vLLM is our VllmSampler with weights prepacked as vLLM does by default; it and ours also return the
+log-probability of each token, generate does not. "bare products" is one multiplication of [seqs, in] with each matrix
+of the model for each token, by PyTorch's own linear, and nothing else: an upper bound for generate. Models stay loaded,
+threads are PyTorch's default. Prompts repeat from round to round: vLLM finds them in its prefix cache and skips
+prefill.
 """
 
 import argparse
@@ -41,7 +42,7 @@ Answer = Callable[[int], Any]  # takes the number of new tokens
 
 
 def providers(policy: Policy, prompts: list[Prompt], args: argparse.Namespace) -> dict[str, Answer | str]:
-    """What answers, or why it cannot."""
+    """Every provider, or why it cannot run."""
     num_seqs = args.prompts * args.samples
     longest = max(len(p.token_ids) for p in prompts) + args.new_tok
 
@@ -94,7 +95,7 @@ def _generate(policy: Policy, prompts: list[Prompt], args: argparse.Namespace) -
 
 @torch.no_grad()
 def measure(answers: dict[str, Answer], args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
-    """Seconds of each provider, for one new token and for all, round by round; the first round warms up."""
+    """Seconds per provider and round, for one new token and for all; the first round is a warm-up."""
     seconds: dict[str, dict[int, list[float]]] = {name: {1: [], args.new_tok: []} for name in answers}
     for index in range(args.rounds + 1):
         for name, answer in answers.items():

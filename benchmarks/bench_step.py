@@ -1,19 +1,19 @@
-"""One GRPO step, ours beside TRL's, in one process and taking turns.
+"""One GRPO step of isomorph beside one of TRL, alternating in one process.
 
     python benchmarks/bench_step.py --model FOLDER [--dtype bfloat16] [--steps 6] [--sampler builtin]
         [--prompts 4] [--group 8] [--max-new-tok 64] [--kl 0.0] [--device cpu] [--out benchmarks/results/step.jsonl]
 
 Same model, prompts, reward, group, lengths, KL, loss, learning rate and dtype. A turn is one whole step: generate,
-judge, update; the first turn of both warms up and does not count. Reported: medians, their ratio, tokens a second
-(of completions, and with every completion's prompt), the peak of memory above what lay there before the turn, the
-padding that went through the model, and where the time goes.
+score, update; the first turn of both is a warm-up and does not count. Reported: medians, their ratio, tokens per second
+(of completions, and with every completion's prompt), peak memory above that before the turn, the share of padding in
+what the model computed, and the time per phase.
 
 Settings. TRL: its fused head, no gradient checkpointing, ``--trl-accumulation`` micro-batches (at one, the activations
 of 32 completions pass 24 GiB in float32), generation by transformers as by default, ``--trl-generation continuous``
 for its continuous batching, ``--trl-generation vllm`` for vLLM in its process (on a GPU), ``--trl-liger`` for Liger's
 layers (on a GPU). In bfloat16 its weights and moments are bfloat16, the fastest it has; ours keep float32 masters.
-Ours: packed groups, builtin sampler or vLLM's with shared storage. verl and OpenRLHF have no step that runs in one
-process: both start Ray, and pin versions of transformers below ours. Needs the extra [bench].
+isomorph: packed groups, the built-in sampler or vLLM with shared storage. verl and OpenRLHF have no step that runs in
+one process: both start Ray, and pin versions of transformers below ours. Needs the extra [bench].
 """
 
 import argparse
@@ -58,7 +58,7 @@ def variety(text: str) -> float:
 
 
 class Ours:
-    """One step a call."""
+    """isomorph's side: one step per call."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         config = ModelConfig(path=args.model, dtype=args.dtype)
@@ -137,7 +137,7 @@ def _judge(_: Any, answers: Any) -> list[float]:
 
 
 def run_interleaved(args: argparse.Namespace) -> list[Row]:
-    """TRL drives; after each of its steps ours takes one on the same prompts."""
+    """Runs TRL's trainer; after each of its steps isomorph makes one on the same prompts."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -148,7 +148,7 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
 
     class Timed(GRPOTrainer):
-        """Notes what a step consists of."""
+        """Records the time of a step's phases."""
 
         turn: Row = {}
 
@@ -225,7 +225,7 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
 
 
 def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
-    """Medians of the turns that count, and what they were measured on."""
+    """Medians over the turns that count, with machine and settings."""
     sides, step_s = {}, {}
     for who in ("trl", "isomorph"):
         turns = [row for row in rows if row["who"] == who and (row["turn"] or args.steps == 1)]
@@ -252,7 +252,7 @@ def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """What repeats the run, without this machine's folders."""
+    """The command that repeats the run, without this machine's folders."""
     options = [f"--model {args.name or 'FOLDER'}", f"--dtype {args.dtype}", f"--steps {args.steps}"]
     options += [f"--sampler {args.sampler}", f"--prompts {args.prompts}", f"--group {args.group}"]
     options += [f"--max-new-tok {args.max_new_tok}", f"--kl {args.kl:g}", f"--device {args.device}"]
@@ -266,13 +266,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="what the results call the model; default: the folder's name")
     parser.add_argument("--steps", type=int, default=6, help="turns; the first does not count")
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--max-new-tok", type=int, default=64)
-    parser.add_argument("--micro-batch-tok", type=int, default=4096, help="of ours: packed tokens of a micro-batch")
+    parser.add_argument("--micro-batch-tok", type=int, default=4096, help="of isomorph: packed tokens per micro-batch")
     parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the KL to the first weights, k3")
-    parser.add_argument("--sampler", choices=("builtin", "vllm"), default="builtin", help="ours")
+    parser.add_argument("--sampler", choices=("builtin", "vllm"), default="builtin", help="of isomorph")
     parser.add_argument("--trl-generation", choices=("transformers", "continuous", "vllm"), default="transformers")
-    parser.add_argument("--trl-accumulation", type=int, default=2, help="micro-batches of a step")
+    parser.add_argument("--trl-accumulation", type=int, default=2, help="micro-batches per step")
     parser.add_argument("--trl-liger", action="store_true", help="Liger's layers in TRL's model; needs a GPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

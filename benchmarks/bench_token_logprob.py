@@ -1,7 +1,7 @@
 """Log-probability and entropy of rows of logits: alone, and with the gradient of the logits.
 
-Model: bytes. The logits are read once; with the gradient they are read again and it is written. The ceiling is a copy
-of the logits, which reads and writes them.
+Cost model: bytes. The logits are read once; with the gradient they are read again and it is written. The roofline is a
+copy of the logits, which reads and writes them.
 """
 
 import peers
@@ -20,7 +20,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """A size that Triton's interpreter bears."""
+    """A size small enough for Triton's interpreter."""
     return [_case(4, 300, torch.float32)]
 
 

@@ -1,10 +1,10 @@
-"""TRL's own pass over a micro-batch, as it comes and with ``pack_groups``, in one process and taking turns.
+"""TRL's forward and backward of a micro-batch, with and without ``pack_groups``, alternating in one process.
 
     python benchmarks/bench_trl_adapter.py --model FOLDER [--dtype bfloat16] [--prompt-tok 200] [--response-tok 64]
         [--groups 4] [--group 8] [--rounds 5] [--device cpu] [--out benchmarks/results/trl_adapter.jsonl]
 
-A pass is what GRPOTrainer does with a micro-batch of random tokens: log-probabilities, a sum of them, backward; without
-gradient checkpointing. Reported: the median and its p20 and p80, and the peak of memory above what lay there before.
+What GRPOTrainer computes for a micro-batch of random tokens: log-probabilities, a sum of them, backward; without
+gradient checkpointing. Reported: the median with p20 and p80, and peak memory above that before.
 Needs the extra [bench].
 """
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--prompt-tok", type=int, default=200)
     parser.add_argument("--response-tok", type=int, default=64)
     parser.add_argument("--groups", type=int, default=4)
-    parser.add_argument("--group", type=int, default=8, help="responses a prompt")
+    parser.add_argument("--group", type=int, default=8, help="responses per prompt")
     parser.add_argument("--rounds", type=int, default=5, help="2 or more")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="a JSON Lines file to append to")

@@ -1,12 +1,12 @@
-"""One update, the prompt of a group computed once, beside the same update with the prompt repeated for each response.
+"""One optimizer step with each prompt computed once per group, beside the same step with the prompt repeated.
 
     python benchmarks/bench_update.py --model FOLDER [--dtype bfloat16] [--prompt-tok 600] [--response-tok 100]
         [--groups 1] [--group 8] [--rounds 5] [--gradient-checkpointing-every N] [--compile] [--device cpu]
         [--out benchmarks/results/update.jsonl]
 
-An update is forward, backward, clip and AdamW on one micro-batch of random tokens: GRPO, no KL. Both sides take turns
-and give the same gradient. Reported: the median and its p20 and p80, the peak of memory above what lay there before
-(weights, masters and moments), the ratio of both, and the model FLOP utilisation: 6 FLOP for each weight of the layers
+An update is forward, backward, clip and AdamW on one micro-batch of random tokens: GRPO, no KL. Both sides alternate
+and compute the same gradient. Reported: the median with p20 and p80, peak memory above that before (weights, masters
+and moments), the ratio of both, and the model FLOP utilisation: 6 FLOP for each weight of the layers
 and each token that goes through them, 12 d for each pair of a query and a key it sees (of each head), 6 V D for each
 predicted token, over the median and over the rate of the layers' largest GEMM in the same process and dtype.
 Recomputed layers do more than this model counts.
@@ -64,7 +64,7 @@ def random_groups(policy: Policy, args: argparse.Namespace) -> list[Group]:
 
 
 def repeated(groups: list[Group]) -> list[Group]:
-    """The prompt before each response, as trainers without shared prompts have it."""
+    """The same groups with the prompt before each response, as trainers without shared prompts have them."""
     return [
         Group(prompt=g.prompt, rollouts=(r,), rewards=(a,), advantages=(a,))
         for g in groups
@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def _told(args: argparse.Namespace) -> list[str]:
-    """The options, the model's folder by its last name."""
+    """The options as given, the model's folder without its parents."""
     told = []
     for key, value in vars(args).items():
         if value in (None, False) or key == "out":

@@ -1,13 +1,12 @@
-"""Providers of one op beside each other: one process, one set of inputs, taking turns round by round.
+"""Compares providers (implementations) of one op: one process, one set of inputs, alternating round by round.
 
 Time: median of the calls with p20 and p80. On the CPU a round is one call by the host's clock. On CUDA a round is up to
-20 calls by events on the device, which does not wait for the host and finds nothing in its L2 cache; ``host_s`` is what
-the host took to give out one call. Memory: on CUDA max_memory_allocated above what was allocated before; on the CPU the
-growth of the peak resident set (VmHWM, reset through /proc/self/clear_refs; Linux only, else not given).
-Rate: the file's model of FLOP or bytes over the median.
-Error: the largest difference from float64 on the same rounded inputs, over the largest value, worst of the outputs. A
-provider whose error passes PyTorch's own in the same dtype, ``BOUND`` times for ours and ``PEER_BOUND`` times for the
-others (and 8 eps), is "wrong" and gets no speed.
+20 calls by events on the device, which does not wait for the host and finds nothing in its L2 cache; ``host_s`` is the
+host's time to launch one call. Memory: on CUDA max_memory_allocated above what was allocated before; on the CPU the
+growth of the peak resident set (VmHWM, reset through /proc/self/clear_refs; Linux only, else not given). Rate: the cost
+model (FLOP or bytes) of the benchmark file, divided by the median. Error: the largest difference from float64 on the
+same rounded inputs, divided by the largest value; the worst output counts. A provider whose error exceeds PyTorch's own
+in the same dtype by ``BOUND`` (ours) or ``PEER_BOUND`` (others) times, and 8 eps, is "wrong" and gets no speed.
 """
 
 import ctypes
@@ -47,7 +46,7 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size. ``providers`` make their run when it is their turn, and may raise ``Absent``."""
+    """One op at one size. ``providers`` return the function to time when called, and may raise ``Absent``."""
 
     op: str
     size: str
@@ -61,7 +60,7 @@ class Case:
 
 
 def ours(op: str, run: Run) -> dict[str, Callable[[], Run]]:
-    """Every body of ``op`` that runs here but the specification; the default one is called ``OURS``."""
+    """Every implementation of ``op`` that runs here except the reference; the default one is called ``OURS``."""
     default, *others = backend.bodies(op, DEVICE.type)
     found: dict[str, Callable[[], Run]] = {OURS: lambda: run}
     for body in others:
@@ -127,7 +126,7 @@ def _judge(rows: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
 
 
 def only_ours(case: Case) -> Case:
-    """Our bodies and PyTorch's own operations, which say what error is usual in this dtype."""
+    """Our implementations and PyTorch's own operations; the latter set the error that is usual in this dtype."""
     kept = {name: make for name, make in case.providers.items() if name.startswith(OURS) or name == EAGER}
     return replace(case, providers=kept)
 
@@ -147,7 +146,7 @@ def beside_each_peer(case: Case, *, max_rounds: int, budget_s: float) -> Iterato
 def take_turns(
     runs: dict[str, Callable[[], object]], max_rounds: int, budget_s: float, *, by_host: bool = DEVICE.type != "cuda"
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of the calls, round by round, and on CUDA what the host took to give out one."""
+    """Seconds of the calls, round by round, and on CUDA the host's time to launch one call."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     host_s = {} if by_host else {name: _host_and_whole(run) for name, run in runs.items()}
     until = time.perf_counter() + budget_s
@@ -165,7 +164,7 @@ def take_turns(
 
 
 def _host_and_whole(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds until the call returns, and until the device has done what it asked for."""
+    """Seconds until the call returns, and until the device has finished its work."""
     start = now()
     run()
     host = time.perf_counter() - start
@@ -293,7 +292,7 @@ def _here() -> dict[str, Any]:
 
 
 def check(case: Case) -> None:
-    """For pytest: our own bodies must be right; prints every row."""
+    """For pytest: our own implementations must be right; prints every row."""
     rows = list(measure(case, max_rounds=3, budget_s=2.0))
     for row in rows:
         print(json.dumps(row))

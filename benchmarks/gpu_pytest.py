@@ -1,4 +1,4 @@
-"""A plugin of pytest: a row for each test, written when it ends, for gpu_runs.py.
+"""A pytest plugin: a row for each test, written when it ends, for gpu_runs.py.
 
 A failure after which CUDA no longer answers ends the session, and the row names the file: every later test of the
 process would fail for that reason.

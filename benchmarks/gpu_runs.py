@@ -44,7 +44,7 @@ WORTH = {  # packages that a bare machine may lack, and what is lost without the
 
 
 def machine(rehearse: bool) -> Rows:
-    """What this is, where isomorph comes from, which bodies run, and what is missing."""
+    """Machine, where isomorph was imported from, which implementations run, and what is missing."""
     import isomorph
 
     row: Row = {"check": "machine", "result": name_of_machine(DEVICE.type), "torch": torch.__version__}
@@ -103,7 +103,7 @@ def _with_benchmarks() -> str:
 
 # -- runs through the command line
 def train_builtin(rehearse: bool) -> Rows:
-    """Demonstrations, GRPO on graphs, DAPO on words; on a GPU again, short, in bfloat16."""
+    """SFT, GRPO on graphs, DAPO on natural language; on a GPU again, short, in bfloat16."""
     short = ["stage.0.steps=2", "stage.1.steps=1", "stage.2.steps=1", "eval.prompts=2"]
     yield from _train([] if not rehearse else short)
     if not rehearse:
@@ -111,7 +111,7 @@ def train_builtin(rehearse: bool) -> Rows:
 
 
 def train_vllm(rehearse: bool) -> Rows:
-    """The same, answers by vLLM on one storage with the trainer; heads as wide as vLLM's kernels want them."""
+    """The same, sampled by vLLM with storage shared; heads as wide as vLLM's kernels require."""
     _need("vllm")
     short = ["stage.0.steps=2", "stage.1.steps=2", "stage.2.steps=1", "eval.prompts=2"]
     model = ["model.tiny.hidden_size=128", f"model.dtype={'float32' if rehearse else 'bfloat16'}"]

@@ -1,16 +1,16 @@
-"""All that a GPU machine is asked, in one call that keeps to nine minutes, most valuable first.
+"""Everything to be checked and measured on a GPU machine: one call of at most nine minutes, most valuable parts first.
 
     python benchmarks/gpu_suite.py --out FOLDER [--part NAME ...] [--limit-s 540] [--rehearse]
 
 FOLDER gets two files and nothing else: gpu_suite.jsonl, to which every result is appended the moment it exists, and
-gpu_suite.log, all output of all parts, line by line. Whatever cuts the call short, what was measured is there. A short
-table is printed at the end. Works from any folder, with relative paths, with isomorph installed or not: the checkout's
-own .links stand at the end of the path.
+gpu_suite.log, all output of all parts, line by line. If the call is cut short, what was measured until then is there. A
+short table is printed at the end. Works from any folder, with relative paths, with isomorph installed or not: the
+checkout's own .links stand at the end of the path.
 
-Time. Every part has a share of the whole. It may take its share and whatever the parts before it have left over, and
-where less time is left than the shares of what is to come, all are shortened alike. A part that passes its limit is
-ended, with all that it has started; the next one goes on. With --part the parts named have the whole time. Where
-isomorph is built in the same command, give --limit-s what that leaves of the command's own limit.
+Time. Every part has a share of the total. It may use its share and what earlier parts have left over; where less time
+is left than the remaining shares, all are shortened in proportion. A part that exceeds its limit is killed with all its
+child processes, and the next one starts. With --part the parts named have the whole time. Where isomorph is built in
+the same command, give --limit-s what that leaves of the command's own limit.
 
 Parts run in one worker process, so that PyTorch starts once; one that ends badly gets a new worker after it. What a
 part needs and the machine lacks (trl, vllm) makes it "absent", and the first part lists it. --rehearse runs every part

@@ -1,4 +1,4 @@
-"""What the GPU suite prints at its end: a line for each figure, and how each part ended."""
+"""The GPU suite's printed summary: a line for each figure, and how each part ended."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Other people's functions of the linear head, each called the way its own trainer calls it.
+"""Other projects' functions for the linear head, each called as its own trainer calls it.
 
 ``LOGPROBS`` give the log-probability of the targets [N] (some the entropy as well), differentiable in both operands,
 so that any policy loss can stand on them; below them are whole losses. All take rows without padding. What cannot run

@@ -1,9 +1,9 @@
-"""Is the graph stage of the quickstart what helps? The same recipe and seeds, with words in place of graphs.
+"""Does the quickstart's graph stage help? The same recipe and seeds, with natural language in place of graphs.
 
     python studies/quickstart_control.py --seeds 1 2 3 [--at-once 2]      trains, appends to quickstart_control.jsonl
     python studies/quickstart_control.py --table                          writes README's table from that file
 
-Each run takes minutes on one core. Of each seed and condition the latest run counts. All runs answer the same exam.
+Each run takes minutes on one core. The latest run of each seed and condition counts. All have the same evaluation.
 """
 
 import argparse
@@ -34,12 +34,12 @@ CONDITIONS: dict[str, list[str]] = {
     "symbols first": [],
     "words only": ["stage.1.name=words-first", 'stage.1.mixture=[{data="plans",representation="natural"}]'],
 }
-MOMENTS = ("warm-up", "20 steps", "100 steps")  # of reinforcement
+MOMENTS = ("warm-up", "20 steps", "100 steps")  # RL steps
 Row = dict[str, Any]
 
 
 def train(seed: int, condition: str) -> Row:
-    """One run from start to end; its exams, counted."""
+    """One complete run; the row with its evaluation results."""
     overrides = [f"run.seed={seed}", "run.threads=1", *CONDITIONS[condition]]
     program = "from isomorph.curriculum.cli import main; main()"
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def train(seed: int, condition: str) -> Row:
 
 
 def floors() -> dict[str, float]:
-    """Share of the exam's questions that each shortcut answers."""
+    """Accuracy of each shortcut on the evaluation's tasks."""
     recipe = load_recipe(ROOT / RECIPE, [], Recipe)
     data = recipe.data[recipe.eval.data]
     assert isinstance(data, GeneratedData)
@@ -88,10 +88,11 @@ def section(rows: list[Row]) -> str:
     command = f"python studies/quickstart_control.py --seeds {' '.join(map(str, seeds))} --table"
     newest = max(row["time"] for row in latest.values())[:10]
     says = (
-        f"Exam of 300 held-out procedures after the {start} and after 20 and 100 steps of reinforcement; mean of seeds "
+        f"Accuracy on 300 held-out procedures after the {start} and after 20 and 100 RL steps; mean over seeds "
         f"{', '.join(map(str, seeds))} (least to greatest); the difference with its 95 % interval over the seeds "
-        f"(paired, Student's t); {newest}, `{command}`. Without planning: `{best}` answers {floor[best]:.0%} of this "
-        f"exam, the sum of all steps {floor['sum_of_all']:.0%} (curriculum/tasks/shortcuts.py)."
+        f"(paired, Student's t); {newest}, `{command}`. Without planning: the shortcut `{best}` solves "
+        f"{floor[best]:.0%} of them, the sum of all durations {floor['sum_of_all']:.0%} "
+        "(curriculum/tasks/shortcuts.py)."
     )
     return "\n".join([*head, *moments, *parts, "", says])
 
