@@ -23,6 +23,7 @@ TOP_FILE = re.compile(BEFORE + r"((?:[A-Z]{3,}\.md|pyproject\.toml|CMakeLists\.t
 MODULE = re.compile(BEFORE + r"(isomorph(?:\.\w+)+)")
 MAP = re.compile(r"^## Map$(.*?)^## ", re.MULTILINE | re.DOTALL)
 MAP_ROW = re.compile(r"^\| `([\w./-]+)` \| (?=\S)", re.MULTILINE)
+IDENTIFIER = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
 
@@ -124,6 +125,27 @@ def test_a_file_without_a_row_is_caught(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert unmapped_files(tmp_path) == ["engine/c.py", "engine/d.py"]
+
+
+def unknown_identifiers(root: Path, page: str = "ARCHITECTURE.md") -> list[str]:
+    """Names in backticks that occur nowhere in code or recipes."""
+    tops = (root / top for top in (*MAPPED_IN, "CMakeLists.txt"))
+    found = (p for top in tops for p in ([top] if top.is_file() else top.rglob("*")))
+    files = (p for p in found if p.suffix in KINDS - {".md"} and p.is_file())
+    known = {word for p in files for word in re.findall(r"\w+", p.read_text(encoding="utf-8"))}
+    named = IDENTIFIER.findall((root / page).read_text(encoding="utf-8"))
+    return [name for name in dict.fromkeys(named) if not known.issuperset(name.split("."))]
+
+
+def test_every_identifier_in_the_architecture_exists() -> None:
+    assert unknown_identifiers(ROOT) == []
+
+
+def test_a_planted_identifier_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "a.py").write_text("class Here:\n    def step(self): ...\n")
+    (tmp_path / "ARCHITECTURE.md").write_text("`Here.step()`, `step`, `gone()`, `Here.gone`, `section.key=value`\n")
+    assert unknown_identifiers(tmp_path) == ["gone", "Here.gone"]
 
 
 def test_every_path_that_is_named_exists() -> None:
