@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from isomorph.engine.config import ModelConfig, TinyModel
-from isomorph.engine.model.policy import load_policy
+from isomorph.engine.model.load import load_policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -62,13 +62,15 @@ def place(tmp_path: Path, model_folder: Path) -> Path:
     return tmp_path
 
 
-def run(language: str, text: str, place: Path) -> None:
+def run(language: str, text: str, place: Path) -> str:
+    """What the block prints."""
     command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-P", "-c", text]
     path = os.pathsep.join((str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(
         command, cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,27 @@ def test_a_page_runs_from_its_first_block_to_its_last(page: Path, place: Path) -
             (place / name).write_text(text)
         elif language in RUNS:
             run(language, text, place)
+
+
+def columns(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("┃ ").split("┃")]
+
+
+@pytest.mark.slow
+def test_a_run_prints_what_the_pages_explain(place: Path) -> None:
+    """The README's sample of the last lines, and the fields of the console line in docs/reading-a-run.md."""
+    page = (ROOT / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^isomorph train .*$", page, re.MULTILINE)
+    printed = run("sh", command, place)
+    fields = re.findall(r"^\| `([^`]+)`", page.partition("## The files")[0], re.MULTILINE)
+    fields = [name.partition(" a/b")[0] for row in fields for name in row.split(", ")]
+    assert len(fields) > 5 and [name for name in fields if name not in printed and name != "no answer"] == []
+    (sample,) = [text for _, text, _ in blocks((ROOT / "README.md").read_text(encoding="utf-8")) if "┃" in text]
+    (head,) = [line for line in sample.splitlines() if line.startswith("┃")]
+    assert columns(head) in [columns(line) for line in printed.splitlines() if line.startswith("┃")]
+    for line in sample.splitlines():
+        labels = re.findall(r"[a-z][a-z-]+(?: [a-z-]+)*(?= [\d.]+)", line) if "[" not in line else [line.split(":")[0]]
+        assert [label for label in labels if label.split(" after ")[0] not in printed and label != "no answer"] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
