@@ -75,7 +75,7 @@ def check_setup(policy: Policy) -> None:
         raise UserError('a quantised model is not supported with sampler.kind = "vllm": load it without quantisation')
     compiler = os.environ.get("CXX", "g++")
     if policy.device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"vLLM's CPU build needs a C++ compiler, {compiler!r} was not found: install g++ or set CXX")
+        raise UserError(f"vLLM's CPU build found no C++ compiler {compiler!r}: install g++ or set CXX")
     if model_parallel_is_initialized():
         raise UserError("a process can hold one vLLM, and this one has one already: close it first")
     if torch.distributed.is_initialized() and not torch.distributed.is_torchelastic_launched():
