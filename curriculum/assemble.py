@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from isomorph.curriculum.commands.plan import FirstSteps, short_of_memory
+from isomorph.curriculum.estimate import FirstSteps, short_of_memory
 from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found
 from isomorph.curriculum.recipe import GeneratedData, Recipe

@@ -164,7 +164,7 @@ def plan(
     """What fits and how long a step takes, stage by stage. Loads no weights and touches no GPU."""
     import json
 
-    from isomorph.curriculum.commands.plan import plan_recipe, show_plan
+    from isomorph.curriculum.estimate import plan_recipe, show_plan
     from isomorph.curriculum.recipe import Recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides or [], Recipe), device, device_gib, ranks)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from isomorph.curriculum.judge import judge
+from isomorph.curriculum.lengths import Misfit, Room, at_most, left_out
 from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Mastery, Plateau, Recipe, StageRecipe
 from isomorph.curriculum.report.transfer import Accuracy
-from isomorph.curriculum.room import Misfit, Room, at_most, left_out
 from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
 from isomorph.curriculum.tasks.task import Task

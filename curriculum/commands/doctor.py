@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from isomorph.curriculum.commands import machine
+from isomorph.curriculum import machine
 
 State = Literal["ok", "missing", "problem"]
 STYLE_OF: dict[State, str] = {"ok": "green", "missing": "yellow", "problem": "bold red"}

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from isomorph.curriculum.assemble import check_base, open_policy
 from isomorph.curriculum.inputs import changed_files
 from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found, judge
+from isomorph.curriculum.lengths import Room, at_most
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
 from isomorph.curriculum.report.run_record import read_run_json, read_summary
 from isomorph.curriculum.report.transfer import Accuracy
-from isomorph.curriculum.room import Room, at_most
 from isomorph.curriculum.stage import TaskFiles
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows

@@ -162,9 +162,9 @@ def test_a_change_on_resume_is_kept_for_the_next_time(killed: Path) -> None:
 def test_a_stage_that_does_not_fit_into_memory_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(QUICKSTART, ["model.tiny.max_model_len=8192", "stage.2.sampling.max_new_tok=8000"], Recipe)
     policy = assemble.open_policy(recipe)
-    monkeypatch.setattr("isomorph.curriculum.commands.plan.machine.available_gib", lambda: 0.0)
-    monkeypatch.setattr("isomorph.curriculum.commands.plan.process_memory_gib", lambda: (0.5, 0.5))
+    monkeypatch.setattr("isomorph.curriculum.estimate.machine.available_gib", lambda: 0.0)
+    monkeypatch.setattr("isomorph.curriculum.estimate.process_memory_gib", lambda: (0.5, 0.5))
     (short,) = assemble.short_of_memory(recipe, policy, 1)
     assert short.startswith("stage words: generate needs up to ") and "this device has 512.0 MiB" in short
-    monkeypatch.setattr("isomorph.curriculum.commands.plan.machine.available_gib", lambda: 64.0)
+    monkeypatch.setattr("isomorph.curriculum.estimate.machine.available_gib", lambda: 64.0)
     assert assemble.short_of_memory(recipe, policy, 1) == []

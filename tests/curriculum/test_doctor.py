@@ -13,7 +13,7 @@ from rich.console import Console
 
 from isomorph.curriculum.commands import doctor
 from isomorph.curriculum.commands.doctor import Finding, examine, is_sound, show_findings
-from isomorph.curriculum.commands.machine import available_gib, measure_contention, usable_cores
+from isomorph.curriculum.machine import available_gib, measure_contention, usable_cores
 
 ROOT = Path(__file__).parents[2]
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]

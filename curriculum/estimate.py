@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from isomorph.curriculum.commands import machine
+from isomorph.curriculum import machine
 from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
 from isomorph.curriculum.tasks.async_plan import draw_tasks, vocabulary
 from isomorph.engine.config import UserError

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from isomorph.curriculum.lengths import at_most
 from isomorph.curriculum.recipe import Recipe
-from isomorph.curriculum.room import at_most
 from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError, check_tables
 from isomorph.engine.model.text import TextCodec, word_tokenizer
