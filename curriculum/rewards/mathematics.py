@@ -11,7 +11,9 @@ from typing import Any
 
 import sympy
 
-from isomorph.curriculum.rewards.notation import NotRead, Thing, Token, read, tokens_of
+from isomorph.curriculum.rewards.notation import read
+from isomorph.curriculum.rewards.objects import Thing
+from isomorph.curriculum.rewards.tokens import NotRead, Token, tokens_of
 
 MAX_ITEMS = 12  # of a set: they are matched with one another
 DIGITS = 30

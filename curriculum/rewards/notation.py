@@ -4,83 +4,28 @@ One grammar for all three, over closed lists of names: nothing is ever evaluated
 know is not read at all. Braces and spaces separate: ``3 4`` is no number, ``1 1/2`` and ``1\\frac{1}{2}`` are 3/2.
 """
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
+from isomorph.curriculum.rewards.objects import (
+    CALLS,
+    OBJECTS,
+    Thing,
+    binomial,
+    expression,
+    factorial,
+    interval,
+    power,
+    quotient,
+)
+from isomorph.curriculum.rewards.tokens import Cursor, NotRead, Token
+from isomorph.curriculum.rewards.unit_names import JOINTS, read_unit
+
 MAX_TOKENS = 400
 MAX_DEPTH = 40
-MAX_EXPONENT = 10_000
-MAX_BITS = 100_000  # of a power of two numbers
 
 REAL: dict[str, bool] = {"real": True}
-_UNICODE = {
-    **{"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "√": r"\sqrt "},
-    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "²": "^{2}", "³": "^{3}", "±": r"\pm "},
-}
-_GROUPING = "‚"  # between the thousands of a number, where it cannot be a comma of a list
-_CLEANED = (
-    (re.compile(r",\s?\\!|\{,\}"), _GROUPING),
-    (re.compile(r"\\!|\\(?:left|right|displaystyle|textstyle|bigl?|bigr)(?![a-zA-Z])"), ""),
-    (re.compile(r"(?<!\\)\\[,;: ~()\[\]]|(?<!\\)\$|(?<=\S)~|\s"), " "),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), "*"),
-    (re.compile(r"\\div(?![a-zA-Z])"), "/"),
-)
-_TOKEN = re.compile(
-    rf"(?P<number>\d{{1,3}}(?:{_GROUPING}\d{{3}})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?![\d.a-zA-Z]))?|\.\d+)"
-    r"|(?P<text>\\(?:text|textrm|mathrm|textit|mbox)\s?\{(?P<words>[^{}\\]{0,60})\})"
-    r"|(?P<name>\\[a-zA-Z]+|Point[23]D|[a-zA-Z]+)"
-    r"|(?P<sign>\*\*|<=|>=|!=|==|\\[{}$%\\|]|[-+*/^_=<>(){}\[\],;:!.%|&'])|(?P<space> +)|(?P<other>.)",
-    re.ASCII | re.DOTALL,
-)
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
-
-
-class NotRead(ValueError):
-    """The text is no mathematical object that this module reads."""
-
-
-@dataclass(frozen=True, slots=True)
-class Thing:
-    """What is no expression. ``kind``: relation, tuple, list, set, bare, interval, union, matrix, based or measured."""
-
-    kind: str
-    parts: tuple[Any, ...]
-    how: tuple[str, ...] = ()  # operators of a relation, brackets of an interval, the unit
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    kind: str  # number | text | name | sign | other
-    text: str
-
-
-def tokens_of(text: str) -> tuple[Token, ...]:
-    """The text's tokens, without spaces and marks that carry no meaning. Two texts with the same ones are the same."""
-    for character, latex in _UNICODE.items():
-        text = text.replace(character, latex)
-    for pattern, replacement in _CLEANED:
-        text = pattern.sub(replacement, text)
-    text = _THOUSANDS.sub(_grouped, text)
-    found = []
-    for match in _TOKEN.finditer(text.strip()):
-        kind = match.lastgroup or ""
-        if kind == "words" or match["text"]:
-            found.append(Token("text", " ".join(match["words"].split())))
-        elif kind != "space":
-            found.append(Token(kind, match.group().replace(_GROUPING, "")))
-    return tuple(found)
-
-
-def _grouped(match: re.Match[str]) -> str:
-    """A number such as 1,657, but not within brackets, where (20,100) is a pair."""
-    before = match.string[: match.start()]
-    depth = sum(map(before.count, "([{")) - sum(map(before.count, ")]}"))
-    return match.group() if depth else match.group().replace(",", _GROUPING)
 
 
 def read(tokens: tuple[Token, ...], *, imaginary: bool = True) -> Any:
@@ -108,7 +53,6 @@ def _words(text: str) -> set[str]:
 _RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!="}
 _RELATIONS |= {r"\le": "<=", r"\leq": "<=", r"\ge": ">=", r"\geq": ">=", r"\ne": "!=", r"\neq": "!="}
 _RELATIONS |= {r"\lt": "<", r"\gt": ">", r"\in": "in"}
-_JOINTS = {"and", "or"}
 _CONSTANTS = {"pi": sympy.pi, "oo": sympy.oo, "infty": sympy.oo, "infinity": sympy.oo, "e": sympy.E, "E": sympy.E}
 _FUNCTIONS: dict[str, Any] = {
     **{f.__name__: f for f in (sympy.sin, sympy.cos, sympy.tan, sympy.cot, sympy.sec, sympy.csc, sympy.exp)},
@@ -122,56 +66,14 @@ _GREEK = _words(
 )
 _WRAPPERS = {r"\boxed", r"\textbf", r"\mathbf", r"\boldsymbol", r"\bf", r"\mathbb", r"\emph", r"\underline"}
 _SHORT_UNITS = _words("cm mm km dm ft in yd mi kg mg lb lbs oz ml hr hrs min sec mph")
-_DEGREES = {"degree", "degrees", "deg"}
-_NO_UNITS = _words(  # they change the number before them, or leave a choice
-    "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy "
-    "eighty ninety hundred hundreds thousand thousands million millions billion billions trillion dozen dozens pair "
-    "pairs half halves third thirds quarter quarters over squared cubed factorial plus minus times divided by not "
-    "to than mod modulo base at least most more less about around approximately or and if except but sqrt pi root"
-)
 
 
-class _Reader:
+class _Reader(Cursor):
     """Recursive descent. A method consumes what it reads and leaves the rest."""
 
     def __init__(self, tokens: tuple[Token, ...], imaginary: bool) -> None:
-        self.tokens, self.imaginary = tokens, imaginary
-        self.position = self.depth = 0
-
-    # What comes next.
-
-    def left(self) -> tuple[Token, ...]:
-        return self.tokens[self.position :]
-
-    def peek(self, ahead: int = 0) -> str:
-        """The next token's text; "" at the end, and for words in ``\\text{..}``."""
-        token = self.token(ahead)
-        return token.text if token is not None and token.kind != "text" else ""
-
-    def token(self, ahead: int = 0) -> Token | None:
-        index = self.position + ahead
-        return self.tokens[index] if 0 <= index < len(self.tokens) else None
-
-    def kind(self, ahead: int = 0) -> str:
-        token = self.token(ahead)
-        return token.kind if token is not None else ""
-
-    def take(self) -> Token:
-        token = self.token()
-        if token is None:
-            raise NotRead("ends too early")
-        self.position += 1
-        return token
-
-    def accept(self, *texts: str) -> bool:
-        if self.peek() in texts and self.peek():
-            self.position += 1
-            return True
-        return False
-
-    def expect(self, text: str) -> None:
-        if not self.accept(text):
-            raise NotRead(f"must have {text!r}, got {self.peek()!r}")
+        super().__init__(tokens)
+        self.imaginary, self.depth = imaginary, 0
 
     # From the whole to its parts.
 
@@ -184,7 +86,7 @@ class _Reader:
     def _joint(self) -> bool:
         found = self.accept(",", ";")
         token = self.token()
-        if token is not None and token.kind in ("name", "text") and token.text.lower() in _JOINTS:
+        if token is not None and token.kind in ("name", "text") and token.text.lower() in JOINTS:
             self.position += 1
             found = True
         return found
@@ -209,39 +111,8 @@ class _Reader:
         value = self.sum()
         if isinstance(value, Thing) and not dollars:
             return value
-        unit = ["dollar"] if dollars else self._unit()
-        return Thing("measured", (_expression(value),), (" ".join(unit),)) if unit else value
-
-    def _unit(self) -> list[str]:
-        if self.peek() == "^" and self.peek(1) in (r"\circ", "{"):
-            start = self.position
-            self.position += 1
-            braces = self.accept("{")
-            if self.accept(r"\circ") and (not braces or self.accept("}")):
-                return ["degree"]
-            self.position = start
-        if self.accept("%", r"\%"):
-            return ["percent"]
-        found: list[str] = []
-        while (token := self.token()) is not None and token.kind in ("name", "text"):
-            words = token.text.lower().split()
-            if token.kind == "name" and (token.text.startswith("\\") or words[0] in _JOINTS):
-                break
-            if token.kind == "text" and found == [] and words and words[0] in _JOINTS:
-                break
-            if any(word in _NO_UNITS or word.endswith("th") or word.endswith("ths") for word in words):
-                raise NotRead(f"{token.text!r} is no unit")
-            self.position += 1
-            found += words
-            if self.peek() == "^" and self.kind(1) == "number":
-                found.append("^" + self.tokens[self.position + 1].text)
-                self.position += 2
-        if len(found) > 6 or any(not re.fullmatch(r"[a-z.]+|\^\d|[a-z]+/[a-z]+", word) for word in found):
-            raise NotRead("no unit")
-        names = [word.rstrip(".") for word in found]
-        if len(names) == 1 and names[0] in _DEGREES:
-            return ["degree"]
-        return [name[:-1] if len(name) > 3 and name.endswith("s") else name for name in names]
+        unit = ["dollar"] if dollars else read_unit(self)
+        return Thing("measured", (expression(value),), (" ".join(unit),)) if unit else value
 
     def sum(self) -> Any:
         self.depth += 1
@@ -250,8 +121,8 @@ class _Reader:
         total = self._signed()
         while self.peek() in ("+", "-"):
             sign = self.take().text
-            term = _expression(self.product())
-            total = _expression(total) + (term if sign == "+" else -term)
+            term = expression(self.product())
+            total = expression(total) + (term if sign == "+" else -term)
         self.depth -= 1
         return total
 
@@ -267,26 +138,26 @@ class _Reader:
             return term
         if isinstance(term, Thing) and term.kind == "based" and negative:
             return Thing("based", (f"-{term.parts[0]}", term.parts[1]))
-        return -_expression(term) if negative else _expression(term)
+        return -expression(term) if negative else expression(term)
 
     def product(self) -> Any:
         mixed = self._mixed()
         value, divided = self.power() if mixed is None else mixed, False
         while True:
             if self.accept("*"):
-                value, divided = _expression(value) * _expression(self._unary()), False
+                value, divided = expression(value) * expression(self._unary()), False
             elif self.accept("/"):
                 plain = self.kind(-2) == self.kind() == "number"
-                value, divided = _quotient(value, self._unary()), not plain
+                value, divided = quotient(value, self._unary()), not plain
             elif self._begins_factor():
                 if divided:
                     raise NotRead("a/bc may be either of two")
-                value = _expression(value) * _expression(self.power())
+                value = expression(value) * expression(self.power())
             else:
                 return value
 
     def _unary(self) -> Any:
-        return -_expression(self.power()) if self.accept("-") else self.power()
+        return -expression(self.power()) if self.accept("-") else self.power()
 
     def _begins_factor(self) -> bool:
         """Whether a factor follows without a sign: never a number, so that "3 4" and "x 2" are not products."""
@@ -298,7 +169,7 @@ class _Reader:
             if text in _SHORT_UNITS and self.kind(-1) == "number":
                 return False
             known = plain in _FUNCTIONS or plain in ("pi", "sqrt")
-            return known or (len(text) <= 2 and text not in _JOINTS and text != "U")
+            return known or (len(text) <= 2 and text not in JOINTS and text != "U")
         return text == "(" and self.kind(-1) != "text"
 
     def _mixed(self) -> Any:
@@ -312,7 +183,7 @@ class _Reader:
             whole = sympy.Integer(self.take().text)
             above, below = self._fraction_parts()
             if not (above.is_Integer and below.is_Integer):
-                return whole * _quotient(above, below)
+                return whole * quotient(above, below)
         else:
             return None
         if not (above.is_Integer and below.is_Integer and 0 < above < below):
@@ -329,7 +200,7 @@ class _Reader:
             if digits.isdigit() and len(digits) == 2:  # \frac12
                 self.position += 1
                 return sympy.Integer(digits[0]), sympy.Integer(digits[1])
-        return _expression(self._argument()), _expression(self._argument())
+        return expression(self._argument()), expression(self._argument())
 
     def _argument(self) -> Any:
         """What a command such as ``\\sqrt`` takes: braces, or one character."""
@@ -346,12 +217,12 @@ class _Reader:
         while True:
             if self.peek() == "^" and self.peek(1) != r"\circ" and (self.peek(1), self.peek(2)) != ("{", r"\circ"):
                 self.position += 1
-                value = _power(value, self._exponent())
+                value = power(value, self._exponent())
             elif self.accept("**"):
-                value = _power(value, self._unary())
+                value = power(value, self._unary())
             elif self.peek() == "!" and self.peek(1) != "=":
                 self.position += 1
-                value = _factorial(value)
+                value = factorial(value)
             else:
                 return value
 
@@ -360,7 +231,7 @@ class _Reader:
             value = self.sum()
             self.expect("}")
             return value
-        return -_expression(self.atom()) if self.accept("-") else self.atom()
+        return -expression(self.atom()) if self.accept("-") else self.atom()
 
     # The smallest parts.
 
@@ -402,7 +273,7 @@ class _Reader:
         if opened + closed in ("(]", "[)"):
             if len(items) != 2:
                 raise NotRead("an interval has two ends")
-            return _interval(opened, closed)(*items)
+            return interval(opened, closed)(*items)
         rows = [item for item in items if isinstance(item, Thing) and item.kind == "list"]
         if opened == "[" and len(rows) == len(items) and len({len(row.parts) for row in rows}) == 1:
             return Thing("matrix", tuple(row.parts for row in rows))
@@ -423,18 +294,18 @@ class _Reader:
             return self._matrix()
         if text == r"\frac":
             self.position -= 1
-            return _quotient(*self._fraction_parts())
+            return quotient(*self._fraction_parts())
         if name == "sqrt":
             return self._root()
         if text == r"\binom":
-            return _binomial(self._argument(), self._argument())
+            return binomial(self._argument(), self._argument())
         if name in _FUNCTIONS:
             return self._function(name)
         if name in _CONSTANTS:
             return _CONSTANTS[name]
         if self.imaginary and text in ("i", "I"):
             return sympy.I
-        if f"{text}{self.peek()}" in _CALLS:
+        if f"{text}{self.peek()}" in CALLS:
             return self._called(text)
         return self._symbol(text, name)
 
@@ -461,9 +332,9 @@ class _Reader:
     def _root(self) -> Any:
         degree = sympy.Integer(2)
         if self.accept("["):
-            degree = _expression(self.sum())
+            degree = expression(self.sum())
             self.expect("]")
-        value = _expression(self._argument() if self.peek() != "(" else self.atom())
+        value = expression(self._argument() if self.peek() != "(" else self.atom())
         if not (degree.is_Integer and 2 <= degree <= 100):
             raise NotRead("no such root")
         return sympy.root(value, degree)
@@ -471,34 +342,34 @@ class _Reader:
     def _function(self, name: str) -> Any:
         base = exponent = None
         if name == "log" and self.accept("_"):
-            base = _expression(self._argument())
+            base = expression(self._argument())
         if self.accept("^"):
-            exponent = _expression(self._exponent())
+            exponent = expression(self._exponent())
             if exponent.is_negative:
                 raise NotRead("an inverse function or a reciprocal")
         if self.peek() == "(":
-            value = _expression(self.atom())
+            value = expression(self.atom())
         elif self.peek() == "{":
-            value = _expression(self._argument())
+            value = expression(self._argument())
         else:
-            value = _expression(self.power())
+            value = expression(self.power())
             while self._begins_factor() and self.peek().removeprefix("\\") not in _FUNCTIONS and self.peek() != "(":
-                value *= _expression(self.power())
+                value *= expression(self.power())
         found = _FUNCTIONS[name](value) if base is None else sympy.log(value, base)
-        return found if exponent is None else _power(found, exponent)
+        return found if exponent is None else power(found, exponent)
 
     def _called(self, name: str) -> Any:
         """SymPy's own notation."""
         if self.accept("."):
             name = f"{name}.{self.take().text}"
-        if name not in _OBJECTS:
+        if name not in OBJECTS:
             raise NotRead(f"{name[:40]!r} is not known")
         self.expect("(")
         items, _ = self._items(")")
-        found = _OBJECTS[name](*items)
+        found = OBJECTS[name](*items)
         if name == "Interval.open" and self.accept("."):
             self.expect("closure")
-            return _OBJECTS["Interval"](*items)
+            return OBJECTS["Interval"](*items)
         return found
 
     def _matrix(self) -> Thing:
@@ -507,7 +378,7 @@ class _Reader:
             raise NotRead("no matrix")
         rows: list[list[Any]] = [[]]
         while self.peek() != r"\end":
-            rows[-1].append(_expression(self.sum()))
+            rows[-1].append(expression(self.sum()))
             if self.accept("\\\\"):
                 if self.peek() != r"\end":
                     rows.append([])
@@ -523,70 +394,3 @@ class _Reader:
         name = self.take().text
         self.expect("}")
         return name
-
-
-def _expression(value: Any) -> Any:
-    if not isinstance(value, sympy.Expr):
-        raise NotRead("must be an expression")
-    return value
-
-
-def _quotient(above: Any, below: Any) -> Any:
-    below = _expression(below)
-    if below.is_zero:
-        raise NotRead("division by zero")
-    return _expression(above) / below
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    base, exponent = _expression(base), _expression(exponent)
-    if exponent.is_number:
-        if exponent.is_infinite or not exponent.is_real or abs(exponent) > MAX_EXPONENT:
-            raise NotRead("too large a power")
-        bits = max((max(abs(r.p), r.q).bit_length() for r in base.atoms(sympy.Rational)), default=1)
-        terms = len(base.args) if base.is_Add else 1
-        if bits * abs(exponent) > MAX_BITS or (terms > 1 and abs(exponent) > 100):
-            raise NotRead("too large a power")
-    return base**exponent
-
-
-def _factorial(value: Any) -> Any:
-    if not (_expression(value).is_Integer and 0 <= value <= 1_000):
-        raise NotRead("no such factorial")
-    return sympy.factorial(value)
-
-
-def _binomial(above: Any, below: Any) -> Any:
-    if not (_expression(above).is_Integer and _expression(below).is_Integer and 0 <= below <= above <= 1_000):
-        raise NotRead("no such binomial")
-    return sympy.binomial(above, below)
-
-
-def _interval(opened: str, closed: str) -> Callable[[Any, Any], Thing]:
-    def between(low: Any, high: Any) -> Thing:
-        how = "(" if low == -sympy.oo else opened, ")" if high == sympy.oo else closed
-        return Thing("interval", (_expression(low), _expression(high)), how)
-
-    return between
-
-
-def _called_matrix(rows: Any) -> Thing:
-    if not isinstance(rows, Thing) or rows.kind != "matrix":
-        raise NotRead("a matrix is one list of rows")
-    return rows
-
-
-_OBJECTS: dict[str, Any] = {
-    "Interval": _interval("[", "]"),
-    "Interval.open": _interval("(", ")"),
-    "Interval.Lopen": _interval("(", "]"),
-    "Interval.Ropen": _interval("[", ")"),
-    "Union": lambda *parts: Thing("union", parts),
-    "FiniteSet": lambda *parts: Thing("set", parts),
-    "Matrix": _called_matrix,
-    "Eq": lambda left, right: Thing("relation", (left, right), ("=",)),
-    "Ne": lambda left, right: Thing("relation", (left, right), ("!=",)),
-    "Point2D": lambda *parts: Thing("tuple", parts),
-    "Point3D": lambda *parts: Thing("tuple", parts),
-}
-_CALLS = {f"{name}(" for name in _OBJECTS if "." not in name} | {"Interval."}
