@@ -9,13 +9,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from isomorph.curriculum.judge import check_reward
+from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
 from isomorph.curriculum.tasks.async_plan import HELD_OUT, REPRESENTATIONS, Difficulty
-from isomorph.curriculum.tasks.task import Family, Reward
 from isomorph.engine.config import EngineConfig, Section, Stage
 from isomorph.engine.effect import KeyPath
+
+
+def _known_family(name: str) -> str:
+    return family_of(name).name
+
+
+Family = Annotated[str, AfterValidator(_known_family)]
 
 
 class GeneratedData(Section):
@@ -24,6 +30,14 @@ class GeneratedData(Section):
     kind: Literal["async_plan"]
     difficulty: Difficulty = Difficulty()
     reward: Reward = "strict"
+
+    @property
+    def family(self) -> str:
+        return ASYNC_PLAN.name
+
+    @property
+    def representations(self) -> tuple[str, ...]:
+        return REPRESENTATIONS
 
     @model_validator(mode="after")
     def _reward_reads_its_answers(self) -> "GeneratedData":
@@ -45,6 +59,10 @@ class JsonlData(Section):
     eval_share: float = Field(0.1, gt=0, lt=1)  # of the procedures, kept out of training
     split_seed: int = 0
     max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
+
+    @property
+    def representations(self) -> tuple[str, ...]:
+        return tuple(self.files)
 
     @model_validator(mode="after")
     def _family_has_the_reward(self) -> "JsonlData":
@@ -101,7 +119,7 @@ class StageRecipe(Stage):
 
 
 class EvalConfig(Section):
-    """Greedy accuracy, over all ``representations``, before the first reinforcement, between stages and at the end."""
+    """Greedy accuracy on all ``representations``: before the first RL stage, between stages and at the end."""
 
     data: str
     representations: tuple[str, ...] = Field(min_length=1)
@@ -110,7 +128,12 @@ class EvalConfig(Section):
     seed: int = 999
 
 
+START = "start"  # the label of the evaluation before the first stage; the others have their stage's name
+
+
 class Recipe(EngineConfig):
+    """A whole recipe: the engine's tables, data, stages and evaluation."""
+
     data: dict[str, Annotated[GeneratedData | JsonlData, Field(discriminator="kind")]] = Field(min_length=1)
     stage: tuple[StageRecipe, ...] = Field(min_length=1)
     eval: EvalConfig
@@ -130,6 +153,19 @@ class Recipe(EngineConfig):
             if isinstance(data, GeneratedData) and name not in supervised and data.difficulty.form != "terse":
                 keys[("data", name, "difficulty", "demonstration")] = "no supervised stage draws from it"
         return {**keys, **self._idle_between_stages()}
+
+    @property
+    def warm_up_label(self) -> str:
+        """The label of the last evaluation before the first RL stage: ``START``, or the last supervised stage's name.
+
+        Supervised stages after an RL stage do not count.
+        """
+        label = START
+        for stage in self.stage:
+            if not stage.objective.is_supervised:
+                break
+            label = stage.name
+        return label
 
     def _idle_between_stages(self) -> dict[KeyPath, str]:
         keys: dict[KeyPath, str] = {("stage", 0, "optimizer"): "there is no stage before the first"}
@@ -159,8 +195,7 @@ class Recipe(EngineConfig):
     def _check_source(self, data: str, representation: str, where: str) -> None:
         if data not in self.data:
             raise ValueError(f"{where}: no [data.{data}]; there is {', '.join(sorted(self.data))}")
-        source = self.data[data]
-        known = tuple(source.files) if isinstance(source, JsonlData) else REPRESENTATIONS
+        known = self.data[data].representations
         if representation not in known:
             raise ValueError(
                 f"{where}: data {data!r} has no representation {representation!r}, only {', '.join(known)}"

@@ -14,8 +14,8 @@ SMOKE = Path(__file__).parents[1] / "curriculum" / "recipes" / "smoke.toml"
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
 JUDGING = """
 import os, time
-from isomorph.curriculum.judge import JudgePool
-pool = JudgePool(max_workers=2)
+from isomorph.curriculum.rewards.pool import RewardPool
+pool = RewardPool(max_workers=2)
 assert pool.judge("math", "<answer>1/2</answer>", "0.5") == 1.0
 print("judged", flush=True)
 time.sleep(600)

@@ -14,14 +14,35 @@ from rich.table import Table
 from rich.text import Text
 
 from isomorph.curriculum.judge import judge
+from isomorph.curriculum.rewards.families import FAMILIES
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
-from isomorph.curriculum.tasks.jsonl import read_rows
-from isomorph.curriculum.tasks.task import FAMILIES, Split, Task
+from isomorph.curriculum.tasks.jsonl import has_solver, read_rows
+from isomorph.curriculum.tasks.task import Split, Task
 from isomorph.engine.config import Section, UserError, check_tables, toml_value
 from isomorph.engine.foreign import printable
 
 NUM_SAMPLES = 3
 MAX_LISTED = 10
+
+
+def make(
+    representations: Sequence[str],
+    num_tasks: int,
+    settings: Sequence[str],
+    out: Path | None,
+    *,
+    seed: int,
+    split: str,
+    force: bool,
+) -> None:
+    """Writes generated tasks to ``out`` or the standard output. Raises UserError and DataError."""
+    rows = make_rows(representations, num_tasks, parse_difficulty(settings), seed=seed, split=split)
+    write_rows(rows, out, force=force)
+
+
+def inspect(file: Path, family: str, representation: str, console: Console) -> None:
+    """Prints what a file of tasks holds. Raises UserError and DataError."""
+    show_inspection(inspect_file(file, family, representation), file, console)
 
 
 def parse_difficulty(settings: Sequence[str]) -> Difficulty:
@@ -139,13 +160,16 @@ def inspect_file(file: Path, family: str, representation: str) -> Inspection:
         tasks=tuple(tasks),
         duplicates=tuple(duplicates),
         contradictions=tuple(contradictions),
-        unsolved=_unsolved(tasks) if family == "async_plan" else None,
+        unsolved=_unsolved(tasks) if has_solver(family) else None,
     )
 
 
 def _unsolved(tasks: Sequence[Task]) -> tuple[int, ...]:
-    rewards = (judge(task.family, task.demonstration or "", task.answer) for task in tasks)
-    return tuple(number for number, reward in enumerate(rewards, 1) if reward == 0)
+    return tuple(
+        number
+        for number, task in enumerate(tasks, 1)
+        if not task.is_correct(judge(task.family, task.demonstration or "", task.answer))
+    )
 
 
 def show_inspection(inspection: Inspection, file: Path, console: Console) -> None:

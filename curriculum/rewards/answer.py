@@ -1,4 +1,4 @@
-"""Where a response says what its answer is: ``<answer>...</answer>``, in mathematics also ``\\boxed{...}``."""
+"""A response's stated answer, from ``<answer>...</answer>`` or ``\\boxed{...}``, and the accepted answer as text."""
 
 import re
 
@@ -6,10 +6,30 @@ ANSWER_TAGS = _OPEN, _CLOSE = "<answer>", "</answer>"
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
 
 
-def stated_answer(family: str, response: str) -> str | None:
-    """What the response says its answer is, stripped; None where it marks none. Linear time."""
+class AnswerUnreadable(ValueError):
+    """An accepted answer that its family's reward function cannot read."""
+
+
+def answer_text(answer: str | float) -> str:
+    """An accepted answer as stripped text. Raises ValueError where it is neither text nor a number."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"an accepted answer must be text or a number, got {type(answer).__name__}")
+    return str(answer).strip()
+
+
+def check_not_empty(answer: str) -> None:
+    """Raises ValueError for an empty accepted answer."""
+    if not answer:
+        raise ValueError("an accepted answer must not be empty")
+
+
+def stated_answer(response: str, *, reads_boxed: bool) -> str | None:
+    """The stripped content of the last ``<answer>...</answer>``; None without one. Linear time.
+
+    ``reads_boxed``: without these tags, that of the last ``\\boxed{...}``.
+    """
     stated = last_answer(response)
-    return last_boxed(response) if stated is None and family == "math" else stated
+    return last_boxed(response) if stated is None and reads_boxed else stated
 
 
 def last_answer(response: str) -> str | None:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import pint
 import sympy
 
+from isomorph.curriculum.rewards.answer import AnswerUnreadable
 from isomorph.curriculum.rewards.formula import NotAFormula, parse_formula
+from isomorph.curriculum.rewards.mathematics import same_expression
 
 MAX_CHARS = 300
 MIN_TOLERANCE, MAX_TOLERANCE = 0.01, 0.1
@@ -59,6 +61,32 @@ class Quantity(NamedTuple):
     value: Any  # a SymPy number or formula
     unit: str  # "" where there is none
     tolerance: float  # relative
+
+
+_NO_QUANTITY = "an accepted answer in physics must be a value with a unit, got {!r}"
+
+
+def same_physics(stated: str, accepted: str) -> bool:
+    """Whether ``stated`` is the accepted quantity, or the accepted formula where that has symbols.
+
+    Raises:
+        AnswerUnreadable: ``accepted`` is no value with a unit.
+    """
+    expected = parse_quantity(accepted)
+    if expected is None:
+        raise AnswerUnreadable(_NO_QUANTITY.format(accepted[:200]))
+    if expected.value.free_symbols:
+        return same_expression(stated, accepted, imaginary=False)
+    return same_answer(stated, expected)
+
+
+def why_unreadable(accepted: str) -> str:
+    """Why the accepted answer is no value with a unit, in a sentence; "" where it is one."""
+    reason = _NO_QUANTITY.format(accepted[:200])
+    try:
+        return reason if parse_quantity(accepted) is None else ""
+    except Exception as error:  # SymPy and pint raise nearly anything on text that is no formula
+        return f"{reason}: {type(error).__name__}: {error}"
 
 
 def parse_quantity(text: str) -> Quantity | None:

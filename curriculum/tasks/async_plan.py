@@ -3,6 +3,7 @@
 import random
 import re
 
+from isomorph.curriculum.rewards.families import ASYNC_PLAN
 from isomorph.curriculum.tasks import wording
 from isomorph.curriculum.tasks.longest_path import (
     Working,
@@ -74,7 +75,7 @@ def make_task(
     question = render(procedure, representation, rng, difficulty)
     is_sequential = rng.random() < sequential_rate
     return Task(
-        family="async_plan",
+        family=ASYNC_PLAN.name,
         representation=representation,
         question=question,
         answer=solve(procedure)[0],

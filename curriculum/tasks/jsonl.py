@@ -3,13 +3,14 @@
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from isomorph.curriculum.judge import check_answer, check_reward, refuse_golds
+from isomorph.curriculum.rewards.families import ASYNC_PLAN, check_answer, check_reward
+from isomorph.curriculum.rewards.pool import unreadable_answers
 from isomorph.curriculum.tasks.asynchow import (
     demonstrate_plan,
     demonstrate_question,
@@ -20,7 +21,7 @@ from isomorph.curriculum.tasks.asynchow import (
 )
 from isomorph.curriculum.tasks.task import DataError, Task
 
-__all__ = ["demonstrate_question", "read_rows", "solve_question", "split_rows"]
+__all__ = ["demonstrate_question", "has_solver", "read_rows", "solve_question", "split_rows"]
 
 MAX_ROW_CHARS = 1_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one character
@@ -50,13 +51,13 @@ def read_rows(path: str | PathLike[str], family: str, representation: str, *, re
             raise DataError(f"{path}, line {number}: {error}") from error
         tasks.append(replace(task, reward=reward, key=str(first_rows.setdefault(task.key, len(tasks)))))
         numbers.append(number)
-    _refuse_golds(path, numbers, tasks)
+    _refuse_unreadable_answers(path, numbers, tasks)
     return tasks
 
 
-def _refuse_golds(path: str | PathLike[str], numbers: list[int], tasks: list[Task]) -> None:
+def _refuse_unreadable_answers(path: str | PathLike[str], numbers: list[int], tasks: list[Task]) -> None:
     try:
-        refused = refuse_golds(tasks[0].family, [task.answer for task in tasks], tasks[0].reward)
+        refused = unreadable_answers(tasks[0].family, [task.answer for task in tasks], tasks[0].reward)
     except ImportError as error:
         raise DataError(f"{path}: {error}") from error
     for number, task in zip(numbers, tasks, strict=True):
@@ -133,14 +134,26 @@ def _task(line: str, family: str, representation: str) -> Task:
     except ValueError as error:
         raise DataError(f"answer: {error}") from error
     task = Task(family=family, representation=representation, question=question, answer=answer, key=question)
-    if family != "async_plan":
-        return task
+    solve = _SOLVERS.get(family)
+    return task if solve is None else solve(task, record)
+
+
+def has_solver(family: str) -> bool:
+    """Whether ``read_rows`` gives this family's tasks demonstrations, worked out from their questions."""
+    return family in _SOLVERS
+
+
+def _with_plan_solved(task: Task, record: dict[str, Any]) -> Task:
     if "key" in record:
         return _with_own_solution(task, record)
-    plan = parse_question(question, representation)
+    plan = parse_question(task.question, task.representation)
     return replace(
         task, key=plan_key(plan), demonstration=demonstrate_plan(plan), sequential_answer=sequential_total(plan)
     )
+
+
+# family -> (task, its row) -> the task with key, demonstration and sequential answer
+_SOLVERS: Mapping[str, Callable[[Task, dict[str, Any]], Task]] = {ASYNC_PLAN.name: _with_plan_solved}
 
 
 def _with_own_solution(task: Task, record: dict[str, Any]) -> Task:

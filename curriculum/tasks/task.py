@@ -1,18 +1,14 @@
-"""What a task is: one question with its verifiable answer, as plain data.
+"""``Task``: one question with its verifiable answer, as plain data.
 
 A task travels as the payload of a prompt, and into checkpoints and completion files as JSON.
 """
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-Family = Literal["async_plan", "math", "physics"]
-FAMILIES: tuple[str, ...] = get_args(Family)
-Reward = Literal["strict", "paper"]
-REWARDS: tuple[str, ...] = get_args(Reward)
 Split = Literal["train", "eval"]
-FULL_MARKS = 1.0  # what every judge gives for a right answer
+FULL_MARKS = 1.0  # the reward of a right answer, in every family
 
 
 class DataError(ValueError):
@@ -21,17 +17,17 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A question with the answer that the judge compares against.
+    """A question with the accepted answer that a response's stated answer is compared with.
 
     Example: ``Task(family="async_plan", representation="graph", question="graph = {1: [2], 2: []} ...",
     answer="12 min", key="9f0c...")``
     """
 
-    family: str  # "async_plan" | "math" | "physics"
+    family: str  # of rewards.families.FAMILIES: by which function a response is scored
     representation: str  # "natural" | "graph" | "code" | a held-out form
     question: str  # the whole user prompt
     answer: str
-    reward: str = "strict"  # "strict" | "paper": by which rules a response is judged
+    reward: str = "strict"  # "strict" | "paper": which of the family's functions
     key: str  # identity of the underlying procedure: the same in all of its representations
     demonstration: str | None = None  # a worked response, ends in <answer>..</answer>
     sequential_answer: str | None = None  # what doing one step after the other would give

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from isomorph.curriculum.judge import JudgePool, answer_found
+from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.tasks.task import Task
 
 NUM_RESPONSES = 10_000
@@ -53,7 +53,7 @@ def _asked(rng: random.Random) -> Asked:
 def test_hostile_responses_are_worth_something_and_nothing_else() -> None:
     pytest.importorskip("pint")
     rng = random.Random(0)
-    with JudgePool(max_workers=1, deadline_s=30.0) as pool:
+    with RewardPool(max_workers=1, deadline_s=30.0) as pool:
         for _ in range(0, NUM_RESPONSES, 500):
             asked, texts = [_asked(rng) for _ in range(500)], [_response(rng) for _ in range(500)]
             found = [answer_found(one.payload.family, text) for one, text in zip(asked, texts, strict=True)]

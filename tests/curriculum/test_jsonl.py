@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from isomorph.curriculum.judge import JudgePool, judge
+from isomorph.curriculum.judge import judge
 from isomorph.curriculum.rewards.duration import Interval, parse_timedeltas
+from isomorph.curriculum.rewards.pool import RewardPool
 from isomorph.curriculum.tasks.asynchow import Plan, parse_question
 from isomorph.curriculum.tasks.jsonl import demonstrate_question, read_rows, solve_question, split_rows
 from isomorph.curriculum.tasks.longest_path import topological_order
@@ -363,7 +364,7 @@ def test_a_physics_gold_that_cannot_be_read_is_refused_with_file_and_line(tmp_pa
 
 def test_many_plain_physics_golds_start_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pint")
-    monkeypatch.setattr(JudgePool, "_workers", lambda self: pytest.fail("a worker was started"))
+    monkeypatch.setattr(RewardPool, "_workers", lambda self: pytest.fail("a worker was started"))
     path = tmp_path / "rows.jsonl"
     rows = ({"question": f"{n}?", "answer": f"{n}.5e-{n % 9} kg*m/s^2"} for n in range(20_000))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -20,9 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isomorph.curriculum import judge as judge_module
-from isomorph.curriculum.judge import JudgePool, answer_found, judge, last_answer, last_boxed
+from isomorph.curriculum.judge import judge
+from isomorph.curriculum.rewards import pool as pool_module
+from isomorph.curriculum.rewards.answer import last_answer, last_boxed
 from isomorph.curriculum.rewards.duration import UNIT_SECONDS, parse_duration, parse_timedeltas
+from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.engine.update.score import Judging
@@ -579,37 +581,37 @@ PHYSICS = [
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[JudgePool]:
-    with JudgePool(max_workers=1, deadline_s=20.0) as judges:  # a loaded machine: none of these needs a second
+def pool() -> Iterator[RewardPool]:
+    with RewardPool(max_workers=1, deadline_s=20.0) as judges:  # a loaded machine: none of these needs a second
         yield judges
 
 
 @needs_math
 @pytest.mark.parametrize(("text", "gold", "reward"), MATHEMATICS)
-def test_mathematics(pool: JudgePool, text: str, gold: str, reward: float) -> None:
+def test_mathematics(pool: RewardPool, text: str, gold: str, reward: float) -> None:
     assert pool.judge("math", _answer(text), gold) == reward
 
 
 @needs_math
 @pytest.mark.parametrize(("text", "gold", "reward"), PHYSICS)
-def test_physics(pool: JudgePool, text: str, gold: str, reward: float) -> None:
+def test_physics(pool: RewardPool, text: str, gold: str, reward: float) -> None:
     assert pool.judge("physics", _answer(text), gold) == reward
 
 
 @needs_math
-def test_none_of_those_was_cut_off(pool: JudgePool) -> None:
+def test_none_of_those_was_cut_off(pool: RewardPool) -> None:
     assert (pool.num_timeouts, pool.num_crashes, pool.num_errors) == (0, 0, 0)
 
 
 @needs_math
 @pytest.mark.parametrize(("family", "gold"), [("math", ""), ("physics", ""), ("physics", "green ideas sleep")])
-def test_an_unreadable_accepted_answer_raises_from_a_worker_too(pool: JudgePool, family: str, gold: str) -> None:
+def test_an_unreadable_accepted_answer_raises_from_a_worker_too(pool: RewardPool, family: str, gold: str) -> None:
     with pytest.raises(ValueError, match="accepted answer"):
         pool.judge(family, _answer("5"), gold)
 
 
 @needs_math
-def test_hostile_formulas_are_wrong_and_nothing_is_evaluated(pool: JudgePool, tmp_path: Path) -> None:
+def test_hostile_formulas_are_wrong_and_nothing_is_evaluated(pool: RewardPool, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     attacks = [
         f"__import__('pathlib').Path({str(canary)!r}).touch()",
@@ -640,7 +642,7 @@ HANG = _answer("5 + (2a+2b+2c+2d+2f)^{100} - 2^{100}(a+b+c+d+f)^{100}")
 @needs_math
 def test_a_hang_ends_at_its_deadline_and_is_counted() -> None:
     others = set(multiprocessing.active_children())
-    with JudgePool(max_workers=2, deadline_s=2.0) as pool:
+    with RewardPool(max_workers=2, deadline_s=2.0) as pool:
         pool.judge("math", _answer("5"), "5")  # starts the workers
         prompts = [Asked(_task("math", "5")), Asked(_task("async_plan", "20 min")), Asked(_task("math", "5"))]
         start = time.perf_counter()
@@ -671,7 +673,7 @@ def test_mathematics_is_judged_while_further_responses_are_drawn() -> None:
             policy_version=0,
         )
 
-    with JudgePool(max_workers=1, deadline_s=2.0) as pool:
+    with RewardPool(max_workers=1, deadline_s=2.0) as pool:
 
         def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
             rewards = pool(prompts, texts)
@@ -689,7 +691,7 @@ def test_mathematics_is_judged_while_further_responses_are_drawn() -> None:
 @needs_math
 def test_a_worker_that_dies_costs_its_response_alone() -> None:
     others = set(multiprocessing.active_children())
-    with JudgePool(max_workers=1, deadline_s=60.0) as pool:
+    with RewardPool(max_workers=1, deadline_s=60.0) as pool:
         pool.judge("math", _answer("5"), "5")
         (worker,) = set(multiprocessing.active_children()) - others
         assert worker.pid is not None
@@ -719,14 +721,14 @@ def test_workers_import_neither_torch_nor_an_unguarded_main_module(tmp_path: Pat
 
 
 @needs_math
-def test_workers_may_not_allocate_without_bound(pool: JudgePool) -> None:
+def test_workers_may_not_allocate_without_bound(pool: RewardPool) -> None:
     pool.judge("math", _answer("5"), "5")
     workers = multiprocessing.active_children()
     assert workers
     for worker in workers:
         limits = Path(f"/proc/{worker.pid}/limits").read_text().splitlines()
         (line,) = (line for line in limits if line.startswith("Max address space"))
-        assert line.split()[3] == str(judge_module.MAX_WORKER_BYTES)
+        assert line.split()[3] == str(pool_module.MAX_WORKER_BYTES)
 
 
 @needs_math
@@ -734,8 +736,8 @@ def test_a_hanging_worker_does_not_outlive_a_killed_trainer(tmp_path: Path) -> N
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing, os, signal, threading\n"
-        "from isomorph.curriculum.judge import JudgePool\n"
-        "pool = JudgePool(max_workers=1, deadline_s=2.0)\n"
+        "from isomorph.curriculum.rewards.pool import RewardPool\n"
+        "pool = RewardPool(max_workers=1, deadline_s=2.0)\n"
         "pool.judge('math', '<answer>5</answer>', '5')\n"
         "print(*(w.pid for w in multiprocessing.active_children()), flush=True)\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
@@ -762,14 +764,14 @@ def _is_running(stat: Path) -> bool:
 
 def test_plans_need_no_worker() -> None:
     others = set(multiprocessing.active_children())
-    with JudgePool() as pool:
+    with RewardPool() as pool:
         asked = [Asked(_task("async_plan", "20 min")), Asked(_task("async_plan", "7.0"))]
         assert pool(asked, [_answer("20 minutes"), _answer("8")]) == [1.0, 0.0]
         assert set(multiprocessing.active_children()) <= others
 
 
 def test_callers_mistakes_raise() -> None:
-    with JudgePool() as pool:
+    with RewardPool() as pool:
         with pytest.raises(TypeError, match="Task"):
             pool([Asked("text")], ["x"])
         with pytest.raises(ValueError, match="zip"):
@@ -779,12 +781,12 @@ def test_callers_mistakes_raise() -> None:
         with pytest.raises(ValueError, match="accepted answer"):
             pool([Asked(_task("async_plan", "soon"))], ["x"])
     with pytest.raises(ValueError, match="deadline_s"):
-        JudgePool(deadline_s=0)
+        RewardPool(deadline_s=0)
     with pytest.raises(ValueError, match="max_workers"):
-        JudgePool(max_workers=0)
+        RewardPool(max_workers=0)
 
 
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_module.importlib.util, "find_spec", lambda name: None)
-    with JudgePool() as pool, pytest.raises(ImportError, match=r"isomorph\[math\]"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with RewardPool() as pool, pytest.raises(ImportError, match=r"isomorph\[math\]"):
         pool.judge("math", _answer("5"), "5")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from isomorph.curriculum.judge import JudgePool, check_reward, judge
+from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.rewards.families import check_reward
+from isomorph.curriculum.rewards.pool import RewardPool
 from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError, check_tables, load_recipe
 from isomorph.engine.model.text import TextCodec, word_tokenizer
@@ -267,5 +269,5 @@ def test_the_reward_of_a_recipe_reaches_the_judge(tmp_path: Path) -> None:
         recipe = _recipe({"kind": "jsonl", "family": "math", "files": {"natural": str(rows)}, "reward": reward})
         text = TextCodec(word_tokenizer(["?"]), chat_template=False, stop_ids=[1])
         prompts = Curriculum(recipe, text).take(2)
-        with JudgePool(max_workers=1, deadline_s=60.0) as judges:
+        with RewardPool(max_workers=1, deadline_s=60.0) as judges:
             assert judges(prompts, ["<answer>0.50</answer>", r"<answer>1/2\%</answer>"]) == worth
