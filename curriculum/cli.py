@@ -3,25 +3,20 @@
 Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 interrupted, with a checkpoint written.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from isomorph.curriculum.commands.exit import fail
+from isomorph.curriculum.rewards.families import FAMILIES
 from isomorph.curriculum.tasks.task import DataError
-from isomorph.engine.config import UserError, load_recipe
-from isomorph.engine.foreign import one_line
+from isomorph.engine.config import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Make tasks, and look at files of tasks.")
@@ -31,10 +26,6 @@ app.add_typer(kernels, name="kernels")
 bench = typer.Typer(no_args_is_help=True, help="Measure our ops beside their peers.")
 app.add_typer(bench, name="bench")
 console = Console(markup=False, emoji=False)  # names of the user's are printed as they are
-
-# SIGUSR1: as a queue's warning before its time limit
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-AGAIN_S = 1.0  # one Ctrl-C comes twice where a launcher passes it on
 
 
 def main() -> None:
@@ -49,7 +40,7 @@ def main() -> None:
         if code:
             sys.exit(code)
     except (UserError, DataError) as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:  # who read our output has gone, as head does; Python's own last flush would fail once more
@@ -58,13 +49,13 @@ def main() -> None:
     except typer.TyperException as error:
         if not error.format_message():  # without arguments: the help has been printed
             sys.exit(2)
-        _fail(error.format_message(), 2)
+        fail(error.format_message(), 2)
     except RuntimeError as error:
         from isomorph.engine.types import RunFailed  # imports PyTorch, for which --help does not wait
 
         if not isinstance(error, RunFailed):
             raise
-        _fail(str(error), 1)
+        fail(str(error), 1)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -95,55 +86,9 @@ def train(
     ] = None,
 ) -> None:
     """Train a model by a recipe, or go on with an interrupted run, of which section.key=value may change some."""
-    from isomorph.curriculum.assemble import run_recipe
-    from isomorph.curriculum.recipe import Recipe
-    from isomorph.curriculum.report.run_record import read_run_json
-    from isomorph.curriculum.resume import resumed_recipe
-    from isomorph.engine.distributed.launch import open_ranks
-    from isomorph.engine.record.runlog import LOCK, locked
-    from isomorph.engine.types import RunFailed
+    from isomorph.curriculum.commands.train import train
 
-    given, changes = list(overrides or []), None
-    if resume is not None and recipe is not None and "=" in str(recipe):  # the first of the overrides
-        given, recipe = [str(recipe), *given], None
-    if (recipe is None) == (resume is None):
-        raise UserError(
-            "give either a recipe or --resume DIR: isomorph train RECIPE.toml, or isomorph train --resume DIR; both "
-            "take section.key=value"
-        )
-    if resume is not None:
-        if run is not None:
-            raise UserError("--resume goes on in the run's own folder: --run cannot be given with it")
-        (loaded, changes), folder = resumed_recipe(read_run_json(resume), given, resume), resume
-    else:
-        assert recipe is not None
-        loaded = load_recipe(recipe, given, Recipe)
-        folder = run or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    _check_backends()
-    with _stop_on_signal() as stop, open_ranks() as ranks, contextlib.ExitStack() as stack:
-        console.quiet = not ranks.is_first
-        if resume is None:
-            folder = ranks.from_first(lambda: _new_folder(folder, is_named=run is not None))
-        ranks.from_first(lambda: stack.enter_context(locked(folder)))
-        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
-        try:
-            summary = run_recipe(
-                loaded, folder, console, stop.requested, ranks, resume=resume is not None, changes=changes
-            )
-        except KeyboardInterrupt:
-            _say_interrupted(folder)
-            raise
-        except UserError:
-            if resume is None and ranks.is_first:
-                with contextlib.suppress(OSError):  # it may hold something by now
-                    if [path.name for path in folder.iterdir()] == [LOCK]:
-                        (folder / LOCK).unlink()
-                        folder.rmdir()
-            raise
-        except RunFailed as error:
-            _fail(str(error), 1)  # before signals end the process again: torchrun sends one where a rank has died
-        if ranks.is_first:
-            _print_result(summary, folder)
+    train(recipe, overrides or [], run, resume, console)
 
 
 @app.command()
@@ -162,16 +107,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")] = False,
 ) -> None:
     """What fits and how long a step takes, stage by stage. Loads no weights and touches no GPU."""
-    import json
+    from isomorph.curriculum.commands.plan import plan
 
-    from isomorph.curriculum.estimate import plan_recipe, show_plan
-    from isomorph.curriculum.recipe import Recipe
-
-    planned = plan_recipe(load_recipe(recipe, overrides or [], Recipe), device, device_gib, ranks)
-    if as_json:
-        sys.stdout.write(json.dumps(planned, indent=2) + "\n")
-    else:
-        show_plan(planned, console)
+    plan(recipe, overrides or [], device, device_gib, ranks, console, as_json=as_json)
 
 
 @app.command("eval")
@@ -190,20 +128,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")] = False,
 ) -> None:
     """Greedy accuracy of a model or a run, per representation, with 95 % intervals."""
-    import json
+    from isomorph.curriculum.commands.evaluate import evaluate
 
-    from isomorph.curriculum.commands.evaluate import evaluate, show_scores
-
-    _check_backends()
-
-    def say(line: str) -> None:
-        sys.stderr.write(line + "\n")
-
-    result = evaluate(target, data or [], prompts=prompts, max_new_tok=max_new_tok, say=say)
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        show_scores(result, console)
+    evaluate(target, data or [], prompts, max_new_tok, console, as_json=as_json)
 
 
 @app.command()
@@ -214,12 +141,9 @@ def report(
     ] = None,
 ) -> None:
     """One HTML page and its pictures: what a run did, or how several compare."""
-    from isomorph.curriculum.report.page import write_report
+    from isomorph.curriculum.commands.report import report
 
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise UserError("a run can stand in a report once, got one of these folders twice: " + " ".join(map(str, runs)))
-    page = write_report(runs, out or (runs[0] / "report" if len(runs) == 1 else Path("report")))
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    report(runs, out, console)
 
 
 @app.command()
@@ -251,33 +175,29 @@ def make_data(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there")] = False,
 ) -> None:
     """Write asynchronous-planning tasks as JSON Lines; for a recipe's files, one representation a file."""
-    from isomorph.curriculum.commands.data import make_rows, parse_difficulty, write_rows
+    from isomorph.curriculum.commands.data import make
 
-    difficulty = parse_difficulty(settings or [])
-    write_rows(make_rows(representation or [], prompts, difficulty, seed=seed, split=split), out, force=force)
+    make(representation or [], prompts, settings or [], out, seed=seed, split=split, force=force)
 
 
 @data.command("inspect")
 def inspect_data(
     file: Annotated[Path, typer.Argument(help="JSON Lines with the keys question and answer")],
-    family: Annotated[str, typer.Option("--family", help="async_plan, math or physics")],
+    family: Annotated[str, typer.Option("--family", help=" or ".join(FAMILIES))],
     representation: Annotated[str, typer.Option("--representation", help="natural, graph, code, ...")],
 ) -> None:
     """Check a file of tasks: broken rows, lengths, duplicates, answers that our solver does not find, samples."""
-    from isomorph.curriculum.commands.data import inspect_file, show_inspection
+    from isomorph.curriculum.commands.data import inspect
 
-    show_inspection(inspect_file(file, family, representation), file, console)
+    inspect(file, family, representation, console)
 
 
 @app.command()
 def doctor() -> None:
     """What this machine has and lacks, and what to do about it."""
-    from isomorph.curriculum.commands.doctor import examine, is_sound, show_findings
+    from isomorph.curriculum.commands.doctor import doctor
 
-    findings = examine()
-    show_findings(findings, console)
-    if not is_sound(findings):
-        sys.exit(1)
+    doctor(console)
 
 
 @kernels.command("compile")
@@ -286,18 +206,9 @@ def compile_kernels(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table")] = False,
 ) -> None:
     """Compile every GPU kernel in every configuration, without a GPU, and check its machine code."""
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("compiling kernels needs Triton, which is not installed: pip install triton==3.9.0")
-    from isomorph.kernels import aot
+    from isomorph.curriculum.commands.kernels import compile_kernels
 
-    unknown = sorted(set(arch or ()) - set(aot.ARCHS))
-    if unknown:
-        raise UserError(f"--arch must be one of {', '.join(map(str, aot.ARCHS))}, got {unknown[0]}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UserError("TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
-    code = aot.report(arch or aot.ARCHS, as_json=as_json)
-    if code:
-        sys.exit(code)
+    compile_kernels(arch, as_json=as_json)
 
 
 @bench.command("kernels")
@@ -307,147 +218,6 @@ def bench_kernels(
     quick: Annotated[bool, typer.Option("--quick", help="The smallest size of each op, three rounds")] = False,
 ) -> None:
     """Every op beside its peers: time, memory and error. Needs the repository, not only the package."""
-    import subprocess
+    from isomorph.curriculum.commands.kernels import bench_kernels
 
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "all_ops.py"
-    if not script.is_file():
-        raise UserError(
-            f"the benchmarks are not part of the installed package ({script} is missing): clone the repository and "
-            "run python benchmarks/all_ops.py there"
-        )
-    if importlib.util.find_spec("pytest") is None:
-        raise UserError('the benchmarks need the extra dev: pip install -e ".[dev,bench]"')
-    options = [*(["--op", op] if op else []), *(["--out", str(out)] if out else []), *(["--quick"] if quick else [])]
-    code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
-    if code:
-        sys.exit(code)
-
-
-class _Stop:
-    """Remembers a signal; the run asks every few tokens, and between micro-batches.
-
-    Before it asks for the first time there is nothing to write down, and a signal ends the process at once. So does a
-    second SIGINT, a person's; a second SIGTERM may come from a launcher that passes on what its ranks got, too.
-    """
-
-    def __init__(self) -> None:
-        self.first: float | None = None  # when the first one came
-        self.is_asked = False
-
-    def requested(self) -> bool:
-        self.is_asked = True
-        return self.first is not None
-
-    def take(self, signum: int, frame: Any) -> None:
-        now = time.monotonic()
-        if not self.is_asked:
-            raise KeyboardInterrupt
-        if self.first is None:
-            self.first = now
-            if not console.quiet:
-                name = signal.Signals(signum).name
-                text = f"{name}: stopping as soon as a checkpoint is written (once more, by SIGINT: at once)\n"
-                with contextlib.suppress(OSError):  # past Python's buffers, which it may be in the midst of
-                    os.write(sys.__stdout__.fileno(), text.encode())  # type: ignore[union-attr]
-        elif signum == signal.SIGINT and now - self.first > AGAIN_S:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop.take) for number in STOPS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _new_folder(folder: Path, *, is_named: bool) -> Path:
-    """Made, and nobody else's: of two runs that start in one second the second gets a name of its own."""
-    from isomorph.engine.record.runlog import LOCK
-
-    if folder.is_file():
-        raise UserError(f"--run must name a folder, {folder} is a file")
-    if is_named and folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()):
-        return folder
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if is_named:
-            raise UserError(
-                f"{folder} is not empty: name another folder, or go on with it: isomorph train --resume {folder}"
-            ) from None
-        return _new_folder(folder.with_name(f"{folder.name}-{os.getpid()}"), is_named=True)
-    except OSError as error:
-        raise UserError(f"{folder}: the run folder cannot be made: {error}") from None
-    return folder
-
-
-def _say_interrupted(folder: Path) -> None:
-    from isomorph.engine.record.checkpoint import latest_checkpoint
-
-    if latest_checkpoint(folder / "checkpoints") is None:
-        text = "interrupted before anything was learned: start it again"
-    else:
-        text = f"interrupted; go on with: isomorph train --resume {folder}"
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def _check_backends() -> None:
-    """What ISOMORPH_BACKEND asks for, before anything is loaded."""
-    import torch
-
-    from isomorph.kernels import backend
-
-    try:
-        backend.table("cuda" if torch.cuda.is_available() else "cpu")
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _print_result(summary: dict[str, Any], folder: Path) -> None:
-    _print_summary(summary, folder)
-    _print_anatomy(folder)
-    console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
-    console.print(f"summary: {folder / 'summary.json'}", highlight=False, soft_wrap=True)
-    console.print(f"report: {folder / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _print_summary(summary: dict[str, Any], folder: Path) -> None:
-    table = Table(title=f"{summary['steps']} steps in {summary['wall_s']:.0f} s", title_justify="left")
-    for column in ("accuracy", "before", "after", "95 % interval", "floor", "no answer"):
-        table.add_column(column, justify="left" if column == "accuracy" else "right")
-    after = summary["intervals"].get("after", {})
-    before = summary["accuracy"].get("before", {})
-    no_answer = summary["no_answer"].get("after", {})
-    for name, result in after.items():
-        floor = summary["floor"][name]
-        table.add_row(
-            name,
-            f"{before[name]:.1%}" if name in before else "-",
-            f"{result['rate']:.1%}",
-            f"{result['low']:.1%} to {result['high']:.1%}",
-            "-" if floor is None else f"{floor:.1%}",
-            f"{no_answer[name]:.1%}" if name in no_answer else "-",
-        )
-    console.print(table)
-    console.print("floor: doing one step after the other, without a plan", highlight=False)
-
-
-def _print_anatomy(folder: Path) -> None:
-    from isomorph.curriculum.report.page import ANATOMY_COLUMNS, step_anatomy
-    from isomorph.curriculum.report.run_record import read_run
-
-    table = Table(title="anatomy of a step", title_justify="left")
-    for i, column in enumerate(ANATOMY_COLUMNS):
-        table.add_column(column, justify="left" if i < 2 else "right")
-    for row in step_anatomy(read_run(folder)):
-        table.add_row(*row, end_section=row[1] == "step")
-    console.print(table)
-
-
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"error: {one_line(message)}\n")
-    sys.exit(code)
+    bench_kernels(op, out, quick=quick)

@@ -6,9 +6,6 @@ import re
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from isomorph.curriculum import machine
 from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
@@ -97,8 +94,8 @@ def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]
         moment = max(MOMENTS, key=peaks.__getitem__)
         if peaks[moment] > device_gib:
             found.append(
-                f"stage {stage.name}: {moment} needs up to {_size(peaks[moment])} of memory and this device has "
-                f"{_size(device_gib)}: lower batch.micro_batch_tok ({largest_micro_tok(facts):,} tokens fit), "
+                f"stage {stage.name}: {moment} needs up to {size_text(peaks[moment])} of memory and this device has "
+                f"{size_text(device_gib)}: lower batch.micro_batch_tok ({largest_micro_tok(facts):,} tokens fit), "
                 "sampling.max_new_tok or sampler.max_seqs; `isomorph plan` has the parts"
             )
     return found
@@ -138,54 +135,7 @@ def _prompt_tok(recipe: Recipe, stage: StageRecipe) -> float:
     return sum(w * n for w, n in zip(weights, lengths, strict=True)) / sum(weights)
 
 
-def show_plan(planned: dict[str, Any], console: Console) -> None:
-    """Two tables: bytes, and what fits with how long it takes; a column a stage."""
-    stages, size = planned["stages"], planned["model"]["num_parameters"]
-    one_of = "" if planned["num_ranks"] == 1 else f"one of {planned['num_ranks']} ranks: "
-    heading = f"{one_of}{planned['device']}, {planned['device_gib']:.1f} GiB; {size / 1e9:.3f} B parameters"
-    if (trained := planned["model"]["num_trained"]) < size:
-        heading += f", {trained / 1e6:.1f} M trained"
-    memory = _table(heading, "memory", stages)
-    for name in dict.fromkeys(name for stage in stages for name in stage["arenas_gib"]):
-        when = next(stage["when"][name] for stage in stages if name in stage["when"])
-        place = " (host)" if name in stages[0]["host"] or any(name in s["host"] for s in stages) else ""
-        cells = [_size(s["arenas_gib"][name]) if name in s["arenas_gib"] else "-" for s in stages]
-        memory.add_row(name + place, "always" if len(when) == len(MOMENTS) else ", ".join(when), *cells)
-    memory.add_section()
-    for moment in MOMENTS:
-        peaks = [_peak(stage["peak_gib"][moment], planned["device_gib"]) for stage in stages]
-        memory.add_row(f"peak, {moment}", "", *peaks)
-    console.print(memory)
-    rest = _table("what fits, and how long a step takes at most", "", stages)
-    rest.add_row("largest batch.micro_batch_tok", "tokens", *(f"{s['largest_micro_tok']:,}" for s in stages))
-    rest.add_row("planned micro-batch", "tokens", *(f"{s['tok']['micro_batch']:,.0f}" for s in stages))
-    kv = ("-" if s["largest_kv_tok"] is None else f"{s['largest_kv_tok']:,}" for s in stages)
-    rest.add_row("keys and values", "tokens", *kv)
-    for phase in ("generate", "update"):
-        rest.add_row(phase, "s/step", *(f"{stage['seconds'][phase]:,.1f}" for stage in stages))
-    console.print(rest)
-    ceilings = planned["ceilings"]
-    console.print(
-        f"ceilings: {ceilings['flops'] / 1e12:.2f} TFLOP/s, {ceilings['bandwidth'] / 1e9:,.0f} GB/s "
-        f"({ceilings['source']}); every response as long as sampling.max_new_tok allows",
-        highlight=False,
-    )
-
-
-def _table(title: str, unit: str, stages: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(unit)
-    table.add_column("")
-    for stage in stages:
-        table.add_column(stage["stage"], justify="right")
-    return table
-
-
-def _peak(gib: float, device_gib: float) -> Text:
-    return Text(_size(gib)) if gib <= device_gib else Text(f"{_size(gib)}, does not fit", style="red")
-
-
-def _size(gib: float) -> str:
+def size_text(gib: float) -> str:
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
 
 

@@ -1,4 +1,4 @@
-"""Whether everything that will be asked fits: known before the first step, for all stages and exams."""
+"""Checks before the first step that all prompts and responses fit, for all stages and evaluations."""
 
 import functools
 import random
@@ -11,42 +11,42 @@ from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
 
-NUM_SAMPLES = 32  # of the longest generated questions of a stage
+NUM_SAMPLES = 32  # questions generated for each part of a stage's mixture, of the largest number of steps
 
 Misfit = Callable[[Task], str | None]  # why a task does not fit; None where it does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """The limits on prompts and responses of ``recipe``, for a model with ``max_model_len`` positions."""
+class LengthLimits:
+    """The limits on prompts and responses that ``recipe`` sets, for a model with ``max_model_len`` positions."""
 
     recipe: Recipe
     text: TextCodec
     max_model_len: int
 
     def misfit_of_training(self, data: str, representation: str) -> Misfit:
-        """Of the stages that ask tasks of ``data``; a row that one of them cannot ask is left out of all."""
-        asking = [
+        """Checks a task against all stages that train on ``data``: what does not fit in one is left out of all."""
+        stages = [
             stage
             for stage in self.recipe.stage
             if any((part.data, part.representation) == (data, representation) for part in stage.mixture)
         ]
 
         def misfit(task: Task) -> str | None:
-            return next((why for stage in asking if (why := self._in_stage(task, stage))), None)
+            return next((why for stage in stages if (why := self._in_stage(task, stage))), None)
 
         return misfit
 
-    def misfit_of_exam(self, data: str, representation: str) -> Misfit:
-        """Of the exams, where they ask tasks of ``data``."""
+    def misfit_of_evaluation(self, data: str, representation: str) -> Misfit:
+        """Checks a task against [eval] where it uses ``data``; else all tasks fit."""
         wanted = self.recipe.eval
-        is_asked = wanted.data == data and representation in wanted.representations
-        return self._in_exam if is_asked else lambda task: None
+        is_used = wanted.data == data and representation in wanted.representations
+        return self._in_evaluation if is_used else lambda task: None
 
     def refuse_generated(self) -> None:
-        """Raises UserError where a stage's longest generated questions, or an exam's, do not fit.
+        """Raises UserError where a stage's generated questions do not fit.
 
-        Of the longest procedures that the difficulty allows a few are drawn for each stage, and all that an exam asks.
+        ``NUM_SAMPLES`` questions with the most steps that the difficulty allows are generated for each stage.
         """
         for stage in self.recipe.stage:
             for part in stage.mixture:
@@ -60,16 +60,16 @@ class Room:
                     if why := self._in_stage(task, stage):
                         raise UserError(f"stage {stage.name}, a {part.representation} question of {part.data}: {why}")
 
-    def refuse_exam(self, tasks: Sequence[Task]) -> None:
-        """Raises UserError where one of an exam's ``tasks`` does not fit."""
+    def refuse_evaluation(self, tasks: Sequence[Task]) -> None:
+        """Raises UserError where one of the evaluation's ``tasks`` does not fit."""
         for i, task in enumerate(tasks):
-            if why := self._in_exam(task):
-                raise UserError(f"exam, {task.representation} question {i + 1}: {why}")
+            if why := self._in_evaluation(task):
+                raise UserError(f"[eval], {task.representation} question {i + 1}: {why}")
 
     def _in_stage(self, task: Task, stage: StageRecipe) -> str | None:
         limits = [
-            (self.max_model_len, f"the model has positions for {self.max_model_len}"),
-            # a response's last token is predicted, and is nobody's input
+            self._limit_of_model(),
+            # a response's last token is only ever a target, so it needs no place in the micro-batch
             (
                 stage.batch.micro_batch_tok + 1,
                 f"a micro-batch must hold all but the last: batch.micro_batch_tok={stage.batch.micro_batch_tok}",
@@ -85,20 +85,22 @@ class Room:
             response = f"a demonstration of {num_tok}"
         else:
             num_tok, response = most, f"sampling.max_new_tok={most}"
-            if self.recipe.sampler.kind == "vllm":
-                longest = self.recipe.sampler.max_model_len
-                limits.append((longest, f"vLLM is started for sampler.max_model_len={longest}"))
+            limits += self._limits_of_sampler()
         return self._over(task, num_tok, response, *min(limits))
 
-    def _in_exam(self, task: Task) -> str | None:
-        limits, most = (
-            [(self.max_model_len, f"the model has positions for {self.max_model_len}")],
-            self.recipe.eval.max_new_tok,
-        )
-        if self.recipe.sampler.kind == "vllm":
-            longest = self.recipe.sampler.max_model_len
-            limits.append((longest, f"vLLM is started for sampler.max_model_len={longest}"))
+    def _in_evaluation(self, task: Task) -> str | None:
+        most = self.recipe.eval.max_new_tok
+        limits = [self._limit_of_model(), *self._limits_of_sampler()]
         return self._over(task, most, f"eval.max_new_tok={most}", *min(limits))
+
+    def _limit_of_model(self) -> tuple[int, str]:
+        return self.max_model_len, f"the model has positions for {self.max_model_len}"
+
+    def _limits_of_sampler(self) -> list[tuple[int, str]]:
+        if self.recipe.sampler.kind != "vllm":
+            return []
+        longest = self.recipe.sampler.max_model_len
+        return [(longest, f"vLLM is started for sampler.max_model_len={longest}")]
 
     def _over(self, task: Task, num_tok: int, response: str, limit: int, why: str) -> str | None:
         prompt_tok = at_most(self.text, task.question, limit - num_tok, is_prompt=True)
@@ -108,9 +110,9 @@ class Room:
 
 
 def at_most(text: TextCodec, words: str, limit: int, *, is_prompt: bool = False) -> int:
-    """Tokens of ``words``, as a prompt or as a response; or a bound on their number, where that is within ``limit``.
+    """Number of tokens of ``words``, as a prompt or as a response; or an upper bound, where that is within ``limit``.
 
-    A token of plain ASCII is at least one character. Large files are thus not tokenised to learn that they are short.
+    A token of ASCII text is at least one character, so that texts that are short enough need not be tokenised.
     """
     if words.isascii():
         bound = len(words) + (len(_around(text)) if is_prompt else 1)
@@ -121,12 +123,12 @@ def at_most(text: TextCodec, words: str, limit: int, *, is_prompt: bool = False)
 
 @functools.lru_cache(maxsize=8)
 def _around(text: TextCodec) -> tuple[int, ...]:
-    """A prompt of next to nothing: the template's own tokens, and one."""
+    """Token ids of a one-letter prompt: the chat template's own tokens, and one."""
     return text.encode_prompt("a")
 
 
 def left_out(path: str, total: int, reasons: dict[int, str]) -> str:
-    """A sentence: how many rows of ``path`` are left out, and the first of them by number."""
+    """A sentence: how many rows of ``path`` are left out, and why the first three are."""
     first = "; ".join(f"row {row}: {reasons[row]}" for row in sorted(reasons)[:3])
     more = "; ..." if len(reasons) > 3 else ""
     return f"{path}: {len(reasons)} of {total} rows are left out: {first}{more}"

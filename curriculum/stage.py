@@ -1,53 +1,48 @@
-"""The curriculum: which stage is on, what it asks, when it is over, and what was known at its boundaries.
+"""``Curriculum``: the present stage, its prompts and its stop conditions, and the evaluations between stages.
 
-Satisfies the engine's ``PromptSource``. Its whole memory is one small JSON object: every random choice is made by a
-generator seeded with (run seed, prompt number), so a resumed run asks what the uninterrupted one would have asked.
+Satisfies the engine's ``PromptSource``. Its state is one small JSON object: every random choice is made by a generator
+seeded with (run seed, prompt number), so that a resumed run gets the prompts of the uninterrupted one.
 """
 
 import random
 from collections.abc import Sequence
 from typing import Any
 
-from isomorph.curriculum.judge import judge
-from isomorph.curriculum.lengths import Misfit, Room, at_most, left_out
-from isomorph.curriculum.recipe import GeneratedData, Ingredient, JsonlData, Mastery, Plateau, Recipe, StageRecipe
-from isomorph.curriculum.report.transfer import Accuracy
-from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
-from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
+from isomorph.curriculum.evaluation import evaluation_tasks, scores_by_representation, sequential_baseline
+from isomorph.curriculum.lengths import LengthLimits
+from isomorph.curriculum.recipe import START, GeneratedData, Ingredient, Mastery, Plateau, Recipe, StageRecipe
+from isomorph.curriculum.sources import as_prompt, open_files
+from isomorph.curriculum.tasks.async_plan import make_task
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.types import Exam, Group, Prompt
 
-START = "start"  # the exam before the first stage
-
 
 class Curriculum:
-    """Stages in order; ``text`` turns questions into token ids."""
+    """The stages in order; ``text`` tokenises their questions."""
 
     def __init__(self, recipe: Recipe, text: TextCodec, max_model_len: int | None = None) -> None:
-        """``max_model_len``: the model's positions; None: whether questions fit is not looked at.
+        """``max_model_len``: the model's positions; None: lengths are not checked.
 
-        Raises UserError where generated questions cannot fit, or no row of a file does; other rows are left out.
+        Raises UserError where generated questions do not fit, or no row of a file does; other rows are left out.
         """
         self.recipe = recipe
         self.text = text
-        room = None if max_model_len is None else Room(recipe=recipe, text=text, max_model_len=max_model_len)
-        self.files = {
-            name: TaskFiles(data, text, name, room) for name, data in recipe.data.items() if isinstance(data, JsonlData)
-        }
+        limits = None if max_model_len is None else LengthLimits(recipe=recipe, text=text, max_model_len=max_model_len)
+        self.files = open_files(recipe, text, limits)
         self.stage_index = 0
         self.steps_done = 0  # of the present stage
         self.next_prompt_id = 0
         self.recent_rewards: list[float] = []  # mean of each of the last steps, for mastery and plateau
         self.response_tok = 0  # of the present stage
         self.positions: dict[str, int] = {}  # of each file: rows taken so far
-        self.exams: list[dict[str, Any]] = []
-        self.finished: list[dict[str, Any]] = []  # stages that are over, and why
-        self._exam_prompts: tuple[Prompt, ...] | None = None
-        if room is not None:
-            room.refuse_generated()
-            room.refuse_exam([task for name in recipe.eval.representations for task in self._exam_tasks(name)])
+        self.evaluations: list[dict[str, Any]] = []  # results so far
+        self.finished: list[dict[str, Any]] = []  # name, steps and end of the stages that are over
+        self._evaluation_prompts: tuple[Prompt, ...] | None = None
+        if limits is not None:
+            limits.refuse_generated()
+            limits.refuse_evaluation(self._evaluation_tasks())
 
     def stage(self) -> StageRecipe | None:
         stages = self.recipe.stage
@@ -80,66 +75,44 @@ class Curriculum:
             self.recent_rewards = []
 
     def exam(self) -> Exam | None:
-        """Due after every stage; before the first one only where that is not supervised."""
+        """The evaluation that is due: one after each stage, and one before the first unless that is supervised."""
         label = self.recipe.stage[self.stage_index - 1].name if self.stage_index else START
-        is_due = self.steps_done == 0 and label not in {exam["label"] for exam in self.exams}
+        is_due = self.steps_done == 0 and label not in {done["label"] for done in self.evaluations}
         if not is_due or (label == START and self.recipe.stage[0].objective.is_supervised):
             return None
-        return Exam(label=label, prompts=self._questions(), max_new_tok=self.recipe.eval.max_new_tok)
+        return Exam(label=label, prompts=self._prompts_of_evaluation(), max_new_tok=self.recipe.eval.max_new_tok)
 
     def grade(self, exam: Exam, rewards: Sequence[float], found: Sequence[bool] | None) -> str:
-        by_representation: dict[str, list[bool]] = {}
-        unanswered: dict[str, list[bool]] = {}
-        for i, prompt in enumerate(exam.prompts):
-            by_representation.setdefault(prompt.representation, []).append(self.is_correct(prompt, rewards[i]))
-            if found is not None:
-                unanswered.setdefault(prompt.representation, []).append(not found[i])
-        no_answer = {name: sum(missing) / len(missing) for name, missing in unanswered.items()}
-        results = {name: Accuracy.of(sum(got), len(got)) for name, got in by_representation.items()}
-        self.exams.append(
+        """Records accuracy, share without an answer and baseline by representation; returns a line for the console."""
+        results = scores_by_representation([prompt.payload for prompt in exam.prompts], rewards, found)
+        self.evaluations.append(
             {
                 "label": exam.label,
                 "after_prompts": self.next_prompt_id,
-                "accuracy": {name: result.to_dict() for name, result in results.items()},
-                "no_answer": no_answer,
-                "floor": self.floor(),
+                "accuracy": {name: result.accuracy.to_dict() for name, result in results.items()},
+                "no_answer": {n: result.no_answer for n, result in results.items() if result.no_answer is not None},
+                "floor": self.sequential_baseline(),
             }
         )
-        parts = (
-            f"{name} {r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]"
-            + (f" (no answer {no_answer[name]:.0%})" if no_answer.get(name) else "")
-            for name, r in results.items()
-        )
-        return f"exam after {exam.label}: " + "  ".join(parts)
+        return f"eval after {exam.label}: " + "  ".join(f"{name} {result}" for name, result in results.items())
 
-    def floor(self) -> dict[str, float | None]:
-        """Share of the exam's questions that doing one step after the other answers rightly; None where unknown."""
-        known: dict[str, list[float]] = {}
-        for prompt in self._questions():
-            task: Task = prompt.payload
-            if task.sequential_answer is not None:
-                answered = f"<answer>{task.sequential_answer}</answer>"
-                known.setdefault(prompt.representation, []).append(
-                    judge(task.family, answered, task.answer, reward=task.reward)
-                )
+    def sequential_baseline(self) -> dict[str, float | None]:
+        """Accuracy of the sequential baseline per representation of [eval]; None where it is not known."""
+        tasks: list[Task] = [prompt.payload for prompt in self._prompts_of_evaluation()]
         return {
-            name: sum(known[name]) / len(known[name]) if name in known else None
+            name: sequential_baseline([task for task in tasks if task.representation == name])
             for name in self.recipe.eval.representations
         }
 
     def accuracy(self) -> dict[str, dict[str, Any]]:
-        """Results by representation at the exams of ``boundary_exams``."""
-        return {when: exam["accuracy"] for when, exam in self.boundary_exams().items()}
+        """Results by representation, of ``boundary_evaluations``."""
+        return {when: done["accuracy"] for when, done in self.boundary_evaluations().items()}
 
-    def boundary_exams(self) -> dict[str, dict[str, Any]]:
+    def boundary_evaluations(self) -> dict[str, dict[str, Any]]:
         """``before``: at the end of the supervised warm-up, or at the start without one; ``after``: at the end."""
-        supervised = 0
-        while supervised < len(self.recipe.stage) and self.recipe.stage[supervised].objective.is_supervised:
-            supervised += 1
-        label = self.recipe.stage[supervised - 1].name if supervised else START
-        by_label = {exam["label"]: exam for exam in self.exams}
-        found = {"before": by_label.get(label), "after": by_label.get(self.recipe.stage[-1].name)}
-        return {when: exam for when, exam in found.items() if exam is not None}
+        by_label = {done["label"]: done for done in self.evaluations}
+        found = {"before": by_label.get(self.recipe.warm_up_label), "after": by_label.get(self.recipe.stage[-1].name)}
+        return {when: done for when, done in found.items() if done is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -149,7 +122,7 @@ class Curriculum:
             "recent_rewards": list(self.recent_rewards),
             "response_tok": self.response_tok,
             "positions": dict(self.positions),
-            "exams": list(self.exams),
+            "exams": list(self.evaluations),
             "finished": list(self.finished),
         }
 
@@ -162,20 +135,25 @@ class Curriculum:
         self.recent_rewards = list(state["recent_rewards"])
         self.response_tok = state["response_tok"]
         self.positions = dict(state["positions"])
-        self.exams = list(state["exams"])
+        self.evaluations = list(state["exams"])
         self.finished = list(state["finished"])
 
     def _refuse(self, state: dict[str, Any]) -> None:
-        if state.keys() != self.state_dict().keys() or state["stage_index"] > len(self.recipe.stage):
-            raise UserError(
-                f"the checkpoint's curriculum is in stage {state.get('stage_index', 0) + 1} and remembers "
-                f"{', '.join(state)}; this one has {len(self.recipe.stage)} stages and remembers "
-                f"{', '.join(self.state_dict())}: resume with the recipe and the version that wrote it"
-            )
+        expected, stages = self.state_dict().keys(), len(self.recipe.stage)
+        if unknown := sorted(state.keys() ^ expected):
+            found = f"its curriculum has other fields ({', '.join(unknown)})"
+        elif state["stage_index"] > stages:
+            found = f"it is in stage {state['stage_index'] + 1} of {stages}"
+        else:
+            return
+        raise UserError(
+            f"the checkpoint does not match this recipe or version: {found}; resume with the recipe and the version "
+            "that wrote it"
+        )
 
     def _present(self) -> StageRecipe:
         stage = self.stage()
-        assert stage is not None, "all stages are over"
+        assert stage is not None, "all stages have ended"
         return stage
 
     def _why_over(self, stage: StageRecipe) -> str | None:
@@ -202,7 +180,7 @@ class Curriculum:
         rng = random.Random(f"{self.recipe.run.seed}:{prompt_id}")
         mixture = self._present().mixture
         part = rng.choices(mixture, [p.weight for p in mixture])[0]
-        return self._prompt(prompt_id, self._task(part, rng))
+        return as_prompt(prompt_id, self._task(part, rng), self.text)
 
     def _task(self, part: Ingredient, rng: random.Random) -> Task:
         data = self.recipe.data[part.data]
@@ -215,72 +193,13 @@ class Curriculum:
         self.positions[key] = position + 1
         return self.files[part.data].training_task(part.representation, position, self.recipe.run.seed)
 
-    def _questions(self) -> tuple[Prompt, ...]:
-        """The exam's questions, always the same ones; their ids are negative, training's are not."""
-        if self._exam_prompts is None:
-            wanted = self.recipe.eval
-            tasks = [t for name in wanted.representations for t in self._exam_tasks(name)]
-            self._exam_prompts = tuple(self._prompt(-1 - i, task) for i, task in enumerate(tasks))
-        return self._exam_prompts
+    def _prompts_of_evaluation(self) -> tuple[Prompt, ...]:
+        """The same ones in every evaluation; their ids are negative, those of training are not."""
+        if self._evaluation_prompts is None:
+            tasks = self._evaluation_tasks()
+            self._evaluation_prompts = tuple(as_prompt(-1 - i, task, self.text) for i, task in enumerate(tasks))
+        return self._evaluation_prompts
 
-    def _exam_tasks(self, representation: str) -> list[Task]:
-        wanted = self.recipe.eval
-        data = self.recipe.data[wanted.data]
-        if isinstance(data, JsonlData):
-            return self.files[wanted.data].held_out[representation][: wanted.prompts]
-        return draw_tasks(data.difficulty, representation, wanted.prompts, seed=wanted.seed, split="eval")
-
-    def _prompt(self, prompt_id: int, task: Task) -> Prompt:
-        return Prompt(
-            prompt_id=prompt_id,
-            token_ids=self.text.encode_prompt(task.question),
-            task=task.family,
-            representation=task.representation,
-            payload=task,
-        )
-
-
-class TaskFiles:
-    """A [data.NAME] of kind jsonl: its rows, split into training and held out by procedure."""
-
-    def __init__(self, data: JsonlData, text: TextCodec, name: str = "", room: Room | None = None) -> None:
-        rows = {name: read_rows(path, data.family, name, reward=data.reward) for name, path in data.files.items()}
-        train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
-        self.num_too_long: dict[str, int] = {}
-        self.left_out: list[str] = []  # sentences
-        self.training: dict[str, list[Task]] = {}
-        self.held_out: dict[str, list[Task]] = {}
-        for form, tasks in rows.items():
-            reasons: dict[int, str] = {}
-            number = {id(task): i for i, task in enumerate(tasks, start=1)}
-            never: Misfit = lambda task: None  # noqa: E731
-            for part, kept, misfit in (
-                (train, self.training, room.misfit_of_training(name, form) if room else never),
-                (held_out, self.held_out, room.misfit_of_exam(name, form) if room else never),
-            ):
-                kept[form] = []
-                for task in part[form]:
-                    num_tok = at_most(text, task.question, data.max_prompt_tok, is_prompt=True)
-                    why = misfit(task)
-                    if num_tok > data.max_prompt_tok:
-                        why = f"a prompt of {num_tok} tokens, max_prompt_tok={data.max_prompt_tok}"
-                    if why:
-                        reasons[number[id(task)]] = why
-                    else:
-                        kept[form].append(task)
-                if not kept[form]:
-                    raise UserError(f"no {form} row fits: {left_out(data.files[form], len(tasks), reasons)}")
-            self.num_too_long[form] = len(reasons)
-            if reasons:
-                self.left_out.append(left_out(data.files[form], len(tasks), reasons))
-        self._passes: dict[str, tuple[tuple[int, int], list[int]]] = {}  # representation -> (seed, pass), its order
-
-    def training_task(self, representation: str, position: int, seed: int) -> Task:
-        """Row ``position`` of an endless sequence of passes, each in an order of its own."""
-        tasks = self.training[representation]
-        turn, index = divmod(position, len(tasks))
-        known = self._passes.get(representation)
-        if known is None or known[0] != (seed, turn):  # permuting the whole file for each row would take its length
-            order = random.Random(f"{seed}:{representation}:{turn}").sample(range(len(tasks)), len(tasks))
-            known = self._passes[representation] = (seed, turn), order
-        return tasks[known[1][index]]
+    def _evaluation_tasks(self) -> list[Task]:
+        names = self.recipe.eval.representations
+        return [task for name in names for task in evaluation_tasks(self.recipe, self.files, name)]

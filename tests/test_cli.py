@@ -1,5 +1,6 @@
 """The command line as a user meets it: a whole run, a killed one that goes on, and every kind of bad input."""
 
+import io
 import json
 import os
 import signal
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from isomorph.curriculum.cli import AGAIN_S, _new_folder, _Stop
+from isomorph.curriculum.commands.train import AGAIN_S, Stop, new_folder
 from isomorph.engine.config import UserError
 
 RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
@@ -45,7 +47,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     done = isomorph("train", SMOKE, "--run", "whole", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "floor" in done.stdout
+    assert "sequential baseline" in done.stdout
     return folder / "whole"
 
 
@@ -151,12 +153,12 @@ def test_a_signal_is_heard_while_responses_are_drawn(tmp_path: Path, number: sig
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert f"{number.name}: stopping" in out and "--resume" in out
+    assert f"{number.name}: stop requested" in out and "--resume" in out
     assert (tmp_path / "run" / "checkpoints" / "step-00000000").is_dir()
 
 
 def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
-    stop = _Stop()
+    stop = Stop(Console(file=io.StringIO(), quiet=True))
     with pytest.raises(KeyboardInterrupt):
         stop.take(signal.SIGTERM, None)
     assert not stop.requested()
@@ -254,13 +256,13 @@ def test_a_wrong_choice_of_bodies_is_refused_before_anything_is_made(tmp_path: P
 
 
 def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path) -> None:
-    first, second = (_new_folder(tmp_path / "smoke-1", is_named=False) for _ in range(2))
+    first, second = (new_folder(tmp_path / "smoke-1", is_named=False) for _ in range(2))
     assert first == tmp_path / "smoke-1" and second != first and second.is_dir()
     with pytest.raises(UserError, match="is not empty"):
         (first / "run.json").touch()
-        _new_folder(first, is_named=True)
+        new_folder(first, is_named=True)
     with pytest.raises(UserError, match="is a file"):
-        _new_folder(first / "run.json", is_named=True)
+        new_folder(first / "run.json", is_named=True)
 
 
 def test_the_version_is_told_and_no_command_gets_the_help(tmp_path: Path) -> None:

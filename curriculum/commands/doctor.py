@@ -71,6 +71,14 @@ class Finding:
     required: bool = False
 
 
+def doctor(console: Console) -> None:
+    """Prints all findings; ends with exit code 1 where nothing can be trained here."""
+    findings = examine()
+    show_findings(findings, console)
+    if not is_sound(findings):
+        sys.exit(1)
+
+
 def examine() -> list[Finding]:
     """Everything that is looked at, in order; takes a few seconds, for PyTorch is imported and a little measured."""
     findings = [_python(), *(_package(name, *pins) for name, pins in BASE.items()), *_trio()]

@@ -22,7 +22,8 @@ from isomorph.curriculum.report.drawing import (
     smoothing_window,
 )
 from isomorph.curriculum.report.run_record import ExamResult, RunRecord, Span, series
-from isomorph.curriculum.report.transfer import Accuracy, TransferMatrix
+from isomorph.curriculum.report.transfer import TransferMatrix
+from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.engine.record.runlog import Row
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; the runs' colours are Paul Tol's muted ones.

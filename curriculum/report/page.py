@@ -20,7 +20,8 @@ from isomorph.curriculum.report.run_record import (
     series,
     trained_on,
 )
-from isomorph.curriculum.report.transfer import Accuracy, Evaluation, TransferMatrix, transfer_matrix
+from isomorph.curriculum.report.transfer import Measurement, TransferMatrix, transfer_matrix
+from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.engine.config import UserError
 from isomorph.engine.record.runlog import Row
 
@@ -113,7 +114,7 @@ def _runs_table(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 def _matrix_of_runs(records: Sequence[RunRecord], names: Sequence[str]) -> TransferMatrix:
     """A row for each condition: the last exam of every run."""
     conditions: dict[str, str] = {}  # recipe without its seed -> label of the row
-    evaluations: list[Evaluation] = []
+    evaluations: list[Measurement] = []
     for record, name in zip(records, names, strict=True):
         if not record.exams:
             continue
@@ -139,8 +140,8 @@ def _matrix_of_exams(record: RunRecord) -> TransferMatrix:
     )
 
 
-def _evaluations(label: str, exam: ExamResult) -> list[Evaluation]:
-    return [Evaluation(trained_on=label, evaluated_on=name, accuracy=a) for name, a in exam.accuracy.items()]
+def _evaluations(label: str, exam: ExamResult) -> list[Measurement]:
+    return [Measurement(trained_on=label, evaluated_on=name, accuracy=a) for name, a in exam.accuracy.items()]
 
 
 def _matrix_table(matrix: TransferMatrix) -> str:

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from isomorph.curriculum.recipe import Recipe, StageRecipe
-from isomorph.curriculum.report.transfer import Accuracy
+from isomorph.curriculum.recipe import START, Recipe, StageRecipe
+from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.engine.config import UserError, check_tables
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.record.runlog import Row, read_steps
-
-START = "start"  # the exam before the first stage, as in stage.py, whose imports would cost a report ten seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +61,7 @@ class RunRecord:
     @property
     def before(self) -> ExamResult | None:
         """After the supervised warm-up, or at the start without one: where reinforcement sets in."""
-        return next((exam for exam in self.exams if exam.label == _warm_up_end(self.recipe)), None)
+        return next((exam for exam in self.exams if exam.label == self.recipe.warm_up_label), None)
 
     @property
     def latest(self) -> ExamResult | None:
@@ -136,15 +134,6 @@ def trained_on(stages: Sequence[StageRecipe]) -> str:
 def _ingredients(stage: StageRecipe) -> str:
     names = "+".join(sorted({part.representation for part in stage.mixture}))
     return f"{stage.objective.name} {names}" if stage.objective.name in ("sft", "rft") else names
-
-
-def _warm_up_end(recipe: Recipe) -> str:
-    label = START
-    for stage in recipe.stage:
-        if not stage.objective.is_supervised:
-            break
-        label = stage.name
-    return label
 
 
 def _rows(folder: Path) -> tuple[tuple[Row, ...], list[str]]:

@@ -1,61 +1,14 @@
-"""What carries over: accuracies with confidence intervals, and the matrix trained on x evaluated on."""
+"""The transfer matrix: accuracy by what was trained on (rows) and evaluated on (columns)."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import NormalDist
-from typing import Any, Self
+from dataclasses import dataclass
 
-
-def interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for the rate of which ``correct`` of ``n`` is a sample; both ends in 0..1.
-
-    Raises:
-        ValueError: n is not positive, correct is outside 0..n, or confidence is outside (0, 1).
-    """
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"correct must be in 0..n and n at least 1, got correct = {correct}, n = {n}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    centre = correct + z2 / 2
-    # written so that 0 and n give exactly 0 and 1 at their ends
-    half = math.sqrt(z2 * (correct * (n - correct) / n + z2 / 4))
-    low = 0.0 if correct == 0 else (centre - half) / (n + z2)
-    high = 1.0 if correct == n else (centre + half) / (n + z2)
-    return low, high
+from isomorph.curriculum.study.statistics import Accuracy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accuracy:
-    """A share of right answers with its 95 % confidence interval."""
-
-    correct: int
-    n: int
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, correct: int, n: int) -> Self:
-        """Raises ValueError where ``interval`` does."""
-        low, high = interval(correct, n)
-        return cls(correct=correct, n=n, low=low, high=high)
-
-    @property
-    def rate(self) -> float:
-        return self.correct / self.n
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able: correct, n, rate, low, high."""
-        return {**asdict(self), "rate": self.rate}
-
-    def __str__(self) -> str:
-        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """One cell: what a policy trained on ``trained_on`` got right on ``evaluated_on``."""
+class Measurement:
+    """Accuracy on ``evaluated_on`` of a policy that was trained on ``trained_on``."""
 
     trained_on: str  # such as "graph" or "graph -> natural"
     evaluated_on: str  # a representation
@@ -64,7 +17,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferMatrix:
-    """Accuracies by what was trained on (rows) and evaluated on (columns). A cell nobody measured is None."""
+    """Accuracies by what was trained on (rows) and evaluated on (columns). A cell without a measurement is None."""
 
     trained_on: tuple[str, ...]
     evaluated_on: tuple[str, ...]
@@ -79,16 +32,16 @@ class TransferMatrix:
         return _aligned([["trained on \\ evaluated on", *self.evaluated_on], *body])
 
 
-def transfer_matrix(evaluations: Iterable[Evaluation]) -> TransferMatrix:
+def transfer_matrix(measurements: Iterable[Measurement]) -> TransferMatrix:
     """Rows and columns in order of first appearance; several runs of one condition (seeds) are pooled.
 
-    Pooling adds up the counts, so its interval speaks of these runs' questions, not of the spread between seeds.
+    Pooling adds up the counts: the interval covers the sampling of questions, not the spread between seeds.
     """
     counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for evaluation in evaluations:
-        at = (evaluation.trained_on, evaluation.evaluated_on)
+    for measured in measurements:
+        at = (measured.trained_on, measured.evaluated_on)
         correct, n = counts.get(at, (0, 0))
-        counts[at] = (correct + evaluation.accuracy.correct, n + evaluation.accuracy.n)
+        counts[at] = (correct + measured.accuracy.correct, n + measured.accuracy.n)
     return TransferMatrix(
         trained_on=tuple(dict.fromkeys(row for row, _ in counts)),
         evaluated_on=tuple(dict.fromkeys(column for _, column in counts)),

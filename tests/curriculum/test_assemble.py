@@ -1,4 +1,4 @@
-"""What a run says about the bodies that it uses; a run of adapters. The rest is tested through the command line."""
+"""What a run records about its ops; a run of adapters. The rest is tested through the command line."""
 
 import io
 import json
@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from isomorph.curriculum import assemble
+from isomorph.curriculum import assemble, environment, estimate
 from isomorph.curriculum.commands.evaluate import open_candidate
-from isomorph.curriculum.judge import JudgePool
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import resumed_recipe
+from isomorph.curriculum.rewards.pool import RewardPool
 from isomorph.engine.config import UserError, check_tables, load_recipe
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.kernels import backend
@@ -42,17 +42,19 @@ def h100_without_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_that_makes_all_scores_is_a_fallback_unless_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert assemble.fallbacks(a_policy(128)) == []
-    (fallback,) = assemble.fallbacks(a_policy(256))
+    assert environment.fallbacks(a_policy(128)) == []
+    (fallback,) = environment.fallbacks(a_policy(256))
     assert "tokens x tokens" in fallback and "flash is not here" in fallback
     monkeypatch.setenv(backend.ENVIRONMENT, "packed_attention=reference")
-    assert assemble.fallbacks(a_policy(256)) == []
+    assert environment.fallbacks(a_policy(256)) == []
 
 
 @pytest.mark.usefixtures("h100_without_flash")
 def test_a_gpu_without_triton_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton_reason", lambda: "triton is not installed")
-    assert any("PyTorch bodies on the GPU: triton is not installed" in x for x in assemble.fallbacks(a_policy(128)))
+    assert any(
+        "PyTorch implementations on the GPU: triton is not installed" in x for x in environment.fallbacks(a_policy(128))
+    )
 
 
 def test_what_could_not_be_judged_is_summed_over_the_ranks() -> None:
@@ -60,9 +62,9 @@ def test_what_could_not_be_judged_is_summed_over_the_ranks() -> None:
         def gather(self, own: Any) -> list[Any]:
             return [own, {"timeouts": 1, "crashes": 0, "errors": 4}]
 
-    with JudgePool() as judges:
+    with RewardPool() as judges:
         judges.num_timeouts, judges.num_crashes = 2, 3
-        assert assemble._counted(judges, Two(0, 2)) == {"timeouts": 3, "crashes": 3, "errors": 4}
+        assert assemble.count_failures(judges, Two(0, 2)) == {"timeouts": 3, "crashes": 3, "errors": 4}
 
 
 # -- a run of adapters
@@ -164,7 +166,7 @@ def test_a_stage_that_does_not_fit_into_memory_is_told_before_it_starts(monkeypa
     policy = assemble.open_policy(recipe)
     monkeypatch.setattr("isomorph.curriculum.estimate.machine.available_gib", lambda: 0.0)
     monkeypatch.setattr("isomorph.curriculum.estimate.process_memory_gib", lambda: (0.5, 0.5))
-    (short,) = assemble.short_of_memory(recipe, policy, 1)
+    (short,) = estimate.short_of_memory(recipe, policy, 1)
     assert short.startswith("stage words: generate needs up to ") and "this device has 512.0 MiB" in short
     monkeypatch.setattr("isomorph.curriculum.estimate.machine.available_gib", lambda: 64.0)
-    assert assemble.short_of_memory(recipe, policy, 1) == []
+    assert estimate.short_of_memory(recipe, policy, 1) == []

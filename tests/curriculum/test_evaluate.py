@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import open_policy
-from isomorph.curriculum.commands.evaluate import evaluate, open_candidate, show_scores
+from isomorph.curriculum.commands.evaluate import evaluate_target, open_candidate, show_scores
 from isomorph.engine.config import UserError
 
 
@@ -35,7 +35,7 @@ def unfinished(finished_run: Path, tmp_path: Path) -> Path:
 def test_a_run_scores_as_in_its_last_exam(finished_run: Path) -> None:
     summary = json.loads((finished_run / "summary.json").read_text())
     lines: list[str] = []
-    result = evaluate(str(finished_run), [], prompts=None, max_new_tok=None, say=lines.append)
+    result = evaluate_target(str(finished_run), [], prompts=None, max_new_tok=None, say=lines.append)
     got = {score["representation"]: score for score in result["results"]}
     assert list(got) == ["natural", "graph", "code", "table"] and len(lines) == 4
     for name, known in summary["intervals"]["after"].items():
@@ -79,7 +79,9 @@ def test_a_run_without_weights_is_refused(unfinished: Path) -> None:
 
 
 def test_data_prompts_and_length_are_the_users_choice(finished_run: Path) -> None:
-    result = evaluate(str(finished_run), ["async_plan:table", "async_plan:code"], prompts=3, max_new_tok=2, say=quiet)
+    result = evaluate_target(
+        str(finished_run), ["async_plan:table", "async_plan:code"], prompts=3, max_new_tok=2, say=quiet
+    )
     assert [(s["representation"], s["n"]) for s in result["results"]] == [("table", 3), ("code", 3)]
     assert all(score["tokens"] <= 6 for score in result["results"])
 
@@ -88,7 +90,7 @@ def test_questions_beyond_the_vocabulary_are_refused(finished_run: Path, tmp_pat
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "Whither the albatross, O mariner?", "answer": "7"}) + "\n")
     with pytest.raises(UserError, match="does not know .* of the natural questions' words"):
-        evaluate(str(finished_run), [f"math:natural={file}"], prompts=1, max_new_tok=4, say=quiet)
+        evaluate_target(str(finished_run), [f"math:natural={file}"], prompts=1, max_new_tok=4, say=quiet)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_questions_beyond_the_vocabulary_are_refused(finished_run: Path, tmp_pat
 )
 def test_data_that_does_not_exist_is_refused(wanted: str, expected: str, finished_run: Path) -> None:
     with pytest.raises(ValueError, match=expected):
-        evaluate(str(finished_run), [wanted], prompts=1, max_new_tok=4, say=quiet)
+        evaluate_target(str(finished_run), [wanted], prompts=1, max_new_tok=4, say=quiet)
 
 
 def test_targets_that_do_not_exist_are_refused(tmp_path: Path) -> None:
@@ -113,9 +115,9 @@ def test_targets_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         open_candidate(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="--prompts must be at least 1"):
-        evaluate(str(tmp_path), [], prompts=0, max_new_tok=None, say=quiet)
+        evaluate_target(str(tmp_path), [], prompts=0, max_new_tok=None, say=quiet)
     with pytest.raises(UserError, match="--max-new-tok must be at least 1"):
-        evaluate(str(tmp_path), [], prompts=None, max_new_tok=0, say=quiet)
+        evaluate_target(str(tmp_path), [], prompts=None, max_new_tok=0, say=quiet)
 
 
 def test_the_table_shows_every_score() -> None:
@@ -158,6 +160,6 @@ def test_json_is_one_object_on_the_standard_output(finished_run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.model
 def test_a_model_folder_is_asked_full_questions(smollm2_folder: Path) -> None:
-    result = evaluate(str(smollm2_folder), ["async_plan:natural"], prompts=2, max_new_tok=8, say=quiet)
+    result = evaluate_target(str(smollm2_folder), ["async_plan:natural"], prompts=2, max_new_tok=8, say=quiet)
     (score,) = result["results"]
     assert score["n"] == 2 and 0 < score["tokens"] <= 16 and result["weights"] == str(smollm2_folder)

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from isomorph.curriculum import stage
-from isomorph.curriculum.judge import answer_found
 from isomorph.curriculum.report import figures
 from isomorph.curriculum.report.drawing import moving_average
 from isomorph.curriculum.report.page import write_report
-from isomorph.curriculum.report.run_record import START, RunRecord, read_run, trained_on
+from isomorph.curriculum.report.run_record import RunRecord, read_run, trained_on
+from isomorph.curriculum.rewards.pool import answer_found
 from isomorph.engine.config import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -266,10 +265,6 @@ def test_the_moving_average_passes_over_gaps() -> None:
     nan = float("nan")
     got = moving_average(np.array([nan, 1.0, nan, 3.0, nan, nan]), 2)
     np.testing.assert_array_equal(got, [nan, 1.0, 1.0, 3.0, 3.0, nan])
-
-
-def test_the_first_exam_has_the_curriculums_name() -> None:
-    assert START == stage.START
 
 
 def test_what_was_trained_on_is_told_by_data_not_by_names(finished_run: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from isomorph.curriculum.recipe import JsonlData, Recipe
-from isomorph.curriculum.stage import Curriculum, TaskFiles
+from isomorph.curriculum.sources import TaskFiles
+from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError, check_tables, load_recipe
 from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.types import Group, Prompt, Rollout
@@ -226,7 +227,7 @@ def test_the_sequential_baseline_counts_chains_whose_answer_is_right() -> None:
     exam = source.exam()
     assert exam is not None
     right = [p.payload.sequential_answer == p.payload.answer for p in exam.prompts if p.representation == "natural"]
-    assert source.floor()["natural"] == sum(right) / len(right)
+    assert source.sequential_baseline()["natural"] == sum(right) / len(right)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda p: str(p.relative_to(RECIPES)))
@@ -254,7 +255,7 @@ def test_an_exam_counts_what_the_task_calls_correct_not_partial_credit() -> None
     exam = source.exam()
     assert exam is not None
     source.grade(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))], None)
-    counted = source.exams[0]["accuracy"].values()
+    counted = source.evaluations[0]["accuracy"].values()
     assert sum(result["correct"] for result in counted) == len(exam.prompts) // 2
 
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from isomorph.curriculum.report.transfer import Accuracy, Evaluation, interval, transfer_matrix
+from isomorph.curriculum.report.transfer import Measurement, transfer_matrix
+from isomorph.curriculum.study.statistics import Accuracy, interval
 
 
 def _coverage(rate: float, n: int) -> float:
@@ -60,8 +61,8 @@ def test_accuracy_carries_its_interval() -> None:
     assert str(accuracy) == "32.3% [27.3%, 37.8%]"
 
 
-def _measured(trained_on: str, evaluated_on: str, correct: int) -> Evaluation:
-    return Evaluation(trained_on=trained_on, evaluated_on=evaluated_on, accuracy=Accuracy.of(correct, 100))
+def _measured(trained_on: str, evaluated_on: str, correct: int) -> Measurement:
+    return Measurement(trained_on=trained_on, evaluated_on=evaluated_on, accuracy=Accuracy.of(correct, 100))
 
 
 def test_matrix_pools_seeds_and_leaves_unmeasured_cells_empty() -> None:

@@ -1,0 +1,81 @@
+"""``isomorph plan``: a recipe's estimated memory and time, before it runs."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from isomorph.curriculum.estimate import plan_recipe, size_text
+from isomorph.curriculum.recipe import Recipe
+from isomorph.engine.config import load_recipe
+from isomorph.engine.planner import MOMENTS
+
+
+def plan(
+    recipe: Path,
+    overrides: Sequence[str],
+    device: str | None,
+    device_gib: float | None,
+    ranks: int,
+    console: Console,
+    *,
+    as_json: bool,
+) -> None:
+    """Prints the estimate of every stage; the arguments are the options of the command. Raises UserError."""
+    planned = plan_recipe(load_recipe(recipe, overrides, Recipe), device, device_gib, ranks)
+    if as_json:
+        sys.stdout.write(json.dumps(planned, indent=2) + "\n")
+    else:
+        show_plan(planned, console)
+
+
+def show_plan(planned: dict[str, Any], console: Console) -> None:
+    """Two tables: bytes, and what fits with how long it takes; a column a stage."""
+    stages, size = planned["stages"], planned["model"]["num_parameters"]
+    one_of = "" if planned["num_ranks"] == 1 else f"one of {planned['num_ranks']} ranks: "
+    heading = f"{one_of}{planned['device']}, {planned['device_gib']:.1f} GiB; {size / 1e9:.3f} B parameters"
+    if (trained := planned["model"]["num_trained"]) < size:
+        heading += f", {trained / 1e6:.1f} M trained"
+    memory = _table(heading, "memory", stages)
+    for name in dict.fromkeys(name for stage in stages for name in stage["arenas_gib"]):
+        when = next(stage["when"][name] for stage in stages if name in stage["when"])
+        place = " (host)" if name in stages[0]["host"] or any(name in s["host"] for s in stages) else ""
+        cells = [size_text(s["arenas_gib"][name]) if name in s["arenas_gib"] else "-" for s in stages]
+        memory.add_row(name + place, "always" if len(when) == len(MOMENTS) else ", ".join(when), *cells)
+    memory.add_section()
+    for moment in MOMENTS:
+        peaks = [_peak(stage["peak_gib"][moment], planned["device_gib"]) for stage in stages]
+        memory.add_row(f"peak, {moment}", "", *peaks)
+    console.print(memory)
+    rest = _table("what fits, and how long a step takes at most", "", stages)
+    rest.add_row("largest batch.micro_batch_tok", "tokens", *(f"{s['largest_micro_tok']:,}" for s in stages))
+    rest.add_row("planned micro-batch", "tokens", *(f"{s['tok']['micro_batch']:,.0f}" for s in stages))
+    kv = ("-" if s["largest_kv_tok"] is None else f"{s['largest_kv_tok']:,}" for s in stages)
+    rest.add_row("keys and values", "tokens", *kv)
+    for phase in ("generate", "update"):
+        rest.add_row(phase, "s/step", *(f"{stage['seconds'][phase]:,.1f}" for stage in stages))
+    console.print(rest)
+    ceilings = planned["ceilings"]
+    console.print(
+        f"ceilings: {ceilings['flops'] / 1e12:.2f} TFLOP/s, {ceilings['bandwidth'] / 1e9:,.0f} GB/s "
+        f"({ceilings['source']}); every response as long as sampling.max_new_tok allows",
+        highlight=False,
+    )
+
+
+def _table(title: str, unit: str, stages: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(unit)
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage["stage"], justify="right")
+    return table
+
+
+def _peak(gib: float, device_gib: float) -> Text:
+    return Text(size_text(gib)) if gib <= device_gib else Text(f"{size_text(gib)}, does not fit", style="red")

