@@ -1,4 +1,4 @@
-"""``isomorph plan``: a recipe's memory and time before it runs; and, after its first steps, plan against fact."""
+"""Estimates of a recipe's memory and time before it runs, and their comparison with the run's first steps."""
 
 import dataclasses
 import json
@@ -30,13 +30,13 @@ from isomorph.engine.planner import (
 from isomorph.engine.record.runlog import Row, RunLog
 from isomorph.engine.record.telemetry import process_memory_gib
 
-NUM_SAMPLES = 20  # questions drawn to learn how long they are
+NUM_SAMPLES = 20  # questions generated to measure their mean length
 
 
 def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_ranks: int) -> dict[str, Any]:
-    """The plan of every stage on one of ``num_ranks`` devices, JSON-able. Raises UserError.
+    """Estimated memory, limits and seconds of every stage on one of ``num_ranks`` devices, JSON-able. Raises UserError.
 
-    ``card``: a GPU of the table; None: this machine's CPU, whose memory and cores the ranks share.
+    ``card``: a GPU type that the planner knows; None: this machine's CPU, whose memory and cores the ranks share.
     """
     words = {w for d in recipe.data.values() if isinstance(d, GeneratedData) for w in vocabulary(d.difficulty)}
     shape = read_shape(recipe.model, sorted(words), recipe.lora)
@@ -49,7 +49,7 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
     if device_gib is None:
         free_gib = machine.available_gib()
         if free_gib is None:
-            raise UserError("this system does not say how much memory is free: give --device-gib")
+            raise UserError("free memory cannot be read on this system: give --device-gib")
         device_gib = free_gib / num_ranks
     stages = []
     for stage in recipe.stage:
@@ -75,9 +75,9 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
 
 
 def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]:
-    """A sentence for each stage that needs more memory than its device has, where responses are as long as they may be.
+    """A sentence for each stage whose estimate exceeds the device's memory, for responses of the greatest length.
 
-    Asked when the model is loaded. The plan knows the trainer's tensors, not what Python and the libraries take.
+    Called when the model is loaded. The estimate covers the trainer's tensors, not what Python and libraries take.
     """
     is_gpu = policy.device.type == "cuda"
     device_gib = _device_gib(policy.device, num_ranks)
@@ -96,13 +96,13 @@ def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]
             found.append(
                 f"stage {stage.name}: {moment} needs up to {size_text(peaks[moment])} of memory and this device has "
                 f"{size_text(device_gib)}: lower batch.micro_batch_tok ({largest_micro_tok(facts):,} tokens fit), "
-                "sampling.max_new_tok or sampler.max_seqs; `isomorph plan` has the parts"
+                "sampling.max_new_tok or sampler.max_seqs; `isomorph plan` lists the memory by use"
             )
     return found
 
 
 def _device_gib(device: torch.device, num_ranks: int) -> float | None:
-    """All memory that this process could have: on a CPU what is free, and what the process holds already."""
+    """Memory that this process could use, in GiB: a GPU's total; on a CPU what is free and what it holds already."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
     free_gib, (own_gib, _) = machine.available_gib(), process_memory_gib()
@@ -122,7 +122,7 @@ def _planned(facts: Facts) -> dict[str, Any]:
 
 
 def _prompt_tok(recipe: Recipe, stage: StageRecipe) -> float:
-    """Of a file the most that is let in; of generated questions the mean number of words and signs."""
+    """Prompt length, in tokens: of files the most that is allowed, of generated questions the mean over samples."""
     lengths = []
     for part in stage.mixture:
         data = recipe.data[part.data]
@@ -140,10 +140,10 @@ def size_text(gib: float) -> str:
 
 
 class FirstSteps:
-    """A reader of a run's rows: tells plan against fact once a stage, on the lengths that came.
+    """Log sink that compares estimate and measurement once per stage, with the lengths that occurred.
 
-    On the stage's second update: before the first there are no moments, and everything is warming up. Of several ranks
-    it speaks of the first: on average, each has an equal share of what the row counts.
+    It does so on the stage's second step with an update: before the first there are no moments, and caches are cold. It
+    measures the first of several ranks, and assumes an equal share of the row's counts for each.
     """
 
     def __init__(self, recipe: Recipe, policy: Policy, log: RunLog, before_gib: float | None, num_ranks: int) -> None:
@@ -151,7 +151,7 @@ class FirstSteps:
         self.shape, self.device = shape_of(policy.model), policy.device
         self.ceilings = measure_ceilings(policy.device, policy.dtype)
         run = json.loads((log.folder / "run.json").read_text())
-        self.told: dict[str, Any] = run.get("plan", {})  # by the run that this one goes on with
+        self.told: dict[str, Any] = run.get("plan", {})  # stages compared so far, also by the run that this one resumes
         self.warm: set[str] = set()  # stages that have been updated
 
     def __call__(self, row: Row) -> None:
@@ -173,7 +173,7 @@ class FirstSteps:
         run = self.log.folder / "run.json"
         self.log.write_json("run.json", {**json.loads(run.read_text()), "plan": self.told})
         pairs = (f"{name} {p:.2f}/{'-' if f is None else format(f, '.2f')}" for name, (p, f) in told.items())
-        self.log.say(f"plan/fact in {stage.name}: {'  '.join(pairs)}")
+        self.log.say(f"estimated/measured, stage {stage.name}: {'  '.join(pairs)}")
 
     def _facts(self, row: Row, stage: StageRecipe) -> Facts:
         facts = facts_of(

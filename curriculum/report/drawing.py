@@ -1,4 +1,4 @@
-"""What the pictures of a report have in common: the page's width, titles and axes, stages along the steps."""
+"""Helpers of all figures: size, titles, axes, error bars, stage bands, legend."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from isomorph.curriculum.report.run_record import Span
-from isomorph.curriculum.report.transfer import Accuracy
+from isomorph.curriculum.study.statistics import Accuracy
 
 WIDTH_IN = 9.0
 MIN_LABEL_SHARE = 0.09  # of the axis: a narrower stage has its name written slanted
@@ -29,7 +29,7 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def errorbars(ax: Axes, at: Sequence[tuple[float, Accuracy]], **style: Any) -> None:
-    """Accuracies at their places on the axis, joined, with their intervals."""
+    """Draws (x, accuracy) pairs as a line with error bars."""
     rates = np.array([accuracy.rate for _, accuracy in at])
     spread = [rates - [a.low for _, a in at], [a.high for _, a in at] - rates]
     # rounding may leave an end a hair inside the rate
@@ -37,12 +37,12 @@ def errorbars(ax: Axes, at: Sequence[tuple[float, Accuracy]], **style: Any) -> N
 
 
 def new_figure(height_in: float) -> Figure:
-    """Of the page's width."""
+    """An empty figure of the page's width."""
     return Figure(figsize=(WIDTH_IN, height_in), dpi=110, layout="constrained")
 
 
 def dress(ax: Axes, title: str, y: str, *, x: str = "step") -> None:
-    """Title, labels and a light grid; room under the title for the stages' names where x is the step."""
+    """Sets title, labels and a light grid; leaves space under the title for stage names where x is the step."""
     ax.set_title(title, fontsize=10, loc="left", pad=16 if x == "step" else 6)
     ax.set_xlabel(x, fontsize=9)
     ax.set_ylabel(y, fontsize=9)
@@ -54,15 +54,15 @@ def dress(ax: Axes, title: str, y: str, *, x: str = "step") -> None:
 
 
 def percent(ax: Axes) -> None:
-    """The y axis in percent, from 0 on."""
+    """Formats the y axis in percent, starting at 0."""
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_ylim(bottom=0)
 
 
 def mark_stages(ax: Axes, spans: Sequence[Span], *, named: bool = True) -> None:
-    """Bands in alternating grey, named above the axis; a stage's width grows with the root of its steps.
+    """Draws alternating bands for the stages, with names above; a band's width is the square root of its steps.
 
-    So a long warm-up does not press the stages after it into a stripe. Inside a stage the axis is linear.
+    So a long warm-up leaves space for the stages after it. Within a stage the axis is linear.
     """
     steps, places = _places(spans)
     ax.set_xscale("function", functions=(lambda s: np.interp(s, steps, places), lambda p: np.interp(p, places, steps)))
@@ -78,7 +78,7 @@ def mark_stages(ax: Axes, spans: Sequence[Span], *, named: bool = True) -> None:
 
 
 def _places(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """Knots of the axis: steps at which stages begin and end, and where between 0 and 1 they stand."""
+    """Knots of the axis: the steps at which stages begin and end, and their positions in 0..1."""
     steps, places = [spans[0].first - 0.5], [0.0]
     for span in spans:
         if span.first - 0.5 > steps[-1]:  # steps of another stage lie between
@@ -115,21 +115,21 @@ def _name_stages(ax: Axes, spans: Sequence[Span], steps: np.ndarray, places: np.
 
 
 def legend(figure: Figure) -> None:
-    """One for the whole figure, under it."""
+    """One legend below the whole figure; the sequential baseline comes last."""
     entries = {
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     if entries:
-        labels = sorted(entries, key=lambda label: label.startswith("floor"))
+        labels = sorted(entries, key=lambda label: label.startswith("sequential baseline"))
         handles = [entries[label] for label in labels]
         figure.legend(handles, labels, loc="outside lower left", ncols=5, fontsize=9, frameon=False)
 
 
 def smoothing_window(num_steps: int) -> int:
-    """Steps that a moving average goes over: a fifth of them, at most 20."""
+    """Window of a moving average, in steps: a fifth of them, at most 20."""
     return max(1, min(20, num_steps // 5))
 
 
 def dot(span: Span) -> str | None:
-    """Short stages show their points; a line alone would hide a stage of one step."""
+    """The marker of short stages, where a line alone could be invisible; None for longer ones."""
     return "." if len(span.rows) <= 40 else None

@@ -1,6 +1,6 @@
-"""The pictures of a report. Each function takes records and returns a matplotlib figure; nothing here touches the disk.
+"""The figures of a report: each function takes run records and returns a matplotlib figure; nothing is written.
 
-A representation has one colour everywhere. Where several runs share a picture the colours stand for runs instead.
+A representation has the same colour in all figures. Where a figure compares runs, colours stand for runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from isomorph.curriculum.recipe import START
 from isomorph.curriculum.report.drawing import (
     dot,
     dress,
@@ -21,12 +22,12 @@ from isomorph.curriculum.report.drawing import (
     percent,
     smoothing_window,
 )
-from isomorph.curriculum.report.run_record import ExamResult, RunRecord, Span, series
+from isomorph.curriculum.report.run_record import EvaluationResult, RunRecord, Span, series
 from isomorph.curriculum.report.transfer import TransferMatrix
 from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.engine.record.runlog import Row
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; the runs' colours are Paul Tol's muted ones.
+# Okabe and Ito's palette for colour-blind readers; for runs Paul Tol's muted one
 COLOUR_OF = {"natural": "#0072B2", "graph": "#D55E00", "code": "#009E73", "table": "#CC79A7"}
 SPARE_COLOURS = ("#E69F00", "#56B4E9", "#555555", "#999933")
 RUN_COLOURS = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933")
@@ -47,27 +48,27 @@ PHASE_COLOURS = (
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """One colour a representation; the known ones always have their own."""
+    """Representation -> colour; the known ones always have their own."""
     others = [name for name in names if name not in COLOUR_OF]
     return {**COLOUR_OF, **{name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(others)}}
 
 
 def phase_seconds(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """[len(rows)] seconds of every phase; ``rest`` is what a step took beyond the measured phases."""
+    """Phase -> [len(rows)] seconds; ``rest`` is the part of a step outside the measured phases."""
     seconds = {phase: np.nan_to_num(series(rows, f"time/{phase}_s")) for phase in PHASES if phase != "rest"}
     seconds["rest"] = np.maximum(series(rows, "time/step_s") - sum(seconds.values()), 0.0)
     return seconds
 
 
 def learning(record: RunRecord) -> Figure:
-    """Loss on demonstrations, and reward per representation in the stages of reinforcement."""
+    """Loss in supervised stages; reward per representation in RL stages."""
     supervised = [span for span in record.spans if span.stage.objective.is_supervised]
-    reinforced = [span for span in record.spans if not span.stage.objective.is_supervised]
+    rl = [span for span in record.spans if not span.stage.objective.is_supervised]
     parts: list[tuple[float, Callable[[Axes], None]]] = []
     if supervised:
         parts.append((1.0, lambda ax: _loss(ax, supervised)))
-    if reinforced:
-        parts.append((2.0, lambda ax: _rewards(ax, record, reinforced)))
+    if rl:
+        parts.append((2.0, lambda ax: _rewards(ax, record, rl)))
     figure = new_figure(3.6)
     axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=[share for share, _ in parts])[0]
     for ax, (_, draw) in zip(axes, parts, strict=True):
@@ -99,49 +100,49 @@ def _rewards(ax: Axes, record: RunRecord, spans: Sequence[Span]) -> None:
     mark_stages(ax, spans)
 
 
-def exam_accuracy(record: RunRecord) -> Figure:
-    """Greedy accuracy per representation at each boundary, with intervals and the sequential baseline."""
+def evaluation_accuracy(record: RunRecord) -> Figure:
+    """Greedy accuracy per representation at each evaluation, with intervals and the sequential baseline."""
     figure = new_figure(3.8)
     ax = figure.subplots()
-    names = list(dict.fromkeys(name for exam in record.exams for name in exam.accuracy))
+    names = list(dict.fromkeys(name for done in record.evaluations for name in done.accuracy))
     colour_of = colours(record.representations)
     for i, name in enumerate(names):
         shift = 0.06 * (i - (len(names) - 1) / 2)
-        at = [(x + shift, exam.accuracy[name]) for x, exam in enumerate(record.exams) if name in exam.accuracy]
+        at = [(x + shift, done.accuracy[name]) for x, done in enumerate(record.evaluations) if name in done.accuracy]
         errorbars(ax, at, color=colour_of[name], label=name)
-    _floors(ax, {name: value for name, value in record.floor.items() if value is not None}, colour_of)
-    ax.set_xticks(range(len(record.exams)), [_exam_name(exam) for exam in record.exams])
-    ax.set_xlim(-0.4, len(record.exams) - 0.6)
-    dress(ax, "greedy accuracy at each exam, 95 % intervals", "accuracy", x="")
+    _baselines(ax, {name: value for name, value in record.baseline.items() if value is not None}, colour_of)
+    ax.set_xticks(range(len(record.evaluations)), [_evaluation_name(done) for done in record.evaluations])
+    ax.set_xlim(-0.4, len(record.evaluations) - 0.6)
+    dress(ax, "greedy accuracy at each evaluation, 95 % intervals", "accuracy", x="")
     percent(ax)
     legend(figure)
     return figure
 
 
-def _floors(ax: Axes, floor: Mapping[str, float], colour_of: Mapping[str, str]) -> None:
-    if len(set(floor.values())) == 1:
-        ax.axhline(next(iter(floor.values())), color="black", ls=":", lw=1.2, label="floor: one step after the other")
+def _baselines(ax: Axes, baseline: Mapping[str, float], colour_of: Mapping[str, str]) -> None:
+    if len(set(baseline.values())) == 1:
+        ax.axhline(next(iter(baseline.values())), color="black", ls=":", lw=1.2, label="sequential baseline")
         return
-    for name, value in floor.items():
-        ax.axhline(value, color=colour_of[name], ls=":", lw=1.2, label=f"floor of {name}")
+    for name, value in baseline.items():
+        ax.axhline(value, color=colour_of[name], ls=":", lw=1.2, label=f"sequential baseline, {name}")
 
 
 HEALTH: tuple[tuple[str, str, str, float, Literal["linear", "log"]], ...] = (
     # column, title, unit, factor, scale
     ("entropy", "entropy", "nats per token", 1.0, "linear"),
-    ("drift/max", "drift: largest |trainer - sampler|", "nats", 1.0, "log"),
+    ("drift/max", "largest |trainer - sampler| log-probability", "nats", 1.0, "log"),
     ("clip_frac", "clipped tokens", "%", 100.0, "linear"),
     ("grad_norm", "gradient norm before clipping", "", 1.0, "linear"),
     ("kl", "KL to the reference", "nats per token", 1.0, "linear"),
     ("response/tok_mean", "response length", "tokens", 1.0, "linear"),
     ("judge/no_answer", "responses without an answer", "%", 100.0, "linear"),
-    ("response/stopped", "responses that ended by themselves", "%", 100.0, "linear"),
+    ("response/stopped", "responses with a stop token", "%", 100.0, "linear"),
     ("lr", "learning rate", "", 1.0, "log"),
 )
 
 
 def health(record: RunRecord) -> Figure:
-    """Small multiples of what tells a sound run from a sick one; a column that was never measured has no panel."""
+    """A panel for each column of ``HEALTH`` that was measured."""
     panels = [panel for panel in HEALTH if np.isfinite(series(record.rows, panel[0])).any()]
     num_rows = -(-len(panels) // 2)
     figure = new_figure(1.9 * num_rows)
@@ -163,7 +164,7 @@ def health(record: RunRecord) -> Figure:
     return figure
 
 
-def anatomy(record: RunRecord) -> Figure:
+def phase_times(record: RunRecord) -> Figure:
     """Stacked seconds per phase over the steps."""
     figure = new_figure(3.4)
     ax = figure.subplots()
@@ -173,7 +174,7 @@ def anatomy(record: RunRecord) -> Figure:
         _stacked_bars(ax, steps, seconds)
     else:
         ax.stackplot(steps, *(seconds[phase] for phase in PHASES), labels=PHASES, colors=PHASE_COLOURS, lw=0)
-    dress(ax, "where the seconds of a step go", "seconds")
+    dress(ax, "time per phase of a step", "seconds")
     mark_stages(ax, record.spans)
     legend(figure)
     return figure
@@ -187,7 +188,7 @@ def _stacked_bars(ax: Axes, steps: np.ndarray, seconds: Mapping[str, np.ndarray]
 
 
 def transfer_picture(matrix: TransferMatrix) -> Figure:
-    """Trained on x evaluated on: accuracy as colour and in figures."""
+    """The transfer matrix: accuracy as colour and as text."""
     num_rows, num_columns = len(matrix.trained_on), len(matrix.evaluated_on)
     figure = new_figure(1.2 + 0.55 * num_rows)
     ax = figure.subplots()
@@ -217,7 +218,7 @@ def _write_cell(ax: Axes, x: int, y: int, cell: Accuracy | None) -> None:
 
 
 def compare_rewards(records: Sequence[RunRecord], names: Sequence[str]) -> Figure:
-    """Moving average of the mean reward in the stages of reinforcement, one line a run."""
+    """Moving average of the mean reward in RL stages, a line per run."""
     figure = new_figure(3.6)
     ax = figure.subplots()
     for i, (record, name) in enumerate(zip(records, names, strict=True)):
@@ -225,20 +226,20 @@ def compare_rewards(records: Sequence[RunRecord], names: Sequence[str]) -> Figur
         for span in record.spans:
             if span.stage.objective.is_supervised:
                 continue
-            steps = _reinforced_before(record, span.first - 1) + series(span.rows, "stage_step")
+            steps = _rl_steps_before(record, span.first - 1) + series(span.rows, "stage_step")
             smooth = moving_average(series(span.rows, "reward/mean"), smoothing_window(len(span.rows)))
             ax.plot(steps, smooth, label=label, marker=dot(span), **_run_style(i))
             label = None
     dress(ax, "reward per step, moving average (a gap: the next stage)", "mean reward, 0 to 1")
-    ax.set_xlabel("step of reinforcement", fontsize=9)
+    ax.set_xlabel("RL step", fontsize=9)
     ax.set_ylim(-0.02, 1.02)
     legend(figure)
     return figure
 
 
 def compare_accuracy(records: Sequence[RunRecord], names: Sequence[str]) -> Figure:
-    """Greedy accuracy over the steps of reinforcement, a panel for each representation, one line a run."""
-    panels = list(dict.fromkeys(r for record in records for exam in record.exams for r in exam.accuracy))
+    """Greedy accuracy over the RL steps, a panel per representation, a line per run."""
+    panels = list(dict.fromkeys(r for record in records for done in record.evaluations for r in done.accuracy))
     num_rows = -(-len(panels) // 2)
     figure = new_figure(2.6 * num_rows)
     axes = list(figure.subplots(num_rows, 2, squeeze=False, sharey=True).flat)
@@ -246,7 +247,7 @@ def compare_accuracy(records: Sequence[RunRecord], names: Sequence[str]) -> Figu
         for i, (record, name) in enumerate(zip(records, names, strict=True)):
             _accuracy_over_steps(ax, record, representation, name, i)
         dress(ax, representation, "accuracy")
-        ax.set_xlabel("steps of reinforcement", fontsize=9)
+        ax.set_xlabel("RL steps", fontsize=9)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     percent(axes[0])  # they share it
@@ -255,13 +256,13 @@ def compare_accuracy(records: Sequence[RunRecord], names: Sequence[str]) -> Figu
 
 
 def _accuracy_over_steps(ax: Axes, record: RunRecord, representation: str, name: str, i: int) -> None:
-    exams = [exam for exam in record.exams if representation in exam.accuracy]
-    at = [(_reinforced_before(record, exam.step), exam.accuracy[representation]) for exam in exams]
+    shown = [done for done in record.evaluations if representation in done.accuracy]
+    at = [(_rl_steps_before(record, done.step), done.accuracy[representation]) for done in shown]
     errorbars(ax, at, label=name, **_run_style(i))
 
 
-def _reinforced_before(record: RunRecord, step: int) -> int:
-    """Steps of reinforcement up to and with ``step``: so runs with different warm-ups start at one point."""
+def _rl_steps_before(record: RunRecord, step: int) -> int:
+    """Number of RL steps up to and including ``step``, so that runs with different warm-ups start at 0."""
     return sum(len(s.rows) for s in record.spans if s.last <= step and not s.stage.objective.is_supervised)
 
 
@@ -269,12 +270,12 @@ def _run_style(i: int) -> dict[str, Any]:
     return {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "ls": RUN_LINES[i // len(RUN_COLOURS) % len(RUN_LINES)]}
 
 
-def _exam_name(exam: ExamResult) -> str:
-    return exam.label if exam.label == "start" else f"after {exam.label}"
+def _evaluation_name(done: EvaluationResult) -> str:
+    return done.label if done.label == START else f"after {done.label}"
 
 
 def _broken(label: str) -> str:
-    """At most 28 characters a line, broken at the arrows and before the name of a run."""
+    """The label in lines of at most 28 characters, broken at the arrows and before the name of a run."""
     label, bracket, name = label.partition(" (")
     lines = [""]
     for part in label.split(" -> "):

@@ -1,4 +1,4 @@
-"""One HTML page that stands alone, and its pictures as PNG files: what one run did, or how several compare."""
+"""The report: one self-contained HTML page and its figures as PNG files, of one run or comparing several."""
 
 import base64
 import html
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from isomorph.curriculum.report import figures
 from isomorph.curriculum.report.run_record import (
-    ExamResult,
+    EvaluationResult,
     RunRecord,
     Span,
     read_completions,
@@ -28,11 +28,11 @@ from isomorph.engine.record.runlog import Row
 PAGE = "report.html"
 MAX_SAMPLE_CHARS = 1_200
 TOKENS_OF_PHASE = {"generate": "tok/response", "judge": "tok/response", "pack": "tok/trunk", "update": "tok/trunk"}
-ANATOMY_COLUMNS = ("stage", "phase", "seconds", "share", "s/step", "tokens/s")
+PHASE_COLUMNS = ("stage", "phase", "seconds", "share", "s/step", "tokens/s")
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Writes ``out``/report.html and its PNGs; returns the page's path. The page loads nothing from anywhere.
+    """Writes ``out``/report.html and its PNGs; returns the page's path. The page loads no other file.
 
     Raises:
         UserError: no run is given, one is not a run folder or has no step yet, or ``out`` cannot be written.
@@ -57,7 +57,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 
 class _Album:
-    """Saves figures as PNG files and hands them back as HTML with the picture inside."""
+    """Saves figures as PNG files and returns them as HTML with the image embedded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,7 +72,7 @@ class _Album:
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
-    """The folders' names; with their paths where two are the same."""
+    """The folders' names, or their paths where two names are the same."""
     names = [record.name for record in records]
     return [str(r.folder) if names.count(r.name) > 1 else r.name for r in records]
 
@@ -81,18 +81,18 @@ def _comparison(records: Sequence[RunRecord], names: Sequence[str], album: _Albu
     parts = ["<h2>Comparison</h2>", _runs_table(records, names)]
     unfinished = [name for record, name in zip(records, names, strict=True) if not record.is_done]
     if unfinished:
-        parts.append(_note(f"Not finished, so their last exam stands for them: {', '.join(unfinished)}"))
+        parts.append(_note(f"Unfinished runs, shown by their last evaluation: {', '.join(unfinished)}"))
     matrix = _matrix_of_runs(records, names)
     if matrix.trained_on:
         parts.append("<h3>Transfer matrix</h3>" + _matrix_table(matrix))
         caption = "Accuracy by what was trained on (rows) and evaluated on (columns), with 95 % intervals."
         parts.append(album.add("transfer", figures.transfer_picture(matrix), caption))
-        parts.append(_note("Runs that differ in nothing but the seed are pooled into one row."))
+        parts.append(_note("Runs that differ only in the seed are pooled into one row."))
     if any(not span.stage.objective.is_supervised for record in records for span in record.spans):
-        caption = "Mean reward per step, moving average; one colour a run."
+        caption = "Mean reward per step, moving average; one colour per run."
         parts.append(album.add("compare-reward", figures.compare_rewards(records, names), caption))
-    if any(record.exams for record in records):
-        caption = "Greedy accuracy at each run's exams; one colour a run."
+    if any(record.evaluations for record in records):
+        caption = "Greedy accuracy at each run's evaluations; one colour per run."
         parts.append(album.add("compare-accuracy", figures.compare_accuracy(records, names), caption))
     return "\n".join(parts)
 
@@ -112,36 +112,35 @@ def _runs_table(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def _matrix_of_runs(records: Sequence[RunRecord], names: Sequence[str]) -> TransferMatrix:
-    """A row for each condition: the last exam of every run."""
+    """A row per condition, with the last evaluation of each run."""
     conditions: dict[str, str] = {}  # recipe without its seed -> label of the row
-    evaluations: list[Measurement] = []
+    measurements: list[Measurement] = []
     for record, name in zip(records, names, strict=True):
-        if not record.exams:
+        if not record.evaluations:
             continue
-        label = trained_on([span.stage for span in record.spans if span.last <= record.exams[-1].step])
+        last = record.evaluations[-1]
+        label = trained_on([span.stage for span in record.spans if span.last <= last.step])
         unique = f"{label} ({name})" if label in conditions.values() else label
-        label = conditions.setdefault(f"{_condition(record)} {record.exams[-1].label}", unique)
-        evaluations += _evaluations(label, record.exams[-1])
-    return transfer_matrix(evaluations)
+        label = conditions.setdefault(f"{_condition(record)} {last.label}", unique)
+        measurements += _measurements(label, last)
+    return transfer_matrix(measurements)
 
 
 def _condition(record: RunRecord) -> str:
     return record.recipe.model_copy(update={"run": record.recipe.run.model_copy(update={"seed": 0})}).model_dump_json()
 
 
-def _matrix_of_exams(record: RunRecord) -> TransferMatrix:
-    """A row for each exam of one run: what it had been trained on by then."""
+def _matrix_of_evaluations(record: RunRecord) -> TransferMatrix:
+    """A row per evaluation of one run, labelled with what it had been trained on by then."""
     return transfer_matrix(
-        evaluation
-        for exam in record.exams
-        for evaluation in _evaluations(
-            trained_on([span.stage for span in record.spans if span.last <= exam.step]), exam
-        )
+        measured
+        for done in record.evaluations
+        for measured in _measurements(trained_on([s.stage for s in record.spans if s.last <= done.step]), done)
     )
 
 
-def _evaluations(label: str, exam: ExamResult) -> list[Measurement]:
-    return [Measurement(trained_on=label, evaluated_on=name, accuracy=a) for name, a in exam.accuracy.items()]
+def _measurements(label: str, done: EvaluationResult) -> list[Measurement]:
+    return [Measurement(trained_on=label, evaluated_on=name, accuracy=a) for name, a in done.accuracy.items()]
 
 
 def _matrix_table(matrix: TransferMatrix) -> str:
@@ -155,22 +154,22 @@ def _section(record: RunRecord, name: str, album: _Album, *, prefix: str) -> str
     title = f"<h2>{html.escape(name)}</h2>" if prefix else ""  # of a single run the page's title is enough
     parts = [title, _status(record), *map(_note, record.notes), _facts(record)]
     parts += ["<h3>Accuracy</h3>", _accuracy_table(record)]
-    if record.exams:
+    if record.evaluations:
         caption = "Greedy accuracy on held-out questions at each boundary between stages."
-        parts.append(album.add(f"{prefix}exams", figures.exam_accuracy(record), caption))
-    if len(record.exams) > 1:
-        matrix = _matrix_of_exams(record)
-        parts.append("<h4>What carried over: trained on so far, evaluated on</h4>" + _matrix_table(matrix))
+        parts.append(album.add(f"{prefix}evaluations", figures.evaluation_accuracy(record), caption))
+    if len(record.evaluations) > 1:
+        matrix = _matrix_of_evaluations(record)
+        parts.append("<h4>Transfer: accuracy by what the run had been trained on so far</h4>" + _matrix_table(matrix))
         caption = "Accuracy by what this run had been trained on (rows) and evaluated on (columns)."
         parts.append(album.add(f"{prefix}transfer", figures.transfer_picture(matrix), caption))
     parts.append("<h3>Learning</h3>")
     caption = "Reward per step and representation; dashed lines are boundaries between stages."
     parts.append(album.add(f"{prefix}reward", figures.learning(record), caption))
-    caption = "Health of the run; dashed lines are boundaries between stages, gaps are steps without an update."
+    caption = "Further metrics; dashed lines are boundaries between stages, gaps are steps without an update."
     parts.append(album.add(f"{prefix}health", figures.health(record), caption))
-    parts.append("<h3>Anatomy of a step</h3>" + _anatomy_table(record))
-    caption = "Seconds per phase; exams and checkpoints are not counted."
-    parts.append(album.add(f"{prefix}anatomy", figures.anatomy(record), caption))
+    parts.append("<h3>Time per phase</h3>" + _phase_table(record))
+    caption = "Seconds per phase of a step; evaluations and checkpoints are not included."
+    parts.append(album.add(f"{prefix}phases", figures.phase_times(record), caption))
     parts.append("<h3>Samples</h3>" + _samples(record))
     return "\n".join(parts)
 
@@ -184,7 +183,7 @@ def _status(record: RunRecord) -> str:
     why = f" ({html.escape(reason)})" if reason else ""
     return (
         f'<p class="warning">This run is {html.escape(record.status)}{why}: step {last["step"]} of at most {total}, '
-        f"in stage {html.escape(last['stage'])}. What follows is its state so far.</p>"
+        f"in stage {html.escape(last['stage'])}. This page shows its state so far.</p>"
     )
 
 
@@ -217,36 +216,38 @@ def _end(span: Span, ended: dict[str, str]) -> str:
 def _accuracy_table(record: RunRecord) -> str:
     before, latest = record.before, record.latest
     if before is None and latest is None:
-        return _note("No exam has been taken yet.")
-    names = list(dict.fromkeys(name for exam in (before, latest) if exam for name in exam.accuracy))
-    rows = [_accuracy_row(name, before, latest, record.floor.get(name)) for name in names]
+        return _note("There has been no evaluation yet.")
+    names = list(dict.fromkeys(name for done in (before, latest) if done for name in done.accuracy))
+    rows = [_accuracy_row(name, before, latest, record.baseline.get(name)) for name in names]
     after = "after" if record.is_done else "so far"
     columns = [_column("before", before), _column(after, latest)]
-    head = ["representation", *columns, "change", "floor", "no answer", "questions"]
+    head = ["representation", *columns, "change", "sequential baseline", "no answer", "questions"]
     note = (
-        "Intervals are 95 % (Wilson). Floor: doing one step after the other, without a plan. "
-        "No answer: responses of the latest exam that state none; they count as wrong."
+        "Intervals are 95 % (Wilson). Sequential baseline: accuracy of answering with the sum of all durations. "
+        "No answer: share of responses of the latest evaluation that state none; they count as wrong."
     )
     return _table(head, rows) + _note(note)
 
 
-def _column(title: str, exam: ExamResult | None) -> str:
-    return f"{title} ({exam.label})" if exam else title
+def _column(title: str, done: EvaluationResult | None) -> str:
+    return f"{title} ({done.label})" if done else title
 
 
-def _accuracy_row(name: str, before: ExamResult | None, latest: ExamResult | None, floor: float | None) -> list[str]:
+def _accuracy_row(
+    name: str, before: EvaluationResult | None, latest: EvaluationResult | None, baseline: float | None
+) -> list[str]:
     first = before.accuracy.get(name) if before else None
     last = latest.accuracy.get(name) if latest else None
     change = f"{100 * (last.rate - first.rate):+.1f} points" if first and last else "-"
     asked = last or first
-    latest_exam = latest or before
-    missing = latest_exam.no_answer if latest_exam else {}
+    newest = latest or before
+    missing = newest.no_answer if newest else {}
     return [
         name,
         _accuracy(first),
         _accuracy(last),
         change,
-        "-" if floor is None else f"{floor:.1%}",
+        "-" if baseline is None else f"{baseline:.1%}",
         f"{missing[name]:.1%}" if name in missing else "-",
         "-" if asked is None else str(asked.n),
     ]
@@ -256,19 +257,19 @@ def _accuracy(accuracy: Accuracy | None) -> str:
     return "-" if accuracy is None else str(accuracy)
 
 
-def step_anatomy(record: RunRecord) -> list[list[str]]:
-    """Where the seconds of each stage went, a row a phase; the columns are ``ANATOMY_COLUMNS``."""
-    return [row for span in record.spans for row in _anatomy_rows(span)]
+def phase_rows(record: RunRecord) -> list[list[str]]:
+    """Time per phase of each stage as table rows with the columns ``PHASE_COLUMNS``."""
+    return [row for span in record.spans for row in _rows_of_stage(span)]
 
 
-def _anatomy_table(record: RunRecord) -> str:
-    return _table(ANATOMY_COLUMNS, step_anatomy(record)) + _note(
-        "Tokens: responses for generate and judge, everything that went through the decoder for pack and update. "
-        "In supervised stages nothing is generated: the responses are demonstrations."
+def _phase_table(record: RunRecord) -> str:
+    return _table(PHASE_COLUMNS, phase_rows(record)) + _note(
+        "tokens/s counts response tokens for generate and judge, and all forward tokens for pack and update. "
+        "Supervised stages generate nothing: their responses are demonstrations."
     )
 
 
-def _anatomy_rows(span: Span) -> list[list[str]]:
+def _rows_of_stage(span: Span) -> list[list[str]]:
     seconds = {phase: float(values.sum()) for phase, values in figures.phase_seconds(span.rows).items()}
     total = float(series(span.rows, "time/step_s").sum())
     rows = [
@@ -289,11 +290,11 @@ def _speed(span: Span, phase: str, seconds: float) -> str:
 
 
 def _samples(record: RunRecord) -> str:
-    """Of the last exam and of the last written step: for each representation a right and a wrong response."""
-    files = [record.folder / "completions" / f"exam-{exam.label}.jsonl" for exam in record.exams[-1:]]
+    """A right and a wrong response per representation, of the last evaluation and of the last step written."""
+    files = [record.folder / "completions" / f"exam-{done.label}.jsonl" for done in record.evaluations[-1:]]
     files += sorted((record.folder / "completions").glob("step-*.jsonl"))[-1:]
     parts = [part for file in files for part in _samples_of(file)]
-    return "".join(parts) if parts else _note("Nothing has been written to completions/ yet.")
+    return "".join(parts) if parts else _note("There are no files in completions/ yet.")
 
 
 def _samples_of(file: Path) -> Iterable[str]:
@@ -320,7 +321,7 @@ def _note(text: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, css: str = "numbers") -> str:
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    # a browser would break a line inside "->"
+    # browsers break lines inside "->"
     lines = ["".join(f"<td>{html.escape(cell.replace('->', '→'))}</td>" for cell in row) for row in rows]
     top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
     body = "".join(f"<tr>{line}</tr>" for line in lines)

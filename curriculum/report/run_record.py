@@ -1,4 +1,4 @@
-"""What a run folder tells, read back: finished or not, and whatever a lost process left half written."""
+"""Reads a run folder: a finished run, an unfinished one, or one with half-written files."""
 
 import json
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from isomorph.engine.record.runlog import Row, read_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExamResult:
-    """Greedy accuracy at one boundary."""
+class EvaluationResult:
+    """Greedy accuracy of one evaluation."""
 
     label: str  # the stage it follows; "start" before the first
-    step: int  # completed steps at that moment
+    step: int  # completed steps by then
     accuracy: dict[str, Accuracy]  # representation -> result
     no_answer: dict[str, float]  # representation -> share of responses without any answer; {} where not measured
 
@@ -45,8 +45,8 @@ class RunRecord:
     recipe: Recipe
     rows: tuple[Row, ...]  # of steps.jsonl, at least one
     spans: tuple[Span, ...]  # in order; only stages that have rows
-    exams: tuple[ExamResult, ...]  # in order
-    floor: dict[str, float | None]  # what doing one step after the other would get; {} where not known yet
+    evaluations: tuple[EvaluationResult, ...]  # in order
+    baseline: dict[str, float | None]  # accuracy of the sequential baseline; {} where it is not known yet
     summary: dict[str, Any] | None  # None: the run has not ended
     notes: tuple[str, ...]  # what could not be read, in sentences
 
@@ -59,14 +59,14 @@ class RunRecord:
         return self.status == "done"
 
     @property
-    def before(self) -> ExamResult | None:
-        """After the supervised warm-up, or at the start without one: where reinforcement sets in."""
-        return next((exam for exam in self.exams if exam.label == self.recipe.warm_up_label), None)
+    def before(self) -> EvaluationResult | None:
+        """The evaluation before the first RL step: after the supervised warm-up, or at the start without one."""
+        return next((done for done in self.evaluations if done.label == self.recipe.warm_up_label), None)
 
     @property
-    def latest(self) -> ExamResult | None:
-        """The last exam, where one came after ``before``."""
-        return self.exams[-1] if self.exams and self.exams[-1] != self.before else None
+    def latest(self) -> EvaluationResult | None:
+        """The last evaluation, unless that is ``before``."""
+        return self.evaluations[-1] if self.evaluations and self.evaluations[-1] != self.before else None
 
     @property
     def representations(self) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def read_run(folder: Path) -> RunRecord:
     recipe = check_tables(described["recipe"], Recipe, where=f"{folder}/run.json")
     rows, notes = _rows(folder)
     spans = _spans(recipe, rows, folder)
-    exams, exam_notes = _exams(folder, spans)
+    evaluations, further_notes = _evaluations(folder, spans)
     summary = read_summary(folder)
     return RunRecord(
         name=folder.resolve().name,
@@ -94,10 +94,10 @@ def read_run(folder: Path) -> RunRecord:
         recipe=recipe,
         rows=rows,
         spans=spans,
-        exams=exams,
-        floor=_floor(folder, summary),
+        evaluations=evaluations,
+        baseline=_baseline(folder, summary),
         summary=summary,
-        notes=(*notes, *exam_notes),
+        notes=(*notes, *further_notes),
     )
 
 
@@ -171,23 +171,27 @@ def _spans(recipe: Recipe, rows: Sequence[Row], folder: Path) -> tuple[Span, ...
     )
 
 
-def _exams(folder: Path, spans: Sequence[Span]) -> tuple[tuple[ExamResult, ...], list[str]]:
+def _evaluations(folder: Path, spans: Sequence[Span]) -> tuple[tuple[EvaluationResult, ...], list[str]]:
     ends = {START: spans[0].first - 1, **{span.stage.name: span.last for span in spans}}
-    exams, notes = [], []
+    found, notes = [], []
     for label, step in ends.items():
         file = folder / "completions" / f"exam-{label}.jsonl"
         if not file.is_file():
             continue
         answers = read_completions(file)
         if answers is None:
-            notes.append(f"completions/{file.name} is half written and left out")
+            notes.append(f"completions/{file.name} is incomplete and left out")
         else:
-            exams.append(ExamResult(label=label, step=step, accuracy=_graded(answers), no_answer=_unanswered(answers)))
-    return tuple(exams), notes
+            found.append(
+                EvaluationResult(
+                    label=label, step=step, accuracy=_accuracy(answers), no_answer=_without_answer(answers)
+                )
+            )
+    return tuple(found), notes
 
 
 def read_completions(file: Path) -> list[Row] | None:
-    """The rows of a file under completions/; None where it is not whole."""
+    """The rows of a file under completions/; None where it is incomplete."""
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
@@ -195,19 +199,19 @@ def read_completions(file: Path) -> list[Row] | None:
     is_whole = all(isinstance(row, dict) and {"representation", "text", "reward"} <= row.keys() for row in rows)
     if not rows or not is_whole:
         return None
-    for row in rows:  # before it was written down, every reward was 1 or 0
+    for row in rows:  # files of older versions lack the column; their rewards are 0 or 1
         row.setdefault("correct", row["reward"] == 1)
     return rows
 
 
-def _graded(answers: Sequence[Row]) -> dict[str, Accuracy]:
+def _accuracy(answers: Sequence[Row]) -> dict[str, Accuracy]:
     correct: dict[str, list[bool]] = {}
     for row in answers:
         correct.setdefault(row["representation"], []).append(row["correct"])
     return {name: Accuracy.of(sum(got), len(got)) for name, got in correct.items()}
 
 
-def _unanswered(answers: Sequence[Row]) -> dict[str, float]:
+def _without_answer(answers: Sequence[Row]) -> dict[str, float]:
     found: dict[str, list[bool]] = {}
     for row in answers:
         if row.get("answered") is not None:
@@ -215,16 +219,16 @@ def _unanswered(answers: Sequence[Row]) -> dict[str, float]:
     return {name: 1 - sum(got) / len(got) for name, got in found.items()}
 
 
-def _floor(folder: Path, summary: dict[str, Any] | None) -> dict[str, float | None]:
-    """From the summary, or else from the last exam that a checkpoint remembers."""
+def _baseline(folder: Path, summary: dict[str, Any] | None) -> dict[str, float | None]:
+    """From the summary, or else from the newest checkpoint's last evaluation."""
     if summary is not None and "floor" in summary:
         return dict(summary["floor"])
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         return {}
     state = _json_object(newest / "state.json", f"{newest} must be a readable checkpoint")
-    exams = state.get("source", {}).get("exams", [])
-    return dict(exams[-1]["floor"]) if exams else {}
+    done = state.get("source", {}).get("exams", [])
+    return dict(done[-1]["floor"]) if done else {}
 
 
 def _json_object(file: Path, must: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_an_inspection_counts_what_is_there(tmp_path: Path) -> None:
     text = out.getvalue()
     assert "4 rows, 2 different procedures" in text
     assert "repeated questions: 2 (rows 3, 4)" in text
-    assert "answers that the longest-path solver finds: 75.00%" in text
+    assert "answers confirmed by the solver: 75.00%" in text
     assert text.count("answer: 12 min") + text.count("answer: 14 min") == 3  # the samples
     assert str(len(QUESTION.format(boil=7))) in text
 

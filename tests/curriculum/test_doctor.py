@@ -77,7 +77,7 @@ def test_only_what_is_required_decides() -> None:
     out = io.StringIO()
     show_findings([optional, required], Console(file=out, width=200))
     assert "pip install torch" in out.getvalue()
-    assert "cannot train here before this is mended: torch\n" in out.getvalue()
+    assert "cannot train here; first fix: torch\n" in out.getvalue()
 
 
 def test_the_ranges_are_those_of_the_project() -> None:
@@ -115,7 +115,7 @@ def test_an_old_package_and_a_wrong_variable_are_found(tmp_path: Path) -> None:
     assert "4.57.1, needs >=5.16.1,<5.20" in line_of("transformers", done.stdout)
     assert "'magic'" in done.stdout and "correct or unset ISOMORPH_BACKEND" in done.stdout
     assert line_of("ISOMORPH_ASYNCHOW", done.stdout).startswith("problem")
-    assert "before this is mended: transformers, ops on cpu" in done.stdout
+    assert "first fix: transformers, ops on cpu" in done.stdout
     assert done.returncode == 1 and done.stderr == ""
 
 

@@ -23,7 +23,7 @@ from isomorph.curriculum.rewards.pool import answer_found
 from isomorph.engine.config import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
-PICTURES = ("exams", "transfer", "reward", "health", "anatomy")
+PICTURES = ("evaluations", "transfer", "reward", "health", "phases")
 
 
 class Page(HTMLParser):
@@ -103,17 +103,17 @@ def test_the_accuracies_are_those_of_the_summary(page: Path, finished_run: Path)
     head, *rows = Page(page.read_text()).table("representation")
     assert head[1:3] == ["before (warm-up)", "after (words)"]
     assert [row[0] for row in rows] == ["natural", "graph", "code", "table"]
-    for name, before, after, change, floor, no_answer, questions in rows:
+    for name, before, after, change, baseline, no_answer, questions in rows:
         for shown, when in ((before, "before"), (after, "after")):
             known = summary["intervals"][when][name]
             assert shown == f"{known['rate']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
         difference = summary["accuracy"]["after"][name] - summary["accuracy"]["before"][name]
         assert change == f"{100 * difference:+.1f} points"
-        assert floor == f"{summary['floor'][name]:.1%}" and questions == "16"
+        assert baseline == f"{summary['floor'][name]:.1%}" and questions == "16"
         assert no_answer == f"{summary['no_answer']['after'][name]:.1%}"
 
 
-def test_the_anatomy_adds_up(page: Path, finished_run: Path) -> None:
+def test_the_times_per_phase_add_up(page: Path, finished_run: Path) -> None:
     _, *rows = Page(page.read_text()).table("stage")
     assert [row[1] for row in rows] == [*figures.PHASES, "step"] * 3
     size = len(figures.PHASES) + 1
@@ -191,25 +191,25 @@ def test_an_unfinished_run_is_reported_as_far_as_it_came(copy: Path, tmp_path: P
     assert "1 row(s) from line 83 on cannot be read" in text
     head, *rows = page.table("representation")
     assert head[2] == "so far (symbols)"
-    assert all(row[4] == "25.0%" for row in rows)  # the floor, from the checkpoint
+    assert all(row[4] == "25.0%" for row in rows)  # the sequential baseline, from the checkpoint
 
 
-def test_a_run_without_an_exam_or_reinforcement_is_reported(copy: Path, tmp_path: Path) -> None:
+def test_a_run_without_an_evaluation_or_an_rl_stage_is_reported(copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "completions")
     shutil.rmtree(copy / "checkpoints")
     (copy / "summary.json").unlink()
     (copy / "steps.jsonl").write_text((copy / "steps.jsonl").read_text().splitlines()[0] + "\n")
     text = write_report([copy], tmp_path / "out").read_text()
-    assert "No exam has been taken yet" in text and "Nothing has been written to completions/ yet" in text
-    assert {file.stem for file in (tmp_path / "out").glob("*.png")} == {"reward", "health", "anatomy"}
+    assert "There has been no evaluation yet" in text and "There are no files in completions/ yet" in text
+    assert {file.stem for file in (tmp_path / "out").glob("*.png")} == {"reward", "health", "phases"}
 
 
-def test_a_half_written_exam_is_named_and_left_out(copy: Path) -> None:
+def test_a_half_written_evaluation_is_named_and_left_out(copy: Path) -> None:
     file = copy / "completions" / "exam-words.jsonl"
     file.write_text(file.read_text()[:-20])
     record = read_run(copy)
-    assert record.notes == ("completions/exam-words.jsonl is half written and left out",)
-    assert [exam.label for exam in record.exams] == ["warm-up", "symbols"]
+    assert record.notes == ("completions/exam-words.jsonl is incomplete and left out",)
+    assert [done.label for done in record.evaluations] == ["warm-up", "symbols"]
 
 
 def test_seeds_are_pooled_and_other_conditions_are_not(finished_run: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_seeds_are_pooled_and_other_conditions_are_not(finished_run: Path, tmp_p
     assert rows[1][1] == f"{known['rate']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
     assert rows[0][1] != rows[1][1]  # twice the questions, a narrower interval
     pictures = {file.stem for file in (tmp_path / "out").glob("*.png")}
-    assert {"transfer", "compare-reward", "compare-accuracy", "1-reward", "2-reward", "3-anatomy"} <= pictures
+    assert {"transfer", "compare-reward", "compare-accuracy", "1-reward", "2-reward", "3-phases"} <= pictures
 
 
 def test_nothing_that_was_written_becomes_html(copy: Path, tmp_path: Path) -> None:
@@ -248,14 +248,14 @@ def test_a_representation_has_one_colour_everywhere(finished_run: Path) -> None:
     lines = [line for ax in figures.learning(record).axes for line in ax.lines]
     named = {str(line.get_label()): to_hex(line.get_color()) for line in lines if line.get_label() in figures.COLOUR_OF}
     assert named == {name: figures.COLOUR_OF[name].lower() for name in ("graph", "natural", "code")}
-    bars = figures.exam_accuracy(record).axes[0].containers
+    bars = figures.evaluation_accuracy(record).axes[0].containers
     shown = {str(bar.get_label()): to_hex(bar.lines[0].get_color()) for bar in bars}
     assert shown == {name: colour.lower() for name, colour in figures.COLOUR_OF.items()}
     assert figures.colours(["natural", "poem", "song"])["poem"] != figures.colours(["natural", "poem", "song"])["song"]
 
 
 def test_boundaries_between_stages_are_marked(finished_run: Path) -> None:
-    ax = figures.anatomy(read_run(finished_run)).axes[0]
+    ax = figures.phase_times(read_run(finished_run)).axes[0]
     marks = sorted(x for line in ax.lines for x in {float(x) for x in np.asarray(line.get_xdata())})
     assert marks == [80.5, 82.5]
     assert [text.get_text() for text in ax.texts] == ["warm-up", "symbols", "words"]

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from isomorph.curriculum.commands.show import show_answers
+from isomorph.curriculum.commands.show import show_responses
 from isomorph.engine.config import UserError
 
 
 def shown(run: Path, step: int | None = None, num: int = 3) -> str:
     out = io.StringIO()
-    show_answers(run, step, num, Console(file=out, width=100))
+    show_responses(run, step, num, Console(file=out, width=100))
     return out.getvalue()
 
 
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_right_and_a_wrong_answer_stand_beside_each_other_as_they_are(run: Path) -> None:
     text = shown(run, num=2)
-    assert "step-00000010" in text and "graph: 5 answers, 20% right" in text
+    assert "step-00000010" in text and "graph: 5 responses, 20% right" in text
     assert text.count("reward 1, advantage +0.50") == 1 and text.count("reward 0, advantage -0.50") == 1
     assert "a [b] :stir:" in text and "<answer>[5]</answer>" in text and "cut off at max_new_tok" in text
 
@@ -74,4 +74,4 @@ def test_partial_credit_is_shown_among_the_wrong_answers(run: Path) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[0] |= {"reward": 0.5, "correct": False}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "graph: 5 answers, 20% right" in shown(run)
+    assert "graph: 5 responses, 20% right" in shown(run)

@@ -264,6 +264,6 @@ def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(
     command += ["--run", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "plan/fact in rl: peak_gib" in done.stdout
+    assert "estimated/measured, stage rl: peak_gib" in done.stdout
     peak = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["rl"]["peak_gib"]
     assert peak["plan"] == pytest.approx(peak["fact"], rel=0.1)
