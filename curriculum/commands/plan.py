@@ -27,7 +27,7 @@ def plan(
     as_json: bool,
 ) -> None:
     """Prints the estimate of every stage; the arguments are the options of the command. Raises UserError."""
-    planned = plan_recipe(load_recipe(recipe, overrides, Recipe), device, device_gib, ranks)
+    planned = plan_recipe(load_recipe(recipe, list(overrides), Recipe), device, device_gib, ranks)
     if as_json:
         sys.stdout.write(json.dumps(planned, indent=2) + "\n")
     else:
