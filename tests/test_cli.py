@@ -145,7 +145,7 @@ def test_a_signal_is_heard_while_responses_are_drawn(tmp_path: Path, number: sig
     )
     try:
         assert process.stdout is not None
-        while "exam after start" not in (line := process.stdout.readline()):
+        while "eval after start" not in (line := process.stdout.readline()):
             assert line, process.communicate()
         time.sleep(1.0)
         process.send_signal(number)

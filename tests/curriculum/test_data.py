@@ -123,7 +123,7 @@ def test_rows_go_to_a_file_or_the_standard_output(tmp_path: Path, capsys: pytest
     write_rows(rows, None)
     write_rows(rows, tmp_path / "new" / "rows.jsonl")
     assert (tmp_path / "new" / "rows.jsonl").read_text() == capsys.readouterr().out == "".join(rows)
-    with pytest.raises(UserError, match="can be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_rows(rows, tmp_path)
 
 

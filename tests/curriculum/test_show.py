@@ -56,10 +56,10 @@ def test_the_newest_answers_are_shown_or_those_of_a_step(run: Path) -> None:
 
 
 def test_what_is_not_there_is_told(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no answers of step 3; there are those of 10"):
+    with pytest.raises(UserError, match="no responses of step 3, only of 10"):
         shown(run, step=3)
     shutil.rmtree(run / "completions")
-    with pytest.raises(UserError, match="no answers yet"):
+    with pytest.raises(UserError, match="no responses yet"):
         shown(run)
     with pytest.raises(UserError, match="must be the folder of a run"):
         shown(tmp_path / "nowhere")
