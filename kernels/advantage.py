@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
+from isomorph.kernels.types import EPS
 
 Baseline = Literal["mean", "leave_one_out", "none"]
 Scale = Literal["std", "none", "batch"]
-
-EPS = 1e-4  # added to a group's standard deviation, as GRPO implementations do
 
 
 # -- reference: the specification

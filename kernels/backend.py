@@ -29,6 +29,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from isomorph.kernels import flash
+
 try:
     from isomorph.kernels import _native
 
@@ -103,9 +105,7 @@ def flash_reason() -> str:
     """Why flash attention cannot be called here, for the varlen body; empty where it can."""
     if triton_reason() or not torch.cuda.is_available():
         return triton_reason() or "there is no CUDA device"
-    from isomorph.kernels import varlen_attention  # needs Triton
-
-    return varlen_attention.flash_reason()
+    return flash.flash_reason()
 
 
 def interpreting() -> bool:

@@ -11,21 +11,13 @@ them: as a [rows * H / K, D] x [D, L] product per KV head. Both parts are merged
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
-
-
-class CachedKV(NamedTuple):
-    """Keys and values of S slots with room for L entries each, and how much of which slot each of B rows sees."""
-
-    k_SKLD: Tensor
-    v_SKLD: Tensor
-    slot_B: Tensor  # int64, 0..S-1
-    len_B: Tensor  # int64, 0..L
+from isomorph.kernels.strides import unit_stride
+from isomorph.kernels.types import CachedKV
 
 
 # -- reference: the specification
@@ -101,9 +93,10 @@ def _gathered(cache: CachedKV) -> tuple[Tensor, Tensor, Tensor]:
 # -- native body
 def _decode_native(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Tensor:
     out_BHD = torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
-    caches = [x for cache in (prompt, own) for x in (*cache[:2], cache.slot_B.contiguous(), cache.len_B.contiguous())]
-    operands = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHD, *caches))
-    backend.native().decode_attention(*(x.detach() for x in operands), scale, out_BHD)
+    operands = [q_BHD]
+    for cache in (prompt, own):
+        operands += [cache.k_SKLD, cache.v_SKLD, cache.slot_B.contiguous(), cache.len_B.contiguous()]
+    backend.native().decode_attention(*(unit_stride(x).detach() for x in operands), scale, out_BHD)
     return out_BHD
 
 

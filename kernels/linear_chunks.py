@@ -12,7 +12,9 @@ from torch import Tensor
 
 from isomorph.kernels import backend
 from isomorph.kernels.linear import ROW_MULTIPLE, product, rounded_rows, takes_onednn
-from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats, stats_dtype
+from isomorph.kernels.strides import aligned, has_unit_stride
+from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats
+from isomorph.kernels.types import stats_dtype
 
 # of logits at a time where the caller does not say how many rows: a CPU's caches; on a GPU enough rows for its GEMMs
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
@@ -45,7 +47,7 @@ class Head(NamedTuple):
         weight_VD, hidden_TD = self.weight_VD, self.hidden_TD
         if weight_VD.dtype != torch.bfloat16 or weight_VD.is_cuda:
             return weight_VD.is_cuda and weight_VD.dtype == torch.bfloat16
-        is_plain = weight_VD.stride(1) == 1 and hidden_TD.stride(1) == 1 and weight_VD.shape[1] % 2 == 0
+        is_plain = has_unit_stride(weight_VD) and has_unit_stride(hidden_TD) and weight_VD.shape[1] % 2 == 0
         return self.rows_body == "native" and is_plain and backend.native().has_bfloat16_gemm()
 
     def hidden_rows(self, rows: slice) -> Tensor:
@@ -162,20 +164,20 @@ class OffsetChunks:
     """The same in one pass of ``kernels/gpu/offset.py``: exp(logit - logit of the target) instead of logits."""
 
     def __init__(self, head: Head, chunk_rows: int) -> None:
-        from isomorph.kernels.gpu import launch, offset
+        from isomorph.kernels.gpu import offset
 
         reason = offset.refusal(head.hidden_TD, head.bias_V is not None)
         if reason:
             raise ValueError(f"linear_loss=offset was asked for, but {reason}; take linear_loss=triton")
-        self.offset, self.head, self.aligned = offset, head, launch.aligned
-        self.weight_VD = self.aligned(head.weight_VD)
+        self.offset, self.head = offset, head
+        self.weight_VD = aligned(head.weight_VD)
         self.buffer = offset.new_buffer(head.weight_VD, min(chunk_rows, len(head.target_ids_N)))
 
     def load(self, rows: slice) -> None:
         self.hidden_nD = self.head.hidden_TD[rows]
         if self.head.row_index_N is not None:
             self.hidden_nD = self.head.hidden_TD.index_select(0, self.head.row_index_N[rows])
-        self.hidden_nD = self.aligned(self.hidden_nD)
+        self.hidden_nD = aligned(self.hidden_nD)
         self.target_n = self.head.target_ids_N[rows]
         self.exp_nV = self.buffer[: rows.stop - rows.start]
         self.facts = self.offset.exp_chunk(

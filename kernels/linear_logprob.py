@@ -31,9 +31,9 @@ from isomorph.kernels.token_logprob import (
     check_all,
     check_ids,
     check_temperature,
-    stats_dtype,
     token_logprob_ref,
 )
+from isomorph.kernels.types import stats_dtype
 
 LossOf = Callable[[TokenStats, slice], Tensor]
 

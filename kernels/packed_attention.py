@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import attention_route, backend
 from isomorph.kernels.packed_layout import PackedLayout
-from isomorph.kernels.token_logprob import stats_dtype
+from isomorph.kernels.strides import unit_stride
+from isomorph.kernels.types import stats_dtype
 
 
 # -- reference: the specification
@@ -62,7 +63,7 @@ def _check(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments_S4: Tensor, scale: float) -> Tensor:
-        inputs = [_with_dense_heads(x) for x in (q_THD, k_TKD, v_TKD)]
+        inputs = [unit_stride(x).detach() for x in (q_THD, k_TKD, v_TKD)]
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=stats_dtype(q_THD.dtype))
         backend.native().packed_attention(*inputs, segments_S4, scale, out_THD, lse_TH)
@@ -79,14 +80,10 @@ class _Native(torch.autograd.Function):
         # dk and dv of each query head by itself: a task writes to rows that no other one does
         dq_THD, dk_THD, dv_THD = (lse_TH.new_empty(q_THD.shape) for _ in range(3))
         backend.native().packed_attention_backward(
-            _with_dense_heads(dout_THD), *saved, ctx.segments_S4, ctx.scale, delta_TH, dq_THD, dk_THD, dv_THD
+            unit_stride(dout_THD).detach(), *saved, ctx.segments_S4, ctx.scale, delta_TH, dq_THD, dk_THD, dv_THD
         )
         dk_TKD, dv_TKD = (x.unflatten(1, (k_TKD.shape[1], -1)).sum(2) for x in (dk_THD, dv_THD))
         return *(grad.to(q_THD.dtype) for grad in (dq_THD, dk_TKD, dv_TKD)), None, None
-
-
-def _with_dense_heads(x_THD: Tensor) -> Tensor:
-    return x_THD.detach() if x_THD.stride(2) == 1 else x_THD.detach().contiguous()
 
 
 def _segments(layout: PackedLayout) -> Tensor:

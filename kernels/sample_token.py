@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
-from isomorph.kernels.token_logprob import check_temperature, stats_dtype
+from isomorph.kernels.strides import unit_stride
+from isomorph.kernels.token_logprob import check_temperature
+from isomorph.kernels.types import stats_dtype
 
 COLUMNS = 1024  # four words of a counter serve columns 256 apart
 _32_BITS = 0xFFFFFFFF
@@ -90,7 +92,7 @@ def sample_token(
     if body == "reference":
         return sample_token_ref(logits_BV, key_B, position_B, temperature=temperature)
     _check(logits_BV, key_B, position_B, temperature)
-    logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
+    logits_BV = unit_stride(logits_BV)
     token_B = torch.empty_like(key_B, memory_format=torch.contiguous_format)
     logprob_B = logits_BV.new_empty(len(key_B), dtype=stats_dtype(logits_BV.dtype))
     operands = (logits_BV.detach(), key_B.contiguous(), position_B.contiguous(), 1.0 / temperature, token_B, logprob_B)

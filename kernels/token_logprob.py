@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import backend
+from isomorph.kernels.strides import unit_stride
+from isomorph.kernels.types import stats_dtype
 
 
 class TokenStats(NamedTuple):
@@ -85,10 +87,6 @@ def check_all(holds: Tensor, message: str) -> None:
         torch._assert_async(holds.all(), message)
     elif not holds.all():
         raise ValueError(message)
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # -- rows: one call per chunk, whatever made the logits
@@ -215,6 +213,4 @@ def token_logprob(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: float
     if body == "reference":
         return token_logprob_ref(logits_NV, target_ids_N, temperature=temperature)
     check_rows(logits_NV, target_ids_N, temperature)
-    if logits_NV.stride(1) != 1:
-        logits_NV = logits_NV.contiguous()
-    return TokenStats(*_TokenLogprob.apply(logits_NV, target_ids_N, 1.0 / temperature, body))
+    return TokenStats(*_TokenLogprob.apply(unit_stride(logits_NV), target_ids_N, 1.0 / temperature, body))

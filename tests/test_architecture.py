@@ -19,7 +19,7 @@ ONE_PLACE = {  # a file, or a folder with a slash at its end
     "transformers": "engine/model/",
     "peft": "engine/model/lora.py",
     "trl": "engine/adapters/trl.py",
-    "flash_attn": "kernels/varlen_attention.py",
+    "flash_attn": "kernels/flash.py",
 }
 APART = ("rollout", "update")  # rooms of the engine that only its loop brings together
 

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.advantage import EPS
-from isomorph.kernels.gpu.launch import check_dense, on_its_device
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
+from isomorph.kernels.strides import check_contiguous
+from isomorph.kernels.types import EPS
 
 BLOCK_G, GROUP_WARPS = 128, 1  # a group is rarely wider
 BLOCK_S, BATCH_WARPS = 1024, 8  # all responses of a step, by one program
@@ -149,7 +150,7 @@ def gae_kernel(
 @on_its_device
 def group_advantage(reward_S: Tensor, offsets: Tensor, baseline: str, scale: str) -> tuple[Tensor, Tensor]:
     """Advantages [S], and flags [P]: where one is not 0, the arguments cannot be used, nor can the advantages."""
-    check_dense(reward=reward_S, offsets=offsets)
+    check_contiguous(reward=reward_S, offsets=offsets)
     num_groups = len(offsets) - 1
     out_S = torch.empty_like(reward_S)
     fault_P = torch.empty(num_groups, dtype=torch.int8, device=reward_S.device)
@@ -173,7 +174,7 @@ def group_advantage(reward_S: Tensor, offsets: Tensor, baseline: str, scale: str
 @on_its_device
 def gae(reward_T: Tensor, value_T: Tensor, offsets: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages [T], returns [T], and flags [S] as above."""
-    check_dense(reward=reward_T, value=value_T, offsets=offsets)
+    check_contiguous(reward=reward_T, value=value_T, offsets=offsets)
     num_seqs = len(offsets) - 1
     advantage_T, returns_T = torch.empty_like(reward_T), torch.empty_like(reward_T)
     fault_S = torch.empty(num_seqs, dtype=torch.int8, device=reward_T.device)

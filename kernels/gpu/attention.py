@@ -24,9 +24,10 @@ from torch import Tensor
 from isomorph.kernels.gpu import attention_rows
 from isomorph.kernels.gpu.attention_rows import add_pieces, deltas, load_rows, store_rows, variant
 from isomorph.kernels.gpu.attention_tiles import CONFIGS, Tile, block_d, config_of, tables_on
-from isomorph.kernels.gpu.launch import check_dense, dense_rows, on_its_device
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
 from isomorph.kernels.packed_layout import PackedLayout
+from isomorph.kernels.strides import check_contiguous, unit_stride
 
 LOG2_E = math.log2(math.e)
 
@@ -273,7 +274,7 @@ def grad_kv_kernel(
 @on_its_device
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, H, D], contiguous, and the natural LSE [H, T], float32."""
-    q_THD, k_TKD, v_TKD = (dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
+    q_THD, k_TKD, v_TKD = (unit_stride(x) for x in (q_THD, k_TKD, v_TKD))
     num_tok, num_heads, dim = q_THD.shape
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     lse_HT = q_THD.new_empty(num_heads, num_tok, dtype=torch.float32)
@@ -301,8 +302,8 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous, from what ``attend`` returned."""
-    check_dense(out=out_THD, lse=lse_HT)
-    dout_THD, q_THD, k_TKD, v_TKD = (dense_rows(x) for x in (dout_THD, q_THD, k_TKD, v_TKD))
+    check_contiguous(out=out_THD, lse=lse_HT)
+    dout_THD, q_THD, k_TKD, v_TKD = (unit_stride(x) for x in (dout_THD, q_THD, k_TKD, v_TKD))
     dq_THD, dk_TKD, dv_TKD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD))
     if not q_THD.numel():
         return dq_THD, dk_TKD, dv_TKD

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from isomorph.kernels.gpu.attention_tiles import block_d
-from isomorph.kernels.gpu.launch import check_dense, check_dense_rows, on_its_device
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
+from isomorph.kernels.strides import check_contiguous, check_unit_stride
 
 DELTA_ROWS = 32
 ADD_ROWS = 16  # divides every block_k
@@ -135,8 +136,8 @@ def merge_kernel(
 @on_its_device
 def deltas(out_THD: Tensor, dout_THD: Tensor, lse_HT: Tensor) -> Tensor:
     """[H, T] dot of every row of out, contiguous, and dout; typed as the LSE."""
-    check_dense(out=out_THD, lse=lse_HT)
-    check_dense_rows(dout=dout_THD)
+    check_contiguous(out=out_THD, lse=lse_HT)
+    check_unit_stride(dout=dout_THD)
     num_tok, num_heads, dim = out_THD.shape
     delta_HT = torch.empty_like(lse_HT)
     delta_kernel[(triton.cdiv(num_tok, DELTA_ROWS) * num_heads,)](
@@ -149,7 +150,7 @@ def deltas(out_THD: Tensor, dout_THD: Tensor, lse_HT: Tensor) -> Tensor:
 @on_its_device
 def add_pieces(partial: Tensor, dk_TKD: Tensor, dv_TKD: Tensor, tiles: Tensor) -> None:
     """Sum the partials [2, slots, K, rows of a tile, D] into the rows of ``tiles``; see ``add_pieces_kernel``."""
-    check_dense(partial=partial, dk=dk_TKD, dv=dv_TKD, tiles=tiles)
+    check_contiguous(partial=partial, dk=dk_TKD, dv=dv_TKD, tiles=tiles)
     _, num_slots, num_heads, block_k, dim = partial.shape
     add_pieces_kernel[(len(tiles) * num_heads * (block_k // ADD_ROWS),)](
         partial, dk_TKD, dv_TKD, tiles, num_heads, num_slots, block_k,
@@ -160,7 +161,7 @@ def add_pieces(partial: Tensor, dk_TKD: Tensor, dv_TKD: Tensor, tiles: Tensor) -
 @on_its_device
 def merge(out_THD: Tensor, lse_HT: Tensor, part_NHD: Tensor, part_lse_HN: Tensor, rows_N: Tensor) -> None:
     """Merge a part of the softmax into the rows ``rows_N`` of out and LSE, in place. All contiguous."""
-    check_dense(out=out_THD, lse=lse_HT, part=part_NHD, part_lse=part_lse_HN, rows=rows_N)
+    check_contiguous(out=out_THD, lse=lse_HT, part=part_NHD, part_lse=part_lse_HN, rows=rows_N)
     num_tok, num_heads, dim = out_THD.shape
     merge_kernel[(triton.cdiv(len(rows_N), MERGE_ROWS) * num_heads,)](
         out_THD, lse_HT, part_NHD, part_lse_HN, rows_N, num_tok, len(rows_N), num_heads,

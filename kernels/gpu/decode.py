@@ -11,18 +11,17 @@ nothing is looked at on the host, and a CUDA graph can be replayed with other sl
 length leave at once. No atomics; a row's bits depend on that row's query and entries, and on nothing else.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import dense_rows, on_its_device
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
-
-if TYPE_CHECKING:
-    from isomorph.kernels.decode_attention import CachedKV
+from isomorph.kernels.strides import unit_stride
+from isomorph.kernels.types import CachedKV
 
 PIECE = 256  # entries; with BLOCK_L part of the numerical contract, hence not tuned
 MAX_QUERIES = {2: 64, 4: 16}  # by bytes of a number. Of one program: rows of a tile times query heads per KV head
@@ -144,7 +143,7 @@ def merge_kernel(
 
 # -- launch
 @on_its_device
-def decode_attention(q_BHD: Tensor, prompt: "CachedKV", own: "CachedKV", scale: float) -> Tensor:
+def decode_attention(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Tensor:
     """The op after its checks; bfloat16, float16 or float32."""
     if q_BHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(
@@ -161,14 +160,14 @@ def decode_attention(q_BHD: Tensor, prompt: "CachedKV", own: "CachedKV", scale: 
     top, total = (q_BHD.new_empty(partial_shape, dtype=torch.float32) for _ in range(2))
     num_kv_heads = prompt.k_SKLD.shape[1]
     repeats = num_heads // num_kv_heads
-    q_BHD = dense_rows(q_BHD)
+    q_BHD = unit_stride(q_BHD)
     block_d = triton.next_power_of_2(max(16, dim))
     for cache, first_piece, num, rows in zip(
         (prompt, own), (0, num_pieces[0]), num_pieces, (prompt_rows(repeats, q_BHD.element_size()), 1), strict=True
     ):
         if not num:
             continue
-        k, v = dense_rows(cache.k_SKLD), dense_rows(cache.v_SKLD)
+        k, v = unit_stride(cache.k_SKLD), unit_stride(cache.v_SKLD)
         partial_kernel[(num_rows, num_kv_heads, num)](
             q_BHD, k, v, cache.slot_B.contiguous(), cache.len_B.contiguous(), acc, top, total,
             q_BHD.stride(0), q_BHD.stride(1),

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import check_dense, check_dense_rows, on_its_device
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
+from isomorph.kernels.strides import check_contiguous, check_unit_stride
 
 LOG2_E = math.log2(math.e)
 GROUP_M = 8  # row tiles that share a panel of the unembedding while it is in the L2 cache
@@ -276,12 +277,12 @@ def exp_chunk(
 
     Hidden rows and weights are contiguous and begin at multiples of 16 bytes: ``launch.aligned`` makes them so.
     """
-    check_dense(hidden=hidden_MD, weight=weight_VD, target=target_M)
+    check_contiguous(hidden=hidden_MD, weight=weight_VD, target=target_M)
     for name, x in (("hidden", hidden_MD), ("weight", weight_VD)):
         if x.data_ptr() % 16:
             raise ValueError(f"{name} must begin at a multiple of 16 bytes, as tensor descriptors ask; clone it")
     if exp_MV is not None:
-        check_dense_rows(exp=exp_MV)
+        check_unit_stride(exp=exp_MV)
     num_rows, dim = hidden_MD.shape
     num_vocab = weight_VD.shape[0]
     new = hidden_MD.new_empty
@@ -353,8 +354,8 @@ def whole_gradient_(
     temperature: float,
 ) -> None:
     """E becomes dz."""
-    check_dense_rows(exp=exp_MV)
-    check_dense(target=target_M)
+    check_unit_stride(exp=exp_MV)
+    check_contiguous(target=target_M)
     num_rows, num_vocab = exp_MV.shape
     if not num_rows:
         return

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import check_dense, check_dense_rows, on_its_device
+from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
+from isomorph.kernels.strides import check_contiguous, check_unit_stride
+from isomorph.kernels.types import stats_dtype
 
 BLOCK_V = 4096  # part of the numerical contract, hence not tuned: 16 values a thread
 NUM_WARPS = 8
@@ -170,16 +172,17 @@ def row_stats(
     logits_NV: Tensor, target_N: Tensor, bias_V: Tensor | None, inv_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and LSE of every row, float32 (float64 for float64). Logits: stride 1 along V."""
-    check_dense_rows(logits=logits_NV)
-    check_dense(target=target_N, bias=bias_V)
+    check_unit_stride(logits=logits_NV)
+    check_contiguous(target=target_N, bias=bias_V)
     num_rows, num_vocab = logits_NV.shape
-    wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    logprob, entropy, lse = (logits_NV.new_empty(num_rows, dtype=wide) for _ in range(3))
+    dtype = stats_dtype(logits_NV.dtype)
+    logprob, entropy, lse = (logits_NV.new_empty(num_rows, dtype=dtype) for _ in range(3))
     if num_rows:
         stats_kernel[(num_rows,)](
             logits_NV, target_N, bias_V, logprob, entropy, lse,
-            logits_NV.stride(0), num_vocab, *_split(inv_temperature),
-            HAS_BIAS=bias_V is not None, WIDE=_wide(wide), BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            logits_NV.stride(0), num_vocab, *split_float32(inv_temperature),
+            HAS_BIAS=bias_V is not None, WIDE=arithmetic_type(dtype), BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return logprob, entropy, lse
 
@@ -195,17 +198,17 @@ def row_gradient(
     out_NV: Tensor,
 ) -> None:
     """Writes d loss / d logits to ``out``, which may be the logits themselves or their first half as bfloat16."""
-    check_dense_rows(logits=logits_NV, out=out_NV)
-    check_dense(target=target_N, bias=bias_V, logprob=stats[0], entropy=stats[1])
+    check_unit_stride(logits=logits_NV, out=out_NV)
+    check_contiguous(target=target_N, bias=bias_V, logprob=stats[0], entropy=stats[1])
     num_rows, num_vocab = logits_NV.shape
     if not num_rows:
         return
     dlogprob, dentropy, dlse = (None if grad is None else grad.contiguous() for grad in grads)
     gradient_kernel[(num_rows,)](
         logits_NV, out_NV, target_N, bias_V, stats[0], stats[1], dlogprob, dentropy, dlse,
-        logits_NV.stride(0), out_NV.stride(0), num_vocab, *_split(inv_temperature),
+        logits_NV.stride(0), out_NV.stride(0), num_vocab, *split_float32(inv_temperature),
         HAS_BIAS=bias_V is not None, HAS_DLOGPROB=dlogprob is not None, HAS_DENTROPY=dentropy is not None,
-        HAS_DLSE=dlse is not None, WIDE=_wide(stats[0].dtype), BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        HAS_DLSE=dlse is not None, WIDE=arithmetic_type(stats[0].dtype), BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -213,7 +216,7 @@ def row_gradient(
 @on_its_device
 def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
     """into[row_index[i]] += rows[i]; a row's additions happen in the order of i. The host waits for nothing."""
-    check_dense(into=into_TD, rows=rows_ND)
+    check_contiguous(into=into_TD, rows=rows_ND)
     if not len(row_index_N):
         return
     place_N, order_N = torch.sort(row_index_N, stable=True)
@@ -223,13 +226,13 @@ def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
     )
 
 
-def _split(x: float) -> tuple[float, float]:
+def split_float32(x: float) -> tuple[float, float]:
     """Triton passes a Python float as float32."""
     rounded = torch.tensor(x, dtype=torch.float32, device="cpu").item()
     return rounded, x - rounded
 
 
-def _wide(dtype: torch.dtype) -> Any:
+def arithmetic_type(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomorph.kernels.gpu.launch import check_dense, check_dense_rows, on_its_device
-from isomorph.kernels.gpu.rows import _split, _wide
+from isomorph.kernels.gpu.launch import on_its_device
+from isomorph.kernels.gpu.rows import arithmetic_type, split_float32
 from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
+from isomorph.kernels.strides import check_contiguous, check_unit_stride
 
 COUNTERS = 1024  # of Philox a step: 4096 columns
 NUM_WARPS = 8
@@ -83,13 +84,14 @@ def draw_token(
     logits_BV: Tensor, key_B: Tensor, position_B: Tensor, inv_temperature: float, token_B: Tensor, logprob_B: Tensor
 ) -> None:
     """Writes a token and its log-probability for every row. Logits: stride 1 along V."""
-    check_dense_rows(logits=logits_BV)
-    check_dense(key=key_B, position=position_B, token=token_B, logprob=logprob_B)
+    check_unit_stride(logits=logits_BV)
+    check_contiguous(key=key_B, position=position_B, token=token_B, logprob=logprob_B)
     num_rows, num_vocab = logits_BV.shape
     if num_rows:
         draw_kernel[(num_rows,)](
-            logits_BV, key_B, position_B, token_B, logprob_B, logits_BV.stride(0), num_vocab, *_split(inv_temperature),
-            WIDE=_wide(logprob_B.dtype), COUNTERS=COUNTERS, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            logits_BV, key_B, position_B, token_B, logprob_B, logits_BV.stride(0), num_vocab,
+            *split_float32(inv_temperature), WIDE=arithmetic_type(logprob_B.dtype), COUNTERS=COUNTERS,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -103,6 +105,6 @@ def variants(arch: int) -> list[Variant]:
             "logprob_ptr": "*fp64" if dtype == "fp64" else "*fp32", "stride_b": "i32", "V": "i32",
             "inv_temperature": "fp32", "inv_temperature_rest": "fp32",
         }  # fmt: skip
-        constants = {"WIDE": _wide(torch.float64 if dtype == "fp64" else torch.float32), "COUNTERS": COUNTERS}
+        constants = {"WIDE": arithmetic_type(torch.float64 if dtype == "fp64" else torch.float32), "COUNTERS": COUNTERS}
         found.append(Variant(draw_kernel, dtype, signature, constants, num_warps=NUM_WARPS))
     return found

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from isomorph.kernels import backend
 from isomorph.kernels.linear_logprob import linear_loss, linear_loss_ref
-from isomorph.kernels.token_logprob import TokenStats, row_gradient, row_stats, stats_dtype, token_logprob_ref
+from isomorph.kernels.token_logprob import TokenStats, row_gradient, row_stats, token_logprob_ref
+from isomorph.kernels.types import stats_dtype
 
 pytestmark = pytest.mark.skipif(bool(backend.native_cuda_reason()), reason=backend.native_cuda_reason())
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from isomorph.kernels import backend
+from isomorph.kernels.flash import Flash
 from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
 from isomorph.kernels.packed_layout import PackedLayout
 
@@ -74,7 +74,7 @@ def _backward(
     return dq, dk, dv
 
 
-BY_CONTRACT = varlen.Flash("its contract", _forward, _backward)
+BY_CONTRACT = Flash("its contract", _forward, _backward)
 
 GROUPS: dict[str, tuple[list[int], list[list[int]]]] = {
     "nothing": ([], []),
@@ -118,20 +118,6 @@ def test_how_the_operands_lie_in_memory_does_not_matter(lay: Callable[[Tensor], 
     torch.testing.assert_close(grads, torch.autograd.grad(truth, leaves, dout), rtol=1e-9, atol=1e-11)
 
 
-def test_pytorchs_output_lies_as_q_does() -> None:
-    by = varlen.torch_flash()
-    assert by is not None
-    with FakeTensorMode():
-        q, k = (
-            torch.empty(4, 18, 64, dtype=torch.bfloat16).transpose(0, 1),
-            torch.empty(18, 2, 64, dtype=torch.bfloat16),
-        )
-        at = varlen.Entries(torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int32), 9, 9, True)
-        out, lse = by.forward(q, k, k, at, 0.1)
-    assert out.stride() == q.stride() and not out.is_contiguous()
-    assert lse.is_contiguous()
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 6), max_size=4)), max_size=6))
 def test_the_calls_name_every_visible_pair_once_and_no_entry_is_empty(groups: list[tuple[int, list[int]]]) -> None:
@@ -169,20 +155,6 @@ def test_the_merge_of_float16_rows_rounds_once() -> None:
     merge(out, lse, part, part_lse, rows)
     torch.testing.assert_close(out.cpu(), expected.half(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-6, atol=1e-6)
-
-
-def test_pytorch_takes_our_arguments_and_gives_the_shapes_of_the_contract() -> None:
-    """By the ops' own shape functions: they bind the arguments as the kernels on a GPU do."""
-    by = varlen.torch_flash()
-    assert by is not None
-    with FakeTensorMode():
-        q, k = torch.empty(18, 4, 64, dtype=torch.bfloat16), torch.empty(18, 2, 64, dtype=torch.bfloat16)
-        at = varlen.Entries(torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int32), 9, 9, True)
-        out, lse = by.forward(q, k, k, at, 0.1)
-        assert out.shape == q.shape and out.dtype == q.dtype
-        assert lse.shape == (4, 18) and lse.dtype == torch.float32
-        grads = by.backward(q, q, k, k, out, lse, at, 0.1)
-        assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
 
 
 # -- on a GPU

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from isomorph.kernels import backend
 from isomorph.kernels.packed_layout import PackedLayout
+from isomorph.kernels.strides import aligned
 
 pytestmark = pytest.mark.skipif(bool(backend.triton_reason()), reason=backend.triton_reason())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +111,6 @@ def test_a_launch_refuses_what_its_kernel_would_misread(name: str) -> None:
 
 def test_operands_of_tensor_descriptors_begin_at_16_bytes() -> None:
     from isomorph.kernels.gpu import offset
-    from isomorph.kernels.gpu.launch import aligned
 
     target = torch.zeros(N, dtype=torch.int64, device=DEVICE)
     off = torch.zeros(V * D + 1, device=DEVICE)[1:].view(V, D)
