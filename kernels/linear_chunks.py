@@ -164,12 +164,12 @@ class OffsetChunks:
     """The same in one pass of ``kernels/gpu/offset.py``: exp(logit - logit of the target) instead of logits."""
 
     def __init__(self, head: Head, chunk_rows: int) -> None:
-        from isomorph.kernels.gpu import offset
+        from isomorph.kernels.gpu import offset, offset_rows
 
         reason = offset.refusal(head.hidden_TD, head.bias_V is not None)
         if reason:
             raise ValueError(f"linear_loss=offset was asked for, but {reason}; take linear_loss=triton")
-        self.offset, self.head = offset, head
+        self.offset, self.rows, self.head = offset, offset_rows, head
         self.weight_VD = aligned(head.weight_VD)
         self.buffer = offset.new_buffer(head.weight_VD, min(chunk_rows, len(head.target_ids_N)))
 
@@ -191,10 +191,10 @@ class OffsetChunks:
         dlogprob_n, dentropy_n, dlse_n = grads
         temperature = self.head.temperature
         if dlogprob_n is None or dentropy_n is not None or dlse_n is not None:
-            self.offset.whole_gradient_(self.exp_nV, self.facts, grads, self.target_n, temperature)
+            self.rows.whole_gradient_(self.exp_nV, self.facts, grads, self.target_n, temperature)
             into.add(self.head, rows, self.hidden_nD, self.exp_nV)
         else:
-            scale_n = self.offset.row_scales(self.facts, dlogprob_n, self.target_n, temperature, self.exp_nV)
+            scale_n = self.rows.row_scales(self.facts, dlogprob_n, self.target_n, temperature, self.exp_nV)
             scale_n1 = scale_n[:, None]
             into.add(self.head, rows, (self.hidden_nD * scale_n1).to(self.hidden_nD.dtype), self.exp_nV, scale_n1)
 

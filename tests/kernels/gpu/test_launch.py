@@ -14,21 +14,16 @@ pytestmark = pytest.mark.skipif(bool(backend.triton_reason()), reason=backend.tr
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, V, T, H, D = 4, 24, 5, 2, 8
 
-Launch = Callable[..., object]
+# a call of its tensors, the tensors, and which of them need unit stride alone
+Launch = tuple[Callable[..., object], dict[str, Tensor], set[str]]
 
 
-def _launches() -> dict[str, tuple[Launch, dict[str, Tensor], set[str]]]:
-    """Per launch: a call of its tensors, the tensors, and which of them need dense rows alone."""
-    from isomorph.kernels.gpu import advantage, attention, attention_rows, offset, rows, sample
+def _row_launches() -> dict[str, Launch]:
+    from isomorph.kernels.gpu import advantage, offset, offset_rows, rows, sample
 
-    layout = PackedLayout.from_groups([2], [[3]])
-    ids, row, lse = torch.zeros(N, dtype=torch.int64), torch.zeros(N), torch.zeros(H, T)
-    logits, weight, out = torch.zeros(N, V), torch.zeros(V, D), torch.zeros(T, H, D)
-    offsets, place = torch.tensor([0, 2, N]), torch.arange(T)
+    ids, row = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
+    logits, weight, offsets = torch.zeros(N, V), torch.zeros(V, D), torch.tensor([0, 2, N])
     stats = offset.Stats(*(torch.ones(N) for _ in range(5)))
-    kv = dict(q=out, k=out, v=out)
-    partial = torch.zeros(2, 1, H, 32, D)
-    tiles = torch.tensor([[0, 3, 0, 1], [3, 5, 0, 1]], dtype=torch.int32)
     return {
         "row_stats": (
             lambda logits, target, bias: rows.row_stats(logits, target, bias, 1.0),
@@ -53,24 +48,16 @@ def _launches() -> dict[str, tuple[Launch, dict[str, Tensor], set[str]]]:
             dict(hidden=torch.zeros(N, D), weight=weight, target=ids, exp=logits),
             {"exp"},
         ),
-        "whole_gradient_": (
-            lambda exp, target: offset.whole_gradient_(exp, stats, (row, row, row), target, 1.0),
-            dict(exp=logits, target=ids),
+        "target_logits": (offset_rows.target_logits, dict(hidden=torch.zeros(N, D), weight=weight, target=ids), set()),
+        "rescue_": (
+            lambda hidden, weight, logit, exp: offset_rows.rescue_(hidden, weight, logit, exp, stats, 1.0),
+            dict(hidden=torch.zeros(N, D), weight=weight, logit=row, exp=logits),
             {"exp"},
         ),
-        "deltas": (attention_rows.deltas, dict(out_THD=out, dout_THD=out, lse_HT=lse), {"dout_THD"}),
-        "add_pieces": (
-            attention_rows.add_pieces, dict(partial=partial, dk_TKD=out, dv_TKD=out, tiles=tiles), set(),
-        ),
-        "merge": (
-            attention_rows.merge,
-            dict(out_THD=out, lse_HT=lse, part_NHD=out, part_lse_HN=lse, rows_N=place),
-            set(),
-        ),
-        "attend_backward": (
-            lambda out, lse: attention.attend_backward(out, *kv.values(), out, lse, layout, 1.0),
-            dict(out=out, lse=lse),
-            set(),
+        "whole_gradient_": (
+            lambda exp, target: offset_rows.whole_gradient_(exp, stats, (row, row, row), target, 1.0),
+            dict(exp=logits, target=ids),
+            {"exp"},
         ),
         "group_advantage": (
             lambda reward, offsets: advantage.group_advantage(reward, offsets, "mean", "std"),
@@ -85,16 +72,40 @@ def _launches() -> dict[str, tuple[Launch, dict[str, Tensor], set[str]]]:
     }  # fmt: skip
 
 
+def _attention_launches() -> dict[str, Launch]:
+    from isomorph.kernels.gpu import attention, attention_rows
+
+    layout = PackedLayout.from_groups([2], [[3]])
+    out, lse, place = torch.zeros(T, H, D), torch.zeros(H, T), torch.arange(T)
+    partial = torch.zeros(2, 1, H, 32, D)
+    tiles = torch.tensor([[0, 3, 0, 1], [3, 5, 0, 1]], dtype=torch.int32)
+    return {
+        "deltas": (attention_rows.deltas, dict(out_THD=out, dout_THD=out, lse_HT=lse), {"dout_THD"}),
+        "add_pieces": (
+            attention_rows.add_pieces, dict(partial=partial, dk_TKD=out, dv_TKD=out, tiles=tiles), set(),
+        ),
+        "merge": (
+            attention_rows.merge,
+            dict(out_THD=out, lse_HT=lse, part_NHD=out, part_lse_HN=lse, rows_N=place),
+            set(),
+        ),
+        "attend_backward": (
+            lambda out, lse: attention.attend_backward(out, out, out, out, out, lse, layout, 1.0),
+            dict(out=out, lse=lse),
+            set(),
+        ),
+    }  # fmt: skip
+
+
 NAMES = [
-    "row_stats", "row_gradient", "add_rows", "draw_token", "exp_chunk", "whole_gradient_", "deltas", "add_pieces",
-    "merge",
-    "attend_backward", "group_advantage", "gae",
+    "row_stats", "row_gradient", "add_rows", "draw_token", "exp_chunk", "target_logits", "rescue_",
+    "whole_gradient_", "deltas", "add_pieces", "merge", "attend_backward", "group_advantage", "gae",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_launch_refuses_what_its_kernel_would_misread(name: str) -> None:
-    launch, tensors, takes_row_strides = _launches()[name]
+    launch, tensors, takes_row_strides = (_row_launches() | _attention_launches())[name]
     tensors = {key: x.to(DEVICE) for key, x in tensors.items()}
     launch(*tensors.values())
     for key, x in tensors.items():

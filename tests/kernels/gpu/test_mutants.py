@@ -101,11 +101,11 @@ def check_sample(sample: Any) -> None:
     _close(logprob, z.log_softmax(-1).gather(1, token[:, None])[:, 0])
 
 
-def check_offset(offset: Any) -> None:
+def check_offset(offset: Any, offset_rows: Any = None) -> None:
     """3 x 4 tiles and a tail, two groups of row tiles of which one is short, three blocks along D; rows to rescue."""
+    offset_rows = offset_rows or offset.offset_rows
     tile = offset.Tile(16, 16, 16, 4, 2)
     offset.MAIN_FLOAT32, offset.TAIL_BLOCK_N, offset.GROUP_M = tile, 16, 2
-    offset.BLOCK_D = offset.BLOCK_V = offset.RESCUE_V = offset.RESCUE_D = 16
     num_rows, dim, num_vocab = 40, 40, 70
     hidden, weight = _random(num_rows, dim), _random(num_vocab, dim) * (4 / dim**0.5)
     target = torch.arange(num_rows, device=DEVICE) * 7 % num_vocab
@@ -123,11 +123,23 @@ def check_offset(offset: Any) -> None:
     assert isinstance(loss, Tensor)
     (true_grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
     whole = exp.clone()
-    offset.whole_gradient_(whole, facts, grads, target, 0.7)
+    offset_rows.whole_gradient_(whole, facts, grads, target, 0.7)
     _close(whole, true_grad)
-    scales = offset.row_scales(facts, grads[0], target, 0.7, exp)
+    scales = offset_rows.row_scales(facts, grads[0], target, 0.7, exp)
     (true_grad,) = torch.autograd.grad((truth[0] * grads[0].double()).sum(), logits)
     _close(exp * scales[:, None], true_grad)
+
+
+def check_offset_rows(offset_rows: Any) -> None:
+    from isomorph.kernels.gpu import offset
+
+    offset_rows.BLOCK_D = offset_rows.BLOCK_V = offset_rows.RESCUE_V = offset_rows.RESCUE_D = 16
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MAIN_FLOAT32", "TAIL_BLOCK_N", "GROUP_M"):
+            patch.setattr(offset, name, getattr(offset, name))  # check_offset sets them
+        for name in ("target_logits", "rescue_"):
+            patch.setattr(offset, name, getattr(offset_rows, name))
+        check_offset(offset, offset_rows)
 
 
 def check_attention(attention: Any) -> None:
@@ -207,8 +219,9 @@ def check_advantage(advantage: Any) -> None:
 
 
 CHECKS: dict[str, Callable[[Any], None]] = {
-    "rows": check_rows, "sample": check_sample, "offset": check_offset, "attention": check_attention,
-    "attention_rows": check_attention_rows, "decode": check_decode, "advantage": check_advantage,
+    "rows": check_rows, "sample": check_sample, "offset": check_offset, "offset_rows": check_offset_rows,
+    "attention": check_attention, "attention_rows": check_attention_rows, "decode": check_decode,
+    "advantage": check_advantage,
 }  # fmt: skip
 
 
@@ -282,7 +295,7 @@ MUTANTS = [
            "_take(row_ptr, column + V, w3,"),
     Mutant("the first maximum kept", "sample", "    return new_top, total,", "    return top, total,"),
     # offset
-    Mutant("target: one block", "offset", "for start in range(0, D, BLOCK_D):",
+    Mutant("target: one block", "offset_rows", "for start in range(0, D, BLOCK_D):",
            "for start in range(0, BLOCK_D, BLOCK_D):", 0, 2),
     Mutant("exp: one block along D", "offset", "for k in range(tl.cdiv(D, BLOCK_K)):", "for k in range(1):"),
     Mutant("exp: one tile a program", "offset", "tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0))",
@@ -291,16 +304,16 @@ MUTANTS = [
     Mutant("exp: the tail's mask ends late", "offset", "inside = n * BLOCK_N + tl.arange(0, BLOCK_N) < V",
            "inside = n * BLOCK_N + tl.arange(0, BLOCK_N) < V + BLOCK_N"),
     Mutant("reduce: one tile of columns", "offset", "for tile in range(num_tiles):", "for tile in range(1):"),
-    Mutant("rescue: one block", "offset", BLOCKS_V, ONE_V, 0, 3),
-    Mutant("rescue: E of one block", "offset", BLOCKS_V, ONE_V, 1, 3),
-    Mutant("rescue: total not rescaled", "offset", "total = shrink * total + ", "total = total + "),
-    Mutant("rescue: entropy not shifted", "offset", "shrink * (weighted + total * step)", "shrink * weighted"),
-    Mutant("rescue: the mask ends late", "offset", "z = tl.where(v < V, z, float(\"-inf\"))",
+    Mutant("rescue: one block", "offset_rows", BLOCKS_V, ONE_V, 0, 3),
+    Mutant("rescue: E of one block", "offset_rows", BLOCKS_V, ONE_V, 1, 3),
+    Mutant("rescue: total not rescaled", "offset_rows", "total = shrink * total + ", "total = total + "),
+    Mutant("rescue: entropy not shifted", "offset_rows", "shrink * (weighted + total * step)", "shrink * weighted"),
+    Mutant("rescue: the mask ends late", "offset_rows", "z = tl.where(v < V, z, float(\"-inf\"))",
            "z = tl.where(v < V + 16, z, float(\"-inf\"))"),
-    Mutant("rescue: one block along D", "offset", "for start in range(0, D, BLOCK_D):",
+    Mutant("rescue: one block along D", "offset_rows", "for start in range(0, D, BLOCK_D):",
            "for start in range(0, BLOCK_D, BLOCK_D):", 1, 2),
-    Mutant("gradient: one block", "offset", BLOCKS_V, ONE_V, 2, 3),
-    Mutant("gradient: target of the first block", "offset", "tl.where(v == target, dlogprob, 0.0)",
+    Mutant("gradient: one block", "offset_rows", BLOCKS_V, ONE_V, 2, 3),
+    Mutant("gradient: target of the first block", "offset_rows", "tl.where(v == target, dlogprob, 0.0)",
            "tl.where(v - start == target, dlogprob, 0.0)"),
     # attention
     Mutant("forward: one whole block", "attention", FULL, ONE_FULL, 0, 2),
