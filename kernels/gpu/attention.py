@@ -22,7 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from isomorph.kernels.gpu import attention_rows
-from isomorph.kernels.gpu.attention_rows import add_pieces, deltas, load_rows, store_rows, variant
+from isomorph.kernels.gpu.attention_rows import (
+    add_pieces,
+    deltas,
+    load_rows,
+    row_of_head,
+    step,
+    store_rows,
+    tile_and_head,
+    variant,
+)
 from isomorph.kernels.gpu.attention_tiles import CONFIGS, Tile, block_d, config_of, tables_on
 from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
@@ -41,8 +50,8 @@ def forward_block(
     """One block of keys [start, end); MASKED where it is not full or crosses the diagonal."""
     at = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    k_ptr += tl.cast(start, tl.int64) * stride_kt
-    v_ptr += tl.cast(start, tl.int64) * stride_vt
+    k_ptr = step(k_ptr, start, stride_kt)
+    v_ptr = step(v_ptr, start, stride_vt)
     k_KD = load_rows(k_ptr, at, d, stride_kt, end - start, MASKED, D, BLOCK_D)
     score_QK = tl.dot(q, k_KD.T, input_precision="ieee") * scale
     if MASKED:
@@ -73,16 +82,14 @@ def forward_kernel(
     scale,  # in base 2
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % H  # tiles in order, hence the longest of all heads first
-    tile_ptr += tl.program_id(0) // H * 6
+    tile_ptr, head = tile_and_head(tile_ptr, H, 6)
     start = tl.load(tile_ptr)
     num_rows = tl.load(tile_ptr + 1) - start
-    kv_head = (head // repeats).to(tl.int64)
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    k_ptr = step(k_ptr, head // repeats, stride_kh)
+    v_ptr = step(v_ptr, head // repeats, stride_vh)
     at = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
-    q_ptr += tl.cast(start, tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+    q_ptr = row_of_head(q_ptr, start, head, stride_qt, stride_qh)
     q = load_rows(q_ptr, at, d, stride_qt, num_rows, True, D, BLOCK_D)
     out = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -99,9 +106,9 @@ def forward_kernel(
             out, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, k0, tl.load(block_ptr + 2 * i + 1), start + at,
             scale, True, D, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-    out_ptr += (start.to(tl.int64) * H + head) * D
+    out_ptr = row_of_head(out_ptr, start, head, H * D, D)
     store_rows(out_ptr, at, d, H * D, num_rows, out / total[:, None], D, BLOCK_D)
-    lse_ptr += head.to(tl.int64) * T + start
+    lse_ptr = step(lse_ptr, head, T) + start
     tl.store(lse_ptr + at, (top + tl.log2(total)) * 0.6931471805599453, mask=at < num_rows)
 
 
@@ -113,8 +120,8 @@ def grad_q_block(
     """One block of keys, as in ``forward_block``; scale and LSE in base 2."""
     at = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    k_ptr += tl.cast(start, tl.int64) * stride_kt
-    v_ptr += tl.cast(start, tl.int64) * stride_vt
+    k_ptr = step(k_ptr, start, stride_kt)
+    v_ptr = step(v_ptr, start, stride_vt)
     k_KD = load_rows(k_ptr, at, d, stride_kt, end - start, MASKED, D, BLOCK_D)
     v_KD = load_rows(v_ptr, at, d, stride_vt, end - start, MASKED, D, BLOCK_D)
     p_QK = tl.exp2(tl.dot(q, k_KD.T, input_precision="ieee") * scale - lse[:, None])
@@ -143,22 +150,21 @@ def grad_q_kernel(
     scale_base_2,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % H
-    tile_ptr += tl.program_id(0) // H * 6
+    tile_ptr, head = tile_and_head(tile_ptr, H, 6)
     start = tl.load(tile_ptr)
     num_rows = tl.load(tile_ptr + 1) - start
-    kv_head = (head // repeats).to(tl.int64)
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    k_ptr = step(k_ptr, head // repeats, stride_kh)
+    v_ptr = step(v_ptr, head // repeats, stride_vh)
     at = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
-    q_ptr += tl.cast(start, tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
-    dout_ptr += tl.cast(start, tl.int64) * stride_dt + head.to(tl.int64) * stride_dh
+    q_ptr = row_of_head(q_ptr, start, head, stride_qt, stride_qh)
+    dout_ptr = row_of_head(dout_ptr, start, head, stride_dt, stride_dh)
     q = load_rows(q_ptr, at, d, stride_qt, num_rows, True, D, BLOCK_D)
     dout = load_rows(dout_ptr, at, d, stride_dt, num_rows, True, D, BLOCK_D)
-    row_offset = head.to(tl.int64) * T + start
-    lse = tl.load(lse_ptr + row_offset + at, mask=at < num_rows, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(delta_ptr + row_offset + at, mask=at < num_rows, other=0.0)
+    lse_ptr = step(lse_ptr, head, T) + start
+    delta_ptr = step(delta_ptr, head, T) + start
+    lse = tl.load(lse_ptr + at, mask=at < num_rows, other=float("inf")) * 1.4426950408889634
+    delta = tl.load(delta_ptr + at, mask=at < num_rows, other=0.0)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for i in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):
         for k0 in range(tl.load(full_ptr + 2 * i), tl.load(full_ptr + 2 * i + 1), BLOCK_K):
@@ -172,7 +178,7 @@ def grad_q_kernel(
             dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, k0, tl.load(block_ptr + 2 * i + 1), start + at,
             scale_base_2, True, D, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-    dq_ptr += (start.to(tl.int64) * H + head) * D
+    dq_ptr = row_of_head(dq_ptr, start, head, H * D, D)
     store_rows(dq_ptr, at, d, H * D, num_rows, dq * scale, D, BLOCK_D)
 
 
@@ -184,8 +190,8 @@ def grad_kv_block(
     """One block of queries [start, end); MASKED where it is not full or crosses the diagonal."""
     at = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
-    q_ptr += tl.cast(start, tl.int64) * stride_qt
-    dout_ptr += tl.cast(start, tl.int64) * stride_dt
+    q_ptr = step(q_ptr, start, stride_qt)
+    dout_ptr = step(dout_ptr, start, stride_dt)
     q = load_rows(q_ptr, at, d, stride_qt, end - start, MASKED, D, BLOCK_D)
     dout = load_rows(dout_ptr, at, d, stride_dt, end - start, MASKED, D, BLOCK_D)
     if MASKED:  # exp2(score - inf) = 0
@@ -221,8 +227,7 @@ def grad_kv_kernel(
     scale_base_2,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    kv_head = (tl.program_id(0) % K).to(tl.int64)
-    tile_ptr += tl.program_id(0) // K * 5
+    tile_ptr, kv_head = tile_and_head(tile_ptr, K, 5)
     key = tl.load(tile_ptr)
     num_keys = tl.load(tile_ptr + 1) - key
     start = tl.load(tile_ptr + 2)
@@ -230,8 +235,8 @@ def grad_kv_kernel(
     slot = tl.load(tile_ptr + 4)
     at = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    k_ptr += key.to(tl.int64) * stride_kt + kv_head * stride_kh
-    v_ptr += key.to(tl.int64) * stride_vt + kv_head * stride_vh
+    k_ptr = row_of_head(k_ptr, key, kv_head, stride_kt, stride_kh)
+    v_ptr = row_of_head(v_ptr, key, kv_head, stride_vt, stride_vh)
     k = load_rows(k_ptr, at, d, stride_kt, num_keys, True, D, BLOCK_D)
     v = load_rows(v_ptr, at, d, stride_vt, num_keys, True, D, BLOCK_D)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -243,10 +248,10 @@ def grad_kv_kernel(
     num_masked = num_diagonal + tl.cdiv(end - tail, BLOCK_Q)
     for i in range(repeats):
         head = kv_head * repeats + i
-        q_head_ptr = q_ptr + head * stride_qh
-        dout_head_ptr = dout_ptr + head * stride_dh
-        lse_head_ptr = lse_ptr + head * T
-        delta_head_ptr = delta_ptr + head * T
+        q_head_ptr = step(q_ptr, head, stride_qh)
+        dout_head_ptr = step(dout_ptr, head, stride_dh)
+        lse_head_ptr = step(lse_ptr, head, T)
+        delta_head_ptr = step(delta_ptr, head, T)
         for j in tl.range(num_masked, num_stages=1):  # few: no pipeline
             q0 = tl.where(j < num_diagonal, start + j * BLOCK_Q, tail)
             dk, dv = grad_kv_block(
@@ -260,14 +265,13 @@ def grad_kv_kernel(
             )  # fmt: skip
     dk = dk * scale
     if slot < 0:
-        place = (key.to(tl.int64) * K + kv_head) * D
-        store_rows(dk_ptr + place, at, d, K * D, num_keys, dk, D, BLOCK_D)
-        store_rows(dv_ptr + place, at, d, K * D, num_keys, dv, D, BLOCK_D)
+        store_rows(row_of_head(dk_ptr, key, kv_head, K * D, D), at, d, K * D, num_keys, dk, D, BLOCK_D)
+        store_rows(row_of_head(dv_ptr, key, kv_head, K * D, D), at, d, K * D, num_keys, dv, D, BLOCK_D)
     else:
-        place = (tl.cast(slot, tl.int64) * K + kv_head) * BLOCK_K * D
-        store_rows(partial_ptr + place, at, d, D, num_keys, dk, D, BLOCK_D)
-        place = ((slot + num_slots).to(tl.int64) * K + kv_head) * BLOCK_K * D
-        store_rows(partial_ptr + place, at, d, D, num_keys, dv, D, BLOCK_D)
+        dk_part_ptr = row_of_head(partial_ptr, slot, kv_head, K * BLOCK_K * D, BLOCK_K * D)
+        dv_part_ptr = row_of_head(partial_ptr, slot + num_slots, kv_head, K * BLOCK_K * D, BLOCK_K * D)
+        store_rows(dk_part_ptr, at, d, D, num_keys, dk, D, BLOCK_D)
+        store_rows(dv_part_ptr, at, d, D, num_keys, dv, D, BLOCK_D)
 
 
 # -- launches

@@ -25,6 +25,26 @@ MERGE_ROWS = 16
 NUM_WARPS = 4
 
 
+# -- where the rows of heads lie
+@triton.jit
+def step(ptr, count, stride):
+    """``ptr`` and ``count`` strides more, counted in int64: offsets into packed tokens and caches pass 2**31."""
+    return ptr + tl.cast(count, tl.int64) * stride
+
+
+@triton.jit
+def row_of_head(ptr, row, head, row_stride, head_stride):
+    """Pointer to row ``row`` of head ``head`` in [rows, heads, ...]."""
+    return step(step(ptr, row, row_stride), head, head_stride)
+
+
+@triton.jit
+def tile_and_head(tile_ptr, num_heads, WIDTH: tl.constexpr):
+    """The table row of this program's tile, and its head. The longest tile comes first, with all of its heads."""
+    program = tl.program_id(0)
+    return tile_ptr + program // num_heads * WIDTH, program % num_heads
+
+
 @triton.jit
 def load_rows(ptr, at, d, stride, num_rows, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows ``at`` of D values, 0 at and beyond num_rows if MASKED, and beyond D."""
@@ -65,8 +85,10 @@ def delta_kernel(
     start = (tl.program_id(0) // H).to(tl.int64) * BLOCK_Q
     at = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
-    out = load_rows(out_ptr + (start * H + head) * D, at, d, H * D, T - start, True, D, BLOCK_D)
-    dout = load_rows(dout_ptr + start * stride_dt + head * stride_dh, at, d, stride_dt, T - start, True, D, BLOCK_D)
+    out_ptr = row_of_head(out_ptr, start, head, H * D, D)
+    dout_ptr = row_of_head(dout_ptr, start, head, stride_dt, stride_dh)
+    out = load_rows(out_ptr, at, d, H * D, T - start, True, D, BLOCK_D)
+    dout = load_rows(dout_ptr, at, d, stride_dt, T - start, True, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + head * T + start + at, delta, mask=at < T - start)
 
@@ -83,7 +105,7 @@ def add_pieces_kernel(
     program = tl.program_id(0)
     first_row = program % (block_k // BLOCK_ROWS) * BLOCK_ROWS
     program = program // (block_k // BLOCK_ROWS)
-    kv_head = (program % K).to(tl.int64)
+    kv_head = program % K
     tile_ptr += program // K * 4
     key = tl.load(tile_ptr)
     num_keys = tl.load(tile_ptr + 1) - key - first_row
@@ -91,14 +113,17 @@ def add_pieces_kernel(
     d = tl.arange(0, BLOCK_D)
     dk = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    head_stride = block_k * D
+    partial_ptr += first_row * D
     for slot in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):  # ascending: part of the numerical contract
-        dk_part_ptr = partial_ptr + ((tl.cast(slot, tl.int64) * K + kv_head) * block_k + first_row) * D
-        dv_part_ptr = partial_ptr + (((slot + num_slots).to(tl.int64) * K + kv_head) * block_k + first_row) * D
+        dk_part_ptr = row_of_head(partial_ptr, slot, kv_head, K * head_stride, head_stride)
+        dv_part_ptr = row_of_head(partial_ptr, slot + num_slots, kv_head, K * head_stride, head_stride)
         dk += load_rows(dk_part_ptr, at, d, D, num_keys, True, D, BLOCK_D)
         dv += load_rows(dv_part_ptr, at, d, D, num_keys, True, D, BLOCK_D)
-    place = ((key + first_row).to(tl.int64) * K + kv_head) * D
-    store_rows(dk_ptr + place, at, d, K * D, num_keys, dk, D, BLOCK_D)
-    store_rows(dv_ptr + place, at, d, K * D, num_keys, dv, D, BLOCK_D)
+    dk_ptr = row_of_head(dk_ptr, key + first_row, kv_head, K * D, D)
+    dv_ptr = row_of_head(dv_ptr, key + first_row, kv_head, K * D, D)
+    store_rows(dk_ptr, at, d, K * D, num_keys, dk, D, BLOCK_D)
+    store_rows(dv_ptr, at, d, K * D, num_keys, dv, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -124,9 +149,10 @@ def merge_kernel(
     part_weight = tl.exp(part_lse - top)
     total = own_weight + part_weight
     is_value = is_row[:, None] & (d[None, :] < D)
-    place = out_ptr + (row[:, None] * H + head) * D + d[None, :]
+    place = row_of_head(out_ptr, row[:, None], head, H * D, D) + d[None, :]
     own = tl.load(place, mask=is_value, other=0.0).to(top.dtype)
-    part = load_rows(part_ptr + (start * H + head) * D, at, d, H * D, N - start, True, D, BLOCK_D).to(top.dtype)
+    part_ptr = row_of_head(part_ptr, start, head, H * D, D)
+    part = load_rows(part_ptr, at, d, H * D, N - start, True, D, BLOCK_D).to(top.dtype)
     merged = own * (own_weight / total)[:, None] + part * (part_weight / total)[:, None]
     tl.store(place, merged.to(out_ptr.dtype.element_ty), mask=is_value)
     tl.store(lse_ptr + head * T + row, top + tl.log(total), mask=is_row)

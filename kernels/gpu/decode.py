@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomorph.kernels.gpu.attention_rows import load_rows, row_of_head
 from isomorph.kernels.gpu.launch import on_its_device
 from isomorph.kernels.gpu.variant import Variant
 from isomorph.kernels.strides import unit_stride
@@ -74,25 +75,24 @@ def partial_kernel(
         return
     d = tl.arange(0, BLOCK_D)
     q_head = head * REPEATS + query % REPEATS
-    q_at = row.to(tl.int64) * q_stride_b + q_head * q_stride_h
-    q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
-    k_ptr += slot * k_stride_s + head * k_stride_k
-    v_ptr += slot * v_stride_s + head * v_stride_k
+    q_row_ptr = row_of_head(q_ptr, row, q_head, q_stride_b, q_stride_h)
+    q = tl.load(q_row_ptr[:, None] + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+    k_ptr = row_of_head(k_ptr, slot, head, k_stride_s, k_stride_k)
+    v_ptr = row_of_head(v_ptr, slot, head, v_stride_s, v_stride_k)
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     stop = tl.minimum(start + PIECE, longest)
     for first in range(start, stop, BLOCK_L):
         at = (first + tl.arange(0, BLOCK_L)).to(tl.int64)
-        there = (at < stop)[:, None] & (d < DIM)[None, :]
-        k = tl.load(k_ptr + at[:, None] * k_stride_l + d[None, :], mask=there, other=0.0)
+        k = load_rows(k_ptr, at, d, k_stride_l, stop, True, DIM, BLOCK_D)
         score = tl.dot(q, k.T, input_precision="ieee") * scale
         score = tl.where(at[None, :] < length[:, None], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(score - shift[:, None])
         shrink = tl.exp2(top - shift)
-        v = tl.load(v_ptr + at[:, None] * v_stride_l + d[None, :], mask=there, other=0.0)
+        v = load_rows(v_ptr, at, d, v_stride_l, stop, True, DIM, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         total = total * shrink + tl.sum(p, 1)
         top = new_top
@@ -138,7 +138,7 @@ def merge_kernel(
         acc = acc * shrink + tl.load(acc_ptr + piece * DIM + d, mask=d < DIM, other=0.0) * weight
         top = new_top
     out = tl.where(num_prompt + num_own > 0, acc / total, 0.0)
-    tl.store(out_ptr + (b * H + head) * DIM + d, out, mask=d < DIM)
+    tl.store(row_of_head(out_ptr, b, head, H * DIM, DIM) + d, out, mask=d < DIM)
 
 
 # -- launch
