@@ -13,7 +13,6 @@ namespace nb = nanobind;
 namespace isomorph {
 namespace {
 
-using Array = nb::ndarray<nb::device::cpu>;
 using Segments = nb::ndarray<const int64_t, nb::shape<-1, 4>, nb::device::cpu, nb::c_contig>;
 
 AttentionFns attention_fns(Storage storage) {
@@ -23,8 +22,6 @@ AttentionFns attention_fns(Storage storage) {
 #endif
     return baseline::attention_fns(storage);
 }
-
-Heads heads_of(const Array& array) { return {array.data(), array.stride(0), array.stride(1)}; }
 
 Attention task_of(const Array& q, const Array& k, const Array& v, const Segments& segments, double scale,
                   const Array& out, const Array& lse) {

@@ -14,17 +14,11 @@ struct Segment {
     int64_t start, end, vis_end, parent;
 };
 
-// [T, heads, dim]; dim is contiguous.
-struct Heads {
-    void* data;
-    int64_t token_stride, head_stride;  // in elements
-};
-
 struct Attention {
     const Segment* segments;
     int64_t num_heads, repeats, dim;  // repeats: query heads per KV head
     double scale;
-    Heads q, k, v, out;
+    Heads q, k, v, out;  // rows are tokens
     void* lse;  // [T, num_heads]; float64 for float64, else float32, like everything below
     // the backward's
     Heads dout;

@@ -69,20 +69,6 @@ void multiply(const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t b_ro
     }
 }
 
-template <typename T>
-ISOMORPH_INLINE T* row_of(const Heads& heads, int64_t token, int64_t head) {
-    return static_cast<T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
-}
-
-// to[width] = factor * from[dim], zeros beyond.
-template <typename T, typename A>
-ISOMORPH_INLINE void widen_row(const T* from, int64_t dim, int64_t width, A factor, A* to) {
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(to + d, wide<A>(from + d) * factor);
-    for (; d < dim; ++d) to[d] = widen(from[d]) * factor;
-    for (; d < width; ++d) to[d] = 0;
-}
-
 template <typename A>
 ISOMORPH_INLINE A max_of(const Vec<A>& x) {
     A part[kLanes];
@@ -268,6 +254,7 @@ AttentionFns attention_fns(Storage storage) {
         case Storage::kFloat32: return fns<float, float>();
         case Storage::kFloat64: return fns<double, double>();
         case Storage::kBFloat16: return fns<BFloat16, float>();
+        case Storage::kFloat16: break;  // refused before
     }
     return {};
 }

@@ -12,7 +12,6 @@ namespace nb = nanobind;
 namespace isomorph {
 namespace {
 
-using Array = nb::ndarray<nb::device::cpu>;
 using Array1i = nb::ndarray<const int64_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 
 constexpr int64_t kQueriesPerTask = 32;
@@ -25,19 +24,13 @@ DecodeFn decode_fn(Storage storage) {
     return baseline::decode_fn(storage);
 }
 
-// Address of element (i, j) of the first two dimensions.
-const void* at(const Array& array, int64_t i, int64_t j) {
-    const int64_t offset = i * array.stride(0) + j * array.stride(1);
-    return static_cast<const char*>(array.data()) + offset * static_cast<int64_t>(array.itemsize());
-}
-
 // Keys and values in slots [S, K, L, D], and which entries each row sees.
 struct Cache {
     const Array &k, &v;
     const int64_t *slot, *len;
 
-    Rows keys(int64_t row, int64_t head) const { return {at(k, slot[row], head), k.stride(2), len[row]}; }
-    Rows values(int64_t row, int64_t head) const { return {at(v, slot[row], head), v.stride(2), len[row]}; }
+    Entries keys(int64_t row, int64_t head) const { return {heads_of(k), slot[row], head, k.stride(2), len[row]}; }
+    Entries values(int64_t row, int64_t head) const { return {heads_of(v), slot[row], head, v.stride(2), len[row]}; }
     bool sees_the_same(int64_t row, int64_t other) const { return slot[row] == slot[other] && len[row] == len[other]; }
 };
 
@@ -70,21 +63,19 @@ void decode_attention(Array q, Array k_prompt, Array v_prompt, Array1i prompt_sl
         longest[0] = std::max(longest[0], prompt.len[row]), longest[1] = std::max(longest[1], own.len[row]);
     }
     const Scratch scratch(decode_scratch_bytes(rows_per_task * repeats, q.shape(2), longest[0], longest[1]));
-    const Scratch own_rows(2 * rows_per_task * static_cast<int64_t>(sizeof(Rows)));
+    const Scratch own_entries(2 * rows_per_task * static_cast<int64_t>(sizeof(Entries)));
     for_each_task<1>(static_cast<int64_t>(tiles.size()) * num_kv_heads, [&](int64_t i, int64_t worker) noexcept {
         const Tile tile = tiles[i / num_kv_heads];
         const int64_t head = i % num_kv_heads;
-        Rows* own_k = static_cast<Rows*>(own_rows.piece(worker));
-        Rows* own_v = own_k + rows_per_task;
+        Entries* own_k = static_cast<Entries*>(own_entries.piece(worker));
+        Entries* own_v = own_k + rows_per_task;
         for (int64_t g = 0; g < tile.num_rows; ++g) {
             own_k[g] = own.keys(tile.first + g, head), own_v[g] = own.values(tile.first + g, head);
         }
         DecodeTask task;
         task.num_rows = tile.num_rows, task.repeats = repeats, task.dim = q.shape(2), task.scale = scale;
-        task.q = at(q, tile.first, head * repeats);
-        task.q_row_stride = q.stride(0), task.q_head_stride = q.stride(1);
-        task.out = const_cast<void*>(at(out, tile.first, head * repeats));
-        task.out_row_stride = out.stride(0), task.out_head_stride = out.stride(1);
+        task.q = heads_of(q), task.out = heads_of(out);
+        task.first_row = tile.first, task.first_head = head * repeats;
         task.prompt_k = prompt.keys(tile.first, head), task.prompt_v = prompt.values(tile.first, head);
         task.own_k = own_k, task.own_v = own_v;
         task.scratch = scratch.piece(worker);

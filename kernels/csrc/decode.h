@@ -8,8 +8,10 @@
 
 namespace isomorph {
 
-struct Rows {
-    const void* data;
+// The keys, or the values, that a row sees in one slot and KV head of a cache [S, K, L, D].
+struct Entries {
+    Heads cache;
+    int64_t slot, kv_head;
     int64_t stride;  // in elements, from one entry to the next
     int64_t len;
 };
@@ -19,13 +21,11 @@ struct DecodeTask {
     int64_t repeats;  // query heads per KV head
     int64_t dim;
     double scale;
-    const void* q;  // [num_rows, repeats, dim], rows row_stride apart, heads head_stride
-    int64_t q_row_stride, q_head_stride;
-    void* out;  // likewise
-    int64_t out_row_stride, out_head_stride;
-    Rows prompt_k, prompt_v;
-    const Rows* own_k;  // [num_rows]
-    const Rows* own_v;
+    Heads q, out;  // of all rows and heads; this task's are
+    int64_t first_row, first_head;
+    Entries prompt_k, prompt_v;
+    const Entries* own_k;  // [num_rows]
+    const Entries* own_v;
     void* scratch;
 };
 

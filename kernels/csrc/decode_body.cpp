@@ -17,24 +17,22 @@ struct Matrix {
 
 // Entries as stored, [len, width] with zeros beyond dim: where they lie, or copied to scratch.
 template <typename T>
-Matrix<T> entries(const Rows& rows, int64_t dim, int64_t width, void* scratch) {
-    const T* data = static_cast<const T*>(rows.data);
-    if (dim == width) return {data, rows.stride};
+Matrix<T> stored(const Entries& entries, int64_t dim, int64_t width, void* scratch) {
+    const T* data = row_of<const T>(entries.cache, entries.slot, entries.kv_head);
+    if (dim == width) return {data, entries.stride};
     T* copy = static_cast<T*>(scratch);
-    memset(static_cast<void*>(copy), 0, sizeof(T) * rows.len * width);
-    for (int64_t i = 0; i < rows.len; ++i) memcpy(copy + i * width, data + i * rows.stride, sizeof(T) * dim);
+    memset(static_cast<void*>(copy), 0, sizeof(T) * entries.len * width);
+    for (int64_t i = 0; i < entries.len; ++i) memcpy(copy + i * width, data + i * entries.stride, sizeof(T) * dim);
     return {copy, width};
 }
 
 // Entries as A, [len, dim].
 template <typename T, typename A>
-Matrix<A> wide_entries(const Rows& rows, int64_t dim, int64_t width, void* scratch) {
-    const T* data = static_cast<const T*>(rows.data);
-    if constexpr (__is_same(T, A)) return {data, rows.stride};
+Matrix<A> widened(const Entries& entries, int64_t dim, int64_t width, void* scratch) {
+    const T* data = row_of<const T>(entries.cache, entries.slot, entries.kv_head);
+    if constexpr (__is_same(T, A)) return {data, entries.stride};
     A* copy = static_cast<A*>(scratch);
-    for (int64_t i = 0; i < rows.len; ++i) {
-        for (int64_t d = 0; d < dim; ++d) copy[i * width + d] = widen(data[i * rows.stride + d]);
-    }
+    for (int64_t i = 0; i < entries.len; ++i) widen_row(data + i * entries.stride, dim, width, A(1), copy + i * width);
     return {copy, width};
 }
 
@@ -145,22 +143,18 @@ void decode(const DecodeTask& task) {
 
     memset(q_query_dim, 0, sizeof(A) * 2 * queries * width);
     for (int64_t i = 0; i < num_queries; ++i) {
-        const T* from = static_cast<const T*>(task.q) + i / task.repeats * task.q_row_stride +
-                        i % task.repeats * task.q_head_stride;
-        for (int64_t d = 0; d < task.dim; ++d) {
-            const A x = widen(from[d]) * static_cast<A>(task.scale);
-            q_query_dim[i * width + d] = x;
-            q_dim_query[d * queries + i] = x;
-        }
+        const T* from = row_of<const T>(task.q, task.first_row + i / task.repeats, task.first_head + i % task.repeats);
+        widen_row(from, task.dim, width, static_cast<A>(task.scale), q_query_dim + i * width);
+        for (int64_t d = 0; d < task.dim; ++d) q_dim_query[d * queries + i] = q_query_dim[i * width + d];
     }
 
     // scratch holds prompt keys, then prompt values, then each row's own
-    const Matrix<A> prompt_k = wide_entries<T, A>(task.prompt_k, task.dim, width, scratch);
+    const Matrix<A> prompt_k = widened<T, A>(task.prompt_k, task.dim, width, scratch);
     score_prompt(prompt_k, prompt_len, q_dim_query, queries, task.dim, scores);
     A* own_scores = scores + prompt_len * queries;
     for (int64_t i = 0; i < own_max * queries; ++i) own_scores[i] = -static_cast<A>(INFINITY);
     for (int64_t g = 0; g < task.num_rows; ++g) {
-        const Matrix<T> keys = entries<T>(task.own_k[g], task.dim, width, scratch);
+        const Matrix<T> keys = stored<T>(task.own_k[g], task.dim, width, scratch);
         for (int64_t i = g * task.repeats; i < (g + 1) * task.repeats; ++i) {
             score_own(keys, task.own_k[g].len, q_query_dim + i * width, queries, width, own_scores + i);
         }
@@ -168,17 +162,16 @@ void decode(const DecodeTask& task) {
 
     weigh(scores, len, queries, sums);
 
-    const Matrix<T> prompt_v = entries<T>(task.prompt_v, task.dim, width, scratch);
+    const Matrix<T> prompt_v = stored<T>(task.prompt_v, task.dim, width, scratch);
     sum_prompt(prompt_v, prompt_len, scores, queries, width, out);
     for (int64_t g = 0; g < task.num_rows; ++g) {
-        const Matrix<T> values = entries<T>(task.own_v[g], task.dim, width, scratch);
+        const Matrix<T> values = stored<T>(task.own_v[g], task.dim, width, scratch);
         for (int64_t i = g * task.repeats; i < (g + 1) * task.repeats; ++i) {
             add_own(values, task.own_v[g].len, own_scores + i, queries, width, out + i * width);
         }
     }
     for (int64_t i = 0; i < num_queries; ++i) {
-        T* to = static_cast<T*>(task.out) + i / task.repeats * task.out_row_stride +
-                i % task.repeats * task.out_head_stride;
+        T* to = row_of<T>(task.out, task.first_row + i / task.repeats, task.first_head + i % task.repeats);
         const bool sees_nothing = prompt_len + task.own_k[i / task.repeats].len == 0;
         for (int64_t d = 0; d < task.dim; ++d) narrow(to + d, sees_nothing ? A(0) : out[i * width + d] / sums[i]);
     }
@@ -191,6 +184,7 @@ DecodeFn decode_fn(Storage storage) {
         case Storage::kFloat32: return &decode<float, float>;
         case Storage::kFloat64: return &decode<double, double>;
         case Storage::kBFloat16: return &decode<BFloat16, float>;
+        case Storage::kFloat16: break;  // refused before
     }
     return nullptr;
 }

@@ -42,12 +42,15 @@ const std::string& isa() {
     return forced.empty() ? best : forced;
 }
 
-Storage storage_of(const nb::ndarray<nb::device::cpu>& array, const char* op) {
+Storage storage_of(const Array& array, const char* op, bool takes_float16) {
     const nb::dlpack::dtype dtype = array.dtype();
+    const auto code = static_cast<nb::dlpack::dtype_code>(dtype.code);
     if (dtype == nb::dtype<float>()) return Storage::kFloat32;
     if (dtype == nb::dtype<double>()) return Storage::kFloat64;
-    if (dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16) return Storage::kBFloat16;
-    throw nb::type_error((std::string(op) + ": float32, float64 or bfloat16").c_str());
+    if (dtype.bits == 16 && code == nb::dlpack::dtype_code::Bfloat) return Storage::kBFloat16;
+    if (dtype.bits == 16 && code == nb::dlpack::dtype_code::Float && takes_float16) return Storage::kFloat16;
+    const std::string types = takes_float16 ? "float32, float64, bfloat16 or float16" : "float32, float64 or bfloat16";
+    throw nb::type_error((std::string(op) + " takes " + types).c_str());
 }
 
 void bind_isa(nb::module_& module) {

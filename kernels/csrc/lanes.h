@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "storage.h"
+
 namespace isomorph {
 namespace ISOMORPH_ISA {
 namespace {
@@ -48,6 +50,7 @@ struct BFloat16 {
 };
 ISOMORPH_INLINE float widen(float x) { return x; }
 ISOMORPH_INLINE double widen(double x) { return x; }
+ISOMORPH_INLINE float widen(_Float16 x) { return static_cast<float>(x); }
 ISOMORPH_INLINE float widen(BFloat16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float wide;
@@ -56,6 +59,7 @@ ISOMORPH_INLINE float widen(BFloat16 x) {
 }
 ISOMORPH_INLINE void narrow(float* to, float x) { *to = x; }
 ISOMORPH_INLINE void narrow(double* to, double x) { *to = x; }
+ISOMORPH_INLINE void narrow(_Float16* to, float x) { *to = static_cast<_Float16>(x); }
 ISOMORPH_INLINE void narrow(BFloat16* to, float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof(bits));
@@ -75,6 +79,20 @@ ISOMORPH_INLINE Vec<A> wide(const T* p) {
     } else {
         return load<Vec<A>>(p);
     }
+}
+
+// to[width] = factor * from[dim], zeros beyond.
+template <typename T, typename A>
+ISOMORPH_INLINE void widen_row(const T* from, int64_t dim, int64_t width, A factor, A* to) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(to + d, wide<A>(from + d) * factor);
+    for (; d < dim; ++d) to[d] = widen(from[d]) * factor;
+    for (; d < width; ++d) to[d] = 0;
+}
+
+template <typename T>
+ISOMORPH_INLINE T* row_of(const Heads& heads, int64_t row, int64_t head) {
+    return static_cast<T*>(heads.data) + row * heads.row_stride + head * heads.head_stride;
 }
 
 // exp of x < 88. NaN stays NaN; -inf gives exactly 0.

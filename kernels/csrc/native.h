@@ -14,8 +14,12 @@ namespace isomorph {
 template <typename T>
 using Array1 = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::device::cpu, nanobind::c_contig>;
 
-// Raises TypeError, in the name of ``op``, for another type than these three.
-Storage storage_of(const nanobind::ndarray<nanobind::device::cpu>& array, const char* op);
+using Array = nanobind::ndarray<nanobind::device::cpu>;
+
+// Raises TypeError, in the name of ``op``, for every other type, and for float16 unless the op takes it.
+Storage storage_of(const Array& array, const char* op, bool takes_float16 = false);
+
+inline Heads heads_of(const Array& array) { return {array.data(), array.stride(0), array.stride(1)}; }
 
 // "avx512", "avx2" or "baseline".
 const std::string& isa();

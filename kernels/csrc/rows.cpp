@@ -44,22 +44,13 @@ Body<A> body() {
 }
 #undef ISOMORPH_BODY
 
-RowType type_of(const Matrix& rows) {
-    if (rows.dtype() == nb::dtype<float>()) return RowType::kFloat32;
-    if (rows.dtype() == nb::dtype<double>()) return RowType::kFloat64;
-    const auto code = static_cast<nb::dlpack::dtype_code>(rows.dtype().code);
-    if (rows.dtype().bits == 16 && code == nb::dlpack::dtype_code::Bfloat) return RowType::kBFloat16;
-    if (rows.dtype().bits == 16 && code == nb::dlpack::dtype_code::Float) return RowType::kFloat16;
-    throw nb::type_error("rows must be float32, bfloat16, float16 or float64");
-}
-
 struct Rows {
     char* data;
-    RowType type;
+    Storage type;
     int64_t num_rows, num_columns, item_bytes, row_bytes;  // row_bytes: from one row to the next
 
     explicit Rows(const Matrix& rows)
-        : data(static_cast<char*>(rows.data())), type(type_of(rows)), num_rows(rows.shape(0)),
+        : data(static_cast<char*>(rows.data())), type(storage_of(Array(rows), "a row kernel", true)), num_rows(rows.shape(0)),
           num_columns(rows.shape(1)), item_bytes(rows.dtype().bits / 8), row_bytes(rows.stride(0) * item_bytes) {
         if (num_columns > 1 && rows.stride(1) != 1) throw nb::value_error("rows must have stride 1 along V");
     }
@@ -162,7 +153,7 @@ void stats_as(const Rows& rows, const Vector& target, const MaybeVector& bias, d
 void row_stats(Matrix logits, Vector target, MaybeVector bias, double inv_temperature, Vector logprob, Vector entropy,
                Vector lse) {
     const Rows rows(logits);
-    const auto run = rows.type == RowType::kFloat64 ? stats_as<double> : stats_as<float>;
+    const auto run = rows.type == Storage::kFloat64 ? stats_as<double> : stats_as<float>;
     run(rows, target, bias, inv_temperature, logprob, entropy, lse);
 }
 
@@ -190,8 +181,8 @@ void gradient_as(const Rows& rows, const Vector& target, const Vector& logprob, 
 void row_gradient(Matrix logits, Vector target, Vector logprob, Vector entropy, MaybeVector dlogprob,
                   MaybeVector dentropy, MaybeVector dlse, MaybeVector bias, double inv_temperature, Matrix out) {
     const Rows rows(logits), to(out);
-    const bool wide = rows.type == RowType::kFloat64;
-    if (to.num_rows != rows.num_rows || to.num_columns != rows.num_columns || wide != (to.type == RowType::kFloat64))
+    const bool wide = rows.type == Storage::kFloat64;
+    if (to.num_rows != rows.num_rows || to.num_columns != rows.num_columns || wide != (to.type == Storage::kFloat64))
         throw nb::type_error("row_gradient: out must have the shape of the logits, and be float64 where they are");
     const MaybeVector grads[3] = {dlogprob, dentropy, dlse};
     const auto run = wide ? gradient_as<double> : gradient_as<float>;
@@ -239,7 +230,7 @@ void draw_as(const Rows& rows, const Vector& key, const Vector& position, double
 
 void draw_token(Matrix logits, Vector key, Vector position, double inv_temperature, Vector token, Vector logprob) {
     const Rows rows(logits);
-    const auto run = rows.type == RowType::kFloat64 ? draw_as<double> : draw_as<float>;
+    const auto run = rows.type == Storage::kFloat64 ? draw_as<double> : draw_as<float>;
     run(rows, key, position, inv_temperature, token, logprob);
 }
 

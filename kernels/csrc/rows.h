@@ -4,11 +4,11 @@
 
 #include <stdint.h>
 
+#include "storage.h"
+
 namespace isomorph {
 
 constexpr int64_t kRowBlock = 1024;  // columns; as float32 it stays in the first-level cache
-
-enum class RowType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 template <typename A>
 struct RowScale {
@@ -38,12 +38,12 @@ struct BlockDraw {
     namespace isa {                                                                                                    \
     template <typename A>                                                                                              \
     struct RowsBody {                                                                                                  \
-        static A z_at(const void* row, RowType type, int64_t column, const RowScale<A>& scale);                        \
-        static BlockStats stats(const void* row, RowType type, int64_t first, int64_t num_columns,                     \
+        static A z_at(const void* row, Storage type, int64_t column, const RowScale<A>& scale);                        \
+        static BlockStats stats(const void* row, Storage type, int64_t first, int64_t num_columns,                     \
                                 const RowScale<A>& scale);                                                             \
-        static void gradient(const void* row, RowType type, int64_t first, int64_t num_columns,                        \
-                             const RowScale<A>& scale, const RowGradient<A>& grad, void* out, RowType out_type);       \
-        static BlockDraw draw(const void* row, RowType type, int64_t first, int64_t num_columns,                       \
+        static void gradient(const void* row, Storage type, int64_t first, int64_t num_columns,                        \
+                             const RowScale<A>& scale, const RowGradient<A>& grad, void* out, Storage out_type);       \
+        static BlockDraw draw(const void* row, Storage type, int64_t first, int64_t num_columns,                       \
                               const RowScale<A>& scale, int64_t key, int64_t position);                                \
     };                                                                                                                 \
     }

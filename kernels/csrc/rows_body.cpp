@@ -11,53 +11,36 @@ namespace {
 constexpr int64_t kSums = 4;  // independent sums, so that none waits for itself
 static_assert(kRowBlock % (kLanes * kSums) == 0);
 
-void widen(const uint16_t* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-        memcpy(to + i, &bits, sizeof(bits));
-    }
+template <typename T, typename A>
+void read_as(const void* row, int64_t first, int64_t n, A* to) {
+    const T* from = static_cast<const T*>(row) + first;
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
-void narrow(const float* from, int64_t n, uint16_t* to) {
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        memcpy(&bits, from + i, sizeof(bits));
-        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-        to[i] = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
-    }
+template <typename T, typename A>
+void write_as(const A* from, int64_t n, void* row, int64_t first) {
+    T* to = static_cast<T*>(row) + first;
+    for (int64_t i = 0; i < n; ++i) narrow(to + i, from[i]);
 }
 
 template <typename A>
-void read(const void* row, RowType type, int64_t first, int64_t n, A* to) {
-    if constexpr (sizeof(A) == sizeof(double)) {
-        memcpy(to, static_cast<const double*>(row) + first, n * sizeof(A));
-    } else if (type == RowType::kFloat32) {
-        memcpy(to, static_cast<const float*>(row) + first, n * sizeof(A));
-    } else if (type == RowType::kBFloat16) {
-        widen(static_cast<const uint16_t*>(row) + first, n, to);
-    } else {
-        const _Float16* half = static_cast<const _Float16*>(row) + first;
-        for (int64_t i = 0; i < n; ++i) to[i] = half[i];
-    }
+void read(const void* row, Storage type, int64_t first, int64_t n, A* to) {
+    if constexpr (sizeof(A) == sizeof(double)) return read_as<double>(row, first, n, to);
+    else if (type == Storage::kFloat32) return read_as<float>(row, first, n, to);
+    else if (type == Storage::kBFloat16) return read_as<BFloat16>(row, first, n, to);
+    else return read_as<_Float16>(row, first, n, to);
 }
 
 template <typename A>
-void write(const A* from, int64_t n, void* row, RowType type, int64_t first) {
-    if constexpr (sizeof(A) == sizeof(double)) {
-        memcpy(static_cast<double*>(row) + first, from, n * sizeof(A));
-    } else if (type == RowType::kFloat32) {
-        memcpy(static_cast<float*>(row) + first, from, n * sizeof(A));
-    } else if (type == RowType::kBFloat16) {
-        narrow(from, n, static_cast<uint16_t*>(row) + first);
-    } else {
-        _Float16* half = static_cast<_Float16*>(row) + first;
-        for (int64_t i = 0; i < n; ++i) half[i] = static_cast<_Float16>(from[i]);
-    }
+void write(const A* from, int64_t n, void* row, Storage type, int64_t first) {
+    if constexpr (sizeof(A) == sizeof(double)) return write_as<double>(from, n, row, first);
+    else if (type == Storage::kFloat32) return write_as<float>(from, n, row, first);
+    else if (type == Storage::kBFloat16) return write_as<BFloat16>(from, n, row, first);
+    else return write_as<_Float16>(from, n, row, first);
 }
 
 // z of n columns, then -inf, a probability of 0, up to whole vectors. Returns how many there are.
 template <typename A>
-int64_t read_z(const void* row, RowType type, int64_t first, int64_t n, const RowScale<A>& scale, A* z) {
+int64_t read_z(const void* row, Storage type, int64_t first, int64_t n, const RowScale<A>& scale, A* z) {
     constexpr int64_t kStep = kLanes * kSums;
     const int64_t padded = (n + kStep - 1) / kStep * kStep;
     read(row, type, first, n, z);
@@ -179,14 +162,14 @@ struct SameSize<double> {
 }  // namespace
 
 template <typename A>
-A RowsBody<A>::z_at(const void* row, RowType type, int64_t column, const RowScale<A>& scale) {
+A RowsBody<A>::z_at(const void* row, Storage type, int64_t column, const RowScale<A>& scale) {
     alignas(64) A z[kLanes * kSums];
     read_z(row, type, column, 1, scale, z);
     return z[0];
 }
 
 template <typename A>
-BlockStats RowsBody<A>::stats(const void* row, RowType type, int64_t first, int64_t num_columns,
+BlockStats RowsBody<A>::stats(const void* row, Storage type, int64_t first, int64_t num_columns,
                               const RowScale<A>& scale) {
     alignas(64) A z[kRowBlock];
     const int64_t n = read_z(row, type, first, num_columns, scale, z);
@@ -206,8 +189,8 @@ BlockStats RowsBody<A>::stats(const void* row, RowType type, int64_t first, int6
 }
 
 template <typename A>
-void RowsBody<A>::gradient(const void* row, RowType type, int64_t first, int64_t num_columns, const RowScale<A>& scale,
-                           const RowGradient<A>& grad, void* out, RowType out_type) {
+void RowsBody<A>::gradient(const void* row, Storage type, int64_t first, int64_t num_columns, const RowScale<A>& scale,
+                           const RowGradient<A>& grad, void* out, Storage out_type) {
     alignas(64) A z[kRowBlock];
     const int64_t n = read_z(row, type, first, num_columns, scale, z);
     const A factor = grad.dlse - grad.dlogprob;
@@ -223,7 +206,7 @@ void RowsBody<A>::gradient(const void* row, RowType type, int64_t first, int64_t
 }
 
 template <typename A>
-BlockDraw RowsBody<A>::draw(const void* row, RowType type, int64_t first, int64_t num_columns, const RowScale<A>& scale,
+BlockDraw RowsBody<A>::draw(const void* row, Storage type, int64_t first, int64_t num_columns, const RowScale<A>& scale,
                             int64_t key, int64_t position) {
     using Columns = typename SameSize<A>::type;
     alignas(64) A z[kRowBlock];
