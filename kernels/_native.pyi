@@ -66,5 +66,5 @@ def decode_attention(
     out: Tensor,
 ) -> None: ...
 def draw_token(
-    logits: Tensor, key: Tensor, position: Tensor, inv_temperature: float, token: Tensor, logprob: Tensor
+    logits: Tensor, rng_key: Tensor, position: Tensor, inv_temperature: float, token: Tensor, logprob: Tensor
 ) -> None: ...

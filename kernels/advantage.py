@@ -1,11 +1,11 @@
-"""Advantages: what a response, or a token, was worth beyond expectation.
+"""Advantages of responses and of tokens.
 
 group_advantage   reward - baseline of its group, then scaled            one number per response
 gae               delta[t] = reward[t] + gamma value[t+1] - value[t]     one number per token
                   advantage[t] = delta[t] + gamma lam advantage[t+1]
 
-What can be told from shapes, dtypes and names is checked on the host. Numbers and offsets are checked too; on CUDA by
-the kernels that read them, into flags that the host fetches once a call: that fetch is the one wait for the GPU.
+Shapes, dtypes and names are checked on the host. Values and offsets are checked too: on CUDA by the kernels that read
+them, which write flags; the host reads these once per call, the only synchronisation with the GPU.
 """
 
 import itertools
@@ -25,7 +25,7 @@ Scale = Literal["std", "none", "batch"]
 def group_advantage_ref(
     reward_S: Tensor, group_offsets: Tensor, *, baseline: Baseline = "mean", scale: Scale = "std"
 ) -> Tensor:
-    """What ``group_advantage`` computes, one group at a time."""
+    """The specification of ``group_advantage``, one group at a time."""
     _check_groups(reward_S, group_offsets, baseline, scale)
     offsets = _group_bounds(reward_S, group_offsets, baseline, scale)
     groups = [_one_group(reward_S[a:b], baseline, scale) for a, b in itertools.pairwise(offsets)]
@@ -40,7 +40,7 @@ def group_advantage_ref(
 def _one_group(reward_G: Tensor, baseline: Baseline, scale: Scale) -> Tensor:
     is_flat = bool((reward_G == reward_G[0]).all()) if len(reward_G) else True
     if is_flat and (baseline != "none" or scale == "std"):
-        return torch.zeros_like(reward_G)  # exactly: a rounded mean would leave dust, and dust over eps is a gradient
+        return torch.zeros_like(reward_G)  # reward - rounded mean would not be exactly 0, and 1 / EPS amplifies it
     advantage_G = reward_G
     if baseline == "mean":
         advantage_G = reward_G - reward_G.mean()
@@ -54,7 +54,7 @@ def _one_group(reward_G: Tensor, baseline: Baseline, scale: Scale) -> Tensor:
 def gae_ref(
     reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """What ``gae`` computes, one token at a time."""
+    """The specification of ``gae``, one token at a time."""
     _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
     offsets = _seq_bounds(reward_T, value_T, cu_seqlens)
     advantage_T = torch.zeros_like(reward_T)
@@ -68,7 +68,7 @@ def gae_ref(
     return advantage_T, advantage_T + value_T
 
 
-# -- argument checks: of what an argument is, without looking into it
+# -- argument checks: shapes, dtypes and names
 def _check_array(name: str, value: Tensor) -> None:
     if value.ndim != 1 or value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64 [n], got {value.dtype} {tuple(value.shape)}")
@@ -78,7 +78,7 @@ def _check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
     if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64 [n + 1], got {offsets.dtype} {tuple(offsets.shape)}")
     if offsets.device != device:
-        raise ValueError(f"{name} must be on the device of the rewards, {device}, got {offsets.device}; move it")
+        raise ValueError(f"{name} must be on the device of the rewards, {device}, got {offsets.device}; move it there")
 
 
 def _check_groups(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> None:
@@ -98,13 +98,13 @@ def _check_gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: flo
     _check_array("value", value_T)
     if value_T.shape != reward_T.shape or value_T.dtype != reward_T.dtype or value_T.device != reward_T.device:
         raise ValueError(
-            f"value must be as reward, {reward_T.dtype} {tuple(reward_T.shape)} on {reward_T.device}, got "
+            f"value must be like reward, {reward_T.dtype} {tuple(reward_T.shape)} on {reward_T.device}, got "
             f"{value_T.dtype} {tuple(value_T.shape)} on {value_T.device}"
         )
     _check_offsets("cu_seqlens", cu_seqlens, reward_T.device)
 
 
-# -- argument checks: of the numbers
+# -- argument checks: values
 def _finite(name: str, value: Tensor) -> None:
     bad = (~torch.isfinite(value)).nonzero()
     if len(bad):
@@ -120,7 +120,7 @@ def _ascending(name: str, offsets: Tensor, num: int) -> list[int]:
 
 
 def _group_bounds(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale: str) -> list[int]:
-    """The offsets as numbers, after the rewards were found finite and the groups large enough."""
+    """The offsets as ints. Raises ValueError for rewards that are not finite and groups that are too small."""
     _finite("reward", reward_S)
     offsets = _ascending("group_offsets", group_offsets, len(reward_S))
     if baseline == "none" and scale != "std":
@@ -128,8 +128,8 @@ def _group_bounds(reward_S: Tensor, group_offsets: Tensor, baseline: str, scale:
     for group, (start, end) in enumerate(itertools.pairwise(offsets)):
         if end - start == 1:
             raise ValueError(
-                f"group {group} has one response, and baseline {baseline!r} with scale {scale!r} compares "
-                "responses of a group; take samples_per_prompt >= 2, or baseline 'none' without scale 'std'"
+                f"group {group} has one response, but baseline {baseline!r} with scale {scale!r} needs two or more: "
+                "use samples_per_prompt >= 2, or baseline 'none' without scale 'std'"
             )
     return offsets
 
@@ -141,7 +141,7 @@ def _seq_bounds(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor) -> list[i
 
 
 def _any(fault: Tensor) -> bool:
-    """Whether a kernel raised a flag; without a kernel nobody has looked yet."""
+    """Whether a kernel found a fault; also True if no kernel was launched, so that the host checks."""
     return len(fault) == 0 or bool(fault.any())
 
 
@@ -149,14 +149,16 @@ def _any(fault: Tensor) -> bool:
 def group_advantage(
     reward_S: Tensor, group_offsets: Tensor, *, baseline: Baseline = "mean", scale: Scale = "std"
 ) -> Tensor:
-    """[S] advantage of each response over its group; group g is ``group_offsets[g] : group_offsets[g + 1]``.
+    """Returns [S], the advantage of each response, in the dtype of the rewards.
 
-    reward [S] float32 or float64, group_offsets [P + 1] int32 or int64 on its device, ascending from 0 to S.
-    baseline: "mean" of the group, "leave_one_out" mean of the others, "none".
-    scale: "std" divides by the group's standard deviation (n - 1) + EPS; "batch" subtracts the mean of all S
-    and divides by their standard deviation + EPS, every response counting once; "none". Where all values
-    compared are equal the result is exactly 0.
-    Raises ValueError for a reward that is not finite, and a group of one where baseline or scale compares.
+    reward [S] float32 or float64; group_offsets [P + 1] int32 or int64 on its device, ascending from 0 to S: group g is
+    ``group_offsets[g] : group_offsets[g + 1]``. No gradient.
+    baseline is subtracted: the "mean" of the group (GRPO), the mean of the others, "leave_one_out" (RLOO), or "none".
+    scale: "std" divides by the standard deviation of the group (n - 1) + EPS; "batch" then subtracts the mean of all S
+    and divides by their standard deviation + EPS, with equal weight per response (REINFORCE++); "none".
+    If all rewards that are compared are equal, the result is exactly 0.
+    Raises TypeError or ValueError for shapes, dtypes and offsets that do not fit, a reward that is not finite, and a
+    group of one response if baseline or scale compares responses of a group.
     """
     body = backend.choose("group_advantage", reward_S.device)
     if body == "reference":
@@ -167,7 +169,7 @@ def group_advantage(
 
         out_S, fault_P = gpu.group_advantage(_plain(reward_S), _plain(group_offsets.long()), baseline, scale)
         if _any(fault_P):
-            _group_bounds(reward_S, group_offsets, baseline, scale)  # says which
+            _group_bounds(reward_S, group_offsets, baseline, scale)  # raises an error with the details
         return out_S
     _group_bounds(reward_S, group_offsets, baseline, scale)
     out_S = torch.empty(len(reward_S), dtype=reward_S.dtype)
@@ -177,11 +179,13 @@ def group_advantage(
 
 
 def gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates [T] and returns [T] (advantage + value), sequence by sequence.
+    """Returns advantages [T] by generalised advantage estimation, and returns [T] = advantage + value.
 
-    reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T; on one device.
-    The value after a sequence's last token is 0.
-    Raises ValueError for numbers that are not finite, and for gamma or lam outside 0..1.
+    reward and value [T] float32 or float64; cu_seqlens [S + 1] int32 or int64, ascending from 0 to T: sequence s is
+    ``cu_seqlens[s] : cu_seqlens[s + 1]``; all on one device. The value after the last token of a sequence is 0. No
+    gradient. Schulman et al., ICLR 2016.
+    Raises TypeError or ValueError for shapes, dtypes and offsets that do not fit, for numbers that are not finite, and
+    for gamma or lam outside 0..1.
     """
     body = backend.choose("gae", reward_T.device)
     if body == "reference":
@@ -193,7 +197,7 @@ def gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, 
         offsets = _plain(cu_seqlens.long())
         advantage_T, returns_T, fault_S = gpu.gae(_plain(reward_T), _plain(value_T), offsets, gamma, lam)
         if _any(fault_S):
-            _seq_bounds(reward_T, value_T, cu_seqlens)  # says which
+            _seq_bounds(reward_T, value_T, cu_seqlens)  # raises an error with the details
         return advantage_T, returns_T
     _seq_bounds(reward_T, value_T, cu_seqlens)
     value_T = _plain(value_T)

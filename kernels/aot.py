@@ -1,15 +1,15 @@
-"""Compiles every Triton kernel, in every configuration that ships, for GPUs that are not here.
+"""Compiles every Triton kernel in every configuration that we launch, without a GPU, and checks the machine code.
 
     python -m isomorph.kernels.aot [--arch 90] [--json]        the same as: isomorph kernels compile
 
-No driver is needed: Triton carries ptxas, cuobjdump and nvdisasm. What is read off the machine code is a gate:
+No driver is needed: Triton includes ptxas, cuobjdump and nvdisasm. The checks ("gates"):
 
-    stack     0 bytes, or what the variant allows with its reason: more is a spill
-    shared    below what a block of that GPU may use; Triton compiles kernels that can never be launched, silently
-    mma       matrix instructions where a dot is meant: HGMMA on sm_90, UTCHMMA on sm_100, HMMA on sm_80 and sm_120
-              and for products of fewer than 64 rows
-    atomics   none in the IR: sums would depend on the order in which programs happen to run
-    barriers  as many as the variant asks for, where warps read what others write over
+    stack     0 bytes a thread, or what the variant allows, with a reason beside the number: more means register spills
+    shared    within the shared memory of a block on that GPU; Triton compiles kernels beyond it without an error
+    mma       matrix instructions for tl.dot: HGMMA on sm_90, UTCHMMA on sm_100, HMMA on sm_80 and sm_120 and for
+              products of fewer than 64 rows
+    atomics   none in the IR: sums would depend on the order in which programs run
+    barriers  as many as the variant requires, where warps read memory that other warps overwrite
 """
 
 import argparse
@@ -37,33 +37,33 @@ from isomorph.kernels.gpu.variant import ARCHS, SHARED_LIMIT, Variant
 FILES = (rows, offset, advantage, attention, decode, sample)
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
-# Triton 3.6's assembler keeps a convergence barrier of some loops on the stack: 8 bytes a thread, one store, one load.
+# Triton 3.6 keeps a convergence barrier of some loops on the stack: 8 bytes a thread, one store and one load.
 STACK_SLACK = 8 if triton.__version__.startswith("3.6.") else 0
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """What came out of one variant for one GPU."""
+    """The result of compiling one variant for one GPU architecture."""
 
     kernel: str
     arch: int
     registers: int
     stack: int  # bytes a thread
     shared: int  # bytes a block
-    instructions: dict[str, int]  # of those in COUNTED that occur
+    instructions: dict[str, int]  # count per instruction in COUNTED, if not 0
     compile_s: float
-    failures: tuple[str, ...]  # gates that do not hold; empty is good
+    failures: tuple[str, ...]  # failed gates; empty if all pass
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every configuration that can be launched on such a GPU."""
+    """Every launch configuration for GPUs of architecture ``arch`` (90 is sm_90)."""
     for file in FILES:
         yield from file.variants(arch)
 
 
 def compile_variant(variant: Variant, arch: int) -> Compiled:
-    """Compile for ``arch`` (90 is sm_90) and look at the machine code. Raises what Triton raises."""
+    """Compiles for ``arch`` (90 is sm_90) and checks the machine code. Raises what Triton raises."""
     started = time.perf_counter()
     source = ASTSource(
         fn=variant.kernel,
@@ -105,12 +105,12 @@ def _position(variant: Variant, name: str) -> int:
 
 
 def _aligned(variant: Variant) -> list[str]:
-    """Pointers and sizes that the launcher will find to be multiples of 16, as it does for real shapes."""
+    """Names of pointers and sizes that are multiples of 16 in real models: Triton's launcher specialises on that."""
     return [name for name, kind in variant.signature.items() if kind[0] in "*i" and name not in variant.unaligned]
 
 
 def _inspect(cubin: bytes) -> tuple[int, int, str]:
-    """Registers a thread, bytes of stack, and the machine code as text."""
+    """Registers and bytes of stack per thread, and the machine code as text."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
@@ -130,11 +130,14 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def compile_all(archs: Iterable[int] = ARCHS, *, num_processes: int | None = None) -> Iterator[Compiled]:
-    """Every variant for every architecture, in order, on ``num_processes`` (default: one a core)."""
+    """Compiles every variant for every architecture, in order, in ``num_processes`` (default: one per core).
+
+    Raises RuntimeError if TRITON_INTERPRET=1.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 makes kernels that cannot be compiled; unset it before Python starts")
+        raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1; unset it before Python starts")
     jobs = [(arch, index) for arch in archs for index in range(len(list(variants(arch))))]
-    # spawn: a forked child of a process with OpenMP threads can hang
+    # spawn, because a forked child of a process with OpenMP threads can hang
     with ProcessPoolExecutor(num_processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile_job, jobs)
 
@@ -145,7 +148,7 @@ def _compile_job(job: tuple[int, int]) -> Compiled:
 
 
 def describe(compiled: Compiled) -> str:
-    """One line: the kernel, what it uses, and what is wrong with it."""
+    """One line: the kernel, its resources, and its failed gates or ok."""
     instructions = " ".join(f"{name} {count}" for name, count in compiled.instructions.items())
     verdict = "; ".join(compiled.failures) or "ok"
     return (
@@ -158,7 +161,7 @@ HEADER = f"{'arch':<7}{'kernel':<58} {'regs':>4} {'stack':>6} {'shared':>8}  gat
 
 
 def report(archs: Iterable[int], *, as_json: bool) -> int:
-    """Print one line per kernel and architecture; 0 where every gate holds, else 1."""
+    """Prints one line per kernel and architecture; returns 0 if every gate passes, else 1."""
     num_bad = num_all = 0
     if not as_json:
         print(f"Triton {triton.__version__}\n{HEADER}")
@@ -171,9 +174,17 @@ def report(archs: Iterable[int], *, as_json: bool) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU and check its machine code")
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="repeatable; default: all")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser = argparse.ArgumentParser(
+        description="Compile every Triton kernel without a GPU and check its machine code."
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        choices=ARCHS,
+        help="GPU architecture, 90 for sm_90; repeatable; default: all",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args = parser.parse_args()
     return report(args.arch or ARCHS, as_json=args.json)
 

@@ -1,10 +1,11 @@
-"""Which body ``packed_attention`` runs for which inputs, and why. On a GPU:
+"""Selects the implementation of ``packed_attention`` for given inputs, with the reason. On a GPU:
 
-    varlen      two calls of flash attention, merged: the fastest where flash attention has kernels for the GPU
-    triton      our kernels: any GPU from sm_80 on, float32, trees, the same bits every time and in every batch
-    reference   all T x T scores: what neither of them takes
+    varlen      FlashAttention varlen, called twice and merged; where FlashAttention has kernels for the GPU
+    triton      our Triton kernels; any GPU from sm_80 on, float32, trees; bitwise reproducible and batch-invariant
+    reference   all T x T scores; whatever the other two do not support
 
-``route`` is a function of facts, the same on every machine; ``choose`` collects the facts and obeys what was asked for.
+``route`` depends on its argument alone, so it can be tested without a GPU. ``choose`` collects that argument and
+follows ``ISOMORPH_BACKEND`` and ``backend.using``.
 """
 
 from typing import NamedTuple
@@ -13,39 +14,41 @@ import torch
 
 from isomorph.kernels import backend
 
-MAX_HEAD_DIM = 128  # of our kernels
+MAX_HEAD_DIM = 128  # of our Triton kernels
 FLASH_MAX_HEAD_DIM = 256
 FLASH_MAJORS = (8, 9, 10)  # sm_8x, sm_90, sm_10x
 
 
 class Route(NamedTuple):
+    """The selected implementation, and why it was selected."""
+
     body: str
     reason: str
 
 
 class Facts(NamedTuple):
-    """All that the choice depends on."""
+    """Everything that the selection depends on."""
 
     capability: tuple[int, int]  # of the GPU: (9, 0) is sm_90
     dtype: torch.dtype
     head_dim: int
     is_tree: bool
-    deterministic: bool  # PyTorch was told to use deterministic algorithms
-    no_flash: str = ""  # why flash attention cannot be called on this machine; empty where it can
-    no_triton: str = ""  # why our kernels cannot
+    deterministic: bool  # torch.use_deterministic_algorithms(True)
+    no_flash: str = ""  # why FlashAttention cannot run on this machine; empty if it can
+    no_triton: str = ""  # why Triton kernels cannot
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, *, is_tree: bool) -> Route:
-    """The body for such inputs. Raises ValueError for one that was asked for and cannot take them."""
+    """The implementation for such inputs. Raises ValueError if the requested one does not support them."""
     if asked := backend.asked("packed_attention", device):
         reason = why_not(asked, dtype, head_dim, is_tree)
         if reason:
-            raise ValueError(f"packed_attention={asked} was asked for, but {reason}")
-        return Route(asked, "asked for")
+            raise ValueError(f"packed_attention={asked} was requested, but {reason}")
+        return Route(asked, "requested")
     if device.type != "cuda":
         body = backend.choose("packed_attention", device)
         reason = why_not(body, dtype, head_dim, is_tree)
-        return Route("reference", reason) if reason else Route(body, f"the first that runs on {device.type}")
+        return Route("reference", reason) if reason else Route(body, f"the preferred implementation on {device.type}")
     capability = torch.cuda.get_device_capability(device)
     deterministic = torch.are_deterministic_algorithms_enabled()
     absent = backend.flash_reason(), backend.triton_reason()
@@ -53,10 +56,10 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, *, is_tree: 
 
 
 def route(facts: Facts) -> Route:
-    """The rule for a GPU."""
+    """The selection on a GPU."""
     name = "sm_{}{}".format(*facts.capability)
     if facts.capability < (8, 0):
-        return Route("reference", f"flash attention and our kernels need sm_80, and this is {name}")
+        return Route("reference", f"FlashAttention and our Triton kernels need sm_80 or newer, and this GPU is {name}")
     no_flash = why_not("varlen", facts.dtype, facts.head_dim, facts.is_tree) or facts.no_flash
     no_triton = why_not("triton", facts.dtype, facts.head_dim, facts.is_tree) or facts.no_triton
     if no_triton:
@@ -64,25 +67,25 @@ def route(facts: Facts) -> Route:
     if no_flash:
         return Route("triton", no_flash)
     if facts.deterministic:
-        return Route("triton", "deterministic algorithms are asked for, and flash attention adds dQ up in any order")
+        return Route("triton", "deterministic algorithms are on, and FlashAttention accumulates dQ in no fixed order")
     if facts.capability[0] not in FLASH_MAJORS:
-        return Route("triton", f"flash attention has no kernels made for {name}")
-    return Route("varlen", f"flash attention has kernels made for {name}")
+        return Route("triton", f"FlashAttention has no kernels for {name}")
+    return Route("varlen", f"FlashAttention has kernels for {name}")
 
 
 def why_not(body: str, dtype: torch.dtype, head_dim: int, is_tree: bool) -> str:
-    """Why a body cannot take such inputs on any machine; empty where it can."""
+    """Why an implementation does not support such inputs on any machine; empty if it does."""
     name = str(dtype).removeprefix("torch.")
     if body == "native" and dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        return f"the C++ body takes float32, float64 and bfloat16, not {name}"
+        return f"the C++ implementation supports float32, float64 and bfloat16, not {name}"
     if body == "triton" and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"our kernels take float32, bfloat16 and float16, not {name}"
+        return f"our Triton kernels support float32, bfloat16 and float16, not {name}"
     if body == "triton" and head_dim > MAX_HEAD_DIM:
-        return f"our kernels take heads of up to {MAX_HEAD_DIM} values, not {head_dim}"
+        return f"our Triton kernels support head dimensions up to {MAX_HEAD_DIM}, not {head_dim}"
     if body == "varlen" and is_tree:
-        return "varlen calls take prompts and responses, not trees"
+        return "varlen supports prompts and responses, not trees"
     if body == "varlen" and dtype not in (torch.bfloat16, torch.float16):
-        return f"flash attention takes bfloat16 and float16, not {name}"
+        return f"FlashAttention supports bfloat16 and float16, not {name}"
     if body == "varlen" and (head_dim % 8 or head_dim > FLASH_MAX_HEAD_DIM):
-        return f"flash attention takes heads of a multiple of 8 up to {FLASH_MAX_HEAD_DIM} values, not {head_dim}"
+        return f"FlashAttention supports head dimensions in multiples of 8 up to {FLASH_MAX_HEAD_DIM}, not {head_dim}"
     return ""

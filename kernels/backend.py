@@ -1,21 +1,21 @@
-"""Which body runs for which tensor. One place, visible, and overridable.
+"""Selects the implementation of each op for a device. In code and in result files an implementation is a ``body``.
 
-    triton      our GPU kernels                                   on CUDA; with TRITON_INTERPRET=1 anywhere, for tests
-    offset      our GPU kernels, the softmax inside the product   linear_loss on CUDA, if asked for by name
-    varlen      flash attention as PyTorch ships it, merged       packed_attention on CUDA, see attention_route.py
-    native      C++ (isomorph.kernels._native)                    on the CPU
-    cuda        CUDA C++ (isomorph.kernels._native_cuda)          row kernels on CUDA, if built and asked for by name
-    torch       PyTorch, arranged for speed and memory            where BODIES says so
-    reference   plain PyTorch: the specification of every op      anywhere
+    triton      our Triton kernels                                    on CUDA; on any device with TRITON_INTERPRET=1
+    offset      our Triton kernels, softmax in the GEMM's epilogue    linear_loss on CUDA, only if requested by name
+    varlen      FlashAttention varlen, called twice and merged        packed_attention on CUDA, see attention_route.py
+    native      C++ (isomorph.kernels._native)                        on the CPU
+    cuda        CUDA C++ (isomorph.kernels._native_cuda)              row kernels on CUDA, only if requested by name
+    torch       PyTorch operators                                     where BODIES lists it
+    reference   plain PyTorch: the specification of every op          on every device
 
-``ISOMORPH_BACKEND=reference`` (or ``using("reference")``) takes that body wherever an op has it;
-``ISOMORPH_BACKEND=decode_attention=torch,gae=reference`` chooses op by op; an op that lacks it is an error.
-``table(device)`` says what runs: it belongs in a run's record. What packed_attention runs on CUDA depends on its inputs
-too: ``attention_route.choose`` says.
+``ISOMORPH_BACKEND=reference`` (or ``using("reference")``) selects that implementation for every op that has it;
+``ISOMORPH_BACKEND=decode_attention=torch,gae=reference`` selects per op, and is an error for an op that lacks it.
+``table(device)`` returns the current selection; a run records it. The implementation of packed_attention on CUDA also
+depends on its inputs: see ``attention_route.choose``.
 
-A choice made by ``using`` holds on the thread that made it. Autograd runs the backward of CUDA tensors on a thread of
-its own, so the backward of an op takes the choice that its forward found. For a forward that runs again there, under
-``torch.utils.checkpoint``, ``bound`` keeps the choice: ``checkpoint(bound(function), ...)``.
+A selection by ``using`` holds on the thread that made it. Autograd runs the backward of CUDA tensors on its own thread,
+so the backward of an op uses the selection that its forward used. ``torch.utils.checkpoint`` runs a forward again on
+that thread: ``checkpoint(bound(function), ...)`` keeps the selection.
 """
 
 import functools
@@ -56,7 +56,7 @@ NAMES = ("triton", "offset", "varlen", "native", "cuda", "torch", "reference")
 OUR_TRITON = ("triton", "offset")
 ENVIRONMENT = "ISOMORPH_BACKEND"
 
-# preferred first; every op also has "reference", last
+# In order of preference; every op also has "reference", last.
 BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "linear": ("torch",),
@@ -76,7 +76,7 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "token_logprob": ("triton", "torch", "cuda"),
         "linear_logprob": ("triton", "torch", "cuda"),
         "linear_loss": ("triton", "torch", "offset", "cuda"),
-        "packed_attention": ("triton", "varlen"),  # for given inputs attention_route.py chooses
+        "packed_attention": ("triton", "varlen"),  # attention_route.py selects by the inputs
         "decode_attention": ("triton", "torch"),
         "sample_token": ("triton",),
         "group_advantage": ("triton",),
@@ -92,41 +92,42 @@ R = TypeVar("R")
 
 @functools.cache
 def triton_reason() -> str:
-    """Why the Triton bodies cannot run here; empty where they can (on CUDA, or interpreted)."""
+    """Why Triton kernels cannot run here; empty if they can (on CUDA, or interpreted)."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with PyTorch's CUDA builds for Linux"
+        return "triton is not installed; PyTorch's CUDA builds for Linux include it"
     if not torch.cuda.is_available() and not interpreting():
-        return "there is no CUDA device; TRITON_INTERPRET=1, set before Python starts, runs them slowly on the CPU"
+        return "there is no CUDA device; TRITON_INTERPRET=1, set before Python starts, runs Triton slowly on the CPU"
     return ""
 
 
 @functools.cache
 def flash_reason() -> str:
-    """Why flash attention cannot be called here, for the varlen body; empty where it can."""
+    """Why FlashAttention, which "varlen" calls, cannot run here; empty if it can."""
     if triton_reason() or not torch.cuda.is_available():
         return triton_reason() or "there is no CUDA device"
     return flash.flash_reason()
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels are interpreted, on tensors of any device: for tests, thousands of times slower."""
+    """Whether Triton kernels are interpreted, on tensors of any device. For tests: thousands of times slower."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def native_available() -> bool:
-    """Whether the C++ bodies can run here."""
+    """Whether the C++ module was built."""
     return _native_module is not None
 
 
 def native_reason() -> str:
-    """Why the C++ bodies cannot run here; empty where they can."""
+    """Why the C++ module is missing; empty if it was built."""
     return _native_reason
 
 
 def native() -> ModuleType:
-    """The C++ module, for an op whose ``choose`` said "native", set to run on as many threads as PyTorch.
+    """The C++ module, set to the number of threads of PyTorch. Only after ``choose`` returned "native".
 
-    It may be linked with another OpenMP runtime than PyTorch is, which PyTorch's own setting does not reach.
+    The module may be linked to another OpenMP runtime than PyTorch, so ``torch.set_num_threads`` alone has no effect
+    on it.
     """
     assert _native_module is not None, _native_reason
     _native_module.use_threads(torch.get_num_threads())
@@ -134,43 +135,52 @@ def native() -> ModuleType:
 
 
 def native_cuda() -> ModuleType:
-    """The CUDA C++ module, for an op whose ``choose`` said "cuda"."""
+    """The CUDA C++ module. Only after ``choose`` returned "cuda"."""
     assert _cuda_module is not None, _cuda_reason
     return _cuda_module
 
 
 def native_cuda_reason() -> str:
-    """Why the CUDA C++ bodies cannot run here; empty where they can, given a CUDA device."""
+    """Why the CUDA C++ module is missing; empty if it was built."""
     return _cuda_reason
 
 
 def choose(op: str, device: torch.device | str = "cpu") -> str:
-    """Name of the body that ``op`` runs on ``device``. Raises ValueError for a choice that cannot be met."""
+    """Name of the implementation that ``op`` runs on ``device``.
+
+    Raises ValueError for an unknown op, and for a request (see ``asked``) that ``op`` cannot meet on ``device``.
+    """
     return asked(op, device) or bodies(op, torch.device(device).type)[0]
 
 
 def asked(op: str, device: torch.device | str = "cpu") -> str:
-    """The body that was asked for; empty where none was. Raises ValueError for a choice that cannot be met."""
+    """Name of the implementation that was requested for ``op``, by ``using`` or ISOMORPH_BACKEND; empty if none was.
+
+    A request without an op's name counts only if ``op`` has that implementation on ``device``. Raises ValueError for a
+    request by the op's name that cannot be met.
+    """
     here = bodies(op, torch.device(device).type)
     everywhere, per_op = _parse(request())
     if op in per_op and per_op[op] not in here:
-        raise ValueError(f"{ENVIRONMENT} asks for {op}={per_op[op]}, but on {device} {op} has: {', '.join(here)}")
+        raise ValueError(
+            f"{ENVIRONMENT} or using() requests {op}={per_op[op]}, but {op} on {device} has: {', '.join(here)}"
+        )
     return per_op.get(op) or (everywhere if everywhere in here else "")
 
 
 def request() -> str:
-    """What is asked for here, as ``using`` takes it; empty where nothing is."""
+    """The request that holds on this thread, in the syntax of ``using``; empty if there is none."""
     return _override.get() or os.environ.get(ENVIRONMENT, "")
 
 
 def table(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Every op and the body it runs on ``device``."""
+    """Op -> name of the implementation that it runs on ``device``."""
     return {op: choose(op, device) for op in OPS}
 
 
 @contextmanager
 def using(wanted: str) -> Iterator[None]:
-    """Override the choice inside the block; same syntax as the environment variable, which it outranks."""
+    """Context: overrides ISOMORPH_BACKEND on this thread; same syntax. Raises ValueError for what cannot run here."""
     _parse(wanted)
     token = _override.set(wanted)
     try:
@@ -180,7 +190,7 @@ def using(wanted: str) -> Iterator[None]:
 
 
 def bound(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` with the bodies that are asked for now, whenever and on whatever thread it runs.
+    """``function`` with the request that holds now, on whatever thread it is called later.
 
     For ``torch.utils.checkpoint.checkpoint``, which calls its function a second time in the backward.
     """
@@ -195,9 +205,9 @@ def bound(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def bodies(op: str, device_type: str) -> tuple[str, ...]:
-    """The bodies that can run ``op`` on such a device here, preferred first; "reference" is always the last."""
+    """Names of the implementations that can run ``op`` on such a device here, preferred first, "reference" last."""
     if op not in OPS:
-        raise ValueError(f"no op is called {op!r}; there are: {', '.join(OPS)}")
+        raise ValueError(f"no op is named {op!r}; ops: {', '.join(OPS)}")
     names = BODIES.get(device_type, {}).get(op, ())
     if device_type == "cpu" and interpreting():
         names = (*names, *(name for name in BODIES["cuda"].get(op, ()) if name in OUR_TRITON))
@@ -213,7 +223,7 @@ def bodies(op: str, device_type: str) -> tuple[str, ...]:
 
 @functools.cache
 def _parse(request: str) -> tuple[str, dict[str, str]]:
-    """The body for all ops ("" for none), and the bodies of single ops."""
+    """The implementation requested for all ops ("" for none), and those requested for single ops."""
     everywhere, per_op = "", {}
     for part in filter(None, (part.strip() for part in request.split(","))):
         op, equals, name = part.rpartition("=")
@@ -223,7 +233,7 @@ def _parse(request: str) -> tuple[str, dict[str, str]]:
         elif op in OPS:
             per_op[op] = name
         else:
-            raise ValueError(f"{ENVIRONMENT} names an op {op!r}; there are: {', '.join(OPS)}")
+            raise ValueError(f"{ENVIRONMENT} names an unknown op {op!r}; ops: {', '.join(OPS)}")
     return everywhere, per_op
 
 
@@ -231,10 +241,10 @@ def _check_name(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"{ENVIRONMENT} must name one of {', '.join(NAMES)}, got {name!r}")
     if name in OUR_TRITON and triton_reason():
-        raise ValueError(f"Triton bodies were asked for, but {triton_reason()}")
+        raise ValueError(f"{ENVIRONMENT} or using() requests {name}, which cannot run here: {triton_reason()}")
     if name == "varlen" and flash_reason():
-        raise ValueError(f"varlen bodies were asked for, but {flash_reason()}")
+        raise ValueError(f"{ENVIRONMENT} or using() requests varlen, which cannot run here: {flash_reason()}")
     if name == "native" and not native_available():
-        raise ValueError(f"native bodies were asked for, but {_native_reason}")
+        raise ValueError(f"{ENVIRONMENT} or using() requests native, which cannot run here: {_native_reason}")
     if name == "cuda" and _cuda_module is None:
-        raise ValueError(f"CUDA C++ bodies were asked for, but {_cuda_reason}")
+        raise ValueError(f"{ENVIRONMENT} or using() requests cuda, which cannot run here: {_cuda_reason}")

@@ -1,10 +1,10 @@
-"""A hash of a tensor's bits: one pass over memory, the same number on every device.
+"""A hash of a tensor's bits: one pass over memory, the same value on every device.
 
-    words     the tensor's bytes in row-major order, zeros behind them up to whole blocks of 16 words of 8 bytes
+    words     the tensor's bytes in row-major order, padded with zeros to whole blocks of 16 words of 8 bytes
     hash      sum over blocks b of (2 b + 1) * (sum of the words of block b)          modulo 2**64
 
-A change of one word is multiplied by an odd number and cannot vanish; blocks that change places are seen, words that
-change places within a block are not. It tells a stale tensor from a fresh one, not an honest one from a forgery.
+A change of a single word changes the hash, because its weight is odd. Exchanged blocks change the hash; exchanged words
+within a block do not. The hash is for detecting outdated weights; it is not cryptographic.
 """
 
 import torch
@@ -17,7 +17,7 @@ BLOCK_BYTES = 128
 
 # -- reference: the specification
 def bit_hash_ref(tensor: Tensor) -> Tensor:
-    """What ``bit_hash`` computes."""
+    """The specification of ``bit_hash``."""
     flat = _flat(tensor)
     per_block = BLOCK_BYTES // flat.element_size()
     whole = flat.numel() // per_block * per_block
@@ -32,7 +32,7 @@ def bit_hash_ref(tensor: Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """[numel], of stride 1 even where a single number had another."""
+    """[numel] with stride 1, which ``contiguous`` does not ensure for a single number."""
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
 
 
@@ -46,7 +46,7 @@ def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> Tensor:
 
 # -- public
 def bit_hash(tensor: Tensor) -> Tensor:
-    """[] int64 on the tensor's device, not waited for. Any dtype, shape and stride; no gradient."""
+    """Returns [] int64 on the tensor's device, without synchronising. Any dtype, shape and strides; no gradient."""
     if backend.choose("bit_hash", tensor.device) == "reference":
         return bit_hash_ref(tensor)
     out = torch.empty(1, dtype=torch.int64)

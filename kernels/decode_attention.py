@@ -1,13 +1,13 @@
-"""Attention of one new token per sequence against its KV, a shared prompt read once; for sampling, no gradients.
+"""Attention of one new token per sequence over its KV cache; a shared prompt is read once. For sampling: no gradients.
 
-Keys and values stand in slots. Row b sees the first ``len[b]`` entries of its prompt's slot and of its own, under one
-softmax:
+Keys and values are stored in slots. Row b attends to the first ``len[b]`` entries of its prompt's slot and of its own
+slot, under one softmax:
 
     k, v   = entries of prompt.slot[b], up to prompt.len[b], then of own.slot[b], up to own.len[b]
-    out[b] = softmax(scale q[b] . k) v                  zeros where a row sees nothing
+    out[b] = softmax(scale q[b] . k) v                  zeros for a row with no entries
 
-The rows of a group name the same prompt slot. Where they stand next to each other the prompt is read once for all of
-them: as a [rows * H / K, D] x [D, L] product per KV head. Both parts are merged by their log-sum-exp.
+The rows of a group have the same prompt slot. If they are adjacent in the batch, the prompt is read once for all of
+them, as a [rows * H / K, D] x [D, L] product per KV head.
 """
 
 import math
@@ -22,7 +22,7 @@ from isomorph.kernels.types import CachedKV
 
 # -- reference: the specification
 def decode_attention_ref(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, *, scale: float | None = None) -> Tensor:
-    """What ``decode_attention`` computes, one row at a time."""
+    """The specification of ``decode_attention``, one row at a time."""
     scale = _check(q_BHD, prompt, own, scale)
     repeats = q_BHD.shape[1] // prompt.k_SKLD.shape[1]
     out_BHD = torch.zeros_like(q_BHD)
@@ -56,22 +56,25 @@ def _check_cache(name: str, cache: CachedKV, q_BHD: Tensor, num_kv_heads: int) -
     if len(shape) != 4 or (shape[1], shape[3]) != (num_kv_heads, q_BHD.shape[2]):
         raise ValueError(f"{name}.k must be [S, {num_kv_heads}, L, {q_BHD.shape[2]}], got {shape}")
     if v_SKLD.shape != k_SKLD.shape:
-        raise ValueError(f"{name}.v must be {shape} as the keys are, got {tuple(v_SKLD.shape)}")
+        raise ValueError(f"{name}.v must be {shape}, the shape of {name}.k, got {tuple(v_SKLD.shape)}")
     if k_SKLD.dtype != q_BHD.dtype or v_SKLD.dtype != q_BHD.dtype:
-        raise TypeError(f"keys and values must have the dtype of q, {q_BHD.dtype}; cast the cache or the query")
+        raise TypeError(
+            f"{name}.k and {name}.v must have the dtype of q, {q_BHD.dtype}, got {k_SKLD.dtype} and {v_SKLD.dtype}; "
+            "cast the cache or the query"
+        )
     for what, values, most in (("slot", slot_B, shape[0] - 1), ("len", len_B, shape[2])):
         if values.shape != q_BHD.shape[:1]:
-            raise ValueError(f"{name}.{what} must be [{len(q_BHD)}], one for each row, got {tuple(values.shape)}")
+            raise ValueError(f"{name}.{what} must be [{len(q_BHD)}], one per row of q, got {tuple(values.shape)}")
         if values.dtype != torch.int64:
             raise TypeError(f"{name}.{what} must be int64, got {values.dtype}")
-        # on a GPU a look at the values would stop the stream, and has no place in a CUDA graph: the caller answers
+        # On a GPU, reading the values would synchronise the stream and cannot be captured in a CUDA graph.
         if values.device.type == "cpu" and len(values):
             low, high = (int(bound) for bound in torch.aminmax(values))
             if low < 0 or high > most:
                 raise ValueError(f"{name}.{what} must lie in 0..{most}, got {low}..{high}")
 
 
-# -- PyTorch body: no synchronisation, but every row has its own copy of what it sees
+# -- body torch: no synchronisation, but a copy of the prompt's entries per row
 def _decode(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Tensor:
     num_kv_heads = prompt.k_SKLD.shape[1]
     q_BKrD = (q_BHD * scale).unflatten(1, (num_kv_heads, -1))
@@ -84,13 +87,13 @@ def _decode(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Ten
 
 
 def _gathered(cache: CachedKV) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and what is hidden, row by row; hidden values are 0, because 0 times what is not finite is not 0."""
+    """Keys and values per row, and the mask of entries beyond its length. Those values are 0, since 0 * NaN is NaN."""
     hidden_BL = torch.arange(cache.k_SKLD.shape[2], device=cache.len_B.device) >= cache.len_B[:, None]
     k_BKLD, v_BKLD = cache.k_SKLD.index_select(0, cache.slot_B), cache.v_SKLD.index_select(0, cache.slot_B)
     return k_BKLD, v_BKLD.masked_fill_(hidden_BL[:, None, :, None], 0), hidden_BL
 
 
-# -- native body
+# -- body native
 def _decode_native(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Tensor:
     out_BHD = torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
     operands = [q_BHD]
@@ -102,14 +105,16 @@ def _decode_native(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float)
 
 # -- public op
 def decode_attention(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, *, scale: float | None = None) -> Tensor:
-    """[B, H, D] attention of one new token per row over its prompt's and its own cached keys and values.
+    """Returns [B, H, D], the attention of one new token per row over its prompt's and its own cached keys and values.
 
-    H is a multiple of K. What lies beyond a length does not matter, be it NaN. The new token's own key and value must
-    be in ``own`` already, and counted. Views with stride 1 in the last dimension cost no copy. A row's bits do not
-    depend on the other rows, unless PyTorch multiplies (the body "torch"). On CUDA nothing synchronises, the launch
-    depends on shapes alone (it can be recorded in a graph), and slots and lengths are taken on trust; elsewhere they
-    are checked.
-    Raises ValueError or TypeError for shapes, dtypes, slots and lengths that do not fit.
+    q [B, H, D] of one floating-point dtype with the caches, which are [S, K, L, D]; H is a multiple of K (grouped-query
+    attention). scale defaults to D ** -0.5. ``own`` must already contain, and count, the new token's key and value.
+    Entries beyond a length are ignored, NaN included. No gradient. Views with stride 1 in the last dimension are not
+    copied. A row's bits do not depend on the other rows (batch-invariant), except in the implementation "torch".
+    On CUDA nothing synchronises, and the launch depends on shapes only, so that a CUDA graph can capture it; slots and
+    lengths are not checked there.
+    Raises ValueError or TypeError for shapes and dtypes that do not fit each other and, on the CPU, for slots and
+    lengths out of range.
     """
     body = backend.choose("decode_attention", q_BHD.device)
     if body == "reference":

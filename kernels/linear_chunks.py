@@ -1,7 +1,7 @@
-"""One chunk of rows of a linear head: its logits, its stats, and what it adds to the gradients.
+"""The LM head for one chunk of rows at a time: its logits, their statistics, and its part of the gradients.
 
-Logits are float32, accumulated in float32, whatever the inputs: bfloat16 logits cost up to 7 % on a ratio. One buffer
-of [chunk, V] holds them; their gradient is written over them.
+Logits are float32 and accumulated in float32 for all inputs (float64 for float64): bfloat16 logits change a probability
+ratio by up to 7 %. One buffer of [chunk, V] holds them and is overwritten with their gradient.
 """
 
 from collections.abc import Iterator
@@ -16,33 +16,33 @@ from isomorph.kernels.strides import aligned, has_unit_stride
 from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats
 from isomorph.kernels.types import stats_dtype
 
-# of logits at a time where the caller does not say how many rows: a CPU's caches; on a GPU enough rows for its GEMMs
+# bytes of logits in a chunk if the caller does not set the rows: the caches of a CPU; enough rows for a GPU's GEMMs
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
-WIDEN_BYTES = 16 * 2**20  # of low-precision weight that is widened at a time, where no GEMM takes it as it is
-ONEDNN_COLUMNS = 4096  # of logits at a time: oneDNN returns new memory, which is touched first while in the caches
+WIDEN_BYTES = 16 * 2**20  # bytes of a low-precision weight that are widened at a time, if no GEMM reads it as it is
+ONEDNN_COLUMNS = 4096  # logits per oneDNN product, so that the memory it allocates stays in the caches until copied
 
 
 class Head(NamedTuple):
-    """The operands of one call."""
+    """The operands of one call of ``linear_logprob`` or ``linear_loss``; shapes as there."""
 
     hidden_TD: Tensor
     weight_VD: Tensor
     target_ids_N: Tensor
     row_index_N: Tensor | None
-    bias_V: Tensor | None  # in the dtype of the stats
+    bias_V: Tensor | None  # in the dtype of the statistics
     temperature: float
-    rows_body: str  # who makes the stats and the gradient of a row of logits
+    rows_body: str  # implementation of row_stats and row_gradient
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits, stats and sums."""
+        """The dtype of logits, statistics and sums."""
         return stats_dtype(self.weight_VD.dtype)
 
     @property
     def gemm_takes_bfloat16(self) -> bool:
-        """Whether a GEMM reads bfloat16 and writes float32: cuBLAS, and our own on a CPU that multiplies bfloat16.
+        """Whether a GEMM reads bfloat16 and writes float32: cuBLAS, or ours on a CPU with bfloat16 instructions.
 
-        For float16 there is none: its gradients would underflow.
+        False for float16, in which the gradients would underflow.
         """
         weight_VD, hidden_TD = self.weight_VD, self.hidden_TD
         if weight_VD.dtype != torch.bfloat16 or weight_VD.is_cuda:
@@ -56,7 +56,7 @@ class Head(NamedTuple):
         return hidden_nD if self.gemm_takes_bfloat16 else hidden_nD.to(self.dtype)
 
     def weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The unembedding as the GEMMs take it: whole where they can, else a few columns of logits at a time."""
+        """Slices of the vocabulary with their weights [v, D] in a dtype that the GEMMs read; one slice if possible."""
         num_vocab, dim = self.weight_VD.shape
         if self.weight_VD.dtype == self.dtype or self.gemm_takes_bfloat16:
             yield slice(0, num_vocab), self.weight_VD
@@ -86,7 +86,7 @@ def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 
 def make_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    """[N, V] float32 (float64 for float64), for a few rows that are drawn from at once."""
+    """Returns the logits [N, V], float32 (float64 for float64), of hidden [N, D] and weight [V, D]; for sampling."""
     no_target_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
     head = make_head(hidden_ND, weight_VD, no_target_N, None, None, 1.0, "linear_logprob")
     chunks = LogitChunks(head, len(hidden_ND))
@@ -95,6 +95,7 @@ def make_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def default_chunk_rows(head: Head) -> int:
+    """Rows of a chunk of CHUNK_BYTES."""
     fitting = CHUNK_BYTES[head.weight_VD.device.type] // (head.weight_VD.shape[0] * head.dtype.itemsize)
     return whole_rows(fitting)
 
@@ -105,12 +106,12 @@ def whole_rows(fitting: int) -> int:
 
 
 def multiplied_rows(num_rows: int, device: torch.device) -> int:
-    """How many rows the GEMMs of ``num_rows`` rows are given: on a CPU few different numbers."""
+    """Rows in the GEMMs of a chunk of ``num_rows``: rounded up on a CPU, so that oneDNN sees few different shapes."""
     return rounded_rows(num_rows) if device.type == "cpu" else num_rows
 
 
 class LogitChunks:
-    """One chunk of logits at a time, in one buffer: made, read by the row pass, then written over by their gradient."""
+    """Logits of one chunk at a time, in one buffer: computed, read by ``stats``, overwritten by their gradient."""
 
     def __init__(self, head: Head, chunk_rows: int) -> None:
         self.head = head
@@ -119,11 +120,11 @@ class LogitChunks:
         self.inv_temperature = 1.0 / head.temperature
 
     def load(self, rows: slice) -> None:
-        """The raw logits of these rows, without bias and temperature: the row passes apply both on the way."""
+        """Computes the logits of these rows, without bias and temperature, which row_stats and row_gradient apply."""
         num_rows = rows.stop - rows.start
         hidden_nD = self.head.hidden_rows(rows)
         num_more = multiplied_rows(num_rows, hidden_nD.device) - num_rows
-        # rows of zeros: they add nothing to the weight's gradient, and nobody reads theirs
+        # padding rows are zeros: they add 0 to the weight's gradient, and their own gradient is not read
         self.hidden_mD = torch.nn.functional.pad(hidden_nD, (0, 0, 0, num_more)) if num_more else hidden_nD
         self.target_n = self.head.target_ids_N[rows]
         self.logits_mV = self.buffer[: num_rows + num_more]
@@ -132,6 +133,7 @@ class LogitChunks:
             _mm(self.hidden_mD, weight_vD.T, self.logits_mV[:, columns])
 
     def stats(self) -> TokenStats:
+        """Statistics of the loaded rows."""
         return row_stats(
             self.logits_nV,
             self.target_n,
@@ -141,7 +143,10 @@ class LogitChunks:
         )
 
     def add_gradients(self, rows: slice, stats: TokenStats, grads: RowGrads, into: "Gradients") -> None:
-        """Spends the logits. Where a GEMM takes bfloat16, their gradient is bfloat16, in the first half of each row."""
+        """Adds the gradients of the loaded rows to ``into``; overwrites the logits with their gradient.
+
+        If a GEMM reads bfloat16, that gradient is bfloat16, in the first half of each row.
+        """
         out_mV = self.logits_mV
         if self.head.gemm_takes_bfloat16:
             out_mV = out_mV.view(torch.bfloat16)[:, : out_mV.shape[1]]
@@ -161,14 +166,14 @@ class LogitChunks:
 
 
 class OffsetChunks:
-    """The same in one pass of ``kernels/gpu/offset.py``: exp(logit - logit of the target) instead of logits."""
+    """The interface of LogitChunks by ``kernels/gpu/offset.py``, which stores exp(logit - target's logit) instead."""
 
     def __init__(self, head: Head, chunk_rows: int) -> None:
         from isomorph.kernels.gpu import offset, offset_rows
 
         reason = offset.refusal(head.hidden_TD, head.bias_V is not None)
         if reason:
-            raise ValueError(f"linear_loss=offset was asked for, but {reason}; take linear_loss=triton")
+            raise ValueError(f"linear_loss=offset is not supported here: {reason}; use linear_loss=triton")
         self.offset, self.rows, self.head = offset, offset_rows, head
         self.weight_VD = aligned(head.weight_VD)
         self.buffer = offset.new_buffer(head.weight_VD, min(chunk_rows, len(head.target_ids_N)))
@@ -200,10 +205,10 @@ class OffsetChunks:
 
 
 class Gradients:
-    """Sums of one call's gradients; ``None`` where nobody asked.
+    """Accumulates the gradients of one call; None for an operand that needs none.
 
-    Float32 (float64 for float64), rounded by ``cast`` at the end; a sum of one part is rounded at once and never stands
-    beside its rounded copy: the weight's where all rows are one chunk, the hidden rows' where each is read once.
+    In float32 (float64 for float64), and rounded by ``cast`` at the end. A gradient that gets a single contribution is
+    stored rounded, to save memory: the weight's if all rows are one chunk, a hidden row's if it is read once.
     """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool], chunk_rows: int) -> None:
@@ -221,9 +226,9 @@ class Gradients:
     def add(
         self, head: Head, rows: slice, hidden_mD: Tensor, dlogits_mV: Tensor, scale_n1: Tensor | None = None
     ) -> None:
-        """Of rows ``rows``; where ``hidden`` and ``dlogits`` have more, the rest are zeros.
+        """Adds the contribution of the rows ``rows``; further rows of ``hidden`` and ``dlogits`` are padding of zeros.
 
-        With ``scale``, the gradient of the logits is scale * dlogits, and hidden is scaled already.
+        With ``scale``, the gradient of the logits is scale * dlogits, and ``hidden`` is already multiplied by scale.
         """
         if self.hidden_TD is not None:
             dhidden_mD = hidden_mD.new_zeros(hidden_mD.shape, dtype=head.dtype)
@@ -242,6 +247,7 @@ class Gradients:
             self.bias_V.add_(dlogits_mV.sum(0, dtype=self.bias_V.dtype))
 
     def cast(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden, weight and bias, each in its dtype of ``dtypes``."""
         sums = (self.hidden_TD, self.weight_VD, self.bias_V)
         return tuple(None if s is None else s.to(dtype) for s, dtype in zip(sums, dtypes, strict=True))
 
@@ -266,11 +272,11 @@ def _addmm(into: Tensor, left: Tensor, right: Tensor) -> None:
     elif left.is_cuda:
         torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
     else:
-        into += left @ right  # PyTorch's CPU GEMM sums in float32 and rounds once, at its end
+        into += left @ right  # PyTorch's CPU GEMM sums in float32 and rounds once
 
 
 def _add_outer(into_VD: Tensor, dlogits_nV: Tensor, hidden_nD: Tensor) -> None:
-    """into += dlogits^T hidden, summed in float32 where the sum is."""
+    """into += dlogits^T hidden, accumulated in the dtype of ``into``."""
     if takes_onednn(dlogits_nV.T, hidden_nD.T, into_VD.numel()):
         for columns in row_chunks(len(into_VD), ONEDNN_COLUMNS):
             into_VD[columns] += product(dlogits_nV[:, columns].T, hidden_nD.T)
@@ -281,13 +287,13 @@ def _add_outer(into_VD: Tensor, dlogits_nV: Tensor, hidden_nD: Tensor) -> None:
 
 
 def _add_rows(into_TD: Tensor, row_index_n: Tensor, rows_nD: Tensor, body: str) -> None:
-    """into[row_index[i]] += rows[i], a row's additions in order of i: the same bits each time."""
+    """into[row_index[i]] += rows[i]. Additions to a row are in order of i, so the result is reproducible bitwise."""
     if body in ("triton", "offset"):
         from isomorph.kernels.gpu import rows
 
         rows.add_rows(into_TD, row_index_n, rows_nD)
     elif into_TD.is_cuda:
-        # index_add_ on CUDA adds in any order; sorting stably and indexing with accumulate does not
+        # index_add_ on CUDA adds in no fixed order; index_put_ with accumulate sorts the indices stably
         into_TD.index_put_((row_index_n,), rows_nD, accumulate=True)
     else:
         into_TD.index_add_(0, row_index_n, rows_nD)  # on the CPU in index order

@@ -1,12 +1,12 @@
-"""Log-probability, entropy and log-sum-exp of target tokens, straight from hidden rows and the unembedding.
+"""Log-probability, entropy and log-sum-exp (LSE) of target tokens, from hidden rows and the unembedding.
 
     z[i, v] = (hidden[row[i]] . weight[v] + bias[v]) / temperature
     lse     = log sum_v exp(z[v])      d lse     / d z[v] = p[v]
     logprob = z[y] - lse               d logprob / d z[v] = (v == y) - p[v]
     entropy = lse - sum_v p[v] z[v]    d entropy / d z[v] = -p[v] (log p[v] + entropy)
 
-Logits exist for one chunk of rows at a time. ``linear_logprob`` makes them again in its backward (4 GEMMs);
-``linear_loss`` asks the loss for its derivative while a chunk's logits are still there (3 GEMMs).
+Logits are stored for one chunk of rows at a time. ``linear_logprob`` recomputes them in its backward (4 GEMMs in all).
+``linear_loss`` computes the gradients in its forward, chunk by chunk, from the derivative of ``loss_of`` (3 GEMMs).
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def linear_logprob_ref(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
 ) -> TokenStats:
-    """What ``linear_logprob`` computes, with all logits at once and PyTorch's own gradients."""
+    """The specification of ``linear_logprob``, with all logits at once and gradients by autograd."""
     compute_dtype = _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
     hidden_ND = hidden_TD if row_index_N is None else hidden_TD[row_index_N]
     logits_NV = hidden_ND.to(compute_dtype) @ weight_VD.to(compute_dtype).T
@@ -68,7 +68,7 @@ def linear_loss_ref(
     temperature: float = 1.0,
     chunk_rows: int = 8192,
 ) -> Tensor:
-    """What ``linear_loss`` computes: the sum of ``loss_of`` over slices of ``chunk_rows`` rows."""
+    """The specification of ``linear_loss``: the sum of ``loss_of`` over slices of ``chunk_rows`` rows."""
     _check_chunk_rows(chunk_rows)
     stats = linear_logprob_ref(
         hidden_TD, weight_VD, target_ids_N, row_index_N=row_index_N, bias_V=bias_V, temperature=temperature
@@ -104,7 +104,7 @@ def _check(
         raise ValueError(f"bias must be [V={num_vocab}], got {tuple(bias_V.shape)}")
     if bias_V is not None:
         check_all(
-            torch.isfinite(bias_V), "bias must be finite; to forbid a token, leave its row out of the unembedding"
+            torch.isfinite(bias_V), "bias must be finite; to exclude a token, remove its row from the unembedding"
         )
     check_ids("target_ids", target_ids_N, num_vocab, "V")
     num_rows = hidden_TD.shape[0]
@@ -114,7 +114,7 @@ def _check(
     if target_ids_N.shape[0] != num_rows:
         raise ValueError(
             f"target_ids must have one id for each of the {num_rows} rows, got {target_ids_N.shape[0]}; "
-            "where several targets read one row, or some rows have none, pass row_index"
+            "pass row_index if several targets read one row, or if some rows have none"
         )
     return stats_dtype(hidden_TD.dtype)
 
@@ -136,7 +136,7 @@ class _LinearLogprob(torch.autograd.Function):
         row_index_N: Tensor | None,
         temperature: float,
     ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # a stat that nobody differentiates costs no work
+        ctx.set_materialize_grads(False)  # unused outputs get None instead of zero gradients
         head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_logprob")
         chunk_rows = default_chunk_rows(head)
         chunks = LogitChunks(head, chunk_rows)
@@ -152,7 +152,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        with backend.using(ctx.bodies):  # of the rows and of the products; this thread may be another
+        with backend.using(ctx.bodies):  # autograd may run this on another thread
             return _logprob_backward(ctx, grads_N)
 
 
@@ -205,8 +205,8 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_loss was differentiated twice; its gradients are handed out once, to keep one copy. "
-                "Call it again, or use linear_logprob, which recomputes"
+                "linear_loss was differentiated twice, but its gradients are freed after the first backward: "
+                "call it again, or use linear_logprob, which recomputes them"
             )
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
@@ -238,15 +238,16 @@ def linear_logprob(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
 ) -> TokenStats:
-    """Log-probability, entropy, LSE, each [N], of targets under softmax((hidden @ weight.T + bias) / T).
+    """Returns log-probability, entropy and LSE, each [N] in nats, of softmax((hidden @ weight.T + bias) / temperature).
 
-    hidden [T, D] and weight [V, D] share a floating-point dtype; target_ids [N] int64 in 0..V-1; row_index
-    [N] int64 says which hidden row predicts target i (default: row i); a row may be read many times, its
-    gradient is the sum over its targets. Differentiable once, through all three, in hidden, weight and bias.
-    Peak memory beside the gradients: one buffer of about 32 MiB (2 GiB on a GPU), and 16 MiB more where low-precision
+    hidden [T, D] and weight [V, D] have the same floating-point dtype; target_ids [N] int64 in 0..V-1; bias [V].
+    row_index [N] int64 in 0..T-1 is the hidden row that predicts target i (default: row i). A row may be read many
+    times; its gradient is the sum over its targets. Statistics are float32 (float64 for float64).
+    Differentiable once, through all three statistics, in hidden, weight and bias. N = 0 returns empty statistics.
+    Peak memory besides the gradients: one buffer of about 32 MiB (2 GiB on a GPU), and 16 MiB more if low-precision
     weights are widened.
-    N = 0 gives empty stats.
-    Raises ValueError or TypeError for shapes, dtypes, ids out of range, and a temperature that is not > 0.
+    Raises ValueError or TypeError for shapes and dtypes that do not fit, a bias that is not finite, ids out of range,
+    and a temperature that is not > 0 and finite. On CUDA, values are checked by device-side assertions.
     """
     if backend.choose("linear_logprob", hidden_TD.device) == "reference":
         return linear_logprob_ref(
@@ -272,14 +273,16 @@ def linear_loss(
     temperature: float = 1.0,
     chunk_rows: int = 8192,
 ) -> Tensor:
-    """Scalar loss of the target tokens; its gradients are made on the way, chunk by chunk, with 3 GEMMs.
+    """Returns the scalar loss of the target tokens; computes its gradients chunk-wise in the forward, with 3 GEMMs.
 
-    ``loss_of(stats, rows)`` is called once for each slice of exactly ``chunk_rows`` rows (the last may be
-    shorter), in order, with grad enabled on stats that are leaves; the loss is the sum. It must return a
-    scalar; whatever else it reads counts as constant. A loss that couples tokens needs them in one slice.
-    The other arguments are ``linear_logprob``'s. N = 0 gives 0 and zero gradients.
-    Peak memory beside the gradients: one buffer of [chunk_rows, V] float32, and 16 MiB more where low-precision weights
-    are widened. Gradients are summed in float32, and rounded at the end; where all rows are one chunk, at once.
+    ``loss_of(stats, rows)`` is called once per slice of exactly ``chunk_rows`` targets (the last may be shorter), in
+    order, with grad enabled and with leaf tensors in ``stats`` (TokenStats, each [n], nats). It must return a scalar;
+    the loss is the sum over slices. No gradient flows to other tensors that it reads. A loss that couples tokens, such
+    as a mean over a sequence, needs all of them in one slice.
+    The other arguments are those of ``linear_logprob``. N = 0 returns 0 with zero gradients.
+    Peak memory besides the gradients: one buffer of [chunk_rows, V] float32, and 16 MiB more if low-precision weights
+    are widened. Gradients are accumulated in float32 and rounded once.
+    Raises what ``linear_logprob`` raises, and ValueError for chunk_rows < 1 or a ``loss_of`` that returns no scalar.
     The result can be differentiated once; a second backward raises RuntimeError.
     """
     if backend.choose("linear_loss", hidden_TD.device) == "reference":

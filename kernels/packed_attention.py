@@ -1,14 +1,15 @@
-"""Attention over packed segments; the prompt of a group stands once and is computed once.
+"""Attention over packed sequences that share prompts: the prompt of a group is stored once and computed once.
 
-A prompt is seen by itself and by all responses of its group, a response by itself alone; both causally. In a tree of
-segments each one sees all that it continues.
-On a GPU by ``gpu/attention.py`` or ``varlen_attention.py``; ``attention_route.py`` has the rule. On a CPU by
-``csrc/attention_body.cpp``, in float32 whatever is stored: blocks of keys in order, each with all queries that see it
+A response attends to its prompt and to itself, a prompt to itself, causally. In a tree, a segment attends to all of its
+ancestors and to itself.
+On a GPU ``gpu/attention.py`` or ``varlen_attention.py`` runs; ``attention_route.py`` selects. On a CPU
+``csrc/attention_body.cpp`` runs, in float32 for every storage type (float64 for float64): blocks of keys in order, each
+with all queries that attend to it
 
     P = exp(scale q . k - lse)      dS = P (dout . v - delta)      delta = dout . out
     dv += P^T dout                  dk += scale dS^T q             dq += scale dS k
 
-so that the bits of a group depend on the group alone.
+so that the bits of a group's results do not depend on the other groups.
 """
 
 import math
@@ -28,7 +29,7 @@ from isomorph.kernels.types import stats_dtype
 def packed_attention_ref(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, *, scale: float | None = None
 ) -> Tensor:
-    """What ``packed_attention`` computes, with all T x T scores."""
+    """The specification of ``packed_attention``, with all T x T scores."""
     scale = _check(q_THD, k_TKD, v_TKD, layout, scale)
     repeats = q_THD.shape[1] // k_TKD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(repeats, 1) for x in (k_TKD, v_TKD))
@@ -59,7 +60,7 @@ def _check(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
     return scale
 
 
-# -- native body
+# -- body native
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments_S4: Tensor, scale: float) -> Tensor:
@@ -77,7 +78,7 @@ class _Native(torch.autograd.Function):
         saved = ctx.saved_tensors
         q_THD, k_TKD, *_, lse_TH = saved
         delta_TH = torch.empty_like(lse_TH)
-        # dk and dv of each query head by itself: a task writes to rows that no other one does
+        # dk and dv per query head, so that no two tasks write to the same row
         dq_THD, dk_THD, dv_THD = (lse_TH.new_empty(q_THD.shape) for _ in range(3))
         backend.native().packed_attention_backward(
             unit_stride(dout_THD).detach(), *saved, ctx.segments_S4, ctx.scale, delta_TH, dq_THD, dk_THD, dv_THD
@@ -93,7 +94,7 @@ def _segments(layout: PackedLayout) -> Tensor:
     return layout.on_device["segments"]
 
 
-# -- GPU bodies
+# -- bodies on a GPU
 class _OnGpu(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,7 +113,7 @@ class _OnGpu(torch.autograd.Function):
 
 
 def _gpu_body(body: str) -> Any:
-    """The module; imported late, because it needs Triton."""
+    """The implementation's module; imported on use, because it needs Triton."""
     if body == "varlen":
         from isomorph.kernels import varlen_attention
 
@@ -126,12 +127,13 @@ def _gpu_body(body: str) -> Any:
 def packed_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, *, scale: float | None = None
 ) -> Tensor:
-    """[T, H, D] attention of packed tokens; a response sees its prompt and itself, a prompt itself, causally.
+    """Returns [T, H, D], the causal attention of packed tokens: a response attends to its prompt and to itself.
 
-    q [T, H, D], k and v [T, K, D] of one floating-point dtype, rotary embedding (at ``layout.positions``)
-    already applied; H is a multiple of K (grouped-query attention). scale defaults to D ** -0.5.
-    Differentiable once.
-    Raises ValueError or TypeError for shapes and dtypes that do not fit each other or the layout.
+    q [T, H, D], k and v [T, K, D] of one floating-point dtype, with rotary embedding (at ``layout.positions``) already
+    applied; H is a multiple of K (grouped-query attention). scale defaults to D ** -0.5. Differentiable once; the
+    gradient of a prompt is the sum over its responses.
+    Raises ValueError or TypeError for shapes and dtypes that do not fit each other or the layout, for a scale that is
+    not > 0 and finite, and if the requested implementation does not support the inputs.
     """
     scale = _check(q_THD, k_TKD, v_TKD, layout, scale)
     body = attention_route.choose(q_THD.device, q_THD.dtype, q_THD.shape[2], is_tree=layout.is_tree).body

@@ -1,8 +1,8 @@
-"""Where the segments of packed groups lie.
+"""Layout of packed sequences that share prompts, and the attention mask that it implies.
 
-Packed order is [P][R1]..[RG] per group, groups one after the other. Key k is visible to query q iff
-``k <= q < vis_end[segment of k]``. The same rule with segments in depth-first order describes trees, where a
-segment continues another one and sees all of its ancestors.
+Packed order is [P][R1]..[RG] per group: prompt, then its responses; groups follow each other. Key k is visible to query
+q iff ``k <= q < vis_end[segment of k]``. With segments in depth-first order the same rule describes trees, in which a
+segment continues its parent and attends to all of its ancestors.
 """
 
 import dataclasses
@@ -18,42 +18,42 @@ from isomorph.kernels.packing import consecutive
 
 
 class Segment(NamedTuple):
-    """Packed rows [start, end); its keys are seen by queries before vis_end: by itself and all that continues it."""
+    """Packed rows [start, end). Its keys are visible to queries before vis_end: its own and its descendants'."""
 
     start: int
     end: int
     vis_end: int
-    parent: int  # index of the segment that it continues; -1 for the first of a group
+    parent: int  # index of the segment that it continues; -1 for a prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedLayout:
-    """Where the segments of packed groups lie. Made by ``from_groups`` or ``from_tree``; one serves all layers.
+    """Layout of packed groups, from ``from_groups`` or ``from_tree``. All layers of a model share one.
 
     Example: ``PackedLayout.from_groups([5], [[3, 0, 2]])`` has 10 tokens in segments of 5, 3, 0 and 2.
     """
 
     prompt_lens: tuple[int, ...]
-    response_lens: tuple[tuple[int, ...], ...]  # per group: its segments after the first
+    response_lens: tuple[tuple[int, ...], ...]  # per group, in tokens: its segments after the prompt
     num_tok: int
     group_offsets: tuple[int, ...]  # [groups + 1] tokens: group g is group_offsets[g] : group_offsets[g + 1]
     segment_group: tuple[int, ...]  # [segments]
-    segment_is_prompt: tuple[bool, ...]  # [segments] True for the first of a group
+    segment_is_prompt: tuple[bool, ...]  # [segments] True for the first segment of a group
     segments: tuple[Segment, ...] = field(repr=False)
-    is_tree: bool  # a response is itself continued: some segment has more than one ancestor
-    positions: Tensor  # [T] int64: prompt 0..P-1, every response P..P+R-1; in a tree on from the parent's last
-    cu_seqlens: Tensor  # [segments + 1] int32, packed order; zero-length segments are kept
-    vis_end: Tensor  # [segments] int32: the segment's keys are seen by queries before it
-    on_device: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # what bodies made of it, once a device
+    is_tree: bool  # some segment has more than one ancestor
+    positions: Tensor  # [T] int64: prompt 0..P-1, every response P..P+R-1; in a tree, after the parent's last
+    cu_seqlens: Tensor  # [segments + 1] int32, in tokens; zero-length segments are kept
+    vis_end: Tensor  # [segments] int32: as in Segment
+    on_device: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # caches of implementations, per device
 
     @classmethod
     def from_groups(
         cls, prompt_lens: Sequence[int], response_lens_per_group: Sequence[Sequence[int]]
     ) -> "PackedLayout":
-        """Layout of groups of these lengths, in tokens. A group without responses is a plain sequence.
+        """Layout of groups with these lengths in tokens. A group without responses is an ordinary sequence.
 
-        Zero-length prompts and responses are legal. Raises ValueError for a negative length or unequal
-        numbers of prompts and groups, TypeError for a length that is not an int.
+        Prompts and responses may be empty. Raises ValueError for a negative length or different numbers of prompts and
+        groups, TypeError for a length that is not an int.
         """
         if len(prompt_lens) != len(response_lens_per_group):
             raise ValueError(
@@ -69,14 +69,14 @@ class PackedLayout:
 
     @classmethod
     def from_tree(cls, lens: Sequence[int], parents: Sequence[int]) -> "PackedLayout":
-        """Layout of trees of segments in depth-first order: segment i continues segment ``parents[i]``, -1 none.
+        """Layout of trees of segments in depth-first order: segment i continues segment ``parents[i]``; -1 is a root.
 
-        A segment sees itself causally and all of its ancestors; positions go on from its parent's last.
-        Raises ValueError for a negative length, unequal numbers of lengths and parents, or an order that is
-        not depth first, TypeError for a length that is not an int.
+        A segment attends causally to itself and to all of its ancestors; its positions follow its parent's last.
+        Raises ValueError for a negative length, different numbers of lengths and parents, or an order that is not
+        depth-first, TypeError for a length that is not an int.
 
-        Example: ``from_tree([4, 3, 2, 2, 5], [-1, 0, 1, 1, 0])`` is a prompt with two responses, the first of
-        which goes on in two ways.
+        Example: ``from_tree([4, 3, 2, 2, 5], [-1, 0, 1, 1, 0])`` is a prompt with two responses; the first of them has
+        two continuations.
         """
         _check_tree(lens, parents)
         offsets = list(itertools.accumulate(lens, initial=0))
@@ -112,9 +112,9 @@ class PackedLayout:
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def padded(self, multiple: int) -> "PackedLayout":
-        """The same segments, and after them one that nobody else sees, so that the tokens are a multiple of this many.
+        """This layout with one more segment at the end, visible to itself only, so that ``multiple`` divides num_tok.
 
-        Itself where they are already. Made once and kept, so that all layers and passes share what bodies make of it.
+        Returns ``self`` if it does already. Computed once, so that all layers and passes share one ``on_device``.
         """
         if self.num_tok % multiple == 0:
             return self
@@ -126,7 +126,7 @@ class PackedLayout:
         return self.on_device[key]
 
     def dense_mask(self) -> Tensor:
-        """[T, T] bool: True where query (row) sees key (column)."""
+        """Returns [T, T] bool: True where key (column) is visible to query (row)."""
         vis_end_T = torch.repeat_interleave(self.vis_end, self.cu_seqlens.diff().long())
         token_T = torch.arange(self.num_tok, device=vis_end_T.device)
         return (token_T <= token_T[:, None]) & (token_T[:, None] < vis_end_T)
@@ -135,7 +135,7 @@ class PackedLayout:
 def _check_tree(lens: Sequence[int], parents: Sequence[int]) -> None:
     if len(lens) != len(parents):
         raise ValueError(f"lens and parents must have one entry per segment, got {len(lens)} and {len(parents)}")
-    open_segments: list[int] = []  # from the last root to the last segment
+    open_segments: list[int] = []  # the last segment and its ancestors, root first
     for i, (length, parent) in enumerate(zip(lens, parents, strict=True)):
         if not isinstance(length, int):
             raise TypeError(f"lengths must be ints, got {type(length).__name__} {length!r}")
@@ -145,7 +145,7 @@ def _check_tree(lens: Sequence[int], parents: Sequence[int]) -> None:
             open_segments.pop()
         if parent != -1 and not open_segments:
             raise ValueError(
-                f"segments must stand in depth-first order, each after its parent, but segment {i} names {parent}, "
-                "which is not the segment before it nor an ancestor of that one; -1 starts a new tree"
+                f"segments must be in depth-first order, but the parent of segment {i} is {parent}, neither the "
+                "segment before it nor an ancestor of that one; -1 starts a new tree"
             )
         open_segments.append(i)

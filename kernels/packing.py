@@ -1,6 +1,6 @@
-"""Which group goes into which micro-batch, and copies of ragged rows.
+"""Assignment of groups to micro-batches, and gathering of ragged rows.
 
-Ragged rows: values one after the other, and offsets [n + 1]; row i is values[offsets[i] : offsets[i + 1]].
+A ragged array is its values [n] and offsets [rows + 1]; row i is values[offsets[i] : offsets[i + 1]].
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from isomorph.kernels import backend
 
 # -- reference: the specification
 def assign_groups_ref(cost_tok: Sequence[int], max_tok: int) -> list[list[int]]:
-    """What ``assign_groups`` computes."""
+    """The specification of ``assign_groups``."""
     _check_costs(cost_tok, max_tok)
     order = sorted(range(len(cost_tok)), key=lambda group: -cost_tok[group])  # stable: ties by index
     fitted = _first_fit(cost_tok, order, max_tok)
@@ -49,11 +49,11 @@ def _as_lists(bin_of: Sequence[int]) -> list[list[int]]:
     bins: dict[int, list[int]] = {}
     for group, b in enumerate(bin_of):
         bins.setdefault(b, []).append(group)
-    return list(bins.values())  # a bin enters with its first group
+    return list(bins.values())  # in order of each bin's first group
 
 
 def take_ragged_ref(value: Tensor, offsets: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``take_ragged`` computes."""
+    """The specification of ``take_ragged``."""
     _check_ragged(value, offsets, row_ids)
     lens = offsets.diff()[row_ids]
     return value[consecutive(offsets[row_ids], lens)], offsets_of(lens)
@@ -68,15 +68,15 @@ def _check_costs(cost_tok: Sequence[int], max_tok: int) -> None:
             raise ValueError(f"costs must be >= 0 tokens, got {cost} for group {group}")
         if cost > max_tok:
             raise ValueError(
-                f"group {group} has {cost} tokens, more than a micro-batch's {max_tok}, and groups stay "
-                "whole: raise the token budget, or lower prompt length, response length or samples_per_prompt"
+                f"group {group} has {cost} tokens, more than a micro-batch's {max_tok}, and groups are not split: "
+                "raise the token budget, or lower prompt length, response length or samples_per_prompt"
             )
 
 
 def _check_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> None:
     if value.ndim != 1 or value.requires_grad:
         raise ValueError(
-            f"value must be [n] and need no gradient, got {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            f"value must be [n] without requires_grad, got {tuple(value.shape)}, requires_grad={value.requires_grad}"
         )
     for name, ids in (("offsets", offsets), ("row_ids", row_ids)):
         if ids.ndim != 1 or ids.dtype != torch.int64 or ids.device != value.device:
@@ -90,11 +90,12 @@ def _check_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> None:
 
 # -- public
 def assign_groups(cost_tok: Sequence[int], max_tok: int) -> list[list[int]]:
-    """Whole groups into micro-batches of at most ``max_tok`` tokens: few, evenly filled, deterministic.
+    """Assigns groups to micro-batches of at most ``max_tok`` tokens; returns the group numbers per micro-batch.
 
-    ``cost_tok[g]`` is the tokens of group g. Groups ascend in a micro-batch, micro-batches by first group.
-    Their number is the least for which heaviest-first into the lightest fits, at most first-fit-decreasing's.
-    Raises ValueError for a group above max_tok.
+    ``cost_tok[g]`` is the number of tokens of group g; groups are not split. Deterministic: groups ascend within a
+    micro-batch, and micro-batches by their first group. The groups go, heaviest first, into the least loaded of as few
+    micro-batches as this rule can fill without exceeding max_tok, at most as many as first-fit-decreasing.
+    Raises ValueError for max_tok < 1, a negative cost, and a group with more than max_tok tokens.
     """
     if backend.choose("assign_groups") == "reference":
         return assign_groups_ref(cost_tok, max_tok)
@@ -105,9 +106,10 @@ def assign_groups(cost_tok: Sequence[int], max_tok: int) -> list[list[int]]:
 
 
 def balanced_bins(cost_tok: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Every group into one of exactly ``num_bins`` bins, heaviest first into the lightest; groups ascend in a bin.
+    """Assigns groups to exactly ``num_bins`` bins, heaviest first into the least loaded; returns group numbers per bin.
 
-    The heaviest bin is at most a third above the best possible one's (Graham 1969). Bins may be empty.
+    Group numbers ascend within a bin; bins may be empty. The largest load is at most 4/3 of the smallest possible one
+    (Graham 1969). Raises ValueError for num_bins < 1 and a negative cost.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be >= 1, got {num_bins}")
@@ -119,20 +121,23 @@ def balanced_bins(cost_tok: Sequence[int], num_bins: int) -> list[list[int]]:
 
 
 def consecutive(firsts: Tensor, lens: Tensor) -> Tensor:
-    """[sum(lens)] int64: for each i, the ``lens[i]`` numbers from ``firsts[i]`` on."""
+    """Returns [sum(lens)] int64: for each i, the ``lens[i]`` consecutive numbers that start at ``firsts[i]``."""
     shifts = torch.repeat_interleave(firsts - (lens.cumsum(0) - lens), lens)
     return torch.arange(len(shifts), device=lens.device) + shifts
 
 
 def offsets_of(lens: Tensor) -> Tensor:
-    """[n + 1] int64 offsets of rows of these lengths."""
+    """Returns [n + 1] int64, the offsets of rows with lengths ``lens`` [n]."""
     return torch.cat([lens.new_zeros(1), lens.cumsum(0)])
 
 
 def concat_ragged(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows [n_i] of one dtype, one after the other, and their offsets [rows + 1] int64."""
+    """Concatenates rows [n_i] of one dtype; returns the values [sum n_i] and their offsets [rows + 1] int64.
+
+    Raises ValueError for no rows, TypeError for rows of different dtypes or not 1-d.
+    """
     if not rows:
-        raise ValueError("rows must not be empty: there is no dtype to take")
+        raise ValueError("rows must not be empty: the dtype of the result is theirs")
     if any(row.ndim != 1 or row.dtype != rows[0].dtype for row in rows):
         got = sorted({f"{row.dtype} {row.ndim}-d" for row in rows})
         raise TypeError(f"rows must be 1-d and of one dtype, got {', '.join(got)}")
@@ -141,10 +146,11 @@ def concat_ragged(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def take_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows ``row_ids`` of a ragged array, in that order, and their offsets.
+    """Gathers the rows ``row_ids`` of a ragged array; returns their values, in that order, and offsets [m + 1] int64.
 
-    value [n] of any dtype, without gradient; offsets [rows + 1] and row_ids [m] int64, on value's device.
-    Raises ValueError or TypeError where they do not fit each other.
+    value [n] of any dtype, without gradient; offsets [rows + 1] and row_ids [m] int64, on value's device. A row may be
+    taken more than once.
+    Raises ValueError or TypeError for arguments that do not fit each other.
     """
     if backend.choose("take_ragged", value.device) == "reference":
         return take_ragged_ref(value, offsets, row_ids)

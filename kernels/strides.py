@@ -1,25 +1,25 @@
-"""How the operands of a kernel must lie in memory: checks and copies.
+"""Strides and alignment of the operands of kernels: checks and copies.
 
-A kernel takes strides where its signature names them; it finds everything else by shapes alone. So an op copies a
-tensor that lies otherwise, and the launch of a GPU kernel checks what it is given. Both read the strides that PyTorch
-keeps on the host: that costs well below a microsecond and does not wait for the GPU.
+A kernel uses the strides that its signature names, and assumes contiguous memory for the rest. So an op copies a tensor
+with other strides, and the launch of a GPU kernel checks its operands. Strides are known on the host: a check does not
+synchronise and takes well below a microsecond.
 """
 
 from torch import Tensor
 
 
 def has_unit_stride(x: Tensor) -> bool:
-    """Whether neighbours along the last dimension are neighbours in memory."""
+    """Whether the last dimension has stride 1, or at most one element."""
     return x.stride(-1) == 1 or x.shape[-1] <= 1
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """``x``, or a contiguous copy where its last dimension has another stride than 1."""
+    """``x``, or a contiguous copy if its last dimension does not have stride 1."""
     return x if has_unit_stride(x) else x.contiguous()
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy of it, contiguous and beginning at a multiple of 16 bytes, as tensor descriptors require."""
+    """``x`` or a copy, contiguous and starting at a multiple of 16 bytes, as tensor descriptors require."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -32,7 +32,7 @@ def check_contiguous(**tensors: Tensor | None) -> None:
 
 
 def check_unit_stride(**tensors: Tensor) -> None:
-    """Raises ValueError for a tensor whose last dimension has another stride than 1."""
+    """Raises ValueError for a tensor whose last dimension does not have stride 1."""
     for name, x in tensors.items():
         if not has_unit_stride(x):
             raise ValueError(_message(name, "of stride 1 in its last dimension", x))

@@ -1,14 +1,14 @@
-"""Log-probability, entropy and log-sum-exp of target tokens, from logits.
+"""Log-probability, entropy and log-sum-exp (LSE) of target tokens, from logits.
 
     z[i, v] = (logits[i, v] + bias[v]) / temperature
     lse     = log sum_v exp(z[v])      d lse     / d z[v] = p[v]
     logprob = z[y] - lse               d logprob / d z[v] = (v == y) - p[v]
     entropy = lse - sum_v p[v] z[v]    d entropy / d z[v] = -p[v] (log p[v] + entropy)
 
-Two passes over the rows are all that ``linear_logprob`` and ``linear_loss`` add to their matrix products, so they are
-kernels of their own: ``row_stats`` reads a row once, ``row_gradient`` reads and writes it once, in place if asked.
-The C++ and Triton kernels reduce a row alone, in a fixed order: its bits do not depend on the batch it stands in.
-A row that holds NaN or +inf, or -inf alone, has no softmax: log-probability and entropy are NaN, and the LSE is that of
+``linear_logprob`` and ``linear_loss`` use the same two passes over rows of logits besides their matrix products:
+``row_stats`` reads a row once, ``row_gradient`` reads and writes it once, in place if the caller wants.
+The C++ and Triton kernels reduce each row in a fixed order, so its bits do not depend on the batch.
+A row with NaN or +inf, or with -inf only, has no softmax: log-probability and entropy are NaN, and the LSE is that of
 ``torch.logsumexp``: NaN, +inf or -inf.
 """
 
@@ -26,7 +26,7 @@ from isomorph.kernels.types import stats_dtype
 
 
 class TokenStats(NamedTuple):
-    """Facts about N target tokens, each [N], nats; float32, or float64 when the inputs are float64."""
+    """Statistics of N target tokens, each [N], in nats; float32, or float64 for float64 inputs."""
 
     logprob: Tensor
     entropy: Tensor
@@ -38,12 +38,12 @@ RowGrads = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (log
 
 # -- reference: the specification
 def token_logprob_ref(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: float = 1.0) -> TokenStats:
-    """What ``token_logprob`` computes, by PyTorch's own softmax and gradients."""
+    """The specification of ``token_logprob``, with PyTorch's softmax and gradients by autograd."""
     check_rows(logits_NV, target_ids_N, temperature)
     z_NV = logits_NV.to(stats_dtype(logits_NV.dtype)) / temperature
     logprob_NV = torch.log_softmax(z_NV, -1)
     logprob = logprob_NV.gather(1, target_ids_N[:, None])[:, 0]
-    # torch.xlogy's rule: a probability of 0 adds 0, also where its logarithm is -inf; and so does its gradient
+    # as torch.xlogy: a probability of 0 contributes 0 though its logarithm is -inf, also to the gradient
     entropy = -(logprob_NV.exp() * logprob_NV.masked_fill(logprob_NV == -math.inf, 0.0)).sum(-1)
     return TokenStats(logprob, entropy, torch.logsumexp(z_NV, -1))
 
@@ -63,7 +63,7 @@ def check_rows(logits_NV: Tensor, target_ids_N: Tensor, temperature: float) -> N
 def check_temperature(temperature: float) -> None:
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
-            f"temperature must be > 0 and finite, got {temperature}; a greedy rollout has no log-probability"
+            f"temperature must be > 0 and finite, got {temperature}; greedy decoding has no log-probability"
         )
 
 
@@ -82,18 +82,18 @@ def check_ids(name: str, ids_N: Tensor, upper: int, upper_name: str) -> None:
 
 
 def check_all(holds: Tensor, message: str) -> None:
-    """On CUDA an assertion on the device, where a ValueError would make the host wait for it in every micro-batch."""
+    """Raises ValueError unless all of ``holds`` is True; on CUDA by a device-side assertion, without synchronising."""
     if holds.is_cuda:
         torch._assert_async(holds.all(), message)
     elif not holds.all():
         raise ValueError(message)
 
 
-# -- rows: one call per chunk, whatever made the logits
+# -- passes over rows of logits
 def row_stats(
     logits_nV: Tensor, target_n: Tensor, *, bias_V: Tensor | None, inv_temperature: float, body: str
 ) -> TokenStats:
-    """Stats of every row; the logits stay as they are. Stride 1 in V; bias in the dtype of the stats."""
+    """Statistics of every row of logits [n, V], which are not changed. Stride 1 in V; bias in the statistics' dtype."""
     if body == "triton":
         from isomorph.kernels.gpu import rows
 
@@ -125,10 +125,10 @@ def row_gradient(
     body: str,
     out_nV: Tensor,
 ) -> Tensor:
-    """d loss / d logits, written to ``out_nV``: the logits' own storage, or other.
+    """Writes d loss / d logits to ``out_nV``, which may be the storage of the logits, and returns it.
 
-    With p = exp(z - z[y] + logprob), which stays exact where the logits are large:
-    p (dlse - dlogprob - dentropy (log p + entropy)) + (v == y) dlogprob, all over the temperature.
+    With p = exp(z - z[y] + logprob), which is accurate also for large logits:
+    (p (dlse - dlogprob - dentropy (log p + entropy)) + (v == y) dlogprob) / temperature.
     """
     if body == "triton":
         from isomorph.kernels.gpu import rows
@@ -159,7 +159,7 @@ def row_gradient(
 
 
 def _compiled(body: str, device: torch.device) -> tuple[ModuleType, tuple[int, ...]]:
-    """A C++ body's module, and what it takes beside the operands: on CUDA the stream."""
+    """The C++ module for ``body``, and its last arguments: on CUDA the stream, else none."""
     if body == "native":
         return backend.native(), ()
     return backend.native_cuda(), (torch.cuda.current_stream(device).cuda_stream,)
@@ -194,20 +194,20 @@ class _TokenLogprob(torch.autograd.Function):
             bias_V=None,
             inv_temperature=ctx.inv_temperature,
             body=ctx.body,
-            out_nV=torch.empty_like(logits_NV),  # what was saved for the backward is never written
+            out_nV=torch.empty_like(logits_NV),  # saved tensors are not overwritten
         )
         return dlogits_NV, None, None, None
 
 
 # -- public op
 def token_logprob(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: float = 1.0) -> TokenStats:
-    """Log-probability, entropy, LSE, each [N], nats, of targets under softmax(logits / temperature).
+    """Returns log-probability, entropy and LSE, each [N] in nats, of softmax(logits / temperature).
 
     logits [N, V] of any floating-point dtype (computed in float32; in float64 for float64), target_ids [N] int64 in
-    0..V-1. Differentiable once through all three. Beside its results the forward allocates nothing and the backward
-    one [N, V], the gradient; where the logits come from a linear layer, ``linear_logprob`` never makes them at all.
-    Raises ValueError or TypeError for shapes, dtypes, ids out of range (on CUDA: a device-side assertion, so that the
-    host need not wait), and a temperature that is not > 0.
+    0..V-1. Differentiable once, through all three statistics. The backward allocates one [N, V], the gradient. If the
+    logits come from a linear layer, ``linear_logprob`` avoids storing them.
+    Raises ValueError or TypeError for shapes and dtypes that do not fit, ids out of range (on CUDA by a device-side
+    assertion, which does not synchronise), and a temperature that is not > 0 and finite.
     """
     body = backend.choose("token_logprob", logits_NV.device)
     if body == "reference":

@@ -1,21 +1,25 @@
-"""What an op shares with its GPU implementation: below both, so that neither imports the other for it."""
+"""Types and constants that an op and its GPU implementation both import."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-EPS = 1e-4  # added to a group's standard deviation, as GRPO implementations do
+EPS = 1e-4  # group_advantage adds it to a standard deviation, as other GRPO implementations do
 
 
 class CachedKV(NamedTuple):
-    """Keys and values of S slots with room for L entries each, and how much of which slot each of B rows sees."""
+    """A KV cache of S slots with L entries each, and the entries that each of B rows attends to.
 
-    k_SKLD: Tensor
+    Row b attends to the first ``len_B[b]`` entries of slot ``slot_B[b]``. K key/value heads of width D.
+    """
+
+    k_SKLD: Tensor  # the dtype of the queries
     v_SKLD: Tensor
     slot_B: Tensor  # int64, 0..S-1
-    len_B: Tensor  # int64, 0..L
+    len_B: Tensor  # int64, 0..L, in tokens
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which log-probabilities and other sums over a row of ``dtype`` are computed and returned."""
     return torch.float64 if dtype == torch.float64 else torch.float32

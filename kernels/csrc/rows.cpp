@@ -191,14 +191,14 @@ void row_gradient(Matrix logits, Vector target, Vector logprob, Vector entropy, 
 
 // One token a row, by the largest z + Gumbel noise; of equal ones the first.
 template <typename A>
-void run_draw(const Rows& rows, const int64_t* key, const int64_t* position, const RowScale<A>& scale, int64_t* token,
+void run_draw(const Rows& rows, const int64_t* rng_key, const int64_t* position, const RowScale<A>& scale, int64_t* token,
               A* logprob) {
     const int64_t num_blocks = rows.num_blocks();
     const Body<A> run = body<A>();
     std::vector<BlockDraw> draws(rows.num_rows * num_blocks);
     for_each_task(rows.num_rows * num_blocks, [&](int64_t i, int64_t) noexcept {
         const int64_t row = i / num_blocks, block = i % num_blocks;
-        draws[i] = run.draw(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, key[row],
+        draws[i] = run.draw(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, rng_key[row],
                             position[row]);
     });
     for_each_task(rows.num_rows, [&](int64_t i, int64_t) noexcept {
@@ -217,21 +217,21 @@ void run_draw(const Rows& rows, const int64_t* key, const int64_t* position, con
 }
 
 template <typename A>
-void draw_as(const Rows& rows, const Vector& key, const Vector& position, double inv_temperature, const Vector& token,
+void draw_as(const Rows& rows, const Vector& rng_key, const Vector& position, double inv_temperature, const Vector& token,
              const Vector& logprob) {
     const int64_t n = rows.num_rows;
     const RowScale<A> scale = {nullptr, static_cast<A>(inv_temperature)};
-    const auto *keys = items<int64_t>(key, n, "key"), *positions = items<int64_t>(position, n, "position");
+    const auto *keys = items<int64_t>(rng_key, n, "rng_key"), *positions = items<int64_t>(position, n, "position");
     auto* tokens = items<int64_t>(token, n, "token");
     A* out = items<A>(logprob, n, "logprob");
     nb::gil_scoped_release release;
     run_draw<A>(rows, keys, positions, scale, tokens, out);
 }
 
-void draw_token(Matrix logits, Vector key, Vector position, double inv_temperature, Vector token, Vector logprob) {
+void draw_token(Matrix logits, Vector rng_key, Vector position, double inv_temperature, Vector token, Vector logprob) {
     const Rows rows(logits);
     const auto run = rows.type == Storage::kFloat64 ? draw_as<double> : draw_as<float>;
-    run(rows, key, position, inv_temperature, token, logprob);
+    run(rows, rng_key, position, inv_temperature, token, logprob);
 }
 
 }  // namespace
@@ -244,7 +244,7 @@ void bind_rows(nb::module_& module) {
                nb::arg("logprob").noconvert(), nb::arg("entropy").noconvert(), nb::arg("dlogprob").none(),
                nb::arg("dentropy").none(), nb::arg("dlse").none(), nb::arg("bias").none(), nb::arg("inv_temperature"),
                nb::arg("out").noconvert());
-    module.def("draw_token", &draw_token, nb::arg("logits").noconvert(), nb::arg("key").noconvert(),
+    module.def("draw_token", &draw_token, nb::arg("logits").noconvert(), nb::arg("rng_key").noconvert(),
                nb::arg("position").noconvert(), nb::arg("inv_temperature"), nb::arg("token").noconvert(),
                nb::arg("logprob").noconvert());
 }

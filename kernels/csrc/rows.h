@@ -44,7 +44,7 @@ struct BlockDraw {
         static void gradient(const void* row, Storage type, int64_t first, int64_t num_columns,                        \
                              const RowScale<A>& scale, const RowGradient<A>& grad, void* out, Storage out_type);       \
         static BlockDraw draw(const void* row, Storage type, int64_t first, int64_t num_columns,                       \
-                              const RowScale<A>& scale, int64_t key, int64_t position);                                \
+                              const RowScale<A>& scale, int64_t rng_key, int64_t position);                                \
     };                                                                                                                 \
     }
 ISOMORPH_ROWS(baseline)

@@ -207,14 +207,14 @@ void RowsBody<A>::gradient(const void* row, Storage type, int64_t first, int64_t
 
 template <typename A>
 BlockDraw RowsBody<A>::draw(const void* row, Storage type, int64_t first, int64_t num_columns, const RowScale<A>& scale,
-                            int64_t key, int64_t position) {
+                            int64_t rng_key, int64_t position) {
     using Columns = typename SameSize<A>::type;
     alignas(64) A z[kRowBlock];
     alignas(64) uint32_t words[kWords][kWordColumns];
     const int64_t n = read_z(row, type, first, num_columns, scale, z);
     for (int64_t i = n; i < kRowBlock; ++i) z[i] = -static_cast<A>(INFINITY);
     const int64_t num_counters = num_columns < kWordColumns ? (num_columns + kLanes - 1) / kLanes * kLanes : kWordColumns;
-    philox(static_cast<uint64_t>(key), static_cast<uint64_t>(position),
+    philox(static_cast<uint64_t>(rng_key), static_cast<uint64_t>(position),
            static_cast<uint32_t>(first / kRowBlock * kWordColumns), num_counters, words);
 
     const A top = largest(z, n);

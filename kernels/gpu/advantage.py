@@ -1,16 +1,16 @@
-"""Group-relative advantages and GAE. The specification is ``kernels/advantage.py``.
+"""group_advantage and gae in Triton. The specification is ``kernels/advantage.py``.
 
-One program owns one group, or one sequence, whatever its length, and walks it in blocks of a fixed width: one launch
-for all of them, and the bits of one do not depend on the others. Sums and the scan are float64, for both dtypes: the
-arrays are small, and a launch costs more than the arithmetic. No atomics.
+One program processes one group, or one sequence, of any length, in blocks of a fixed width: one launch for all, and the
+bits of one do not depend on the others. Sums and the scan are float64 for both dtypes: the arrays are small, and a
+launch takes longer than the arithmetic. No atomics.
 
-    group   three passes over a group: sum, squares, result      scale "batch" is a second launch: all of S as one group
+    group   three passes over a group: sum, squares, result; scale "batch" is a second launch with all of S as one group
     gae     advantage = b + a next_advantage, from the end; (a, b) composes to (a1 a2, a2 b1 + b2), so a block is an
             associative scan, and one number is carried from block to block
 
-What is read is checked on the way: offsets are clamped to the array before anything is addressed, and a program that
-finds an offset out of order, a number that is not finite or a group too small raises its own flag. The caller reads
-all flags at once; checking costs no pass over the data and no second wait for the GPU.
+The kernels also check their inputs: offsets are clamped to the array before they are used as addresses, and a program
+sets its flag for offsets out of order, numbers that are not finite, or a group that is too small. The caller reads all
+flags at once, so checking needs no extra pass over the data and no extra synchronisation.
 """
 
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ from isomorph.kernels.gpu.variant import Variant
 from isomorph.kernels.strides import check_contiguous
 from isomorph.kernels.types import EPS
 
-BLOCK_G, GROUP_WARPS = 128, 1  # a group is rarely wider
-BLOCK_S, BATCH_WARPS = 1024, 8  # all responses of a step, by one program
+BLOCK_G, GROUP_WARPS = 128, 1  # most groups fit one block
+BLOCK_S, BATCH_WARPS = 1024, 8  # for all responses of a step, in one program
 BLOCK_T, GAE_WARPS = 512, 8
 
 
-@triton.jit(do_not_specialize=["S"])  # a count that changes with every call
+@triton.jit(do_not_specialize=["S"])  # it changes with every call
 def group_kernel(
     reward_ptr,  # [S] f32 | f64
     offset_ptr,  # [P + 1] i64
@@ -63,7 +63,7 @@ def group_kernel(
         total += reward
         low = tl.minimum(low, tl.where(at < size, reward, float("inf")))
         high = tl.maximum(high, tl.where(at < size, reward, float("-inf")))
-        bad += tl.where(tl.abs(reward) < float("inf"), 0, 1)  # a NaN is not below
+        bad += tl.where(tl.abs(reward) < float("inf"), 0, 1)  # false for NaN
     mean = tl.sum(total, 0) / size
     is_flat = tl.min(low, 0) == tl.max(high, 0)
     if CHECKS:
@@ -91,7 +91,7 @@ def group_kernel(
             advantage = reward - mean
         advantage = advantage * factor
         if HAS_BASELINE or HAS_STD:
-            advantage = tl.where(is_flat, 0.0, advantage)  # a rounded mean would leave dust
+            advantage = tl.where(is_flat, 0.0, advantage)  # reward - rounded mean would not be exactly 0
         tl.store(out_ptr + at, advantage, mask=at < size)
 
 
@@ -126,7 +126,7 @@ def gae_kernel(
     carry = tl.full((), 0.0, tl.float64)  # the advantage after this block
     bad = tl.zeros((BLOCK,), tl.int32)
     for done in range(0, size, BLOCK):
-        at = size - done - BLOCK + column  # blocks end where the sequence ends; the foremost may reach before it
+        at = size - done - BLOCK + column  # blocks are aligned to the end; the first may start before the sequence
         inside = at >= 0
         reward = tl.load(reward_ptr + at, mask=inside, other=0.0)
         value = tl.load(value_ptr + at, mask=inside, other=0.0)
@@ -149,7 +149,7 @@ def gae_kernel(
 # -- launches
 @on_its_device
 def group_advantage(reward_S: Tensor, offsets: Tensor, baseline: str, scale: str) -> tuple[Tensor, Tensor]:
-    """Advantages [S], and flags [P]: where one is not 0, the arguments cannot be used, nor can the advantages."""
+    """Advantages [S], and flags [P] int8: if any is not 0, the arguments are invalid, and so are the advantages."""
     check_contiguous(reward=reward_S, offsets=offsets)
     num_groups = len(offsets) - 1
     out_S = torch.empty_like(reward_S)
@@ -173,7 +173,7 @@ def group_advantage(reward_S: Tensor, offsets: Tensor, baseline: str, scale: str
 
 @on_its_device
 def gae(reward_T: Tensor, value_T: Tensor, offsets: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages [T], returns [T], and flags [S] as above."""
+    """Advantages [T], returns [T], and flags [S] int8 as for ``group_advantage``."""
     check_contiguous(reward=reward_T, value=value_T, offsets=offsets)
     num_seqs = len(offsets) - 1
     advantage_T, returns_T = torch.empty_like(reward_T), torch.empty_like(reward_T)
@@ -186,9 +186,9 @@ def gae(reward_T: Tensor, value_T: Tensor, offsets: Tensor, gamma: float, lam: f
     return advantage_T, returns_T, fault_S
 
 
-# -- what is compiled and looked at without a GPU
+# -- variants for kernels/aot.py
 def variants(arch: int) -> list[Variant]:
-    """Every launch configuration above; ``arch`` does not matter to them."""
+    """Every launch configuration of this file, the same for all architectures."""
     return [variant for dtype in ("fp32", "fp64") for variant in (*_group_variants(dtype), _gae_variant(dtype))]
 
 

@@ -1,14 +1,14 @@
-"""Packed attention: forward, dQ and dK/dV where key k is seen by queries k <= q < vis_end[segment of k].
+"""packed_attention in Triton: forward, dQ and dK/dV, where key k is visible to queries k <= q < vis_end[segment of k].
 
-    forward   a tile of queries walks the keys it sees under a running maximum; keeps the natural LSE of its scores
-    dQ        the same walk, with every weight made again as exp(score - LSE)
-    dK, dV    a tile of keys walks the queries that see it, k .. vis_end, for all query heads of its key/value head
+    forward   per tile of queries: loop over the visible keys with a running maximum; also writes the natural LSE
+    dQ        per tile of queries: the same loop, with attention weights recomputed as exp(score - LSE)
+    dK, dV    per tile of keys: loop over the queries k .. vis_end, for all query heads of the key/value head
 
-Inside a kernel scores are in base 2, whose exponential is one instruction. What leaves it is natural, as in every body.
+Inside the kernels scores are in base 2, whose exponential is one instruction; inputs and outputs are natural.
 
-Tiles never straddle segments, so blocks away from a segment's ends and from the diagonal need no mask. The queries of a
-key tile are cut into pieces of fixed length; where there are several, their float32 partials are added in ascending
-order. What a program does depends on the lengths of its own group alone: a group's bits do not depend on its batch.
+A tile lies within one segment, so only blocks at the end of a segment or on the diagonal need a mask. The queries of a
+key tile are split into pieces of fixed length; the float32 partial sums of several pieces are added in ascending order.
+The work of a program depends on the lengths of its own group only, so a group's bits do not depend on the batch.
 No atomics. The specification is ``packed_attention_ref`` in ``kernels/packed_attention.py``.
 """
 
@@ -47,7 +47,7 @@ def forward_block(
     out, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, start, end, row, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys [start, end); MASKED where it is not full or crosses the diagonal."""
+    """Adds one block of keys [start, end); MASKED if it is not full or crosses the diagonal."""
     at = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     k_ptr = step(k_ptr, start, stride_kt)
@@ -74,7 +74,7 @@ def forward_kernel(
     out_ptr,  # [T, H, D] contiguous
     lse_ptr,  # [H, T] f32, natural
     tile_ptr,  # [tiles, 6] i32: first row, end of its rows, first and last of its full ranges, of its partial blocks
-    full_ptr,  # [ranges, 2] i32: keys that all rows see, in whole blocks
+    full_ptr,  # [ranges, 2] i32: keys visible to all rows, in whole blocks
     block_ptr,  # [blocks, 2] i32: first key of a block, end of its keys
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, H,
@@ -100,7 +100,7 @@ def forward_kernel(
                 out, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, k0, k0 + BLOCK_K, start + at, scale,
                 False, D, BLOCK_K, BLOCK_D,
             )  # fmt: skip
-    for i in tl.range(tl.load(tile_ptr + 4), tl.load(tile_ptr + 5), num_stages=1):  # few: no pipeline
+    for i in tl.range(tl.load(tile_ptr + 4), tl.load(tile_ptr + 5), num_stages=1):  # few iterations: no pipeline
         k0 = tl.load(block_ptr + 2 * i)
         out, total, top = forward_block(
             out, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, k0, tl.load(block_ptr + 2 * i + 1), start + at,
@@ -117,7 +117,7 @@ def grad_q_block(
     dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, start, end, row, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, as in ``forward_block``; scale and LSE in base 2."""
+    """Adds one block of keys, as ``forward_block``; scale and LSE in base 2."""
     at = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     k_ptr = step(k_ptr, start, stride_kt)
@@ -172,7 +172,7 @@ def grad_q_kernel(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, k0, k0 + BLOCK_K, start + at, scale_base_2,
                 False, D, BLOCK_K, BLOCK_D,
             )  # fmt: skip
-    for i in tl.range(tl.load(tile_ptr + 4), tl.load(tile_ptr + 5), num_stages=1):  # few: no pipeline
+    for i in tl.range(tl.load(tile_ptr + 4), tl.load(tile_ptr + 5), num_stages=1):  # few iterations: no pipeline
         k0 = tl.load(block_ptr + 2 * i)
         dq = grad_q_block(
             dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, k0, tl.load(block_ptr + 2 * i + 1), start + at,
@@ -187,7 +187,7 @@ def grad_kv_block(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qt, stride_dt, start, end, key, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries [start, end); MASKED where it is not full or crosses the diagonal."""
+    """Adds one block of queries [start, end); MASKED if it is not full or crosses the diagonal."""
     at = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
     q_ptr = step(q_ptr, start, stride_qt)
@@ -241,7 +241,7 @@ def grad_kv_kernel(
     v = load_rows(v_ptr, at, d, stride_vt, num_keys, True, D, BLOCK_D)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    # the queries of the tile's own rows come first and cross the diagonal
+    # the first queries are the tile's own rows, on the diagonal
     full = tl.minimum(tl.maximum(start, key + BLOCK_K), end)
     tail = full + (end - full) // BLOCK_Q * BLOCK_Q
     num_diagonal = tl.cdiv(full - start, BLOCK_Q)
@@ -252,7 +252,7 @@ def grad_kv_kernel(
         dout_head_ptr = step(dout_ptr, head, stride_dh)
         lse_head_ptr = step(lse_ptr, head, T)
         delta_head_ptr = step(delta_ptr, head, T)
-        for j in tl.range(num_masked, num_stages=1):  # few: no pipeline
+        for j in tl.range(num_masked, num_stages=1):  # few iterations: no pipeline
             q0 = tl.where(j < num_diagonal, start + j * BLOCK_Q, tail)
             dk, dv = grad_kv_block(
                 dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, stride_qt, stride_dt, q0, end,
@@ -277,7 +277,7 @@ def grad_kv_kernel(
 # -- launches
 @on_its_device
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, H, D], contiguous, and the natural LSE [H, T], float32."""
+    """Output [T, H, D], contiguous, and the natural LSE [H, T] float32. q [T, H, D]; k, v [T, K, D]; D up to 128."""
     q_THD, k_TKD, v_TKD = (unit_stride(x) for x in (q_THD, k_TKD, v_TKD))
     num_tok, num_heads, dim = q_THD.shape
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
@@ -305,7 +305,7 @@ def attend_backward(
     layout: PackedLayout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, contiguous, from what ``attend`` returned."""
+    """dq [T, H, D], dk and dv [T, K, D], contiguous, from dout [T, H, D] and what ``attend`` returned."""
     check_contiguous(out=out_THD, lse=lse_HT)
     dout_THD, q_THD, k_TKD, v_TKD = (unit_stride(x) for x in (dout_THD, q_THD, k_TKD, v_TKD))
     dq_THD, dk_TKD, dv_TKD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_TKD, v_TKD))
@@ -345,19 +345,19 @@ def _launch(tile: Tile, dim: int) -> dict[str, Any]:
     )
 
 
-# -- what is compiled and looked at without a GPU
+# -- variants for kernels/aot.py
 SHAPES = (
     *(("bf16", dim) for dim in (40, 64, 96, 128)),  # 40 and 96: masked to the width of a tile
     *(("fp16", dim) for dim in (64, 128)),
     *(("fp32", dim) for dim in (64, 128)),
 )
-# Before 3.9, Triton keeps up to 14 values of these two on the stack; tiles without that halve a product.
+# Triton before 3.9 spills up to 14 registers of these two; tiles without spills would be half as large.
 SPILLING = {(grad_kv_kernel, 90): 48, (forward_kernel, 100): 16}
 IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 def variants(arch: int) -> list[Variant]:
-    """Every row of the table for such a GPU, and the kernels on rows."""
+    """Every configuration in ``CONFIGS`` for architecture ``arch``, and the kernels of ``attention_rows``."""
     found = attention_rows.variants(arch)
     for dtype, dim in SHAPES:
         config = CONFIGS[arch, block_d(dim), 4 if dtype == "fp32" else 2]

@@ -1,10 +1,10 @@
-"""The work on rows around the tiles of packed attention; it reads and writes, and multiplies nothing.
+"""Rows of heads in the attention kernels: addressing, loads and stores, and the memory-bound kernels.
 
-    delta    the dot of every row of the output with its upstream gradient, once for dQ and dK/dV
-    add      float32 partials of dK and dV, in ascending order
+    delta    the dot product of every output row with its upstream gradient, once for dQ and dK/dV
+    add      sums float32 partial dK and dV, in ascending order
     merge    two parts of a softmax by log-sum-exp: l = logaddexp(l1, l2), o = exp(l1 - l) o1 + exp(l2 - l) o2
 
-Sums are float32 (or float64 where the rows are). No atomics.
+Sums are float32 (float64 for float64). No atomics.
 """
 
 from typing import Any
@@ -25,29 +25,32 @@ MERGE_ROWS = 16
 NUM_WARPS = 4
 
 
-# -- where the rows of heads lie
+# -- addressing
 @triton.jit
 def step(ptr, count, stride):
-    """``ptr`` and ``count`` strides more, counted in int64: offsets into packed tokens and caches pass 2**31."""
+    """``ptr + count * stride`` in int64: offsets into packed tokens and KV caches exceed 2**31."""
     return ptr + tl.cast(count, tl.int64) * stride
 
 
 @triton.jit
 def row_of_head(ptr, row, head, row_stride, head_stride):
-    """Pointer to row ``row`` of head ``head`` in [rows, heads, ...]."""
+    """Pointer to row ``row`` of head ``head`` in an array [rows, heads, ...]."""
     return step(step(ptr, row, row_stride), head, head_stride)
 
 
 @triton.jit
 def tile_and_head(tile_ptr, num_heads, WIDTH: tl.constexpr):
-    """The table row of this program's tile, and its head. The longest tile comes first, with all of its heads."""
+    """The table row of this program's tile, and the program's head.
+
+    Programs of one tile are adjacent: a table starts with the longest tiles, whose heads should all start first.
+    """
     program = tl.program_id(0)
     return tile_ptr + program // num_heads * WIDTH, program % num_heads
 
 
 @triton.jit
 def load_rows(ptr, at, d, stride, num_rows, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``at`` of D values, 0 at and beyond num_rows if MASKED, and beyond D."""
+    """Loads rows ``at`` [n] as [n, BLOCK_D]: 0 beyond column D and, if MASKED, for rows >= num_rows."""
     place = ptr + at[:, None] * stride + d[None, :]
     if MASKED:
         if D == BLOCK_D:
@@ -64,6 +67,7 @@ def load_rows(ptr, at, d, stride, num_rows, MASKED: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def store_rows(ptr, at, d, stride, num_rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores x [n, BLOCK_D] to the rows ``at`` < num_rows, up to column D."""
     place = ptr + at[:, None] * stride + d[None, :]
     x = x.to(ptr.dtype.element_ty)
     if D == BLOCK_D:
@@ -76,7 +80,7 @@ def store_rows(ptr, at, d, stride, num_rows, x, D: tl.constexpr, BLOCK_D: tl.con
 def delta_kernel(
     out_ptr,  # [T, H, D] contiguous
     dout_ptr,  # [T, H, D] last dimension contiguous
-    delta_ptr,  # [H, T] f32: the dot of out and dout
+    delta_ptr,  # [H, T] f32
     stride_dt, stride_dh,
     T, H,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -115,7 +119,7 @@ def add_pieces_kernel(
     dv = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     head_stride = block_k * D
     partial_ptr += first_row * D
-    for slot in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):  # ascending: part of the numerical contract
+    for slot in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):  # ascending, so that sums are reproducible
         dk_part_ptr = row_of_head(partial_ptr, slot, kv_head, K * head_stride, head_stride)
         dv_part_ptr = row_of_head(partial_ptr, slot + num_slots, kv_head, K * head_stride, head_stride)
         dk += load_rows(dk_part_ptr, at, d, D, num_keys, True, D, BLOCK_D)
@@ -132,7 +136,7 @@ def merge_kernel(
     lse_ptr,  # [H, T] f32 (f64 where out is), natural; merged in place
     part_ptr,  # [N, H, D] contiguous
     part_lse_ptr,  # [H, N]
-    row_ptr,  # [N] i64: where in out the rows of the part belong; distinct
+    row_ptr,  # [N] i64: the row of out for each row of the part; distinct
     T, N, H,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +165,7 @@ def merge_kernel(
 # -- launches
 @on_its_device
 def deltas(out_THD: Tensor, dout_THD: Tensor, lse_HT: Tensor) -> Tensor:
-    """[H, T] dot of every row of out, contiguous, and dout; typed as the LSE."""
+    """[H, T] dot products of the rows of out, contiguous, and dout, both [T, H, D]; in the dtype of the LSE [H, T]."""
     check_contiguous(out=out_THD, lse=lse_HT)
     check_unit_stride(dout=dout_THD)
     num_tok, num_heads, dim = out_THD.shape
@@ -175,7 +179,7 @@ def deltas(out_THD: Tensor, dout_THD: Tensor, lse_HT: Tensor) -> Tensor:
 
 @on_its_device
 def add_pieces(partial: Tensor, dk_TKD: Tensor, dv_TKD: Tensor, tiles: Tensor) -> None:
-    """Sum the partials [2, slots, K, rows of a tile, D] into the rows of ``tiles``; see ``add_pieces_kernel``."""
+    """Writes sums of the partials [2, slots, K, block_k, D] to the rows of dk and dv [T, K, D] listed in ``tiles``."""
     check_contiguous(partial=partial, dk=dk_TKD, dv=dv_TKD, tiles=tiles)
     _, num_slots, num_heads, block_k, dim = partial.shape
     add_pieces_kernel[(len(tiles) * num_heads * (block_k // ADD_ROWS),)](
@@ -186,7 +190,7 @@ def add_pieces(partial: Tensor, dk_TKD: Tensor, dv_TKD: Tensor, tiles: Tensor) -
 
 @on_its_device
 def merge(out_THD: Tensor, lse_HT: Tensor, part_NHD: Tensor, part_lse_HN: Tensor, rows_N: Tensor) -> None:
-    """Merge a part of the softmax into the rows ``rows_N`` of out and LSE, in place. All contiguous."""
+    """Merges part [N, H, D] with its LSE [H, N] into the rows ``rows_N`` of out and LSE, in place. All contiguous."""
     check_contiguous(out=out_THD, lse=lse_HT, part=part_NHD, part_lse=part_lse_HN, rows=rows_N)
     num_tok, num_heads, dim = out_THD.shape
     merge_kernel[(triton.cdiv(len(rows_N), MERGE_ROWS) * num_heads,)](
@@ -195,9 +199,9 @@ def merge(out_THD: Tensor, lse_HT: Tensor, part_NHD: Tensor, part_lse_HN: Tensor
     )  # fmt: skip
 
 
-# -- what is compiled and looked at without a GPU
+# -- variants for kernels/aot.py
 def variants(arch: int) -> list[Variant]:
-    """Of the widest heads, whose rows take the most registers, and of one that is masked."""
+    """For the largest head dimension, which needs the most registers, and for one that is masked."""
     found = []
     for dtype, dim in (("bf16", 40), ("bf16", 128), ("fp16", 128), ("fp32", 128)):
         found.append(variant(delta_kernel, dtype, dim, NUM_WARPS, 3, BLOCK_Q=DELTA_ROWS))
@@ -211,7 +215,7 @@ TABLES = ("tile_ptr", "full_ptr", "block_ptr")
 
 
 def variant(kernel: Any, dtype: str, dim: int, num_warps: int, num_stages: int, **blocks: int) -> Variant:
-    """A kernel of packed attention for heads of ``dim`` values of ``dtype``; its arguments are told by their names."""
+    """A variant of a packed attention kernel for head dimension ``dim``; argument types follow from argument names."""
     constants = {"D": dim, "BLOCK_D": block_d(dim), **blocks}
     signature = {}
     for name in kernel.arg_names:

@@ -1,7 +1,7 @@
-"""Which tile of packed attention does what: tables of ints for the kernels, and the sizes of tiles on each kind of GPU.
+"""Tiles of packed attention: the tables of ints that the kernels read, and the tile sizes for each kind of GPU.
 
-Tiles never straddle segments. What is in a table depends on the lengths of a tile's own group alone, and on nothing
-that was measured: a group's bits depend neither on its batch nor on the run.
+A tile lies within one segment. The entries for a group depend only on the lengths of that group, and sizes are not
+tuned at run time, so the bits of a group's results depend neither on the batch nor on the run.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from isomorph.kernels.packed_layout import PackedLayout, Segment
 
 
 class Tile(NamedTuple):
-    """Rows of queries and of keys in a block, and a launch. Checked in, never tuned at run time."""
+    """Queries and keys of a block, and launch options."""
 
     block_q: int
     block_k: int
@@ -24,15 +24,15 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The launches of one head width on one kind of GPU."""
+    """The tiles of the three kernels for one head dimension on one kind of GPU."""
 
     forward: Tile
     grad_q: Tile
     grad_kv: Tile
-    piece: int = 4096  # queries of a key tile that one program walks; a multiple of every block_q and block_k
+    piece: int = 4096  # queries per program of grad_kv; a multiple of every block_q and block_k
 
 
-# (architecture, head width, bytes of an element). Compiled without spills; which is fastest is not measured yet.
+# By (architecture, head dimension, bytes per element). Chosen to compile without spills; not measured on a GPU yet.
 CONFIGS = {
     (80, 64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (90, 64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
@@ -48,9 +48,9 @@ CONFIGS = {
 INTERPRETED = Config(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), piece=64)
 
 
-# -- which tile does what
+# -- tables
 class QueryTiles(NamedTuple):
-    """The keys of every tile of queries, [n, ...] int32; see ``forward_kernel``."""
+    """The keys for every tile of queries, tables of [n, ...] int32; the columns are in ``forward_kernel``."""
 
     tiles: Tensor
     full: Tensor
@@ -58,7 +58,7 @@ class QueryTiles(NamedTuple):
 
 
 class KeyTiles(NamedTuple):
-    """The queries of every tile of keys, [n, ...] int32; see ``grad_kv_kernel`` and ``add_pieces_kernel``."""
+    """The queries for every tile of keys, [n, ...] int32; columns in ``grad_kv_kernel`` and ``add_pieces_kernel``."""
 
     tiles: Tensor
     split: Tensor
@@ -66,7 +66,7 @@ class KeyTiles(NamedTuple):
 
 
 def query_tiles(segments: Sequence[Segment], block_q: int, block_k: int) -> QueryTiles:
-    """Tiles of queries with the keys that they see, longest first."""
+    """Tiles of queries with the keys that are visible to them, the largest number of keys first."""
     found: list[tuple[int, tuple[int, int], list[tuple[int, int]], list[tuple[int, int]]]] = []
     for segment in segments:
         above = _ancestors(segments, segment)
@@ -90,7 +90,7 @@ def query_tiles(segments: Sequence[Segment], block_q: int, block_k: int) -> Quer
 
 
 def _ancestors(segments: Sequence[Segment], segment: Segment) -> list[tuple[int, int]]:
-    """Rows of the segments that this one continues, first to last; neighbours are one range."""
+    """Packed rows of the ancestors of a segment, first to last; adjacent ranges are joined."""
     ranges: list[tuple[int, int]] = []
     while segment.parent >= 0:
         segment = segments[segment.parent]
@@ -102,7 +102,7 @@ def _ancestors(segments: Sequence[Segment], segment: Segment) -> list[tuple[int,
 
 
 def key_tiles(segments: Sequence[Segment], block_k: int, piece: int) -> KeyTiles:
-    """Tiles of keys with the queries that see them, in pieces, longest first."""
+    """Tiles of keys with the queries to which they are visible, in pieces, the largest number of queries first."""
     tiles: list[tuple[int, ...]] = []
     split: list[tuple[int, ...]] = []
     num_slots = 0
@@ -125,7 +125,7 @@ def _table(rows: Sequence[Any], width: int) -> Tensor:
 
 
 def tables_on(layout: PackedLayout, device: torch.device, config: Config) -> tuple[QueryTiles, QueryTiles, KeyTiles]:
-    """Tables for the three walks: made and moved once for all layers."""
+    """The tables for forward, dQ and dK/dV on ``device``; computed and copied once, and reused by all layers."""
     key = ("attention", device, config)
     if key not in layout.on_device:
         forward, grad_q = (
@@ -142,12 +142,12 @@ def tables_on(layout: PackedLayout, device: torch.device, config: Config) -> tup
 
 # -- sizes
 def block_d(dim: int) -> int:
-    """Width of a tile for heads of ``dim`` values; what a head lacks is masked."""
+    """The width of a tile for head dimension ``dim``, up to 128; columns beyond ``dim`` are masked."""
     return 64 if dim <= 64 else 128
 
 
 def config_of(x_THD: Tensor) -> Config:
-    """The launches for such inputs on their device."""
+    """The tiles for x [T, H, D] on its device."""
     if x_THD.device.type != "cuda":
         return INTERPRETED
     arch = table_arch(*torch.cuda.get_device_capability(x_THD.device))
@@ -155,7 +155,7 @@ def config_of(x_THD: Tensor) -> Config:
 
 
 def table_arch(major: int, minor: int) -> int:
-    """The rows of ``CONFIGS`` for a GPU: its own, or those of one that has no more shared memory than it."""
+    """The architecture in ``CONFIGS`` for a GPU: its own, or one with at most as much shared memory."""
     if major in (9, 10):
         return major * 10
     return 80 if (major, minor) in ((8, 0), (8, 7)) else 120

@@ -1,14 +1,14 @@
-"""Decode attention: one new query a row against keys and values in slots. The specification is ``decode_attention``.
+"""decode_attention in Triton: split-KV, with shared prompts. The specification is ``kernels/decode_attention.py``.
 
-Keys are cut into pieces of a fixed number of entries, for enough programs at a small batch:
+Keys are split into pieces of a fixed number of entries, to have enough programs for a small batch:
 
-    partial    for the rows of a tile that see one slot, one KV head, one piece: weighted values, weights, largest score
-    merge      one row and head: its prompt's pieces, then its own, in ascending order
+    partial    per slot of a tile of rows, KV head and piece: weighted values, sum of weights, largest score
+    merge      per row and head: the pieces of its prompt, then its own, in ascending order
 
-Rows are cut into tiles by their place; in a tile the first row of each slot works for all rows of that slot, and the
-others leave at once. So a prompt is read once a tile, whatever the groups are, and the grid depends on shapes alone:
-nothing is looked at on the host, and a CUDA graph can be replayed with other slots and lengths. Programs beyond a row's
-length leave at once. No atomics; a row's bits depend on that row's query and entries, and on nothing else.
+A tile is a fixed number of adjacent rows. In a tile the program of the first row of each slot processes all rows of
+that slot, and the programs of the others return at once. So a prompt is read once per tile for any grouping of rows,
+and the grid depends on shapes only: the host reads no values, and a CUDA graph can be replayed with other slots and
+lengths. Programs for pieces beyond a row's length return at once. No atomics; a row's bits do not depend on the others.
 """
 
 from typing import Any
@@ -24,9 +24,9 @@ from isomorph.kernels.gpu.variant import Variant
 from isomorph.kernels.strides import unit_stride
 from isomorph.kernels.types import CachedKV
 
-PIECE = 256  # entries; with BLOCK_L part of the numerical contract, hence not tuned
-MAX_QUERIES = {2: 64, 4: 16}  # by bytes of a number. Of one program: rows of a tile times query heads per KV head
-BLOCK_L = {2: 64, 4: 16}  # exact float32 has no matrix instruction, and keeps its operands in registers
+PIECE = 256  # entries; not tuned, because like BLOCK_L it changes the bits of the results
+MAX_QUERIES = {2: 64, 4: 16}  # by bytes per element. Per program: rows of a tile times query heads per KV head
+BLOCK_L = {2: 64, 4: 16}  # IEEE float32 has no matrix instruction: its operands are in registers
 LOG2_E = 1.4426950408889634
 
 
@@ -44,7 +44,7 @@ def partial_kernel(
     k_stride_s, k_stride_k, k_stride_l,
     v_stride_s, v_stride_k, v_stride_l,
     B, H, L,
-    first_piece,  # where this cache's pieces begin in the partial results
+    first_piece,  # index of this cache's first piece in the partial results
     num_pieces,
     scale,  # times log2 e
     ROWS: tl.constexpr,
@@ -63,7 +63,7 @@ def partial_kernel(
     row_R = tile + tl.arange(0, ROWS)
     slot_R = tl.load(slot_ptr + row_R, mask=row_R < B, other=-1)
     if tl.min(tl.where(slot_R == slot, row_R, B), 0) != b:
-        return  # an earlier row of the tile does the work
+        return  # the program of an earlier row of the tile does the work
     query = tl.arange(0, BLOCK_Q)
     row = tile + query // REPEATS
     inside = (query < ROWS * REPEATS) & (row < B)
@@ -105,7 +105,7 @@ def partial_kernel(
 
 @triton.jit
 def merge_kernel(
-    acc_ptr,  # [B, H, pieces, D] f32, likewise top and total as written above
+    acc_ptr,  # [B, H, pieces, D] f32; top and total as in partial_kernel
     top_ptr,
     total_ptr,
     prompt_len_ptr,  # [B] i64
@@ -144,11 +144,11 @@ def merge_kernel(
 # -- launch
 @on_its_device
 def decode_attention(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float) -> Tensor:
-    """The op after its checks; bfloat16, float16 or float32."""
+    """Returns [B, H, D]; arguments as for the op, which has checked them. bfloat16, float16 or float32."""
     if q_BHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(
-            f"the Triton body takes bfloat16, float16 or float32, got {q_BHD.dtype}; "
-            'isomorph.kernels.backend.using("decode_attention=torch") takes every dtype'
+            f"decode_attention in Triton supports bfloat16, float16 and float32, got {q_BHD.dtype}; otherwise use "
+            'isomorph.kernels.backend.using("decode_attention=torch")'
         )
     num_rows, num_heads, dim = q_BHD.shape
     out_BHD = torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
@@ -185,7 +185,7 @@ def decode_attention(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: floa
 
 
 def prompt_rows(repeats: int, itemsize: int) -> int:
-    """Rows of a tile: the largest power of 2 whose queries one program takes."""
+    """Rows of a tile: the largest power of 2 with at most MAX_QUERIES queries."""
     rows = 1
     while 2 * rows * repeats <= MAX_QUERIES[itemsize]:
         rows *= 2
@@ -193,18 +193,18 @@ def prompt_rows(repeats: int, itemsize: int) -> int:
 
 
 def _blocks(num_queries: int, itemsize: int) -> dict[str, Any]:
-    """Of one program. Queries are padded to a power of 2, at least the 16 that a matrix instruction takes."""
+    """Compile-time constants of a program. Queries are padded to a power of 2, at least 16 for a matrix instruction."""
     block_q = triton.next_power_of_2(max(16, num_queries))
     num_warps = 8 if block_q >= 64 else 4
     return {"BLOCK_Q": block_q, "BLOCK_L": BLOCK_L[itemsize], "PIECE": PIECE, "num_warps": num_warps, "num_stages": 2}
 
 
-# -- what is compiled and looked at without a GPU
-HEADS = ((64, 3), (128, 7), (64, 4), (64, 7), (128, 2), (128, 4), (128, 6))  # width, query heads a KV head
+# -- variants for kernels/aot.py
+HEADS = ((64, 3), (128, 7), (64, 4), (64, 7), (128, 2), (128, 4), (128, 6))  # head dimension, query heads per KV head
 
 
 def variants(arch: int) -> list[Variant]:
-    """The dtypes, head widths and ratios of heads of the supported families."""
+    """The dtypes, head dimensions and ratios of heads of the supported model families."""
     found = []
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for dim, repeats in HEADS if dtype == "bf16" else HEADS[:2]:
@@ -234,7 +234,7 @@ def _partial_variant(arch: int, dtype: str, itemsize: int, dim: int, repeats: in
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
     return Variant(
         partial_kernel,
-        f"{name}, {dtype}, D {dim}, {repeats} heads a KV head",
+        f"{name}, {dtype}, D {dim}, {repeats} heads per KV head",
         signature,
         {"ROWS": rows, "REPEATS": repeats, "DIM": dim, "BLOCK_D": dim, **blocks},
         uses_dot=dtype != "fp32",

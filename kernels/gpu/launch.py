@@ -1,4 +1,4 @@
-"""On which device a Triton kernel is launched."""
+"""Launches Triton kernels on the device of their tensors."""
 
 import functools
 from collections.abc import Callable
@@ -12,11 +12,11 @@ R = TypeVar("R")
 
 
 def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """``launch`` with the GPU of its first argument as the current device, which is where Triton launches a kernel."""
+    """Decorator: makes the GPU of the first argument the current device, on which Triton launches."""
 
     @functools.wraps(launch)
     def launched(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device_of(first):  # does nothing for a tensor of the CPU
+        with torch.cuda.device_of(first):  # no effect for a CPU tensor
             return launch(first, *args, **kwargs)
 
     return launched

@@ -1,6 +1,6 @@
-"""The unembedding, the softmax and the gradient of its logits in one pass, without a running maximum.
+"""linear_loss with the softmax in the epilogue of the unembedding's matrix product, without a running maximum.
 
-The logit of the target is known before the product: a dot of two rows. With k = z[y] as the offset of a row
+The logit of the target is computed before the product, as the dot product of two rows. With k = z[y] as a row's offset
 
     E[v]    = exp(z[v] - k)            one product with an epilogue; stored in the dtype of the weights
     S       = sum_v E[v]               logprob = -log S
@@ -8,11 +8,11 @@ The logit of the target is known before the product: a dot of two rows. With k =
     dz[v]   = (dlogprob / T) ((v == y) - E[v] / S)
 
 so both gradients of the layer are plain products with E: dX = s (E' W) and dW = E'^T (s X), where s = -dlogprob / (T S)
-and E' is E with E[y] - S in the target's place. E overflows only if the target is 69 nats (2^100) less likely than all
-else together; such rows, and rows that are not finite, ``rescue_kernel`` makes again with their own LSE as offset.
+and E' is E with E[y] - S in the target's place. E is unusable only if the target is 69 nats (2^100) less likely than
+all other tokens together; ``rescue_kernel`` recomputes such rows, and rows that are not finite, with the LSE as offset.
 
-Partial sums are kept per tile of columns and added in ascending order: no atomics, no dependence on the batch.
-It is a body of ``linear_loss`` under the name "offset"; bfloat16 or float32, D a multiple of 8, no bias.
+Partial sums per tile of columns are added in ascending order, without atomics: a row's bits do not depend on the batch.
+The implementation of ``linear_loss`` named "offset"; bfloat16 or float32, D a multiple of 8, no bias.
 """
 
 import math
@@ -30,11 +30,11 @@ from isomorph.kernels.gpu.variant import Variant
 from isomorph.kernels.strides import check_contiguous, check_unit_stride
 
 LOG2_E = math.log2(math.e)
-GROUP_M = 8  # row tiles that share a panel of the unembedding while it is in the L2 cache
+GROUP_M = 8  # row tiles that read the same panel of the unembedding while it is in the L2 cache
 
 
 class Tile(NamedTuple):
-    """A launch of ``exp_kernel``. Checked in, never tuned at run time."""
+    """Tile sizes and launch options of ``exp_kernel``; not tuned at run time."""
 
     block_m: int
     block_n: int
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Compiled without spills on each; which one is fastest on hardware is not measured yet.
+# By architecture. Chosen to compile without spills; not measured on a GPU yet.
 MAIN = {
     80: Tile(128, 128, 64, 8, 2),
     90: Tile(128, 256, 64, 8, 3),
@@ -71,7 +71,7 @@ def exp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    IS_TAIL: tl.constexpr,  # V is no multiple of BLOCK_N: what lies beyond must not count
+    IS_TAIL: tl.constexpr,  # V is not a multiple of BLOCK_N: columns beyond V are masked
     STORE: tl.constexpr,
 ):
     hidden = tl.make_tensor_descriptor(hidden_ptr, shape=[M, D], strides=[D, 1], block_shape=[BLOCK_M, BLOCK_K])
@@ -112,7 +112,7 @@ def reduce_kernel(
     weighted_ptr,  # [column tiles, M] f32
     logit_ptr,  # [M] f32
     total_ptr,  # [M] f32: S
-    at_target_ptr,  # [M] f32: E[y] as the offset makes it
+    at_target_ptr,  # [M] f32: E[y], which is 1 here
     logprob_ptr,  # [M] f32, likewise entropy and lse
     entropy_ptr,
     lse_ptr,
@@ -125,7 +125,7 @@ def reduce_kernel(
     inside = row < M
     total = tl.zeros((BLOCK_M,), tl.float32)
     weighted = tl.zeros((BLOCK_M,), tl.float32)
-    for tile in range(num_tiles):  # ascending: the order is part of the numerical contract
+    for tile in range(num_tiles):  # ascending, so that sums are reproducible
         at = tl.cast(tile, tl.int64) * M + row
         total += tl.load(sum_ptr + at, mask=inside, other=1.0)
         weighted += tl.load(weighted_ptr + at, mask=inside, other=0.0)
@@ -142,14 +142,15 @@ def reduce_kernel(
 def exp_chunk(
     hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, temperature: float, exp_MV: Tensor | None
 ) -> Stats:
-    """Stats of the rows; E is written to ``exp_MV`` [M, V] (row stride a multiple of 16 bytes) unless it is None.
+    """Returns the statistics of the rows; writes E to ``exp_MV`` [M, V] from ``new_buffer`` unless it is None.
 
-    Hidden rows and weights are contiguous and begin at multiples of 16 bytes: ``launch.aligned`` makes them so.
+    hidden [M, D] and weight [V, D] must be contiguous and start at multiples of 16 bytes (``strides.aligned``);
+    target [M] int64. Raises ValueError otherwise.
     """
     check_contiguous(hidden=hidden_MD, weight=weight_VD, target=target_M)
     for name, x in (("hidden", hidden_MD), ("weight", weight_VD)):
         if x.data_ptr() % 16:
-            raise ValueError(f"{name} must begin at a multiple of 16 bytes, as tensor descriptors ask; clone it")
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes, as tensor descriptors require; clone it")
     if exp_MV is not None:
         check_unit_stride(exp=exp_MV)
     num_rows, num_vocab = len(hidden_MD), len(weight_VD)
@@ -201,16 +202,16 @@ def _launch_exp(
 
 
 def refusal(hidden_TD: Tensor, has_bias: bool) -> str:
-    """Why these operands cannot take this body; empty where they can."""
+    """Why this implementation does not support these operands; empty if it does."""
     if has_bias:
         return "it has no bias"
     if hidden_TD.dtype not in (torch.bfloat16, torch.float32):
         return f"it needs bfloat16 or float32, got {hidden_TD.dtype}"
-    return "" if hidden_TD.shape[1] % 8 == 0 else f"it needs D to be a multiple of 8, got {hidden_TD.shape[1]}"
+    return "" if hidden_TD.shape[1] % 8 == 0 else f"D must be a multiple of 8, got {hidden_TD.shape[1]}"
 
 
 def new_buffer(weight_VD: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, V] for E, with rows on 16-byte boundaries as tensor descriptors ask."""
+    """[num_rows, V] for E, with rows on 16-byte boundaries as tensor descriptors require."""
     num_vocab = weight_VD.shape[0]
     return weight_VD.new_empty((num_rows, -(-num_vocab // 8) * 8))[:, :num_vocab]
 
@@ -237,9 +238,9 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
-# -- what is compiled and looked at without a GPU
+# -- variants for kernels/aot.py
 def variants(arch: int) -> list[Variant]:
-    """Every launch configuration above on such a GPU."""
+    """Every launch configuration of this file and of ``offset_rows`` for architecture ``arch``."""
     found = offset_rows.variants(arch)
     for dtype, tile in (("bf16", MAIN[arch]), ("fp32", MAIN_FLOAT32)):
         for is_tail in (False, True):

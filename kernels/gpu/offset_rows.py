@@ -1,8 +1,10 @@
-"""The row kernels around the product of ``kernels/gpu/offset.py``: one program owns one row.
+"""Row kernels around the matrix product of ``kernels/gpu/offset.py``, which defines the symbols.
 
-target     the logit of a row's target, its offset, before the product
-rescue     rows whose E overflows or is not finite, again with their own LSE as offset
-gradient   E becomes the gradient of the logits
+    target     the logit of a row's target, which is its offset, before the product
+    rescue     recomputes rows whose E is unusable, with their LSE as offset
+    gradient   replaces E by the gradient of the logits
+
+One program processes one row, in blocks of a fixed width. No atomics.
 """
 
 from typing import Any, NamedTuple
@@ -23,13 +25,13 @@ RESCUE_V, RESCUE_D = 64, 64
 
 
 class Stats(NamedTuple):
-    """Of one chunk of rows, each [M] float32."""
+    """Statistics of one chunk of rows, each [M] float32; the first three in nats."""
 
     logprob: Tensor
     entropy: Tensor
     lse: Tensor
     total: Tensor  # S
-    at_target: Tensor  # E[y], exact
+    at_target: Tensor  # E[y], not rounded to the dtype of E
 
 
 @triton.jit
@@ -94,7 +96,7 @@ def rescue_kernel(
         top = new_top
     log_total = tl.log(total)
     logprob = (z_y - top) - log_total
-    tl.store(total_ptr + row, total * 0.0 + 1.0)  # E is the probability itself; NaN stays NaN
+    tl.store(total_ptr + row, total * 0.0 + 1.0)  # 1, because E is the probability now; NaN stays NaN
     tl.store(at_target_ptr + row, tl.exp(logprob))
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, log_total - weighted / total)
@@ -120,7 +122,7 @@ def _row_logits(row_ptr, weight_ptr, v, V, D, BLOCK_V: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def gradient_kernel(
-    exp_ptr,  # [M, V] of row stride stride_e: E becomes dz
+    exp_ptr,  # [M, V] of row stride stride_e: E, overwritten by dz
     target_ptr,  # [M] i64
     total_ptr,  # [M] f32
     at_target_ptr,  # [M] f32
@@ -133,11 +135,11 @@ def gradient_kernel(
     inv_temperature,
     BLOCK_V: tl.constexpr,
 ):
-    """The whole of dz in place, for losses that reach the entropy or the LSE: there no scale per row is enough."""
+    """dz in place, for losses of the entropy or the LSE, whose gradient is not E scaled per row."""
     row = tl.program_id(0).to(tl.int64)
     inv_total = 1.0 / tl.load(total_ptr + row)
     target = tl.load(target_ptr + row)
-    at_target = tl.load(at_target_ptr + row)  # not from E, which is rounded
+    at_target = tl.load(at_target_ptr + row)  # E is rounded
     entropy = tl.load(entropy_ptr + row)
     dlogprob = tl.load(dlogprob_ptr + row)
     on_prob = tl.load(dlse_ptr + row) - dlogprob
@@ -168,7 +170,7 @@ def target_logits(hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Ten
 def rescue_(
     hidden_MD: Tensor, weight_VD: Tensor, logit_M: Tensor, exp_MV: Tensor | None, stats: Stats, temperature: float
 ) -> None:
-    """Stats and E of the rows whose sum is too large, 0 or not finite are made again, in place."""
+    """Recomputes, in place, the statistics and E of the rows whose sum is too large, 0 or not finite."""
     check_contiguous(hidden=hidden_MD, weight=weight_VD, logit=logit_M)
     if exp_MV is not None:
         check_unit_stride(exp=exp_MV)
@@ -181,7 +183,7 @@ def rescue_(
 
 
 def row_scales(stats: Stats, dlogprob_M: Tensor, target_M: Tensor, temperature: float, exp_MV: Tensor) -> Tensor:
-    """[M] s = -dlogprob / (T S), after E[y] has become E[y] - S, so that dz = s E'."""
+    """Returns s = -dlogprob / (T S), [M], and replaces E[y] by E[y] - S in place, so that dz = s E'."""
     exp_MV.scatter_(1, target_M[:, None], (stats.at_target - stats.total)[:, None].to(exp_MV.dtype))
     return dlogprob_M / (-temperature * stats.total)
 
@@ -194,7 +196,7 @@ def whole_gradient_(
     target_M: Tensor,
     temperature: float,
 ) -> None:
-    """E becomes dz."""
+    """Replaces E by dz, [M, V], in place."""
     check_unit_stride(exp=exp_MV)
     check_contiguous(target=target_M)
     num_rows, num_vocab = exp_MV.shape
@@ -207,9 +209,9 @@ def whole_gradient_(
     )  # fmt: skip
 
 
-# -- what is compiled and looked at without a GPU
+# -- variants for kernels/aot.py
 def variants(arch: int) -> list[Variant]:
-    """Every launch configuration above; ``arch`` does not matter to them."""
+    """Every launch configuration of this file, the same for all architectures."""
     found = []
     for dtype in ("bf16", "fp32"):
         rescue: dict[str, str] = {

@@ -1,10 +1,10 @@
-"""Row kernels of the linear head: stats and gradients of rows of logits, and sums of rows that share an index.
+"""Row kernels of the LM head in Triton: statistics and gradients of rows of logits, and a deterministic index_add.
 
-One program owns one row and walks it in blocks of a fixed width, so the order of every addition is fixed: the bits of
-a row depend neither on its batch nor on the launch. No atomics. The specification is ``kernels/token_logprob.py``.
+One program processes one row in blocks of a fixed width, so the order of additions is fixed: a row's bits do not depend
+on the batch. No atomics. The specification is ``kernels/token_logprob.py``.
 
-    stats      reads a row once        4 (float32) or 2 (bfloat16) bytes a logit
-    gradient   reads and writes once   in place; a float32 row may become a bfloat16 row in its own first half
+    stats      reads a row once                  4 (float32) or 2 (bfloat16) bytes per logit
+    gradient   reads and writes a row once       in place; a float32 row may become a bfloat16 row in its first half
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
 from isomorph.kernels.strides import check_contiguous, check_unit_stride
 from isomorph.kernels.types import stats_dtype
 
-BLOCK_V = 4096  # part of the numerical contract, hence not tuned: 16 values a thread
+BLOCK_V = 4096  # 16 values per thread; not tuned, because it changes the bits of the results
 NUM_WARPS = 8
 BLOCK_D = 1024
 
@@ -34,8 +34,8 @@ def stats_kernel(
     lse_ptr,  # [N] f32
     stride_n,
     V,
-    inv_temperature,  # as float32, and what that rounding left, for the sake of float64
-    inv_temperature_rest,
+    inv_temperature,  # rounded to float32
+    inv_temperature_rest,  # the rounding error, needed for float64
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,  # the dtype of the arithmetic
     BLOCK_V: tl.constexpr,
@@ -43,7 +43,7 @@ def stats_kernel(
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2**31
     row_ptr = logits_ptr + row * stride_n
     scale = tl.full((), inv_temperature, WIDE) + inv_temperature_rest
-    # Each lane keeps a softmax of its own columns; lanes meet once, at the end: one reduction a row, not one a block.
+    # Each lane keeps a running softmax of its own columns, so lanes are reduced once per row, not once per block.
     column = tl.arange(0, BLOCK_V)
     top = tl.full((BLOCK_V,), float("-inf"), WIDE)
     total = tl.zeros((BLOCK_V,), WIDE)
@@ -54,7 +54,7 @@ def stats_kernel(
         if HAS_BIAS:
             z += tl.load(bias_ptr + at, mask=at < V, other=0.0)
         z = z * scale
-        new_top = tl.where(z > top, z, top)  # a NaN stays in z
+        new_top = tl.where(z > top, z, top)  # max without NaN: a NaN stays in z
         step = tl.where(top == new_top, 0.0, top - new_top)
         shrink = tl.exp(step)
         diff = tl.where(z == float("-inf"), float("-inf"), z - new_top)
@@ -92,8 +92,8 @@ def gradient_kernel(
     stride_n,
     out_stride_n,
     V,
-    inv_temperature,  # as float32, and what that rounding left, for the sake of float64
-    inv_temperature_rest,
+    inv_temperature,  # rounded to float32
+    inv_temperature_rest,  # the rounding error, needed for float64
     HAS_BIAS: tl.constexpr,
     HAS_DLOGPROB: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
@@ -106,7 +106,7 @@ def gradient_kernel(
     out_row_ptr = out_ptr + row * out_stride_n
     scale = tl.full((), inv_temperature, WIDE) + inv_temperature_rest
     target = tl.load(target_ptr + row)
-    z_y = tl.load(row_ptr + target).to(WIDE)  # before its place is written over
+    z_y = tl.load(row_ptr + target).to(WIDE)  # read before it is overwritten
     if HAS_BIAS:
         z_y += tl.load(bias_ptr + target)
     z_y = z_y * scale
@@ -121,7 +121,7 @@ def gradient_kernel(
     if HAS_DENTROPY:
         entropy = tl.load(entropy_ptr + row)
         on_surprise = -tl.load(dentropy_ptr + row) * scale
-    tl.debug_barrier()  # z_y is in every warp's hands
+    tl.debug_barrier()  # every warp has read z_y
     column = tl.arange(0, BLOCK_V)
     for start in range(0, V, BLOCK_V):
         at = start + column
@@ -136,8 +136,8 @@ def gradient_kernel(
         d = p * factor
         if HAS_DLOGPROB:
             d += tl.where(at == target, at_target, 0.0)
-        # A narrower row is written over columns that other warps may still have to read. Its block b ends before column
-        # BLOCK_V (b + 1) / 2 of the wide row, and every warp has read that far at the barrier of iteration b.
+        # A narrower out overwrites columns of the same row that other warps may not have read yet. Block b of out ends
+        # before column BLOCK_V (b + 1) / 2 of the logits, which every warp has read at the barrier of iteration b.
         tl.debug_barrier()
         tl.store(out_row_ptr + at, d, mask=at < V)
 
@@ -146,15 +146,15 @@ def gradient_kernel(
 def add_rows_kernel(
     into_ptr,  # [T, D] f32, contiguous
     rows_ptr,  # [N, D] f32, contiguous
-    place_ptr,  # [N] i64: where rows go, ascending
-    order_ptr,  # [N] i64: which row goes there; of one place, in ascending order
+    place_ptr,  # [N] i64: the row of into, ascending
+    order_ptr,  # [N] i64: the row that is added there; ascending within one place
     N,
     D,
     BLOCK_D: tl.constexpr,
 ):
     i = tl.program_id(0)
     place = tl.load(place_ptr + i)
-    if tl.load(place_ptr + i - 1, mask=i > 0, other=-1) == place:  # the first of a place adds them all
+    if tl.load(place_ptr + i - 1, mask=i > 0, other=-1) == place:  # the first program of a place adds all of its rows
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < D
@@ -171,7 +171,7 @@ def add_rows_kernel(
 def row_stats(
     logits_NV: Tensor, target_N: Tensor, bias_V: Tensor | None, inv_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, entropy and LSE of every row, float32 (float64 for float64). Logits: stride 1 along V."""
+    """Log-probability, entropy, LSE, each [N], of logits [N, V] with stride 1 in V; float32 (float64 for float64)."""
     check_unit_stride(logits=logits_NV)
     check_contiguous(target=target_N, bias=bias_V)
     num_rows, num_vocab = logits_NV.shape
@@ -197,7 +197,7 @@ def row_gradient(
     inv_temperature: float,
     out_NV: Tensor,
 ) -> None:
-    """Writes d loss / d logits to ``out``, which may be the logits themselves or their first half as bfloat16."""
+    """Writes d loss / d logits to ``out`` [N, V]: other memory, the logits, or the first half of each row (bfloat16)."""
     check_unit_stride(logits=logits_NV, out=out_NV)
     check_contiguous(target=target_N, bias=bias_V, logprob=stats[0], entropy=stats[1])
     num_rows, num_vocab = logits_NV.shape
@@ -215,7 +215,7 @@ def row_gradient(
 
 @on_its_device
 def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
-    """into[row_index[i]] += rows[i]; a row's additions happen in the order of i. The host waits for nothing."""
+    """into[row_index[i]] += rows[i], additions to a row in order of i; all float32. Does not synchronise."""
     check_contiguous(into=into_TD, rows=rows_ND)
     if not len(row_index_N):
         return
@@ -227,22 +227,23 @@ def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
 
 
 def split_float32(x: float) -> tuple[float, float]:
-    """Triton passes a Python float as float32."""
+    """``x`` rounded to float32, and the rounding error: Triton passes a Python float as float32."""
     rounded = torch.tensor(x, dtype=torch.float32, device="cpu").item()
     return rounded, x - rounded
 
 
 def arithmetic_type(dtype: torch.dtype) -> Any:
+    """Triton's type for computing with ``dtype``: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-# -- what is compiled and looked at without a GPU
-# a policy's loss, one with an entropy bonus, and all that a caller can ask for
+# -- variants for kernels/aot.py
+# the gradients of a policy loss, of one with an entropy bonus, and of every statistic
 GRADIENT_TERMS = (("dlogprob",), ("dlogprob", "dentropy"), ("bias", "dlogprob", "dentropy", "dlse"))
 
 
 def variants(arch: int) -> list[Variant]:
-    """Every launch configuration above; ``arch`` does not matter to them."""
+    """Every launch configuration of this file, the same for all architectures."""
     found = []
     for dtype in FLOAT_TYPES:
         wide = "fp64" if dtype == "fp64" else "fp32"

@@ -180,7 +180,7 @@ def test_gae_equals_its_sum_of_discounted_errors(
 @pytest.mark.parametrize(
     ("value", "gamma", "lam", "error", "message"),
     [
-        ([0.0, 0.0, 0.0], 1.0, 1.0, ValueError, "value must be as reward"),
+        ([0.0, 0.0, 0.0], 1.0, 1.0, ValueError, "value must be like reward"),
         ([0.0, math.nan], 1.0, 1.0, ValueError, "value must be finite"),
         ([0.0, 0.0], 1.1, 1.0, ValueError, r"gamma must lie in 0..1"),
         ([0.0, 0.0], 1.0, math.nan, ValueError, r"lam must lie in 0..1"),

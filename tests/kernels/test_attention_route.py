@@ -22,27 +22,27 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "is_tree", "deterministic", "no_flash", "body", "reason"),
     [
-        (A100, BF16, 128, False, False, "", "varlen", "made for sm_80"),
-        (A10, F16, 64, False, False, "", "varlen", "made for sm_86"),
-        (H100, BF16, 128, False, False, "", "varlen", "made for sm_90"),
-        (B200, BF16, 64, False, False, "", "varlen", "made for sm_100"),
-        (B300, BF16, 128, False, False, "", "varlen", "made for sm_103"),
-        (RTX50, BF16, 128, False, False, "", "triton", "no kernels made for sm_120"),
+        (A100, BF16, 128, False, False, "", "varlen", "has kernels for sm_80"),
+        (A10, F16, 64, False, False, "", "varlen", "has kernels for sm_86"),
+        (H100, BF16, 128, False, False, "", "varlen", "has kernels for sm_90"),
+        (B200, BF16, 64, False, False, "", "varlen", "has kernels for sm_100"),
+        (B300, BF16, 128, False, False, "", "varlen", "has kernels for sm_103"),
+        (RTX50, BF16, 128, False, False, "", "triton", "no kernels for sm_120"),
         (H100, BF16, 128, True, False, "", "triton", "not trees"),
         (H100, BF16, 128, False, True, "", "triton", "deterministic"),
         (H100, F32, 128, False, False, "", "triton", "not float32"),
-        (H100, BF16, 60, False, False, "", "triton", "multiple of 8 up to 256 values, not 60"),
+        (H100, BF16, 60, False, False, "", "triton", "multiples of 8 up to 256, not 60"),
         (H100, BF16, 128, False, False, "flash is not here", "triton", "flash is not here"),
-        # what our kernels cannot take goes to flash attention, even where ours would be preferred
-        (H100, BF16, 256, False, False, "", "varlen", "up to 128 values, not 256"),
-        (H100, BF16, 256, False, True, "", "varlen", "up to 128 values, not 256"),
-        (RTX50, BF16, 192, False, False, "", "varlen", "up to 128 values, not 192"),
-        # and what neither can take to the reference, which says both reasons
-        (H100, BF16, 256, True, False, "", "reference", "up to 128 values, not 256; .*not trees"),
-        (H100, BF16, 512, False, False, "", "reference", "up to 128 values, not 512; .*up to 256 values, not 512"),
+        # what our kernels do not support goes to FlashAttention, even where ours would be preferred
+        (H100, BF16, 256, False, False, "", "varlen", "up to 128, not 256"),
+        (H100, BF16, 256, False, True, "", "varlen", "up to 128, not 256"),
+        (RTX50, BF16, 192, False, False, "", "varlen", "up to 128, not 192"),
+        # and what neither supports to the reference, with both reasons
+        (H100, BF16, 256, True, False, "", "reference", "up to 128, not 256; .*not trees"),
+        (H100, BF16, 512, False, False, "", "reference", "up to 128, not 512; .*up to 256, not 512"),
         (H100, F64, 64, False, False, "", "reference", "not float64; .*not float64"),
-        (H100, F32, 256, False, False, "", "reference", "up to 128 values, not 256; .*not float32"),
-        (T4, F16, 64, False, False, "", "reference", "need sm_80, and this is sm_75"),
+        (H100, F32, 256, False, False, "", "reference", "up to 128, not 256; .*not float32"),
+        (T4, F16, 64, False, False, "", "reference", "need sm_80 or newer, and this GPU is sm_75"),
     ],
 )
 def test_the_rule(
@@ -75,7 +75,7 @@ def test_the_cpu_has_its_own_bodies_whatever_the_inputs() -> None:
         assert attention_route.choose(torch.device("cpu"), dtype, head_dim, is_tree=is_tree).body == body
 
 
-def test_facts_of_a_gpu_are_collected_and_what_was_asked_for_outranks_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_of_a_gpu_are_collected_and_a_request_outranks_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
     monkeypatch.setattr(backend, "triton_reason", lambda: "")
@@ -90,33 +90,33 @@ def test_facts_of_a_gpu_are_collected_and_what_was_asked_for_outranks_the_rule(m
         torch.use_deterministic_algorithms(False)
     for asked in ("triton", "varlen", "reference"):
         monkeypatch.setenv(backend.ENVIRONMENT, f"packed_attention={asked}")
-        assert attention_route.choose(gpu, BF16, 128, is_tree=False) == (asked, "asked for")
+        assert attention_route.choose(gpu, BF16, 128, is_tree=False) == (asked, "requested")
     monkeypatch.setattr(backend, "flash_reason", lambda: "flash is not here")
     backend._parse.cache_clear()
     monkeypatch.setenv(backend.ENVIRONMENT, "")
     assert attention_route.choose(gpu, BF16, 128, is_tree=False) == ("triton", "flash is not here")
-    with pytest.raises(ValueError, match="varlen bodies were asked for, but flash is not here"):
+    with pytest.raises(ValueError, match="requests varlen, which cannot run here: flash is not here"):
         backend.using("packed_attention=varlen").__enter__()
 
 
 @pytest.mark.parametrize(
     ("asked", "dtype", "head_dim", "is_tree", "reason"),
     [
-        ("triton", BF16, 256, False, "heads of up to 128 values, not 256"),
+        ("triton", BF16, 256, False, "head dimensions up to 128, not 256"),
         ("triton", F64, 64, False, "float32, bfloat16 and float16, not float64"),
         ("varlen", BF16, 64, True, "not trees"),
         ("varlen", F32, 64, False, "bfloat16 and float16, not float32"),
-        ("varlen", BF16, 20, False, "multiple of 8"),
+        ("varlen", BF16, 20, False, "multiples of 8"),
     ],
 )
-def test_a_body_that_was_asked_for_and_cannot_take_the_inputs_is_an_error(
+def test_a_requested_body_that_does_not_support_the_inputs_is_an_error(
     asked: str, dtype: torch.dtype, head_dim: int, is_tree: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "triton_reason", lambda: "")
     monkeypatch.setattr(backend, "flash_reason", lambda: "")
     backend._parse.cache_clear()
     monkeypatch.setenv(backend.ENVIRONMENT, f"packed_attention={asked}")
-    with pytest.raises(ValueError, match=f"packed_attention={asked} was asked for, but .*{reason}"):
+    with pytest.raises(ValueError, match=f"packed_attention={asked} was requested, but .*{reason}"):
         attention_route.choose(torch.device("cuda", 0), dtype, head_dim, is_tree=is_tree)
 
 

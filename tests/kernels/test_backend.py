@@ -36,7 +36,7 @@ def test_a_machine_without_the_module_says_so_and_uses_other_bodies(monkeypatch:
     assert not backend.native_available()
     assert "native" not in backend.table("cpu").values()
     assert group_advantage(torch.tensor([1.0, 0.0]), torch.tensor([0, 2]), scale="none").tolist() == [0.5, -0.5]
-    with pytest.raises(ValueError, match="native bodies were asked for, but it was not built"):
+    with pytest.raises(ValueError, match="requests native, which cannot run here: it was not built"):
         backend.using("native").__enter__()
 
 
@@ -45,7 +45,7 @@ def test_cuda_bodies_that_were_not_built_are_refused_with_what_builds_them(monke
     monkeypatch.setattr(backend, "_cuda_reason", "`pip install . -C cmake.define.ISOMORPH_CUDA=ON` builds it")
     backend._parse.cache_clear()
     assert "cuda" not in backend.bodies("token_logprob", "cuda")
-    with pytest.raises(ValueError, match="CUDA C.. bodies were asked for, but `pip install . -C cmake.define"):
+    with pytest.raises(ValueError, match="requests cuda, which cannot run here: `pip install . -C cmake.define"):
         backend.using("token_logprob=cuda").__enter__()
     monkeypatch.setattr(backend, "_cuda_module", object())
     backend._parse.cache_clear()
@@ -82,8 +82,8 @@ def test_single_ops_are_chosen_by_name_and_the_block_outranks_the_environment(
     ("request_", "message"),
     [
         ("fastest", "must name one of triton, offset, varlen, native, cuda, torch, reference, got 'fastest'"),
-        ("attention=torch", "names an op 'attention'; there are: linear, token_logprob"),
-        ("gae=torch", "asks for gae=torch, but on cpu gae has:"),
+        ("attention=torch", "names an unknown op 'attention'; ops: linear, token_logprob"),
+        ("gae=torch", "requests gae=torch, but gae on cpu has:"),
     ],
 )
 def test_a_choice_that_cannot_be_met_is_refused(request_: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_triton_is_refused_where_it_can_neither_run_nor_be_interpreted(monkeypat
     backend._parse.cache_clear()
     assert "triton" not in (*backend.bodies("linear_loss", "cuda"), *backend.bodies("linear_loss", "cpu"))
     for request in ("triton", "linear_loss=triton"):
-        with pytest.raises(ValueError, match="Triton bodies were asked for, but there is no CUDA device"):
+        with pytest.raises(ValueError, match="requests triton, which cannot run here: there is no CUDA device"):
             backend.using(request).__enter__()
 
 
@@ -113,7 +113,7 @@ def test_an_interpreted_kernel_runs_on_the_cpu_if_asked_and_never_by_itself(monk
 
 
 def test_an_unknown_op_is_refused() -> None:
-    with pytest.raises(ValueError, match="no op is called 'softmax'"):
+    with pytest.raises(ValueError, match="no op is named 'softmax'"):
         backend.choose("softmax", "cpu")
 
 

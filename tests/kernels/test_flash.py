@@ -3,7 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from isomorph.kernels.flash import Entries, torch_flash
+from isomorph.kernels.flash import VarlenBatch, torch_flash
 
 
 def test_pytorchs_output_lies_as_q_does() -> None:
@@ -14,7 +14,7 @@ def test_pytorchs_output_lies_as_q_does() -> None:
             torch.empty(4, 18, 64, dtype=torch.bfloat16).transpose(0, 1),
             torch.empty(18, 2, 64, dtype=torch.bfloat16),
         )
-        at = Entries(torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int32), 9, 9, True)
+        at = VarlenBatch(torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int32), 9, 9, True)
         out, lse = by.forward(q, k, k, at, 0.1)
     assert out.stride() == q.stride() and not out.is_contiguous()
     assert lse.is_contiguous()
@@ -26,7 +26,7 @@ def test_pytorch_takes_our_arguments_and_gives_the_shapes_of_the_contract() -> N
     assert by is not None
     with FakeTensorMode():
         q, k = torch.empty(18, 4, 64, dtype=torch.bfloat16), torch.empty(18, 2, 64, dtype=torch.bfloat16)
-        at = Entries(torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int32), 9, 9, True)
+        at = VarlenBatch(torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int32), 9, 9, True)
         out, lse = by.forward(q, k, k, at, 0.1)
         assert out.shape == q.shape and out.dtype == q.dtype
         assert lse.shape == (4, 18) and lse.dtype == torch.float32

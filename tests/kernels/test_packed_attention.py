@@ -304,11 +304,11 @@ def test_bad_lengths_are_refused() -> None:
     [
         ([1, 2], [-1], "one entry per segment, got 2 and 1"),
         ([1, -2], [-1, 0], "lengths must be >= 0, got -2"),
-        ([1, 1], [0, -1], "segment 0 names 0"),
-        ([1, 1, 1], [-1, -1, 0], "segment 2 names 0"),  # 0 is closed: its tokens would not be neighbours
-        ([1, 1, 1, 1], [-1, 0, 0, 1], "segment 3 names 1"),
-        ([1, 1], [-1, 5], "segment 1 names 5"),
-        ([1, 1], [-1, -2], "segment 1 names -2"),
+        ([1, 1], [0, -1], "the parent of segment 0 is 0,"),
+        ([1, 1, 1], [-1, -1, 0], "the parent of segment 2 is 0,"),  # 0 is closed: its tokens would not be neighbours
+        ([1, 1, 1, 1], [-1, 0, 0, 1], "the parent of segment 3 is 1,"),
+        ([1, 1], [-1, 5], "the parent of segment 1 is 5,"),
+        ([1, 1], [-1, -2], "the parent of segment 1 is -2,"),
     ],
 )
 def test_bad_trees_are_refused(lens: list[int], parents: list[int], message: str) -> None:

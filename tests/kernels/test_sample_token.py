@@ -143,7 +143,7 @@ def test_bodies_draw_the_same_tokens() -> None:
         ({"logits": torch.zeros(4)}, TypeError, r"logits must be floating point \[B, V\]"),
         ({"logits": torch.zeros(4, 0)}, TypeError, "V > 0"),
         ({"logits": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "floating point"),
-        ({"key": torch.zeros(3, dtype=torch.int64)}, TypeError, r"key must be int64 \[4\]"),
+        ({"key": torch.zeros(3, dtype=torch.int64)}, TypeError, r"rng_key must be int64 \[4\]"),
         ({"position": torch.zeros(4)}, TypeError, r"position must be int64 \[4\]"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
     ],

@@ -128,12 +128,12 @@ def test_the_calls_name_every_visible_pair_once_and_no_entry_is_empty(groups: li
         assert rows == keys
         seen[rows, keys] += torch.ones(rows.stop - rows.start, rows.stop - rows.start, dtype=torch.int64).tril()
     if cross is not None:
-        for rows, keys in _pairs(cross.entries):
+        for rows, keys in _pairs(cross.batch):
             seen[cross.queries[rows, None], cross.keys[keys]] += 1
-        assert cross.entries.cu_q[-1] == len(cross.queries) and cross.entries.cu_k[-1] == len(cross.keys)
+        assert cross.batch.cu_q[-1] == len(cross.queries) and cross.batch.cu_k[-1] == len(cross.keys)
         assert len(set(cross.queries.tolist())) == len(cross.queries)
     assert torch.equal(seen, layout.dense_mask().long())
-    for at in (own, cross.entries) if cross is not None else (own,):
+    for at in (own, cross.batch) if cross is not None else (own,):
         for cu, longest in ((at.cu_q, at.max_q), (at.cu_k, at.max_k)):
             assert cu.dtype == torch.int32 and all(length > 0 for length in cu.diff().tolist())
             assert longest == max(cu.diff().tolist(), default=0)

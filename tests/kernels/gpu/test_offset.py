@@ -130,7 +130,7 @@ def test_no_rows_give_a_loss_of_zero() -> None:
     ("dim", "dtype", "has_bias", "reason"),
     [
         (24, torch.float32, True, "it has no bias"),
-        (20, torch.float32, False, "multiple of 8, got 20"),
+        (20, torch.float32, False, "D must be a multiple of 8, got 20"),
         (24, torch.float64, False, "bfloat16 or float32, got torch.float64"),
     ],
 )
