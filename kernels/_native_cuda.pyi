@@ -1,5 +1,5 @@
-# What kernels/csrc/cuda/ builds with -DISOMORPH_CUDA=ON. Called by kernels/token_logprob.py alone, after its checks;
-# tensors are on one CUDA device, the stream is torch.cuda.current_stream().cuda_stream.
+# The module that kernels/csrc/cuda/ builds with -DISOMORPH_CUDA=ON. Only kernels/token_logprob.py calls it, after its
+# checks; tensors are on one CUDA device, the stream is torch.cuda.current_stream().cuda_stream.
 from torch import Tensor
 
 def row_stats(

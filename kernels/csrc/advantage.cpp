@@ -1,4 +1,4 @@
-// Group-relative advantages and GAE. The specification is kernels/advantage.py. Sums are in double, in index order.
+// group_advantage and gae. The specification is kernels/advantage.py. Sums are double, in index order.
 #include <cmath>
 #include <cstdint>
 
@@ -41,7 +41,7 @@ void one_group(const T* reward, int64_t n, int baseline, int scale, double eps, 
     double factor = baseline == kLeaveOneOut ? static_cast<double>(n) / static_cast<double>(n - 1) : 1.0;
     if (scale == kStd) factor /= m.std + eps;
     for (int64_t i = 0; i < n; ++i) {
-        // A flat group is exactly zero: a rounded mean would leave dust, and dust over eps is a gradient.
+        // exactly 0 if all rewards are equal: reward - rounded mean would not be, and 1 / eps amplifies it
         out[i] = compares && m.is_flat ? T{0} : static_cast<T>((reward[i] - mean) * factor);
     }
 }

@@ -1,5 +1,5 @@
-// Packed attention: tasks over tiles of tokens and KV heads, backwards over groups and query heads. The specification is
-// kernels/packed_attention.py.
+// packed_attention: a task per tile of tokens and KV head; in the backward, per group and query head. The specification
+// is kernels/packed_attention.py.
 #include "attention.h"
 
 #include <algorithm>

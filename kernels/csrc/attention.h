@@ -1,5 +1,5 @@
-// Tasks of packed attention. The specification is kernels/packed_attention.py; who sees whom is packed_layout.py's rule:
-//     key k is seen by query q  iff  k <= q < vis_end of k's segment
+// Tasks of packed attention. The specification is kernels/packed_attention.py; the mask is that of packed_layout.py:
+//     key k is visible to query q  iff  k <= q < vis_end of k's segment
 // Compiled once per instruction set.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace isomorph {
 
-// Packed rows [start, end); its keys are seen by queries before vis_end; it continues segment parent, or none (-1).
+// Packed rows [start, end). Its keys are visible to queries before vis_end; it continues segment parent, or none (-1).
 struct Segment {
     int64_t start, end, vis_end, parent;
 };
@@ -19,29 +19,29 @@ struct Attention {
     int64_t num_heads, repeats, dim;  // repeats: query heads per KV head
     double scale;
     Heads q, k, v, out;  // rows are tokens
-    void* lse;  // [T, num_heads]; float64 for float64, else float32, like everything below
-    // the backward's
+    void* lse;  // [T, num_heads]; float64 for float64, else float32, like the members below
+    // for the backward
     Heads dout;
     void* delta;                       // [T, num_heads] sum of dout * out
-    void *dq, *dk, *dv;                // [T, num_heads, dim] each, contiguous; dk and dv of each query head by itself
+    void *dq, *dk, *dv;                // [T, num_heads, dim] each, contiguous; dk and dv per query head
 };
 
-constexpr int64_t kKeys = 64;      // in a block
-constexpr int64_t kQueries = 192;  // rows of scores at a time: tokens, or in the forward tokens x repeats
+constexpr int64_t kKeys = 64;      // per block
+constexpr int64_t kQueries = 192;  // rows of scores per block: tokens, or in the forward tokens x repeats
 
-// Bytes of scratch that a task needs at most, whatever the number of lanes.
+// Upper bound of the scratch bytes of a task, for any number of lanes.
 inline int64_t attention_scratch_bytes(int64_t dim, int64_t repeats) {
     const int64_t width = (dim + 15) / 16 * 16, rows = kQueries > repeats ? kQueries : repeats;
     const int64_t items = rows * (3 * width + 2 * kKeys + 2) + kKeys * 5 * width;
     return items * static_cast<int64_t>(sizeof(double));
 }
 
-// out and lse of the tokens [first, last) of a segment, for one KV head's query heads.
+// Computes out and lse of the tokens [first, last) of a segment, for the query heads of one KV head.
 using ForwardFn = void (*)(const Attention&, int64_t segment, int64_t first, int64_t last, int64_t kv_head,
                            void* scratch);
-// delta of the tokens [first, last).
+// Computes delta of the tokens [first, last).
 using DeltaFn = void (*)(const Attention&, int64_t first, int64_t last);
-// dq, dk and dv of the segments [first, last), which are a whole group, for one query head.
+// Computes dq, dk and dv of the segments [first, last), one complete group, for one query head.
 using BackwardFn = void (*)(const Attention&, int64_t first, int64_t last, int64_t head, void* scratch);
 
 struct AttentionFns {

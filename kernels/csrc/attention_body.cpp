@@ -1,6 +1,6 @@
-// Flash attention over packed rows, in float32 (float64 for float64) whatever is stored: blocks of keys and values, and
-// the queries that look at them, are widened into scratch that stays in the second-level cache, and all products are one
-// loop over tiles of registers. A row's sums run in the order of its keys, a key's in the order of its queries.
+// Flash attention over packed rows, in float32 for every storage type (float64 for float64). Blocks of keys and values
+// and the queries that attend to them are converted into scratch that fits the L2 cache; all products use one loop over
+// register tiles. The sums of a query run in the order of its keys, those of a key in the order of its queries.
 #include "attention.h"
 
 #include "lanes.h"
@@ -9,7 +9,7 @@ namespace isomorph {
 namespace ISOMORPH_ISA {
 namespace {
 
-// A tile of sums: rows x vectors of columns. 24 of AVX-512's 32 registers, 12 of AVX2's 16.
+// A register tile of sums: rows x vectors of columns. 24 of AVX-512's 32 registers, 12 of AVX2's 16.
 constexpr int kTileRows = 6;
 template <typename A>
 constexpr int kTileVectors = sizeof(A) * kLanes == 64 ? 4 : 2;
@@ -55,7 +55,7 @@ void multiply_columns(const A* a, int64_t a_row, int64_t a_col, const A* b, int6
     if (r < rows) multiply_tile<1, V, kAdds>(a + r * a_row, a_row, a_col, b, b_row, depth, c + r * c_row, c_row);
 }
 
-// c [rows, columns] = or += a [rows, depth] b [depth, columns]; columns are whole vectors.
+// c [rows, columns] = or += a [rows, depth] b [depth, columns]; columns is a multiple of kLanes.
 template <bool kAdds, typename A>
 void multiply(const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t b_row, int64_t rows, int64_t depth,
               int64_t columns, A* c, int64_t c_row) {
@@ -79,7 +79,7 @@ ISOMORPH_INLINE A max_of(const Vec<A>& x) {
     return part[0];
 }
 
-// A block of at most kKeys keys: as rows [key, width], and as columns [width, kKeys] with zeros for keys that are not there.
+// Loads at most kKeys keys as rows [key, width], and as columns [width, kKeys] with zeros for missing keys.
 template <typename T, typename A>
 void load_keys(const Heads& heads, int64_t head, int64_t first, int64_t num_keys, int64_t dim, int64_t width, A* rows,
                A* columns) {
@@ -91,7 +91,7 @@ void load_keys(const Heads& heads, int64_t head, int64_t first, int64_t num_keys
     }
 }
 
-// Scores of a block to weights, relative to the row's maximum so far; what was summed before shrinks to it.
+// Online softmax: replaces the scores of a block by weights relative to the row's new maximum, and rescales its sums.
 template <typename A>
 ISOMORPH_INLINE void weigh(A* scores, int64_t num_seen, A* top, A* sum, A* out, int64_t width) {
     for (int64_t j = num_seen; j < kKeys; ++j) scores[j] = -static_cast<A>(INFINITY);
@@ -138,12 +138,12 @@ void forward(const Attention& task, int64_t segment, int64_t first, int64_t last
     }
     memset(out, 0, sizeof(A) * num_rows * width);
 
-    // Its own keys first: of these every row sees one, so that a maximum is there from then on.
+    // The segment's own keys come first: at least one is visible to every row, so the maximum is finite from then on.
     for (int64_t s = segment; s >= 0; s = task.segments[s].parent) {
         const int64_t end = s == segment ? last : task.segments[s].end;
         for (int64_t block = task.segments[s].start; block < end; block += kKeys) {
             const int64_t num_keys = end - block < kKeys ? end - block : kKeys;
-            // rows before the block's first key see nothing of it
+            // no key of the block is visible to rows before its first key
             const int64_t from = s == segment && block > first ? (block - first) * repeats : 0, num = num_rows - from;
             load_keys<T>(task.k, kv_head, block, num_keys, dim, width, rows, columns);
             multiply<false>(q + from * width, width, 1, columns, kKeys, num, width, kKeys, scores, kKeys);

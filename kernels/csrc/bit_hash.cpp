@@ -1,4 +1,4 @@
-// A hash of bytes at the speed of memory. The specification is kernels/bit_hash.py. Sums modulo 2**64 have no order.
+// bit_hash: memory-bound. The specification is kernels/bit_hash.py. Sums modulo 2**64 do not depend on their order.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -14,12 +14,12 @@ namespace isomorph {
 namespace {
 
 constexpr int64_t kWords = 16, kBlockBytes = kWords * 8;
-constexpr int64_t kAlone = 4096;  // blocks: fewer are summed before other threads are awake
-constexpr int64_t kPiece = 512;   // blocks of one task
+constexpr int64_t kAlone = 4096;  // blocks: up to this many, one thread is faster than several
+constexpr int64_t kPiece = 512;   // blocks per task
 
 uint64_t block_sum(const uint8_t* bytes) {
     uint64_t word[kWords], sum = 0;
-    std::memcpy(word, bytes, kBlockBytes);  // a tensor may begin at any byte
+    std::memcpy(word, bytes, kBlockBytes);  // the address may be unaligned
     for (const uint64_t w : word) sum += w;
     return sum;
 }

@@ -1,4 +1,4 @@
-// Decode attention: tasks over tiles of rows and KV heads. The specification is kernels/decode_attention.py.
+// decode_attention: a task per tile of rows and KV head. The specification is kernels/decode_attention.py.
 #include "decode.h"
 
 #include <algorithm>
@@ -24,25 +24,28 @@ DecodeFn decode_fn(Storage storage) {
     return baseline::decode_fn(storage);
 }
 
-// Keys and values in slots [S, K, L, D], and which entries each row sees.
+// A cache [S, K, L, D], and the entries that each row attends to.
 struct Cache {
     const Array &k, &v;
     const int64_t *slot, *len;
 
     Entries keys(int64_t row, int64_t head) const { return {heads_of(k), slot[row], head, k.stride(2), len[row]}; }
     Entries values(int64_t row, int64_t head) const { return {heads_of(v), slot[row], head, v.stride(2), len[row]}; }
-    bool sees_the_same(int64_t row, int64_t other) const { return slot[row] == slot[other] && len[row] == len[other]; }
+    bool has_same_entries(int64_t row, int64_t other) const {
+        return slot[row] == slot[other] && len[row] == len[other];
+    }
 };
 
 struct Tile {
     int64_t first, num_rows;
 };
 
-// Neighbouring rows that see the same prompt, as many as one task may have.
+// Tiles of at most rows_per_task adjacent rows with the same prompt.
 std::vector<Tile> tiles_of(const Cache& prompt, int64_t num_rows, int64_t rows_per_task) {
     std::vector<Tile> tiles;
     for (int64_t row = 0; row < num_rows; ++row) {
-        const bool joins = !tiles.empty() && tiles.back().num_rows < rows_per_task && prompt.sees_the_same(row, row - 1);
+        const bool joins =
+            !tiles.empty() && tiles.back().num_rows < rows_per_task && prompt.has_same_entries(row, row - 1);
         if (joins) ++tiles.back().num_rows;
         else tiles.push_back({row, 1});
     }

@@ -1,5 +1,5 @@
-// One task of decode attention: some rows that see one prompt, one KV head. The specification is
-// kernels/decode_attention.py. Compiled once per instruction set.
+// A task of decode attention: rows with the same prompt, one KV head. The specification is kernels/decode_attention.py.
+// Compiled once per instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 
 namespace isomorph {
 
-// The keys, or the values, that a row sees in one slot and KV head of a cache [S, K, L, D].
+// The keys, or the values, of one slot and KV head of a cache [S, K, L, D] that a row attends to.
 struct Entries {
     Heads cache;
     int64_t slot, kv_head;
@@ -21,8 +21,8 @@ struct DecodeTask {
     int64_t repeats;  // query heads per KV head
     int64_t dim;
     double scale;
-    Heads q, out;  // of all rows and heads; this task's are
-    int64_t first_row, first_head;
+    Heads q, out;  // all rows and heads
+    int64_t first_row, first_head;  // of this task
     Entries prompt_k, prompt_v;
     const Entries* own_k;  // [num_rows]
     const Entries* own_v;
@@ -31,7 +31,7 @@ struct DecodeTask {
 
 using DecodeFn = void (*)(const DecodeTask&);
 
-// Bytes of scratch that a task of this size needs at most, whatever the number of lanes.
+// Upper bound of the scratch bytes of a task of this size, for any number of lanes.
 inline int64_t decode_scratch_bytes(int64_t num_queries, int64_t dim, int64_t prompt_len, int64_t own_len) {
     const int64_t queries = (num_queries + 15) / 16 * 16, width = (dim + 15) / 16 * 16;
     const int64_t copied = prompt_len > own_len ? prompt_len : own_len;

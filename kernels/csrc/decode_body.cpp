@@ -1,6 +1,6 @@
-// Scores stand as [key, query], so that a vector register holds queries of a group and a prompt's key is read once for
-// all of them. A row's own keys concern its few query heads alone: there the vector runs along dim. bfloat16 is widened
-// where it is loaded, but for a prompt's keys, which are widened once for all queries.
+// Scores are stored as [key, query], so that a vector register holds queries of a group and a key of the prompt is read
+// once for all of them. A row's own keys are used by its few query heads only: there vectors run along dim. bfloat16 is
+// converted when it is loaded, except for a prompt's keys, which are converted once for all queries.
 #include "decode.h"
 
 #include "lanes.h"
@@ -15,7 +15,7 @@ struct Matrix {
     int64_t stride;
 };
 
-// Entries as stored, [len, width] with zeros beyond dim: where they lie, or copied to scratch.
+// Entries in their storage type, [len, width] with zeros beyond dim: in place, or copied to scratch.
 template <typename T>
 Matrix<T> stored(const Entries& entries, int64_t dim, int64_t width, void* scratch) {
     const T* data = row_of<const T>(entries.cache, entries.slot, entries.kv_head);
@@ -26,7 +26,7 @@ Matrix<T> stored(const Entries& entries, int64_t dim, int64_t width, void* scrat
     return {copy, width};
 }
 
-// Entries as A, [len, dim].
+// Entries converted to A, [len, dim].
 template <typename T, typename A>
 Matrix<A> widened(const Entries& entries, int64_t dim, int64_t width, void* scratch) {
     const T* data = row_of<const T>(entries.cache, entries.slot, entries.kv_head);
@@ -57,7 +57,7 @@ void score_prompt(const Matrix<A>& keys, int64_t len, const A* q_dim_query, int6
     }
 }
 
-// scores[key, one query] = keys . query, for NK keys: as many sums at a time, since one would wait for itself.
+// scores[key, one query] = keys . query, for NK keys: independent accumulators hide instruction latency.
 template <int NK, typename T, typename A>
 ISOMORPH_INLINE void dot_block(const Matrix<T>& keys, int64_t first, const A* query, int64_t queries, int64_t width,
                                A* scores) {
@@ -76,7 +76,7 @@ void score_own(const Matrix<T>& keys, int64_t len, const A* query, int64_t queri
     for (; key < len; ++key) dot_block<1>(keys, key, query, queries, width, scores);
 }
 
-// Scores to weights, not yet divided by their sum.
+// Replaces scores by weights, not yet divided by their sums.
 template <typename A>
 void weigh(A* scores, int64_t len, int64_t queries, A* sums) {
     for (int64_t r = 0; r < queries; r += kLanes) {
@@ -148,7 +148,7 @@ void decode(const DecodeTask& task) {
         for (int64_t d = 0; d < task.dim; ++d) q_dim_query[d * queries + i] = q_query_dim[i * width + d];
     }
 
-    // scratch holds prompt keys, then prompt values, then each row's own
+    // scratch is reused for prompt keys, prompt values, and the entries of each row
     const Matrix<A> prompt_k = widened<T, A>(task.prompt_k, task.dim, width, scratch);
     score_prompt(prompt_k, prompt_len, q_dim_query, queries, task.dim, scores);
     A* own_scores = scores + prompt_len * queries;

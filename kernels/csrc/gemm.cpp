@@ -1,4 +1,4 @@
-// Products that PyTorch does not offer on the CPU: bfloat16 operands, float32 results, or sums kept in float32.
+// Matrix products that PyTorch lacks on the CPU: bfloat16 operands with float32 results or float32 accumulation.
 #include "gemm.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ bool has_bfloat16_gemm() {
 }
 
 #if defined(ISOMORPH_HAS_AVX512BF16)
-constexpr int64_t kPairBytes = sizeof(uint32_t);  // of two bfloat16
+constexpr int64_t kPairBytes = sizeof(uint32_t);  // two bfloat16
 
 uint32_t* pairs(const Scratch& scratch, int64_t piece = 0) { return static_cast<uint32_t*>(scratch.piece(piece)); }
 
@@ -83,8 +83,9 @@ void bfloat16_outer(Array2 a, Array2 b, Array2 out) {
     });
 }
 #else
-void bfloat16_gemm(Array2, Array2, Array2) { throw nb::type_error("bfloat16_gemm: built without AVX-512"); }
-void bfloat16_outer(Array2, Array2, Array2) { throw nb::type_error("bfloat16_outer: built without AVX-512"); }
+[[noreturn]] void refuse() { throw nb::type_error("bfloat16 products need a build for x86-64; see has_bfloat16_gemm()"); }
+void bfloat16_gemm(Array2, Array2, Array2) { refuse(); }
+void bfloat16_outer(Array2, Array2, Array2) { refuse(); }
 #endif
 
 }  // namespace

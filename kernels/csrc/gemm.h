@@ -1,15 +1,15 @@
-// Products of bfloat16 operands, summed in float32 in the order of k whatever else is in the batch. The specification is
+// Matrix products of bfloat16 operands, accumulated in float32 in the order of k for any batch. The specification is
 // float64 arithmetic on the same bfloat16 numbers.
-//     product   out = x w^T     x is packed whole; a task packs one panel of columns of out, that is of rows of w
-//     outer     out += a^T b  b is packed whole; a task packs one strip of rows of out, that is of columns of a
+//     product   out = x w^T     x is prepacked; a task packs a panel of rows of w and computes those columns of out
+//     outer     out += a^T b    b is prepacked; a task packs a strip of columns of a and computes those rows of out
 #pragma once
 
 #include <stdint.h>
 
 namespace isomorph {
 
-constexpr int64_t kGemmRows = 12, kGemmColumns = 32;  // 12 x 2 sums, 2 registers of w, 1 of x: 27 of 32
-constexpr int64_t kStripRows = 8 * kGemmRows;         // whole cache lines of a; with 4096 of k it fits the second level
+constexpr int64_t kGemmRows = 12, kGemmColumns = 32;  // 12 x 2 sums, 2 registers of w, 1 of x: 27 of 32 registers
+constexpr int64_t kStripRows = 8 * kGemmRows;         // whole cache lines of a; fits the L2 cache up to k = 4096
 
 struct GemmPanel {
     const uint32_t* packed_x;  // blocks of kGemmRows rows, each [dim / 2, kGemmRows] pairs of bfloat16
@@ -30,10 +30,10 @@ struct OuterStrip {
 };
 
 namespace avx512bf16 {
-// At most kGemmRows rows into one block of packed_x; rows that are not there keep what was there.
+// Packs at most kGemmRows rows into one block of packed_x; missing rows are not written.
 void pack_rows(const uint16_t* x, int64_t stride, int64_t num_rows, int64_t dim, uint32_t* packed);
 void gemm_panel(const GemmPanel& panel);
-// At most kGemmColumns columns of b [num_k, num_columns] into one panel of packed_b; what is not there is zero.
+// Packs at most kGemmColumns columns of b [num_k, num_columns] into one panel of packed_b; missing columns are zero.
 void pack_panel(const uint16_t* b, int64_t stride, int64_t num_k, int64_t num_columns, uint32_t* packed);
 void outer_strip(const OuterStrip& strip);
 }  // namespace avx512bf16

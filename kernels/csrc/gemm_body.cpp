@@ -1,5 +1,5 @@
-// Both products of gemm.h are tiles of 12 x 32 over packed operands: pairs of neighbours in k, side by side.
-// Compiled for AVX-512 with bfloat16 dot products; nothing here may come from the C++ library.
+// Both products of gemm.h are computed in tiles of 12 x 32 over packed operands: pairs of elements adjacent in k.
+// Compiled for AVX-512 with bfloat16 dot products; like lanes.h without the C++ standard library.
 #include "gemm.h"
 
 #include <immintrin.h>
@@ -16,7 +16,7 @@ __mmask16 lanes(int64_t live) {
     return live >= kLanes ? 0xffff : live > 0 ? static_cast<__mmask16>((1u << live) - 1) : 0;
 }
 
-// 16 rows of 16 pairs become 16 columns of 16 pairs.
+// Transposes 16 x 16 pairs in place.
 inline __attribute__((always_inline)) void transpose(__m512i (&r)[kLanes]) {
     __m512i t[kLanes];
 #pragma GCC unroll 8
@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) void transpose(__m512i (&r)[kLanes]) {
     }
 }
 
-// Pairs of neighbours in k of 32 columns side by side: packed[k / 2][column]. Columns that are not there are zero.
+// Packs rows of w, as pairs adjacent in k, to packed[k / 2][column] with 32 columns; missing columns are zero.
 void pack_columns(const uint16_t* w, int64_t stride, int64_t num_columns, int64_t dim, uint32_t* packed) {
     for (int64_t k = 0; k < dim; k += 2 * kLanes) {
         const int64_t pairs = (dim - k) / 2 < kLanes ? (dim - k) / 2 : kLanes;
@@ -66,7 +66,7 @@ void pack_columns(const uint16_t* w, int64_t stride, int64_t num_columns, int64_
     }
 }
 
-// Pairs of neighbours in k of at most ``width`` columns of a [num_k, num_columns]: packed[k / 2][width].
+// Packs at most kWidth columns of a [num_k, num_columns], as pairs adjacent in k, to packed[k / 2][kWidth].
 template <int64_t kWidth>
 void pack_pairs(const uint16_t* a, int64_t stride, int64_t num_k, int64_t num_columns, uint32_t* packed) {
     for (int64_t k = 0; k < num_k; k += 2, packed += kWidth) {
@@ -83,7 +83,7 @@ void pack_pairs(const uint16_t* a, int64_t stride, int64_t num_k, int64_t num_co
     }
 }
 
-// Of the 12 rows of a block the first R are real. x[k / 2][row], w[k / 2][column]: constant offsets, no row pointers.
+// Multiplies the first R of the 12 rows of a block. x[k / 2][row] and w[k / 2][column] have constant offsets.
 template <int64_t R, bool kAdds>
 void multiply(const uint32_t* x, const uint32_t* w, int64_t num_pairs, float* out, int64_t out_stride, __mmask16 first,
               __mmask16 second) {
@@ -111,7 +111,7 @@ void multiply(const uint32_t* x, const uint32_t* w, int64_t num_pairs, float* ou
 
 using MultiplyFn = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, __mmask16, __mmask16);
 
-// By the number of real rows.
+// Indexed by R, the number of rows.
 template <bool kAdds>
 constexpr MultiplyFn kMultiply[kGemmRows + 1] = {
     nullptr,

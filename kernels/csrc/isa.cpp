@@ -1,5 +1,5 @@
-// Which instruction set the bodies that are compiled several times run with: the best of the machine, or a forced one;
-// and what their arrays hold.
+// Selects the instruction set of the *_body.cpp files at run time: the best that the machine supports, or a forced one;
+// and maps DLPack types to Storage.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -14,7 +14,7 @@ namespace nb = nanobind;
 namespace isomorph {
 namespace {
 
-std::string forced;  // empty: the best that the machine has
+std::string forced;  // empty: the best that the machine supports
 
 std::vector<std::string> isas() {
     std::vector<std::string> found;
@@ -31,7 +31,7 @@ std::vector<std::string> isas() {
 void use_isa(const std::string& isa) {
     const std::vector<std::string> here = isas();
     if (!isa.empty() && std::find(here.begin(), here.end(), isa) == here.end())
-        throw nb::value_error(("use_isa: this machine does not run " + isa + "; see isas()").c_str());
+        throw nb::value_error(("use_isa: this machine does not support " + isa + "; see isas()").c_str());
     forced = isa;
 }
 
@@ -50,7 +50,7 @@ Storage storage_of(const Array& array, const char* op, bool takes_float16) {
     if (dtype.bits == 16 && code == nb::dlpack::dtype_code::Bfloat) return Storage::kBFloat16;
     if (dtype.bits == 16 && code == nb::dlpack::dtype_code::Float && takes_float16) return Storage::kFloat16;
     const std::string types = takes_float16 ? "float32, float64, bfloat16 or float16" : "float32, float64 or bfloat16";
-    throw nb::type_error((std::string(op) + " takes " + types).c_str());
+    throw nb::type_error((std::string(op) + " supports " + types).c_str());
 }
 
 void bind_isa(nb::module_& module) {

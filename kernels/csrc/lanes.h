@@ -1,5 +1,6 @@
-// What the bodies that are compiled once per instruction set share. ISOMORPH_LANES and ISOMORPH_ISA come from CMake;
-// nothing here may come from the C++ library, whose inline functions the linker would share between instruction sets.
+// Vectors, conversions and exp for the *_body.cpp files, which are compiled once per instruction set. CMake defines
+// ISOMORPH_LANES and ISOMORPH_ISA. These files do not use the C++ standard library: the linker would merge its inline
+// functions across instruction sets.
 #pragma once
 
 #include <math.h>
@@ -44,7 +45,7 @@ ISOMORPH_INLINE A sum_of(const Vec<A>& x) {
     return part[0];
 }
 
-// -- storage
+// -- conversion between storage and arithmetic types
 struct BFloat16 {
     uint16_t bits;
 };
@@ -68,7 +69,7 @@ ISOMORPH_INLINE void narrow(BFloat16* to, float x) {
     to->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-// A vector of A from kLanes entries of storage.
+// Loads kLanes elements as a vector of A.
 template <typename A, typename T>
 ISOMORPH_INLINE Vec<A> wide(const T* p) {
     if constexpr (__is_same(T, BFloat16)) {
@@ -81,7 +82,7 @@ ISOMORPH_INLINE Vec<A> wide(const T* p) {
     }
 }
 
-// to[width] = factor * from[dim], zeros beyond.
+// to[width] = factor * from[dim], padded with zeros.
 template <typename T, typename A>
 ISOMORPH_INLINE void widen_row(const T* from, int64_t dim, int64_t width, A factor, A* to) {
     int64_t d = 0;
@@ -90,12 +91,13 @@ ISOMORPH_INLINE void widen_row(const T* from, int64_t dim, int64_t width, A fact
     for (; d < width; ++d) to[d] = 0;
 }
 
+// Pointer to row ``row`` of head ``head``.
 template <typename T>
 ISOMORPH_INLINE T* row_of(const Heads& heads, int64_t row, int64_t head) {
     return static_cast<T*>(heads.data) + row * heads.row_stride + head * heads.head_stride;
 }
 
-// exp of x < 88. NaN stays NaN; -inf gives exactly 0.
+// exp(x) for x < 88, in place. NaN stays NaN; -inf gives exactly 0.
 ISOMORPH_INLINE void exp_in_place(Vec<float>& x) {
     typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
     const Vec<float> clamped = x < -87.0f ? Vec<float>{} - 87.0f : x;

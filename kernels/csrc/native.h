@@ -1,5 +1,5 @@
-// Bodies of kernels/ that run on the CPU. Arrays arrive through DLPack, results go into arrays the caller made.
-// Shapes and ranges are checked in Python, before the call; types, devices and contiguity by nanobind.
+// The C++ implementations of kernels/ for the CPU. Arrays are passed by DLPack; results are written to arrays that the
+// caller allocated. Python checks shapes and ranges before the call; nanobind checks types, devices and contiguity.
 #pragma once
 
 #include <string>
@@ -16,12 +16,12 @@ using Array1 = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::device::cpu, na
 
 using Array = nanobind::ndarray<nanobind::device::cpu>;
 
-// Raises TypeError, in the name of ``op``, for every other type, and for float16 unless the op takes it.
+// The element type of an array. Raises TypeError, naming ``op``, for other types, and for float16 unless supported.
 Storage storage_of(const Array& array, const char* op, bool takes_float16 = false);
 
 inline Heads heads_of(const Array& array) { return {array.data(), array.stride(0), array.stride(1)}; }
 
-// "avx512", "avx2" or "baseline".
+// The instruction set in use: "avx512", "avx2" or "baseline".
 const std::string& isa();
 
 void bind_isa(nanobind::module_& module);

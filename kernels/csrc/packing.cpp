@@ -1,4 +1,4 @@
-// Groups into micro-batches, and copies of ragged rows. The specification is kernels/packing.py.
+// assign_groups and take_ragged. The specification is kernels/packing.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -14,7 +14,7 @@ namespace {
 
 using Costs = std::vector<int64_t>;
 
-// Bin of each group, groups taken in `order`, each into the first bin with room; returns the number of bins.
+// Assigns the groups, in `order`, each to the first bin with enough space; returns the number of bins.
 int64_t first_fit(const int64_t* cost, const Costs& order, int64_t max_tok, int64_t* bin) {
     Costs load;
     for (int64_t group : order) {
@@ -27,7 +27,7 @@ int64_t first_fit(const int64_t* cost, const Costs& order, int64_t max_tok, int6
     return static_cast<int64_t>(load.size());
 }
 
-// Bin of each group, groups taken in `order`, each into the least loaded of num_bins; false where one overflows.
+// Assigns the groups, in `order`, each to the least loaded of num_bins; returns false if a bin overflows.
 bool least_loaded(const int64_t* cost, const Costs& order, int64_t max_tok, int64_t num_bins, int64_t* bin) {
     Costs load(num_bins, 0);
     for (int64_t group : order) {

@@ -1,4 +1,4 @@
-// How many threads loops run on, and, for tests, in which order instead.
+// The number of threads of parallel loops; for tests, the order of tasks without threads.
 #include "parallel.h"
 
 #include <algorithm>
@@ -17,22 +17,22 @@ namespace nb = nanobind;
 namespace isomorph {
 namespace {
 
-thread_local int asked = 0;  // 0: nobody has asked yet
-std::string order;           // empty: on threads
+thread_local int asked = 0;  // set by use_threads; 0: not set
+std::string order;           // set by use_order; empty: on threads
 
-// PyTorch's own setting reaches its OpenMP runtime alone, and this module may have got another one.
+// torch.set_num_threads sets PyTorch's OpenMP runtime only, and this module may be linked to another one.
 void use_threads(int count) {
-    if (count < 1) throw nb::value_error("use_threads: at least one");
+    if (count < 1) throw nb::value_error("use_threads: count must be >= 1");
     asked = count;
 }
 
 void use_order(const std::string& name) {
     if (!name.empty() && name != "forward" && name != "reverse" && name != "shuffled")
-        throw nb::value_error(("use_order: forward, reverse, shuffled, or empty for threads; got " + name).c_str());
+        throw nb::value_error(("use_order takes forward, reverse, shuffled, or an empty order; got " + name).c_str());
     order = name;
 }
 
-// How many threads of the system a loop with a task for each of them really runs on.
+// The number of different system threads that run a loop of num_threads() tasks.
 int64_t team_size() {
     const nb::gil_scoped_release release;
     std::vector<std::thread::id> ids(num_threads());

@@ -1,6 +1,7 @@
-// The only place where threads run. Tasks of one loop run in any order and at the same time. So no task may read what
-// another task of its loop writes, and no sum may run across tasks: then bits depend neither on the order nor on the
-// number of threads. tests/kernels/test_threads.py runs every body in several orders and on several numbers of threads.
+// Parallel loops; no other file starts threads. Tasks of one loop run in any order and concurrently. So a task must not
+// read what another task of its loop writes, and no sum may run across tasks: then bits depend neither on the order nor
+// on the number of threads. tests/kernels/test_threads.py runs every op in several orders and with several numbers of
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(ISOMORPH_STD_THREADS)  // for the thread sanitizer, which does not see how an OpenMP runtime synchronises
+#if defined(ISOMORPH_STD_THREADS)  // for the thread sanitizer, which does not know how OpenMP runtimes synchronise
 #include <thread>
 #else
 #include <omp.h>
@@ -18,16 +19,16 @@
 
 namespace isomorph {
 
-// How many threads the loops of the calling thread run on.
+// Number of threads for loops that the calling thread starts.
 int num_threads();
 
-// Whether tests asked for one task after the other, and the order that they asked for.
+// For tests: whether tasks run one after the other, and in which order.
 bool is_serial();
 std::vector<int64_t> serial_order(int64_t num_tasks);
 
 namespace detail {
 
-// The threads of one loop. kChunk tasks at a time go to whichever thread is free; 0: equal shares in the order of tasks.
+// Runs the tasks of one loop on threads. Dynamic schedule of kChunk tasks at a time; 0: static schedule.
 template <int kChunk, typename Run>
 void on_threads(int64_t num_tasks, const Run& run) {
 #if defined(ISOMORPH_STD_THREADS)
@@ -56,9 +57,8 @@ void on_threads(int64_t num_tasks, const Run& run) {
 
 }  // namespace detail
 
-// Calls run(task, worker) once for each task in [0, num_tasks), and returns when all have run. No two tasks of one worker
-// run at the same time; workers lie in [0, num_threads()). An exception cannot leave a thread: what may throw, memory
-// above all, is asked for before the loop.
+// Calls run(task, worker) once for each task in [0, num_tasks), and returns when all are done. Two tasks with the same
+// worker, in [0, num_threads()), do not run concurrently. Tasks must not throw: allocate before the loop.
 template <int kChunk = 0, typename Run>
 void for_each_task(int64_t num_tasks, const Run& run) {
     static_assert(std::is_nothrow_invocable_v<const Run&, int64_t, int64_t>, "declare the task noexcept");
@@ -71,8 +71,8 @@ void for_each_task(int64_t num_tasks, const Run& run) {
     }
 }
 
-// Uninitialised memory in pieces that begin at cache lines, one for each worker unless said otherwise. Throws
-// std::bad_alloc, which Python gets as MemoryError.
+// Uninitialised memory in pieces aligned to cache lines, by default one per worker. Throws std::bad_alloc, in Python a
+// MemoryError.
 class Scratch {
   public:
     explicit Scratch(int64_t piece_bytes, int64_t num_pieces = num_threads())

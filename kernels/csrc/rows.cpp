@@ -1,4 +1,4 @@
-// Stats, gradient and draws of rows of logits: (row, block) pairs are spread over threads, blocks of a row merged in order.
+// row_stats, row_gradient and draw_token: a task per row and block of columns; blocks of a row are merged in order.
 #include "rows.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace nb = nanobind;
 namespace isomorph {
 namespace {
 
-constexpr int64_t kFirstBlocks = 8;  // of a row, one after the other in one task: each phase of the gradient has a cost
+constexpr int64_t kFirstBlocks = 8;  // of a row, processed in order by one task, to have fewer phases in the gradient
 
 using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 using Vector = nb::ndarray<nb::ndim<1>, nb::device::cpu, nb::c_contig>;
@@ -52,7 +52,7 @@ struct Rows {
     explicit Rows(const Matrix& rows)
         : data(static_cast<char*>(rows.data())), type(storage_of(Array(rows), "a row kernel", true)), num_rows(rows.shape(0)),
           num_columns(rows.shape(1)), item_bytes(rows.dtype().bits / 8), row_bytes(rows.stride(0) * item_bytes) {
-        if (num_columns > 1 && rows.stride(1) != 1) throw nb::value_error("rows must have stride 1 along V");
+        if (num_columns > 1 && rows.stride(1) != 1) throw nb::value_error("rows must have stride 1 along V; call .contiguous() on them");
     }
     char* row(int64_t i) const { return data + i * row_bytes; }
     int64_t num_blocks() const { return (num_columns + kRowBlock - 1) / kRowBlock; }
@@ -63,7 +63,7 @@ struct Rows {
 template <typename A>
 A* items(const Vector& values, int64_t size, const char* name) {
     if (values.dtype() != nb::dtype<A>() || static_cast<int64_t>(values.shape(0)) != size)
-        throw nb::type_error((std::string(name) + " has another dtype or length than the rows ask for").c_str());
+        throw nb::type_error((std::string(name) + " must have the dtype and length that belong to the rows").c_str());
     return static_cast<A*>(values.data());
 }
 template <typename A>
@@ -71,7 +71,7 @@ A* items(const MaybeVector& values, int64_t size, const char* name) {
     return values ? items<A>(*values, size, name) : nullptr;
 }
 
-// A NaN anywhere makes the sums NaN; a row of -inf alone has sums of 0.
+// A NaN anywhere makes the sums NaN; a row with only -inf has sums 0.
 BlockStats merge(const BlockStats* blocks, int64_t num_blocks) {
     BlockStats row = {-std::numeric_limits<double>::infinity(), 0, 0};
     for (int64_t b = 0; b < num_blocks; ++b) row.top = std::max(row.top, blocks[b].top);
@@ -102,9 +102,9 @@ void run_stats(const Rows& rows, const int64_t* target, const RowScale<A>& scale
     });
 }
 
-// Whether blocks of out stand where other blocks of the same row are read: out is narrower and begins where the rows do.
-// Then block b of out covers half of block b / 2 of the row, and nothing else. ``row_gradient`` refuses every other overlap
-// but the rows themselves, where each block covers its own.
+// Whether blocks of out overlap other blocks of the same row: out is narrower and starts where the rows start. Then
+// block b of out covers half of block b / 2 of the row. The only other overlap that is allowed is out = logits, where
+// each block covers itself.
 bool covers_other_blocks(const Rows& rows, const Rows& out) {
     if (rows.num_rows == 0 || rows.num_columns == 0 || out.data >= rows.end() || rows.data >= out.end()) return false;
     const bool same_rows = out.data == rows.data && (rows.num_rows == 1 || out.row_bytes == rows.row_bytes);
@@ -121,8 +121,8 @@ void run_gradient(const Rows& rows, const Rows& out, const std::vector<RowGradie
         run.gradient(rows.row(row), rows.type, block * kRowBlock, rows.live(block), scale, grads[row], out.row(row),
                      out.type);
     };
-    // In order, a task takes the first blocks of a row one after the other: block b is written when b / 2 has been read.
-    // From then on the blocks [first, 2 first) may be written at once, since those that they cover lie before first.
+    // In order: one task processes the first blocks of a row one after the other, so block b is written after b / 2 was
+    // read. Then the blocks [first, 2 first) can be written concurrently, because they overlap blocks before first.
     int64_t first = 0, last = num_blocks;
     if (in_order) {
         first = std::min(kFirstBlocks, num_blocks);
@@ -169,11 +169,11 @@ void gradient_as(const Rows& rows, const Vector& target, const Vector& logprob, 
     const bool in_order = covers_other_blocks(rows, out);
     nb::gil_scoped_release release;
     const Body<A> run = body<A>();
-    std::vector<RowGradient<A>> row(n);  // z of the targets, before any is overwritten
+    std::vector<RowGradient<A>> row(n);  // reads z of the targets before they are overwritten
     for (int64_t i = 0; i < n; ++i) {
         row[i] = {run.z_at(rows.row(i), rows.type, ids[i], scale), lp[i], ent[i], dlp ? dlp[i] : A(0),
                   dent ? dent[i] : A(0), dlse ? dlse[i] : A(0), ids[i]};
-        if (!dent) row[i].entropy = A(0);  // what has no gradient cannot poison one
+        if (!dent) row[i].entropy = A(0);  // an unused entropy may be NaN
     }
     run_gradient<A>(rows, out, row, scale, run, in_order);
 }
@@ -189,7 +189,7 @@ void row_gradient(Matrix logits, Vector target, Vector logprob, Vector entropy, 
     run(rows, target, logprob, entropy, grads, bias, inv_temperature, to);
 }
 
-// One token a row, by the largest z + Gumbel noise; of equal ones the first.
+// One token per row: the column with the largest z + Gumbel noise, the first of equal ones.
 template <typename A>
 void run_draw(const Rows& rows, const int64_t* rng_key, const int64_t* position, const RowScale<A>& scale, int64_t* token,
               A* logprob) {

@@ -1,5 +1,5 @@
 // One block of columns of a row of logits. z = (logits + bias) / temperature; the specification is
-// token_logprob_ref. Blocks stand at fixed columns, so a row's bits depend on nothing but the row.
+// token_logprob_ref. Blocks start at fixed columns, so a row's bits do not depend on the batch.
 #pragma once
 
 #include <stdint.h>
@@ -8,15 +8,15 @@
 
 namespace isomorph {
 
-constexpr int64_t kRowBlock = 1024;  // columns; as float32 it stays in the first-level cache
+constexpr int64_t kRowBlock = 1024;  // columns; in float32 it fits the L1 cache
 
 template <typename A>
 struct RowScale {
-    const A* bias;  // [V], or null
+    const A* bias;  // [V] or null
     A inv_temperature;
 };
 
-// sum exp(z - top), sum exp(z - top) (z - top). A block of -inf alone has top -inf and sums of 0.
+// sum exp(z - top) and sum exp(z - top) (z - top). A block with only -inf has top -inf and sums 0.
 struct BlockStats {
     double top, sum, weighted;
 };
@@ -27,7 +27,7 @@ struct RowGradient {
     int64_t target;
 };
 
-// The column with the largest z + noise, as sample_token_ref defines the noise, and what its log-probability needs.
+// The column with the largest z + noise (the noise of sample_token_ref), and the terms of its log-probability.
 struct BlockDraw {
     double top, sum;  // as in BlockStats
     double score, z;  // of the column

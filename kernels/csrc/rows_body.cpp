@@ -1,5 +1,5 @@
-// A block is widened into a buffer in the first-level cache, worked on there, and narrowed again. The number of lanes is
-// the one thing that differs between instruction sets.
+// A block is converted into a buffer in the L1 cache, processed there, and converted back. Only the number of lanes
+// differs between instruction sets.
 #include "rows.h"
 
 #include "lanes.h"
@@ -8,7 +8,7 @@ namespace isomorph {
 namespace ISOMORPH_ISA {
 namespace {
 
-constexpr int64_t kSums = 4;  // independent sums, so that none waits for itself
+constexpr int64_t kSums = 4;  // independent accumulators hide instruction latency
 static_assert(kRowBlock % (kLanes * kSums) == 0);
 
 template <typename T, typename A>
@@ -38,7 +38,7 @@ void write(const A* from, int64_t n, void* row, Storage type, int64_t first) {
     else return write_as<_Float16>(from, n, row, first);
 }
 
-// z of n columns, then -inf, a probability of 0, up to whole vectors. Returns how many there are.
+// Computes z of n columns, padded to whole vectors with -inf, a probability of 0. Returns the padded number.
 template <typename A>
 int64_t read_z(const void* row, Storage type, int64_t first, int64_t n, const RowScale<A>& scale, A* z) {
     constexpr int64_t kStep = kLanes * kSums;
@@ -52,7 +52,7 @@ int64_t read_z(const void* row, Storage type, int64_t first, int64_t n, const Ro
     return padded;
 }
 
-// Where a probability is 0 its logarithm must not make NaN of their product.
+// Clamps a log-probability, so that its product with a probability of 0 is 0 and not NaN.
 template <typename A>
 ISOMORPH_INLINE Vec<A> finite_log(const Vec<A>& logp) {
     return logp < A(-1e30) ? Vec<A>{} + A(-1e30) : logp;
@@ -85,7 +85,7 @@ double total(const Vec<A> (&sums)[kSums]) {
 }
 
 // -- noise
-constexpr int64_t kWords = 4, kWordColumns = kRowBlock / kWords;  // word w of counter i serves column w * 256 + i
+constexpr int64_t kWords = 4, kWordColumns = kRowBlock / kWords;  // word w of counter i is for column w * 256 + i
 
 // Philox 4x32-10 (Salmon et al. 2011) on counters (first_counter + i, 0, position), for i < n.
 void philox(uint64_t key, uint64_t position, uint32_t first_counter, int64_t n, uint32_t (&words)[kWords][kWordColumns]) {
@@ -108,12 +108,12 @@ void philox(uint64_t key, uint64_t position, uint32_t first_counter, int64_t n, 
     }
 }
 
-// log of a positive normal number.
+// log of positive normal numbers, in place.
 ISOMORPH_INLINE void log_in_place(Vec<float>& x) {
     typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
     Ints bits;
     memcpy(&bits, &x, sizeof(bits));
-    const Ints exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in sqrt(1/2) .. sqrt(2)
+    const Ints exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa is in sqrt(1/2) .. sqrt(2)
     bits -= exponent << 23;
     Vec<float> f;
     memcpy(&f, &bits, sizeof(f));
@@ -135,14 +135,14 @@ ISOMORPH_INLINE void log_in_place(Vec<double>& x) {
     for (int64_t i = 0; i < kLanes; ++i) x[i] = log(x[i]);
 }
 
-// -log(E) for E = -log(1 - u), u = (word + 1/2) 2^-32: Gumbel noise. Small E, the winners, keep all of u's digits.
+// Gumbel noise -log(E) for E = -log(1 - u), u = (word + 1/2) 2^-32. Accurate for small E, where the noise is large.
 template <typename A>
 ISOMORPH_INLINE Vec<A> gumbel(const uint32_t* words) {
     typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
     const A most = A(1) - A(5.9604644775390625e-8);  // 1 - 2^-24
     Vec<A> u = (__builtin_convertvector(load<Words>(words), Vec<A>) + A(0.5)) * A(2.3283064365386963e-10);
     u = u > most ? Vec<A>{} + most : u;
-    const Vec<A> rest = A(1) - u, rounded = A(1) - rest;  // log(1 - u) to the last digit, after Kahan
+    const Vec<A> rest = A(1) - u, rounded = A(1) - rest;  // log(1 - u) to full precision (Kahan's log1p)
     Vec<A> e = rest;
     log_in_place(e);
     e = rounded == A(0) ? u : -e * u / (rounded == A(0) ? Vec<A>{} + A(1) : rounded);
@@ -232,7 +232,7 @@ BlockDraw RowsBody<A>::draw(const void* row, Storage type, int64_t first, int64_
     Columns lane = {}, column = {};
     for (int64_t i = 0; i < kLanes; ++i) lane[i] = i;
     for (int64_t w = 0; w < kWords && w * kWordColumns < num_columns; ++w) {
-        for (int64_t i = 0; i < num_counters; i += kLanes) {  // ascending columns: of equal scores the first stays
+        for (int64_t i = 0; i < num_counters; i += kLanes) {  // ascending columns: the first of equal scores wins
             const int32_t at = static_cast<int32_t>(w * kWordColumns + i);
             const Vec<A> score = load<Vec<A>>(z + at) + gumbel<A>(words[w] + i);
             const auto better = score > best;

@@ -1,4 +1,4 @@
-// What an array holds, and where the rows of its heads lie.
+// Element types of arrays, and the strides of arrays with heads.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +7,7 @@ namespace isomorph {
 
 enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// [rows, heads, ...]: tokens and their heads, or slots of a cache and theirs. The last dimension is contiguous.
+// An array [rows, heads, ...] whose last dimension is contiguous: rows are tokens, or slots of a KV cache.
 struct Heads {
     void* data;
     int64_t row_stride, head_stride;  // in elements

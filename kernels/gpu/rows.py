@@ -197,7 +197,7 @@ def row_gradient(
     inv_temperature: float,
     out_NV: Tensor,
 ) -> None:
-    """Writes d loss / d logits to ``out`` [N, V]: other memory, the logits, or the first half of each row (bfloat16)."""
+    """Writes d loss / d logits to ``out`` [N, V]: other memory, the logits, or each row's first half (bfloat16)."""
     check_unit_stride(logits=logits_NV, out=out_NV)
     check_contiguous(target=target_N, bias=bias_V, logprob=stats[0], entropy=stats[1])
     num_rows, num_vocab = logits_NV.shape

@@ -1,5 +1,5 @@
-// The module isomorph.kernels._native_cuda. Importing it asks nothing of a driver. Tensors arrive through DLPack, the
-// stream as the number that PyTorch gives it; shapes and ranges are checked in Python, before the call.
+// The module isomorph.kernels._native_cuda. Importing it does not call the driver. Tensors are passed by DLPack, the
+// stream as PyTorch's handle; Python checks shapes and ranges before the call.
 #include <optional>
 #include <string>
 
@@ -23,7 +23,7 @@ void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) throw nb::value_error((std::string(what) + ": " + cudaGetErrorString(error)).c_str());
 }
 
-// The tensors' device is the current one as long as this lives.
+// Makes a device the current one for its lifetime.
 class OnDevice {
   public:
     explicit OnDevice(int device) {
@@ -49,12 +49,12 @@ RowType type_of(nb::dlpack::dtype dtype) {
 }
 
 Rows rows_of(const Matrix& matrix) {
-    if (matrix.shape(1) > 1 && matrix.stride(1) != 1) throw nb::value_error("rows must have stride 1 along V");
+    if (matrix.shape(1) > 1 && matrix.stride(1) != 1) throw nb::value_error("rows must have stride 1 along V; call .contiguous() on them");
     return {matrix.data(), type_of(matrix.dtype()), static_cast<int64_t>(matrix.shape(0)),
             static_cast<int64_t>(matrix.shape(1)), matrix.stride(0)};
 }
 
-// Arrays of one number a row, or one a column: of the dtype and on the device that the rows ask for.
+// Checks vectors with one element per row or per column: their dtype and device must belong to the rows.
 struct Expected {
     nb::dlpack::dtype dtype;
     int device;
@@ -65,7 +65,7 @@ struct Expected {
     void* data(const Vector& values, int64_t size, nb::dlpack::dtype wanted, const char* name) const {
         const bool fits = values.dtype() == wanted && static_cast<int64_t>(values.shape(0)) == size;
         if (!fits || values.device_id() != device)
-            throw nb::type_error((std::string(name) + " has another dtype, length or device than the rows ask for").c_str());
+            throw nb::type_error((std::string(name) + " must have the dtype, length and device that belong to the rows").c_str());
         return values.data();
     }
     void* data(const Vector& values, int64_t size, const char* name) const { return data(values, size, dtype, name); }

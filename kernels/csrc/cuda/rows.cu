@@ -1,5 +1,5 @@
-// A block of threads owns a row and walks it in blocks of columns of a fixed width; which thread takes which column, and
-// the order of every addition, depend on nothing but the row. No atomics.
+// A thread block processes one row in blocks of columns of a fixed width. The assignment of columns to threads and the
+// order of additions are fixed, so a row's bits do not depend on the batch. No atomics.
 #include "rows.h"
 
 #include <cuda_bf16.h>
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kItems = 16;  // columns of a thread in one block of the row
+constexpr int kItems = 16;  // columns per thread and block
 constexpr int64_t kBlock = kThreads * kItems;
 
 template <typename T>
@@ -55,18 +55,18 @@ __device__ float exponential(float x) { return expf(x); }
 __device__ double exponential(double x) { return exp(x); }
 __device__ float logarithm(float x) { return logf(x); }
 __device__ double logarithm(double x) { return log(x); }
-__device__ float larger(float x, float y) { return fmaxf(x, y); }  // a NaN never is
+__device__ float larger(float x, float y) { return fmaxf(x, y); }  // ignores NaN
 __device__ double larger(double x, double y) { return fmax(x, y); }
 
 template <typename T>
-union Packet {  // 16 bytes, as one load or store moves them
+union Packet {  // 16 bytes, one load or store
     static constexpr int kSize = 16 / sizeof(T);
     uint4 bits;
     T item[kSize];
     __device__ Packet() {}
 };
 
-// Column of a thread's item i in the block that starts at `first`: packets of neighbouring threads stand side by side.
+// Column of a thread's item i in the block that starts at `first`: packets of adjacent threads are adjacent.
 template <typename T>
 __device__ int64_t column_of(int64_t first, int i) {
     constexpr int kSize = Packet<T>::kSize;
@@ -87,7 +87,7 @@ struct Scale {
     }
 };
 
-// z of this thread's items; -inf, a probability of 0, beyond the row. A packet and its items one by one give the same.
+// z of this thread's items; -inf, a probability of 0, beyond the row. Loads by packets and by items give equal results.
 template <typename T>
 __device__ void load(const T* row, int64_t first, int64_t num_columns, bool packets, const Scale<Wide<T>>& scale,
                      Wide<T> (&z)[kItems]) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* row = logits + n * row_stride;
     const Scale<A> scale = {bias, inv_temperature};
     const bool packets = moves_packets(row);
-    A top = -A(INFINITY), total = 0, weighted = 0;  // sum exp(z - top), sum exp(z - top) (z - top): of this thread
+    A top = -A(INFINITY), total = 0, weighted = 0;  // of this thread: sum exp(z - top), sum exp(z - top) (z - top)
     for (int64_t first = 0; first < num_columns; first += kBlock) {
         A z[kItems];
         load(row, first, num_columns, packets, scale, z);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
     lse[n] = isinf(row_top) ? row_top : row_top + log_total;  // as torch.logsumexp
 }
 
-// In and Out may be one storage, and a narrower Out the first half of each row: then block b of Out ends before column
+// In and Out may share storage, a narrower Out the first half of each row: block b of Out ends before column
 // kBlock (b + 1) / 2 of In, which every thread has read at the barrier of iteration b.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads)
@@ -191,19 +191,19 @@ __global__ void __launch_bounds__(kThreads)
     const A at_target = dlogprob ? dlogprob[n] * inv_temperature : A(0);
     const A on_prob = (dlse ? dlse[n] * inv_temperature : A(0)) - at_target;
     const A on_surprise = dentropy ? -dentropy[n] * inv_temperature : A(0);
-    const A row_entropy = dentropy ? entropy[n] : A(0);  // what has no gradient cannot poison one
-    __syncthreads();                                      // every thread has z_y: its place may be written over
+    const A row_entropy = dentropy ? entropy[n] : A(0);  // an unused entropy may be NaN
+    __syncthreads();                                      // every thread has read z_y, which may be overwritten now
     for (int64_t first = 0; first < num_columns; first += kBlock) {
         A z[kItems];
         load(row, first, num_columns, packets, scale, z);
-        if constexpr (sizeof(Out) < sizeof(In)) __syncthreads();  // others may still have to read what is written now
+        if constexpr (sizeof(Out) < sizeof(In)) __syncthreads();  // other threads may not have read it yet
 #pragma unroll
         for (int start = 0; start < kItems; start += kSize) {
             const int64_t column = column_of<In>(first, start);
             using Bytes = std::conditional_t<kSize * sizeof(Out) == 16, uint4, uint2>;
             static_assert(sizeof(Bytes) == kSize * sizeof(Out));
             union {
-                Bytes bytes;  // aligned, as one store wants it
+                Bytes bytes;  // aligned for one store
                 Out item[kSize];
             } d;
 #pragma unroll

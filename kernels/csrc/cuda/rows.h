@@ -1,5 +1,5 @@
-// Row kernels of the linear head in CUDA C++: what kernels/gpu/rows.py does, written a second time, to compare with.
-// The specification is kernels/token_logprob.py. Built with -DISOMORPH_CUDA=ON.
+// Row kernels of the LM head in CUDA C++, a second implementation of kernels/gpu/rows.py to compare with. The
+// specification is kernels/token_logprob.py. Built with -DISOMORPH_CUDA=ON.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace cuda {
 
 enum class RowType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-// Bias, stats and gradients of stats are float32, or float64 where the logits are. Pointers may be null where it says so.
+// Bias, statistics and their gradients are float32, or float64 for float64 logits. Pointers are not null unless noted.
 struct Rows {
     void* data;
     RowType type;
@@ -32,7 +32,7 @@ struct StatGradients {
     const void *logprob, *entropy, *lse;  // each or null
 };
 
-// Both enqueue one kernel on the stream, and return what the launch said.
+// Both enqueue one kernel on the stream, and return the error of the launch.
 cudaError_t row_stats(const Rows& logits, const Head& head, const Stats& out, cudaStream_t stream);
 cudaError_t row_gradient(const Rows& logits, const Head& head, const Stats& stats, const StatGradients& grads,
                          const Rows& out, cudaStream_t stream);
