@@ -87,7 +87,7 @@ def fallbacks(policy: Policy) -> list[str]:
     if policy.device.type == "cuda" and backend.triton_reason():
         found.append(f"ops run their slower PyTorch implementations on the GPU: {backend.triton_reason()}")
     attention = _attention(policy)
-    if attention.body == "reference" and not backend.asked("packed_attention", policy.device):
+    if attention.body == "reference" and not backend.requested("packed_attention", policy.device):
         found.append(f"attention materialises the tokens x tokens scores of a micro-batch: {attention.reason}")
     return found
 

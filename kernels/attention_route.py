@@ -40,11 +40,11 @@ class Facts(NamedTuple):
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, *, is_tree: bool) -> Route:
     """The implementation for such inputs. Raises ValueError if the requested one does not support them."""
-    if asked := backend.asked("packed_attention", device):
-        reason = why_not(asked, dtype, head_dim, is_tree)
+    if requested := backend.requested("packed_attention", device):
+        reason = why_not(requested, dtype, head_dim, is_tree)
         if reason:
-            raise ValueError(f"packed_attention={asked} was requested, but {reason}")
-        return Route(asked, "requested")
+            raise ValueError(f"packed_attention={requested} was requested, but {reason}")
+        return Route(requested, "requested")
     if device.type != "cuda":
         body = backend.choose("packed_attention", device)
         reason = why_not(body, dtype, head_dim, is_tree)

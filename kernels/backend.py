@@ -148,12 +148,12 @@ def native_cuda_reason() -> str:
 def choose(op: str, device: torch.device | str = "cpu") -> str:
     """Name of the implementation that ``op`` runs on ``device``.
 
-    Raises ValueError for an unknown op, and for a request (see ``asked``) that ``op`` cannot meet on ``device``.
+    Raises ValueError for an unknown op, and for a request (see ``requested``) that ``op`` cannot meet on ``device``.
     """
-    return asked(op, device) or bodies(op, torch.device(device).type)[0]
+    return requested(op, device) or bodies(op, torch.device(device).type)[0]
 
 
-def asked(op: str, device: torch.device | str = "cpu") -> str:
+def requested(op: str, device: torch.device | str = "cpu") -> str:
     """Name of the implementation that was requested for ``op``, by ``using`` or ISOMORPH_BACKEND; empty if none was.
 
     A request without an op's name counts only if ``op`` has that implementation on ``device``. Raises ValueError for a

@@ -127,10 +127,10 @@ def prepack(weight_OI: Tensor) -> Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), PREPACK_ROWS)
 
 
-def linear_prepacked(x: Tensor, packed: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """[..., I] -> [..., O]: x W^T + b with ``packed`` from ``prepack(W)``; all of one dtype. No gradient."""
+def linear_prepacked(x: Tensor, prepacked: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """[..., I] -> [..., O]: x W^T + b with ``prepacked`` from ``prepack(W)``; all of one dtype. No gradient."""
     x_RI = _with_rounded_rows(x)
-    y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, packed, bias_O, "none", [], "")
+    y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, prepacked, bias_O, "none", [], "")
     return y_RO[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)
 
 

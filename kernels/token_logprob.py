@@ -50,6 +50,7 @@ def token_logprob_ref(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: f
 
 # -- argument checks
 def check_rows(logits_NV: Tensor, target_ids_N: Tensor, temperature: float) -> None:
+    """Raises ValueError or TypeError for arguments that ``token_logprob`` does not support."""
     if logits_NV.ndim != 2 or not logits_NV.is_floating_point():
         raise TypeError(f"logits must be floating point [N, V], got {logits_NV.dtype} {tuple(logits_NV.shape)}")
     check_temperature(temperature)
@@ -61,6 +62,7 @@ def check_rows(logits_NV: Tensor, target_ids_N: Tensor, temperature: float) -> N
 
 
 def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless temperature is > 0 and finite."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
             f"temperature must be > 0 and finite, got {temperature}; greedy decoding has no log-probability"
@@ -68,6 +70,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_ids(name: str, ids_N: Tensor, upper: int, upper_name: str) -> None:
+    """Raises TypeError unless ids are int64 [N], ValueError unless they lie in 0..upper-1 (see ``check_all``)."""
     if ids_N.ndim != 1 or ids_N.dtype != torch.int64:
         raise TypeError(f"{name} must be int64 [N], got {ids_N.dtype} {tuple(ids_N.shape)}")
     if ids_N.numel() == 0:

@@ -64,7 +64,7 @@ void attend_backward(Array dout, Array q, Array k, Array v, Array out, Array lse
     const AttentionFns fns = attention_fns(storage_of(q, "packed_attention"));
     Attention task = task_of(q, k, v, segments, scale, out, lse);
     task.dout = heads_of(dout);
-    task.delta = delta.data(), task.dq = dq.data(), task.dk = dk.data(), task.dv = dv.data();
+    task.delta = delta.data(), task.dq = heads_of(dq), task.dk = heads_of(dk), task.dv = heads_of(dv);
     const int64_t num_segments = segments.shape(0);
     nb::gil_scoped_release release;
     std::vector<Range> groups;

@@ -23,7 +23,7 @@ struct Attention {
     // for the backward
     Heads dout;
     void* delta;                       // [T, num_heads] sum of dout * out
-    void *dq, *dk, *dv;                // [T, num_heads, dim] each, contiguous; dk and dv per query head
+    Heads dq, dk, dv;                  // [T, num_heads, dim] each; dk and dv per query head
 };
 
 constexpr int64_t kKeys = 64;      // per block

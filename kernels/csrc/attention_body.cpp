@@ -177,6 +177,19 @@ void delta(const Attention& task, int64_t first, int64_t last) {
     }
 }
 
+// One query: replaces its scores by attention weights, and their gradients by those of the scores; 0 for keys from
+// num_visible on.
+template <typename A>
+ISOMORPH_INLINE void score_gradients(A* weights, A* gradients, A lse, A delta, int64_t num_visible, int64_t num_keys) {
+    for (int64_t j = 0; j < kKeys; j += kLanes) {
+        Vec<A> x = load<Vec<A>>(weights + j) - lse;
+        exp_in_place(x);
+        store(weights + j, x);
+        store(gradients + j, x * (load<Vec<A>>(gradients + j) - delta));
+    }
+    for (int64_t j = num_visible; j < num_keys; ++j) weights[j] = 0, gradients[j] = 0;
+}
+
 template <typename T, typename A>
 void backward(const Attention& task, int64_t first, int64_t last, int64_t head, void* scratch) {
     const int64_t dim = task.dim, width = (dim + kLanes - 1) / kLanes * kLanes, kv_head = head / task.repeats;
@@ -193,11 +206,8 @@ void backward(const Attention& task, int64_t first, int64_t last, int64_t head, 
     A* v_columns = k_columns + kKeys * width;
     A* dk = v_columns + kKeys * width;
     A* dv = dk + kKeys * width;
-    auto row = [&](void* heads, int64_t token) {
-        return static_cast<A*>(heads) + (token * num_heads + head) * dim;
-    };
     for (int64_t token = task.segments[first].start; token < task.segments[last - 1].end; ++token) {
-        memset(row(task.dq, token), 0, sizeof(A) * dim);
+        memset(row_of<A>(task.dq, token, head), 0, sizeof(A) * dim);
     }
 
     for (int64_t s = first; s < last; ++s) {
@@ -217,26 +227,19 @@ void backward(const Attention& task, int64_t first, int64_t last, int64_t head, 
                 multiply<false>(dout, width, 1, v_columns, kKeys, num, width, kKeys, dscores, kKeys);
                 for (int64_t i = 0; i < num; ++i) {
                     const int64_t at = (query + i) * num_heads + head, seen = query + i - block + 1;
-                    A *p = weights + i * kKeys, *ds = dscores + i * kKeys;
-                    for (int64_t j = 0; j < kKeys; j += kLanes) {
-                        Vec<A> x = load<Vec<A>>(p + j) - lse[at];
-                        exp_in_place(x);
-                        store(p + j, x);
-                        store(ds + j, x * (load<Vec<A>>(ds + j) - deltas[at]));
-                    }
-                    for (int64_t j = seen; j < num_keys; ++j) p[j] = 0, ds[j] = 0;
+                    score_gradients(weights + i * kKeys, dscores + i * kKeys, lse[at], deltas[at], seen, num_keys);
                 }
                 multiply<true>(weights, 1, kKeys, dout, width, num_keys, num, width, dv, width);
                 multiply<true>(dscores, 1, kKeys, q, width, num_keys, num, width, dk, width);
                 multiply<false>(dscores, kKeys, 1, k_rows, width, num, num_keys, width, dq, width);
                 for (int64_t i = 0; i < num; ++i) {
-                    A* into = row(task.dq, query + i);
+                    A* into = row_of<A>(task.dq, query + i, head);
                     for (int64_t d = 0; d < dim; ++d) into[d] += scale * dq[i * width + d];
                 }
             }
             for (int64_t j = 0; j < num_keys; ++j) {
-                memcpy(row(task.dk, block + j), dk + j * width, sizeof(A) * dim);
-                memcpy(row(task.dv, block + j), dv + j * width, sizeof(A) * dim);
+                memcpy(row_of<A>(task.dk, block + j, head), dk + j * width, sizeof(A) * dim);
+                memcpy(row_of<A>(task.dv, block + j, head), dv + j * width, sizeof(A) * dim);
             }
         }
     }

@@ -17,13 +17,13 @@ namespace nb = nanobind;
 namespace isomorph {
 namespace {
 
-thread_local int asked = 0;  // set by use_threads; 0: not set
+thread_local int requested = 0;  // set by use_threads; 0: not set
 std::string order;           // set by use_order; empty: on threads
 
 // torch.set_num_threads sets PyTorch's OpenMP runtime only, and this module may be linked to another one.
 void use_threads(int count) {
     if (count < 1) throw nb::value_error("use_threads: count must be >= 1");
-    asked = count;
+    requested = count;
 }
 
 void use_order(const std::string& name) {
@@ -44,9 +44,9 @@ int64_t team_size() {
 
 int num_threads() {
 #if defined(ISOMORPH_STD_THREADS)
-    return asked > 0 ? asked : 1;
+    return requested > 0 ? requested : 1;
 #else
-    return asked > 0 ? asked : omp_get_max_threads();
+    return requested > 0 ? requested : omp_get_max_threads();
 #endif
 }
 

@@ -1,4 +1,4 @@
-"""Kernels that the compile gate must refuse, one for each gate. Run by test_aot.py in a process of its own."""
+"""Kernels that must fail a gate of kernels/aot.py, one per gate. test_aot.py runs this file in its own process."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What several kernels' tests share: the truth of packed attention, and how a tensor may lie in memory."""
+"""Shared by the tests of kernels: attention without packing as expected value, and tensors with unusual strides."""
 
 import math
 from collections.abc import Callable, Sequence

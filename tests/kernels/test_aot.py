@@ -1,4 +1,4 @@
-"""Compiling for GPUs that are not here. Each test compiles in a process of its own: this one interprets Triton."""
+"""Compilation without a GPU. Each test compiles in its own process, because this one interprets Triton."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""Which body runs where, and why. The rule is a function of facts, so every GPU can be asked about here."""
+"""Which implementation of packed_attention is selected, and the reason. ``route`` needs no GPU."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The body that a forward ran is the one that its backward runs, on whatever thread, and so is one that runs again."""
+"""A backward runs the implementation of its forward, on any thread; so does a forward that checkpointing repeats."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""The products of the linear head on a CPU that multiplies bfloat16: bfloat16 in, float32 out."""
+"""The LM head's matrix products on a CPU with bfloat16 instructions: bfloat16 in, float32 out."""
 
 import math
 

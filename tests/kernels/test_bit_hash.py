@@ -1,4 +1,4 @@
-"""The hash of a tensor's bits: every body gives the number that Python's integers give."""
+"""bit_hash: every implementation returns the value computed with Python's integers."""
 
 import pytest
 import torch

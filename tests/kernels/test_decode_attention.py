@@ -1,4 +1,4 @@
-"""Every body of decode_attention, and of the C++ one every instruction set; the Triton one in gpu/test_decode.py."""
+"""decode_attention: every implementation, C++ with every instruction set; Triton is in gpu/test_decode.py."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""PyTorch's flash attention takes our arguments: by the ops' own shape functions, without a GPU."""
+"""PyTorch's FlashAttention accepts our arguments: checked with the ops' own shape functions, without a GPU."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from isomorph.kernels.flash import VarlenBatch, torch_flash
 
 
-def test_pytorchs_output_lies_as_q_does() -> None:
+def test_pytorchs_output_has_the_strides_of_q() -> None:
     by = torch_flash()
     assert by is not None
     with FakeTensorMode():
@@ -21,7 +21,6 @@ def test_pytorchs_output_lies_as_q_does() -> None:
 
 
 def test_pytorch_takes_our_arguments_and_gives_the_shapes_of_the_contract() -> None:
-    """By the ops' own shape functions: they bind the arguments as the kernels on a GPU do."""
     by = torch_flash()
     assert by is not None
     with FakeTensorMode():

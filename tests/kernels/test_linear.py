@@ -1,4 +1,4 @@
-"""A linear layer by oneDNN: PyTorch's own in float64 is the truth, PyTorch's own in float32 the bound."""
+"""linear by oneDNN: PyTorch in float64 is the expected value, the error of PyTorch in float32 is the bound."""
 
 from collections.abc import Iterator
 

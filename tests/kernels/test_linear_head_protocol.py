@@ -1,6 +1,6 @@
-"""What every body of linear_logprob and linear_loss owes: float64 truth at every edge, hostile values, bits.
+"""Every implementation of linear_logprob and linear_loss: float64 accuracy at block edges, extreme values, same bits.
 
-Inputs are float32, which every body takes (the interpreter cannot multiply bfloat16); bfloat16 where it is said.
+Inputs are float32, which every implementation supports (the interpreter cannot multiply bfloat16), unless noted.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The C++ modules as such: what they are linked with, what their stubs say, how they run."""
+"""The C++ modules: linked libraries, stubs, scratch memory, overlap of operands."""
 
 import ast
 import re

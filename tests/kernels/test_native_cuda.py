@@ -1,4 +1,4 @@
-"""The row kernels in CUDA C++: what they were compiled to, and on a GPU their results beside Triton's and float64."""
+"""The row kernels in CUDA C++: their machine code, and on a GPU their results against Triton and float64."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The C++ body of packed_attention with every instruction set; the GPU's in gpu/."""
+"""packed_attention in C++ with every instruction set; Triton is in gpu/test_attention.py."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Every body of sample_token: who wins, how often, and what does not matter to it."""
+"""sample_token, every implementation: the argmax, frequencies of tokens, batch invariance, strides."""
 
 import math
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""Every op on every body that runs here, with inputs and upstream gradients that do not lie densely in memory.
+"""Every op in every implementation that runs here, with inputs and upstream gradients that are not contiguous.
 
-The truth is the op's specification in float64, on dense copies; in bfloat16, whose rounding would hide a wrong number
-behind its tolerance, it is what the same body makes of dense copies. What surrounds a view is NaN.
+The expected value is the op's specification in float64 on contiguous copies; in bfloat16, whose tolerance would hide a
+wrong element, it is the result of the same implementation on contiguous copies. Memory around a view is NaN.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Native bodies on threads: the same bits on any number of them and in any order of their tasks, and close to float64.
+"""C++ implementations on threads: the same bits with any number of threads and any order of tasks, close to float64.
 
 ``python tests/kernels/test_threads.py`` prints the table.
-An order stands for a race: where a task reads what another one writes, the result depends on which ran first. Sizes are
-such that the shares of 2, 3 and 8 threads begin inside rows.
+The order of tasks reveals a race: if a task reads what another one writes, the result depends on which ran first. Sizes
+are chosen so that the shares of 2, 3 and 8 threads begin inside rows.
 """
 
 import os

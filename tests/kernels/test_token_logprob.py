@@ -1,4 +1,4 @@
-"""Every body of token_logprob and of its two row passes, against float64."""
+"""token_logprob, row_stats and row_gradient: every implementation against float64."""
 
 import math
 from collections.abc import Iterator

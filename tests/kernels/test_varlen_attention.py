@@ -1,6 +1,6 @@
-"""packed_attention=varlen without a GPU: which rows go into which call, the merge, and the algebra of the backward.
+"""packed_attention=varlen without a GPU: the rows of the two calls, the merge, and the algebra of the backward.
 
-Flash attention runs on CUDA alone; here each of its calls is computed by its contract, in float64.
+FlashAttention runs on CUDA only; here a float64 implementation of its contract replaces it.
 """
 
 import math

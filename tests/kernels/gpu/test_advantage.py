@@ -1,4 +1,4 @@
-"""The Triton bodies of group_advantage and gae at the edges of their blocks. Interpreted where there is no GPU."""
+"""group_advantage and gae in Triton, at the edges of their blocks. Interpreted if there is no GPU."""
 
 import pytest
 import torch

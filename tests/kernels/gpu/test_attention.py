@@ -1,6 +1,6 @@
-"""packed_attention=triton. Interpreted where there is no GPU, in tiles of 32 x 16 and 16 x 32 and pieces of 64 queries.
+"""packed_attention in Triton. Interpreted if there is no GPU, in tiles of 32 x 16 and 16 x 32 and pieces of 64 queries.
 
-Not tested interpreted: bfloat16, whose products the interpreter gets wrong.
+bfloat16 is not tested interpreted: the interpreter computes its products wrongly.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The Triton body of decode_attention. Interpreted where there is no GPU, but for bfloat16, which that gets wrong."""
+"""decode_attention in Triton. Interpreted if there is no GPU, except bfloat16, which the interpreter gets wrong."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the ops above take care of, the launches check: a tensor that a kernel would read wrongly is refused."""
+"""The launches of Triton kernels refuse tensors whose strides their kernels do not take."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
-"""Each Triton kernel in several small blocks against float64, and mutants of its source that this check must refuse.
+"""Each Triton kernel with several small blocks against float64, and mutants of its source that must fail that check.
 
-Interpreted kernels seldom leave their first block: blocks are as wide as a GPU wants them, and inputs as small as the
-interpreter can bear. Here blocks are small. A mutant is a kernel with one fault: a loop that ends early, a running sum
-that is not rescaled, a mask that ends late. Barriers, which no interpreter shows, are in ``test_aot.py``.
+Other interpreted tests rarely reach a second block: blocks are sized for a GPU, and inputs for the slow interpreter.
+Here blocks are small. A mutant is a kernel with one fault: a loop that ends early, a running sum that is not rescaled,
+a mask that ends late. The interpreter does not show missing barriers: see ``test_aot.py``.
 """
 
 import importlib.util

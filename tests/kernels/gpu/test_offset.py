@@ -1,4 +1,4 @@
-"""linear_loss=offset: the softmax inside the product. Interpreted where there is no GPU."""
+"""linear_loss=offset: the softmax in the matrix product's epilogue. Interpreted if there is no GPU."""
 
 import math
 

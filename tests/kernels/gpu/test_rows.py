@@ -1,4 +1,4 @@
-"""Sums of rows that share an index, on a GPU or interpreted. The passes over logits: ``test_token_logprob.py``."""
+"""add_rows in Triton, on a GPU or interpreted. row_stats and row_gradient are in ``test_token_logprob.py``."""
 
 import pytest
 import torch
