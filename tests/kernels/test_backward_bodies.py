@@ -56,11 +56,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names = ["row_stats", "row_gradient", "packed_attention", "packed_attention_backward"]
         watch(backend.native(), names, "native")
     if not backend.triton_reason():
-        from isomorph.kernels.gpu import attention, offset, rows
+        from isomorph.kernels.gpu import attention, offset, offset_rows, rows
 
         watch(rows, ["row_stats", "row_gradient"], "triton")
         watch(attention, ["attend", "attend_backward"], "triton")
-        watch(offset, ["exp_chunk", "row_scales", "whole_gradient_"], "offset")
+        watch(offset, ["exp_chunk"], "offset")
+        watch(offset_rows, ["row_scales", "whole_gradient_"], "offset")
     yield seen
 
 
