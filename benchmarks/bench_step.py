@@ -136,11 +136,43 @@ def _judge(_: Any, answers: Any) -> list[float]:
     return [variety(answer) for answer in answers]
 
 
+def _trl_config(args: argparse.Namespace, folder: str) -> Any:
+    """The same step as ours, as TRL writes it down."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=args.group * args.prompts // args.trl_accumulation,
+        gradient_accumulation_steps=args.trl_accumulation,
+        num_generations=args.group,
+        max_completion_length=args.max_new_tok,
+        max_steps=args.steps,
+        learning_rate=LEARNING_RATE,
+        loss_type="grpo",
+        beta=args.kl,
+        temperature=1.0,
+        use_cpu=args.device == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": args.dtype},
+        shuffle_dataset=False,
+        use_liger_kernel=args.trl_liger,
+        use_transformers_continuous_batching=args.trl_generation == "continuous",
+        use_vllm=args.trl_generation == "vllm",
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=0.3,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
 def run_interleaved(args: argparse.Namespace) -> list[Row]:
     """Runs TRL's trainer; after each of its steps isomorph makes one on the same prompts."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     ours = Ours(args)
     asked = questions(args.prompts * args.steps)
@@ -191,34 +223,8 @@ def run_interleaved(args: argparse.Namespace) -> list[Row]:
         return [variety(c[0]["content"] if is_chat else c) for c in completions]
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = GRPOConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=args.group * args.prompts // args.trl_accumulation,
-            gradient_accumulation_steps=args.trl_accumulation,
-            num_generations=args.group,
-            max_completion_length=args.max_new_tok,
-            max_steps=args.steps,
-            learning_rate=LEARNING_RATE,
-            loss_type="grpo",
-            beta=args.kl,
-            temperature=1.0,
-            use_cpu=args.device == "cpu",
-            bf16=False,
-            gradient_checkpointing=False,
-            model_init_kwargs={"dtype": args.dtype},
-            shuffle_dataset=False,
-            use_liger_kernel=args.trl_liger,
-            use_transformers_continuous_batching=args.trl_generation == "continuous",
-            use_vllm=args.trl_generation == "vllm",
-            vllm_mode="colocate",
-            vllm_gpu_memory_utilization=0.3,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        turns = [{"prompt": [{"role": "user", "content": q}] if is_chat else q} for q in asked]
-        data = Dataset.from_list(turns)
+        data = Dataset.from_list([{"prompt": [{"role": "user", "content": q}] if is_chat else q} for q in asked])
+        config = _trl_config(args, scratch)
         trainer = Timed(model=args.model, reward_funcs=reward, args=config, train_dataset=data, callbacks=[Turns()])
         trainer.train()
     return rows
