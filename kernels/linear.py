@@ -12,6 +12,7 @@ With few rows the time goes into reading the weight, and oneDNN reorders the wei
 it once, for a sampler whose weights do not change while it decodes.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -21,12 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import backend
 
-# oneDNN caches a primitive per shape, about 1 MiB of code and scratch, and up to 1,024 of them by default. The number
-# of rows changes from step to step, while one step repeats a few shapes in all layers, so 128 are enough. oneDNN reads
-# the variable at its first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-# Besides that cache oneDNN keeps up to 0.3 MiB per number of rows that it has multiplied, until the process ends. So
-# numbers of rows are rounded up to few different values. That also lets the CPU and GPU allocators reuse blocks.
+# Besides its cache of primitives oneDNN keeps up to 0.3 MiB per number of rows that it has multiplied, until the
+# process ends. So numbers of rows are rounded up to few different values. That also lets the CPU and GPU allocators
+# reuse blocks.
 ROW_MULTIPLE = 64
 MIN_TERMS = 2**22  # multiplications of the smallest product for which a primitive pays
 # Elements of the smallest weight for which a primitive, or prepacking, pays. For smaller ones MKL is as fast, and
@@ -42,6 +40,16 @@ def linear_ref(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
 
 
 # -- oneDNN
+@functools.cache
+def _bound_primitive_cache() -> None:
+    """Sets an environment variable that oneDNN reads at its first product.
+
+    oneDNN caches a primitive per shape, about 1 MiB of code and scratch, and up to 1,024 of them by default. The number
+    of rows changes from step to step, while one step repeats a few shapes in all layers, so 128 are enough.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
 def takes_onednn(left: Tensor, right_NK: Tensor, num_weights: int) -> bool:
     """Whether ``product`` supports left [..., K] and right [N, K], is expected to be faster, and is selected.
 
@@ -61,11 +69,13 @@ def product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     """Returns left right^T, [M, N] float32, of non-empty float32 CPU matrices with any strides. No gradient."""
     if torch.compiler.is_compiling():  # Inductor's own lowering of the operator requires constant weights
         return _opaque_product(left_MK, right_NK)
+    _bound_primitive_cache()
     return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
 
 
 @library.custom_op("isomorph::product", mutates_args=())
 def _opaque_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    _bound_primitive_cache()
     return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
 
 
@@ -130,6 +140,7 @@ def prepack(weight_OI: Tensor) -> Tensor | None:
 def linear_prepacked(x: Tensor, prepacked: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[..., I] -> [..., O]: x W^T + b with ``prepacked`` from ``prepack(W)``; all of one dtype. No gradient."""
     x_RI = _with_rounded_rows(x)
+    _bound_primitive_cache()
     y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, prepacked, bias_O, "none", [], "")
     return y_RO[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)
 

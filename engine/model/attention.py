@@ -3,10 +3,11 @@
     attend(layer, q_BHTd, k_BKTd, v_BKTd, scale) -> [B, T, H, d]
 
 ``layer`` is the layer's index; q and k are rotated already. transformers looks an attention function up by the name
-that a model was loaded with. Two names are registered here: "isomorph" always calls ``attend``; "isomorph_or_sdpa"
-calls it where the caller of the model passes one, and transformers' own sdpa otherwise.
+that a model was loaded with. Two names are registered, when a model first needs one: "isomorph" always calls
+``attend``; "isomorph_or_sdpa" calls it where the caller of the model passes one, and transformers' own sdpa otherwise.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +39,13 @@ def _attend_from_outside_or_sdpa(
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **options)
 
 
-ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
-ALL_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", _attend_from_outside_or_sdpa)
-ALL_MASK_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+@functools.cache
+def registered_attention() -> str:
+    """The ``attn_implementation`` of models that always call ``attend``; registered at the first call."""
+    ALL_ATTENTION_FUNCTIONS.register("isomorph", _attend_from_outside)
+    ALL_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", _attend_from_outside_or_sdpa)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("isomorph_or_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return "isomorph"
 
 
 def attend_packed(layout: PackedLayout) -> Attend:
@@ -67,4 +72,5 @@ def let_attend(model: Any) -> None:
         )
     if (loaded := model.config._attn_implementation) not in ("sdpa", "isomorph_or_sdpa"):
         raise UserError(f"the model must be loaded with attn_implementation='sdpa', got {loaded!r}")
+    registered_attention()
     model.config._attn_implementation = "isomorph_or_sdpa"

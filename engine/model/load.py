@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.foreign import foreign
+from isomorph.engine.model.attention import registered_attention
 from isomorph.engine.model.check import end_ids, limit_to_window, mend_generation_config, rehearse_saving, untie
 from isomorph.engine.model.families import normalises_heads, refuse_unsupported
 from isomorph.engine.model.lora import attach, require_peft
@@ -89,7 +90,7 @@ def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     with foreign(f"model.path: no model could be loaded from {path!r}"):
         _refuse_broken_generation_config(Path(folder))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="isomorph", output_loading_info=True, **loader_options
+            folder, dtype=dtype, attn_implementation=registered_attention(), output_loading_info=True, **loader_options
         )
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would initialise them randomly
@@ -97,7 +98,7 @@ def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f"model.path: the weights in {path!r} lack {len(missing)} tensors of a {model.config.model_type} model, "
             f"the first is {missing[0]}: use a complete checkpoint of the model that config.json describes"
         )
-    model.config._attn_implementation = "isomorph"
+    model.config._attn_implementation = registered_attention()
     return model, tokenizer
 
 
@@ -163,7 +164,7 @@ def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
         model_config = transformers.AutoConfig.from_pretrained(folder, **gguf)
     refuse_unsupported(model_config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, attn_implementation="isomorph")
+        return AutoModelForCausalLM.from_config(model_config, attn_implementation=registered_attention())
 
 
 def shape_of(model: Any) -> ModelShape:
@@ -217,7 +218,7 @@ def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=registered_attention(), dtype=dtype)
     return model, tokenizer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from truth import exact_norms
 
 from isomorph.engine.config import ModelConfig, TinyModel, UserError
-from isomorph.engine.model.attention import attend_packed
+from isomorph.engine.model.attention import attend_packed, registered_attention
 from isomorph.engine.model.load import build_tiny, load_policy
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec, word_tokenizer
@@ -91,7 +91,7 @@ def twins(config: Any) -> tuple[Policy, Any]:
         transformers.AutoModelForCausalLM.from_config(
             copy.deepcopy(config), attn_implementation=name, dtype=torch.float64
         )
-        for name in ("isomorph", "sdpa")
+        for name in (registered_attention(), "sdpa")
     ]
     generator = torch.Generator().manual_seed(0)
     for parameter in both[1].parameters():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from isomorph.engine.model.attention import registered_attention
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.model.text import TextCodec, word_tokenizer
@@ -55,7 +56,7 @@ def make_policy(config_class: type = Qwen2Config, dtype: torch.dtype = torch.flo
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="isomorph", dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=registered_attention(), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
