@@ -1,6 +1,7 @@
 """Imports point one way: kernels <- engine <- curriculum. Read from the syntax trees, nothing is imported."""
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -98,8 +99,64 @@ def _broken_rule(found: Import) -> str | None:
     return None
 
 
+def circle(root: Path) -> list[str]:
+    """Files that import each other in a circle, imports within functions included; [] where there is none."""
+    files = {f"{OURS}.{'.'.join(p.relative_to(root).with_suffix('').parts)}": p for p in python_files(root, *ROOMS)}
+    graph: dict[str, set[str]] = {path.relative_to(root).as_posix(): set() for path in files.values()}
+    for found in imports_of(root, *ROOMS):
+        imported = {files[target].relative_to(root).as_posix() for target in found.targets() & files.keys()}
+        graph[found.file] |= imported - {found.file}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def private_imports(root: Path, *folders: str) -> list[str]:
+    """``from somewhere of ours import _name``: what another file may use has a public name."""
+    ours = {path.stem for path in python_files(root, "benchmarks")} | {OURS}
+    return [
+        f"{found.file}:{found.line}: {name} of {found.module}"
+        for found in imports_of(root, *folders)
+        if found.module.partition(".")[0] in ours
+        for name in found.names
+        if name.startswith("_") and not name.startswith("_native")  # modules of C++
+    ]
+
+
 def test_imports_point_one_way() -> None:
     assert violations(ROOT) == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle(ROOT) == []
+
+
+def test_a_planted_circle_is_found(tmp_path: Path) -> None:
+    for name, line in (("a", "from isomorph.engine import b"), ("b", "def f():\n    import isomorph.engine.c.d")):
+        (tmp_path / "engine" / "c").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "engine" / f"{name}.py").write_text(line + "\n")
+    (tmp_path / "engine" / "c" / "d.py").write_text("import torch\n")
+    assert circle(tmp_path) == []
+    (tmp_path / "engine" / "c" / "d.py").write_text("from isomorph.engine.a import x\n")
+    assert set(circle(tmp_path)) == {"engine/a.py", "engine/b.py", "engine/c/d.py"}
+
+
+def test_no_private_name_is_imported() -> None:
+    assert private_imports(ROOT, *ROOMS, "benchmarks", "studies") == []
+
+
+def test_a_planted_private_import_is_found(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "compare.py").write_text("_hidden = shown = 0\n")
+    (tmp_path / "benchmarks" / "a.py").write_text(
+        "from compare import _hidden, shown\nfrom isomorph.kernels.b import _c\nfrom isomorph.kernels import _native\n"
+    )
+    assert private_imports(tmp_path, "benchmarks") == [
+        "benchmarks/a.py:1: _hidden of compare",
+        "benchmarks/a.py:2: _c of isomorph.kernels.b",
+    ]
 
 
 def test_the_rooms_are_read_at_all() -> None:
