@@ -245,3 +245,16 @@ def test_kernels_means_somebody_elses_package_or_none() -> None:
     )
     found = subprocess.run([sys.executable, "-P", "-c", find], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not any(Path(place).resolve().is_relative_to(ROOT) for place in json.loads(found.stdout) if place)
+
+
+def test_functions_fit_on_a_screen() -> None:
+    """60 lines; one Triton kernel may be longer, where its halves would share all their variables."""
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
+        for path in python_files(ROOT, *ROOMS, "benchmarks", "studies")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno >= (75 if any("jit" in ast.unparse(d) for d in node.decorator_list) else 60)
+    ]
+    assert long == []
