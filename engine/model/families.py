@@ -10,7 +10,7 @@
         layer(hidden, position_embeddings=..., attend=...) and returning one tensor: no router loss (mixture of experts)
     no dropout
 
-``tests/engine/test_policy.py`` compares hidden rows and gradients with transformers' own forward for each family.
+``tests/engine/test_policy.py`` compares hidden states and logits with transformers' own forward for each family.
 """
 
 from typing import Any

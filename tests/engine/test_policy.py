@@ -128,7 +128,7 @@ def random_groups() -> list[tuple[list[int], list[list[int]]]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_rows_of_packed_groups_are_those_of_each_sequence_alone(family: str) -> None:
+def test_hidden_rows_and_logits_of_packed_groups_are_those_of_each_sequence_alone(family: str) -> None:
     policy, model = twins(config_of(family.split()[0], **FAMILIES[family]))
     groups = random_groups()
     hidden_TD = policy.hidden(packed(groups)).detach()
@@ -139,9 +139,11 @@ def test_hidden_rows_of_packed_groups_are_those_of_each_sequence_alone(family: s
         for response in responses or [[]]:
             rows = torch.cat([prompt_rows, hidden_TD[start : start + len(response)]])
             start += len(response)
+            ids = torch.tensor([prompt + response])
             with torch.no_grad():
-                truth = model.model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+                truth, logits = model.model(input_ids=ids).last_hidden_state[0], model(input_ids=ids).logits[0]
             torch.testing.assert_close(rows, truth, rtol=0, atol=1e-10)
+            torch.testing.assert_close(rows @ policy.unembedding.detach().T, logits, rtol=0, atol=1e-10)
     assert start == len(hidden_TD)
     torch.testing.assert_close(policy.unembedding, model.lm_head.weight, rtol=0, atol=0)
 
