@@ -8,8 +8,9 @@ from typing import Any
 
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.config import STAGE_TABLES, UserError, check_tables, overridden
+from isomorph.engine.config import STAGE_TABLES, UserError
 from isomorph.engine.effect import leaves
+from isomorph.engine.recipe_file import check_tables, overridden
 from isomorph.engine.record.checkpoint import latest_checkpoint
 
 # What decides how long, how fast and how far a run goes on, and not what it is. A path must lead to the same content.

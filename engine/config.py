@@ -4,24 +4,18 @@ A recipe is one TOML file. Top-level tables are defaults; a stage may override a
 ``batch`` and ``sampling``. What a user can get wrong is refused here, with the nearest valid key or range.
 """
 
-import copy
-import difflib
-import tomllib
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from isomorph.engine.effect import KeyPath, idle_paths, idle_sentences, leaves
+from isomorph.engine.effect import KeyPath
 
 
 class UserError(ValueError):
@@ -448,220 +442,9 @@ class EngineConfig(Section):
         return self
 
 
-C = TypeVar("C", bound=Section)
 STAGE_TABLES: dict[str, type[Section]] = {
     "objective": ObjectiveConfig,
     "optim": OptimConfig,
     "batch": BatchConfig,
     "sampling": SamplingConfig,
 }
-
-
-def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
-    """The recipe at ``path`` with ``section.key=value`` overrides, as a checked, frozen ``schema``. Raises UserError.
-
-    ``extends = "other.toml"`` lays the recipe over another one: tables are merged, everything else is replaced.
-    A key that the recipe or an override writes must have an effect there; what it extends is shared with others.
-    """
-    base, own = _read_toml(path)
-    tables = _merged(base, own)
-    changed = copy.deepcopy(tables)
-    for text in overrides:
-        _override(changed, text)
-    loaded = _loaded(changed, schema, path)
-    try:  # what an override makes idle was not so where it was written
-        as_written = _loaded(tables, schema, path) if overrides else loaded
-    except UserError:  # complete with its overrides only
-        as_written, tables = loaded, changed
-    sentences = _idle_in(tables, leaves(own), as_written)
-    sentences += _idle_in(changed, (leaf for text in overrides for leaf in _overridden(text)), loaded)
-    if sentences:
-        raise UserError(f"{path}: " + "; ".join(dict.fromkeys(sentences)))
-    return loaded
-
-
-def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C], *, where: str) -> C:
-    """Resolved ``tables``, as run.json has them, with ``section.key=value`` overrides, each of which has an effect."""
-    changed = copy.deepcopy(tables)
-    for text in overrides:
-        _override(changed, text)
-    loaded = check_tables(changed, schema, where=where)
-    if sentences := _idle_in(changed, (leaf for text in overrides for leaf in _overridden(text)), loaded):
-        raise UserError("; ".join(dict.fromkeys(sentences)))
-    return loaded
-
-
-def _loaded(tables: dict[str, Any], schema: type[C], path: Path) -> C:
-    for name, section in STAGE_TABLES.items():  # also what every stage overrides; and a defect once, not once a stage
-        check_tables(tables.get(name, {}), section, where=str(path), inside=name)
-    return check_tables(_stages_resolved(tables), schema, where=str(path))
-
-
-def _idle_in(tables: dict[str, Any], given: Iterable[KeyPath], loaded: Section) -> list[str]:
-    return idle_sentences(given, idle_paths(loaded), lambda path: _takers(tables, path))
-
-
-def _takers(tables: dict[str, Any], path: KeyPath) -> list[KeyPath] | None:
-    """Where in the stages the value at a top-level ``path`` comes to lie; None where stages do not share its table."""
-    if path[0] not in STAGE_TABLES:
-        return None
-    name, stages = str(path[0]), tables.get("stage", [])
-    own = [(i, stage.get(name, {})) for i, stage in enumerate(stages)]
-    return [("stage", i, *path) for i, table in own if path[1] not in table and not _is_renamed(name, tables, table)]
-
-
-def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the recipe extends, all of it, and its own tables."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such recipe; name a TOML file, for example curriculum/recipes/quickstart.toml"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the recipe cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    base = tables.pop("extends", None)
-    if base is None:
-        return {}, tables
-    chain = (*extended_by, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
-        raise UserError(f"{path}: extends must name another recipe, and not in a circle, got {base!r}")
-    return _merged(*_read_toml(path.parent / base, chain)), tables
-
-
-def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merged(under[key], value) if isinstance(value, dict) and isinstance(under.get(key), dict) else value
-        for key, value in over.items()
-    }
-    return {**under, **both}
-
-
-def check_tables(tables: dict[str, Any], schema: type[C], *, where: str, inside: str = "") -> C:
-    """``tables`` as ``schema``; every defect in one UserError. ``inside``: the table that ``tables`` stand in."""
-    try:
-        return schema.model_validate(tables)
-    except ValidationError as error:
-        defects = error.errors(include_url=False)
-        causes = [d for d in defects if not any(_is_around(d["loc"], other["loc"]) for other in defects)]
-        lines = [_explain(schema, tables, defect, inside) for defect in causes]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
-
-
-def _is_around(loc: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """A list is then too short because ``other``, in it, is wrong."""
-    return len(loc) < len(other) and other[: len(loc)] == loc
-
-
-def _overridden(text: str) -> list[KeyPath]:
-    """The paths that an override gives values to."""
-    key, _, value = text.partition("=")
-    at = tuple(int(name) if name.isdigit() else name for name in key.strip().split("."))
-    return list(leaves(toml_value(value.strip()), at))
-
-
-def _override(tables: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"an override must read section.key=value, got {text!r}")
-    *parents, leaf = key.strip().split(".")
-    node: Any = tables
-    for name in parents:
-        node = _child(node, name, text)
-    if isinstance(node, list):
-        raise UserError(f"override {text!r}: name a stage by its number, for example stage.0.steps=10")
-    if not isinstance(node, dict):
-        raise UserError(f"override {text!r}: {parents[-1]} is a value, it has no key {leaf!r}")
-    node[leaf] = toml_value(value.strip())
-
-
-def _child(node: Any, name: str, text: str) -> Any:
-    if isinstance(node, dict):
-        return node.setdefault(name, {})
-    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
-        return node[int(name)]
-    if isinstance(node, list):
-        raise UserError(f"override {text!r}: {name!r} must be a number from 0 to {len(node) - 1}")
-    raise UserError(f"override {text!r}: there is no table around {name!r}, only the value {node!r}")
-
-
-def toml_value(text: str) -> Any:
-    """``text`` as TOML writes a value; a bare word is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _stages_resolved(tables: dict[str, Any]) -> dict[str, Any]:
-    """The top-level objective, optim, batch and sampling tables, laid under those of each stage."""
-    defaults = {name: tables.get(name, {}) for name in STAGE_TABLES}
-    rest = {key: value for key, value in tables.items() if key not in STAGE_TABLES}
-    stages = tables.get("stage")
-    if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):
-        return rest
-    return {**rest, "stage": [{**stage, **_layered(defaults, stage)} for stage in stages]}
-
-
-def _layered(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
-    layered = {}
-    for name, table in defaults.items():
-        own = stage.get(name, {})
-        if not isinstance(own, dict) or not isinstance(table, dict):
-            layered[name] = own or table
-            continue
-        layered[name] = dict(own) if _is_renamed(name, defaults, own) else {**table, **own}
-    return layered
-
-
-def _is_renamed(name: str, defaults: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Another objective's name brings its own preset, not the default objective's choices."""
-    known = defaults.get(name, {}).get("name", DEFAULT_OBJECTIVE)
-    return name == "objective" and "name" in own and own["name"] != known
-
-
-def _explain(schema: type[BaseModel], tables: dict[str, Any], defect: Any, inside: str) -> str:
-    loc = defect["loc"]
-    where = ".".join([inside] * bool(inside) + _as_written(tables, loc)) or "recipe"
-    if defect["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(schema, loc)}"
-    if defect["type"] == "missing":
-        return f"{where}: must be given"
-    message = defect["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(defect["input"], (dict, list, tuple, BaseModel)) else f", got {defect['input']!r}"
-    return f"{where}: {message[0].lower()}{message[1:]}{got}"
-
-
-def _as_written(tables: Any, loc: tuple[Any, ...]) -> list[str]:
-    """``loc`` without the names of kinds that pydantic puts between: keys, and numbers of list items."""
-    path: list[str] = []
-    for i, part in enumerate(loc):
-        is_here = part in tables if isinstance(tables, dict) else isinstance(part, int)
-        if not is_here and i < len(loc) - 1:
-            continue
-        path.append(str(part))
-        is_inside = is_here and (isinstance(tables, dict) or (isinstance(tables, list) and int(part) < len(tables)))
-        tables = tables[part] if is_inside else None
-    return path
-
-
-def _nearest(schema: type[BaseModel], loc: tuple[Any, ...]) -> str:
-    models: list[type[BaseModel]] = [schema]
-    for part in loc[:-1]:
-        inside = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        tagged = [m for m in models if any(get_args(f.annotation) == (part,) for f in m.model_fields.values())]
-        if inside:
-            models = [model for annotation in inside for model in _models_in(annotation)]
-        elif tagged:  # one of several kinds of table, told apart by a key
-            models = tagged
-    keys = sorted({key for model in models for key in model.model_fields})
-    near = difflib.get_close_matches(str(loc[-1]), keys, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(keys)}"
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]

@@ -24,7 +24,7 @@ from scipy.stats import t as student_t
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.tasks.procedure import draw
 from isomorph.curriculum.tasks.shortcuts import shortcut_rates
-from isomorph.engine.config import load_recipe
+from isomorph.engine.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "curriculum/recipes/quickstart.toml"

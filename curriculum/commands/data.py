@@ -18,8 +18,9 @@ from isomorph.curriculum.rewards.families import FAMILIES
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import has_solver, read_rows
 from isomorph.curriculum.tasks.task import Split, Task
-from isomorph.engine.config import Section, UserError, check_tables, toml_value
+from isomorph.engine.config import Section, UserError
 from isomorph.engine.foreign import printable
+from isomorph.engine.recipe_file import check_tables, toml_value
 
 NUM_SAMPLES = 3
 MAX_LISTED = 10

@@ -27,10 +27,11 @@ from isomorph.curriculum.sources import TaskFiles
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import Task
-from isomorph.engine.config import ModelConfig, UserError, check_tables
+from isomorph.engine.config import ModelConfig, UserError
 from isomorph.engine.foreign import printable
 from isomorph.engine.model.load import load_policy, silence_loaders
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.recipe_file import check_tables
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.types import Sampling
 

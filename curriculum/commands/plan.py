@@ -12,8 +12,8 @@ from rich.text import Text
 
 from isomorph.curriculum.estimate import plan_recipe, size_text
 from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.config import load_recipe
 from isomorph.engine.planner import MOMENTS
+from isomorph.engine.recipe_file import load_recipe
 
 
 def plan(

@@ -20,9 +20,10 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
 from isomorph.curriculum.report.run_record import read_run, read_run_json
 from isomorph.curriculum.resume import Changes, resumed_recipe
-from isomorph.engine.config import UserError, load_recipe
+from isomorph.engine.config import UserError
 from isomorph.engine.distributed.launch import open_ranks
 from isomorph.engine.distributed.ranks import Ranks
+from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.record.runlog import LOCK, locked
 from isomorph.engine.types import RunFailed

@@ -10,7 +10,8 @@ import numpy as np
 
 from isomorph.curriculum.recipe import START, Recipe, StageRecipe
 from isomorph.curriculum.study.statistics import Accuracy
-from isomorph.engine.config import UserError, check_tables
+from isomorph.engine.config import UserError
+from isomorph.engine.recipe_file import check_tables
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.record.runlog import Row, read_steps
 

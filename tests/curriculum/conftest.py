@@ -9,8 +9,8 @@ from rich.console import Console
 
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.config import load_recipe
 from isomorph.engine.distributed.ranks import ALONE
+from isomorph.engine.recipe_file import load_recipe
 
 SMOKE = Path(__file__).parents[2] / "curriculum" / "recipes" / "smoke.toml"
 # enough of a warm-up for some right answers, a checkpoint in the middle of "symbols", a sample of every step

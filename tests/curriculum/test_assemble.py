@@ -18,8 +18,9 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import resumed_recipe
 from isomorph.curriculum.rewards.pool import RewardPool
-from isomorph.engine.config import UserError, check_tables, load_recipe
+from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import ALONE, Ranks
+from isomorph.engine.recipe_file import check_tables, load_recipe
 from isomorph.kernels import backend
 
 QUICKSTART = Path(__file__).parents[2] / "curriculum" / "recipes" / "quickstart.toml"

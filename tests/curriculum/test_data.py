@@ -17,8 +17,9 @@ from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import DataError
-from isomorph.engine.config import UserError, check_tables
+from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, word_tokenizer
+from isomorph.engine.recipe_file import check_tables
 
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
 

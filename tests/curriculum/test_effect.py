@@ -21,17 +21,10 @@ from torch import Tensor
 
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.config import (
-    STAGE_TABLES,
-    ObjectiveConfig,
-    ObjectiveName,
-    OptimConfig,
-    SamplerConfig,
-    UserError,
-    load_recipe,
-)
+from isomorph.engine.config import STAGE_TABLES, ObjectiveConfig, ObjectiveName, OptimConfig, SamplerConfig, UserError
 from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.effect import idle_paths
+from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.micro_batches import pack

@@ -6,7 +6,8 @@ import pytest
 
 from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.config import UserError, check_tables
+from isomorph.engine.config import UserError
+from isomorph.engine.recipe_file import check_tables
 
 
 def recipe_of(path: str, model: str = "") -> Recipe:

@@ -9,8 +9,9 @@ import pytest
 from isomorph.curriculum.lengths import at_most
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.stage import Curriculum
-from isomorph.engine.config import UserError, check_tables
+from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, word_tokenizer
+from isomorph.engine.recipe_file import check_tables
 
 TEXT = TextCodec(word_tokenizer(["a", "b"]), chat_template=False, stop_ids=[1])  # [BOS], then a token a word
 

@@ -14,8 +14,9 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.rewards.families import check_reward
 from isomorph.curriculum.rewards.pool import RewardPool
 from isomorph.curriculum.stage import Curriculum
-from isomorph.engine.config import UserError, check_tables, load_recipe
+from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, word_tokenizer
+from isomorph.engine.recipe_file import check_tables, load_recipe
 
 NONE = None  # of the texts below none is worth that
 # Accepted answer: (what is worth 1, what is worth 0), texts with ¦ between them.

@@ -12,8 +12,9 @@ import torch
 from isomorph.curriculum.recipe import JsonlData, Recipe
 from isomorph.curriculum.sources import TaskFiles
 from isomorph.curriculum.stage import Curriculum
-from isomorph.engine.config import UserError, check_tables, load_recipe
+from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, word_tokenizer
+from isomorph.engine.recipe_file import check_tables, load_recipe
 from isomorph.engine.types import Group, Prompt, Rollout
 
 RECIPES = Path(__file__).parents[2] / "curriculum" / "recipes"

@@ -22,9 +22,8 @@ from isomorph.engine.config import (
     Stage,
     TinyModel,
     UserError,
-    check_tables,
-    load_recipe,
 )
+from isomorph.engine.recipe_file import check_tables, load_recipe
 
 FSDP = dict(model=dict(path="x"), parallel=dict(kind="fsdp"))
 
