@@ -21,11 +21,12 @@ from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task
+from isomorph.engine.components import Components
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.fsdp import shard
 from isomorph.engine.distributed.heartbeat import lost_ranks_explained
 from isomorph.engine.distributed.ranks import Ranks
-from isomorph.engine.loop import Crew, train
+from isomorph.engine.loop import train
 from isomorph.engine.model.load import load_policy, silence_loaders
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
@@ -101,7 +102,7 @@ def run_recipe(
 @contextlib.contextmanager
 def _crew_at_work(
     recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], ranks: Ranks, *, resume: bool
-) -> Iterator[tuple[Crew, RunState]]:
+) -> Iterator[tuple[Components, RunState]]:
     policy = open_policy(recipe)
     _refuse_long_responses(recipe, policy.max_model_len)
     log.telemetry = Telemetry(*find_gpu(policy.device))
@@ -131,7 +132,7 @@ def _crew_at_work(
             log.say(f"note: {note}")
         for fallback in fallbacks(policy):
             log.say(f"warning: {fallback}")
-        crew = Crew(
+        crew = Components(
             policy=policy,
             sampler=sampler,
             demonstrations=DemonstrationSampler(
@@ -285,7 +286,7 @@ def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
         )
 
 
-def _summary(crew: Crew, state: RunState) -> dict[str, Any]:
+def _summary(crew: Components, state: RunState) -> dict[str, Any]:
     assert isinstance(crew.source, Curriculum) and isinstance(crew.judge, RewardPool)
     accuracy = crew.source.accuracy()
     return {

@@ -16,7 +16,7 @@ from isomorph.curriculum.tasks.async_plan import make_task
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
-from isomorph.engine.types import Exam, Group, Prompt
+from isomorph.engine.types import EvaluationRequest, Group, Prompt
 
 
 class Curriculum:
@@ -62,6 +62,9 @@ class Curriculum:
         task: Task = prompt.payload
         return task.is_correct(reward)
 
+    def label(self, prompt: Prompt) -> str:
+        return prompt.representation
+
     def observe(self, groups: Sequence[Group]) -> None:
         stage = self._present()
         rewards = [reward for group in groups for reward in group.rewards]
@@ -74,27 +77,31 @@ class Curriculum:
             self.steps_done = self.response_tok = 0
             self.recent_rewards = []
 
-    def exam(self) -> Exam | None:
+    def pending_evaluation(self) -> EvaluationRequest | None:
         """The evaluation that is due: one after each stage, and one before the first unless that is supervised."""
         label = self.recipe.stage[self.stage_index - 1].name if self.stage_index else START
         is_due = self.steps_done == 0 and label not in {done["label"] for done in self.evaluations}
         if not is_due or (label == START and self.recipe.stage[0].objective.is_supervised):
             return None
-        return Exam(label=label, prompts=self._prompts_of_evaluation(), max_new_tok=self.recipe.eval.max_new_tok)
+        return EvaluationRequest(
+            label=label, prompts=self._prompts_of_evaluation(), max_new_tok=self.recipe.eval.max_new_tok
+        )
 
-    def grade(self, exam: Exam, rewards: Sequence[float], found: Sequence[bool] | None) -> str:
+    def record_evaluation(
+        self, request: EvaluationRequest, rewards: Sequence[float], found: Sequence[bool] | None
+    ) -> str:
         """Records accuracy, share without an answer and baseline by representation; returns a line for the console."""
-        results = scores_by_representation([prompt.payload for prompt in exam.prompts], rewards, found)
+        results = scores_by_representation([prompt.payload for prompt in request.prompts], rewards, found)
         self.evaluations.append(
             {
-                "label": exam.label,
+                "label": request.label,
                 "after_prompts": self.next_prompt_id,
                 "accuracy": {name: result.accuracy.to_dict() for name, result in results.items()},
                 "no_answer": {n: result.no_answer for n, result in results.items() if result.no_answer is not None},
                 "floor": self.sequential_baseline(),
             }
         )
-        return f"eval after {exam.label}: " + "  ".join(f"{name} {result}" for name, result in results.items())
+        return f"eval after {request.label}: " + "  ".join(f"{name} {result}" for name, result in results.items())
 
     def sequential_baseline(self) -> dict[str, float | None]:
         """Accuracy of the sequential baseline per representation of [eval]; None where it is not known."""

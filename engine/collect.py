@@ -1,120 +1,112 @@
-"""The responses of a step: drawn, judged, exchanged between ranks, and refilled."""
+"""Rollouts of a step and their rewards: sampled on each rank, exchanged between ranks, refilled (dynamic sampling)."""
 
 import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from isomorph.engine.components import Crew
+from isomorph.engine.components import Components, RunProgress, StopRequested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import check_ends
-from isomorph.engine.rescue import Here, StopRequested
-from isomorph.engine.types import (
-    Draw,
-    Group,
-    Prompt,
-    Rollout,
-    Sampler,
-    Sampling,
-)
-from isomorph.engine.update.score import (
-    Judging,
-    score,
-)
+from isomorph.engine.types import Draw, Group, Prompt, Rollout, Sampler, Sampling
+from isomorph.engine.update.score import RewardThread, score
 
 
-def answered(
-    crew: Crew,
+def sample_and_reward(
+    components: Components,
     sampler: Sampler,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     time: Callable[[str], contextlib.AbstractContextManager[None]],
 ) -> tuple[list[Rollout], list[str], list[float]]:
-    """Each rank draws and judges its share; a group is judged while others are drawn.
+    """Returns rollouts, decoded texts and rewards of all ranks, in the order of ``prompts``, samples ascending.
 
-    A rank that is asked to stop does so within a few tokens, and drops what it has; the others finish theirs before
-    they hear of it. Then all raise StopRequested.
+    Each rank samples and rewards its share of the prompts; a group's rewards are computed while others are sampled.
+    A rank on which a stop is requested drops its rollouts within a few tokens; the others finish theirs first. Then
+    all ranks raise StopRequested.
     """
 
-    def look() -> None:
-        if crew.stop_requested():
+    def stop_here() -> None:
+        if components.stop_requested():
             raise StopRequested
 
-    own, is_stopped = crew.ranks.share(prompts), False
+    own, is_stopped = components.ranks.share(prompts), False
     try:
-        # judging, as far as it does not run beside drawing
-        with time("judge"), Judging(crew.judge, crew.policy.text.decode, own, look) as judging:
-            with time("generate"), crew.policy.unsharded():
-                rollouts = sampler.generate(own, sampling, judging.add, look)
-            texts, rewards = judging.results()
+        # phase "judge": the part of the reward computation that does not overlap with sampling
+        with time("judge"), RewardThread(components.judge, components.policy.text.decode, own, stop_here) as rewarding:
+            with time("generate"), components.policy.unsharded():
+                rollouts = sampler.generate(own, sampling, rewarding.add, stop_here)
+            texts, rewards = rewarding.results()
     except StopRequested:
         is_stopped = True
     with time("exchange"):
-        if crew.ranks.any(is_stopped):
+        if components.ranks.any(is_stopped):
             raise StopRequested
-        return crew.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
+        return components.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
 
 
-class Draws:
-    """The responses of a step, drawn and judged; first those that it had when it was interrupted."""
+class Collector:
+    """Collects the groups of one step; rollouts that an interrupted step left in ``progress.state`` come first."""
 
-    def __init__(self, crew: Crew, sampler: Sampler, stage: Stage, here: Here) -> None:
-        self.crew, self.sampler, self.stage, self.here = crew, sampler, stage, here
-        self.known = deque(here.state.draws)
-        self.taken: list[Draw] = []
+    def __init__(self, components: Components, sampler: Sampler, stage: Stage, progress: RunProgress) -> None:
+        self.components, self.sampler, self.stage, self.progress = components, sampler, stage, progress
+        self._left = deque(progress.state.draws)
+        self._taken: list[Draw] = []
 
-    def take(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[str]]:
-        """A judged group for each prompt, and the texts that were judged."""
-        with self.crew.log.time("generate"):
-            draw = self.known.popleft() if self.known else self._ask(prompts)
-        self.taken.append(draw)
-        self.here.state = dataclasses.replace(self.here.state, draws=(*self.taken, *self.known))
-        with self.crew.log.time("judge"):
+    def collect(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[str]]:
+        """Returns a group for each prompt, and the decoded text of every response, in the same order."""
+        log = self.components.log
+        with log.time("generate"):
+            draw = self._left.popleft() if self._left else self._sample(prompts)
+        self._taken.append(draw)
+        self.progress.state = dataclasses.replace(self.progress.state, draws=(*self._taken, *self._left))
+        with log.time("judge"):
             return score(prompts, draw.rollouts, draw.rewards, self.stage.objective), list(draw.texts)
 
-    def _ask(self, prompts: Sequence[Prompt]) -> Draw:
-        sampling = _sampling(self.crew, self.stage)
-        rollouts, texts, rewards = answered(self.crew, self.sampler, prompts, sampling, self.crew.log.time)
-        if self.sampler is self.crew.sampler:
+    def _sample(self, prompts: Sequence[Prompt]) -> Draw:
+        components, sampling = self.components, _training_sampling(self.components, self.stage)
+        rollouts, texts, rewards = sample_and_reward(components, self.sampler, prompts, sampling, components.log.time)
+        if self.sampler is components.sampler:
             check_ends(rollouts, sampling)
         return Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
 
 
-def refill(draws: Draws, groups: list[Group], texts: list[str]) -> tuple[list[Group], list[Group], list[str]]:
-    """Dynamic sampling: groups without variance give way to further prompts' groups, in ``batch.refills`` rounds.
+def refill(collector: Collector, groups: list[Group], texts: list[str]) -> tuple[list[Group], list[Group], list[str]]:
+    """Dynamic sampling: replaces zero-variance groups by groups of further prompts, in ``batch.refills`` rounds.
 
-    Returns the groups to learn from, as many as before; and all that were drawn, with their texts.
+    Returns the groups to train on, as many as ``groups``; all groups that were sampled; and the texts of the latter.
     """
-    learned, stage = list(groups), draws.stage
+    trained, stage = list(groups), collector.stage
     for _ in range(stage.batch.refills):
-        flat = [i for i, group in enumerate(learned) if group.is_flat]
+        flat = [i for i, group in enumerate(trained) if group.has_zero_variance]
         if not flat:
             break
-        more, more_texts = draws.take(draws.crew.source.take(len(flat)))
+        more, more_texts = collector.collect(collector.components.source.take(len(flat)))
         for i, group in zip(flat, more, strict=True):
-            learned[i] = group
+            trained[i] = group
         groups, texts = [*groups, *more], [*texts, *more_texts]
-    if stage.objective.scale == "batch" and len(groups) > len(learned):  # over the groups that are learned from
-        rollouts, rewards = [r for g in learned for r in g.rollouts], [r for g in learned for r in g.rewards]
-        learned = score([g.prompt for g in learned], rollouts, rewards, stage.objective)
-    return learned, groups, texts
+    if stage.objective.scale == "batch" and len(groups) > len(trained):  # statistics are over the groups trained on
+        rollouts, rewards = [r for g in trained for r in g.rollouts], [r for g in trained for r in g.rewards]
+        trained = score([g.prompt for g in trained], rollouts, rewards, stage.objective)
+    return trained, groups, texts
 
 
-def _sampling(crew: Crew, stage: Stage) -> Sampling:
+def _training_sampling(components: Components, stage: Stage) -> Sampling:
     return Sampling(
         temperature=stage.sampling.temperature,
         max_new_tok=stage.sampling.max_new_tok,
         samples_per_prompt=stage.sampling.samples_per_prompt,
-        stop_ids=crew.policy.text.stop_ids,
-        seed=crew.config.seed,
+        stop_ids=components.policy.text.stop_ids,
+        seed=components.config.seed,
     )
 
 
-def greedy(crew: Crew, max_new_tok: int) -> Sampling:
+def greedy_sampling(components: Components, max_new_tok: int) -> Sampling:
+    """One greedy response a prompt, for evaluation."""
     return Sampling(
         temperature=0.0,
         max_new_tok=max_new_tok,
         samples_per_prompt=1,
-        stop_ids=crew.policy.text.stop_ids,
-        seed=crew.config.seed,
+        stop_ids=components.policy.text.stop_ids,
+        seed=components.config.seed,
     )

@@ -1,4 +1,4 @@
-"""Who does each part of a run, and whether it was asked to stop."""
+"""The parts of a run, assembled outside and handed to ``engine.loop.train``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,36 +7,41 @@ from isomorph.engine.config import RunConfig
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.runlog import RunLog
-from isomorph.engine.rescue import StopRequested
-from isomorph.engine.types import (
-    Judge,
-    PromptSource,
-    Sampler,
-)
+from isomorph.engine.types import Judge, PromptSource, RunState, Sampler
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.score import (
-    FindsAnswer,
-)
+from isomorph.engine.update.score import FindsAnswer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
-    """Who does what."""
+class Components:
+    """Everything that ``train`` and ``step`` use: model, sampler, prompts, reward function, learner, log, ranks."""
 
     policy: Policy
     sampler: Sampler
-    demonstrations: Sampler  # of supervised stages
+    demonstrations: Sampler  # takes the sampler's place in supervised stages
     source: PromptSource
     judge: Judge
     learner: Learner
     log: RunLog
     config: RunConfig
-    stop_requested: Callable[[], bool]  # asked every few tokens, between micro-batches and wherever else it may end
+    stop_requested: Callable[[], bool]  # polled every few decoded tokens, before each micro-batch, and between phases
     ranks: Ranks = ALONE
     finds_answer: FindsAnswer | None = None  # None: judge/no_answer is not measured
 
 
-def stop_if_requested(crew: Crew) -> None:
-    """Raises StopRequested on every rank where any was asked to stop: all must ask."""
-    if crew.ranks.any(crew.stop_requested()):
+class StopRequested(Exception):
+    """A stop was requested on this rank or on another one."""
+
+
+def stop_if_requested(components: Components) -> None:
+    """Raises StopRequested on every rank if a stop was requested on any. A collective: all ranks must call it."""
+    if components.ranks.any(components.stop_requested()):
         raise StopRequested
+
+
+@dataclass(slots=True)
+class RunProgress:
+    """The state that a checkpoint written at this moment would hold."""
+
+    state: RunState
+    matches_weights: bool = True  # False: ``state`` is from before a step, the weights are from after it

@@ -294,7 +294,7 @@ class ObjectiveConfig(Section):
         return self.kl_coef > 0 or self.reward_kl_coef > 0
 
     @property
-    def drops_flat_groups(self) -> bool:
+    def drops_zero_advantages(self) -> bool:
         """Whether a sequence with advantage 0 has no gradient at all."""
         return self.name != "sft" and not self.needs_reference and self.entropy_coef == 0
 

@@ -1,28 +1,34 @@
-"""The story: ask, answer, judge, learn, publish; again.
+"""The training loop: prompts, rollouts, rewards, optimizer steps, weight sync.
 
-Who does each part is decided outside and handed in as a ``Crew``. Nothing here knows a model, a task or a sampler.
+All parts are assembled outside and handed in as ``Components``. The calls of one step:
+
+    source.take(P)                   -> list[Prompt]
+    publish, if weights have changed -> Publication
+    Collector.collect                -> list[Group] and texts: Sampler.generate, Judge, score
+    pack                             -> list[Update], one for each optimizer step
+    Learner.begin, advance, stats    -> StepStats
+    source.observe, RunLog.write_step
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from isomorph.engine.collect import Draws, answered, greedy, refill
-from isomorph.engine.components import Crew, stop_if_requested
+from isomorph.engine.collect import Collector, greedy_sampling, refill, sample_and_reward
+from isomorph.engine.components import Components, RunProgress, StopRequested, stop_if_requested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import Surprise, check_step
 from isomorph.engine.record.checkpoint import save_checkpoint
 from isomorph.engine.record.profile import profiled
-from isomorph.engine.record.runlog import RunLog
-from isomorph.engine.record.step_record import answers, completions, step_line, step_row
-from isomorph.engine.rescue import Here, StopRequested, rescue
+from isomorph.engine.record.step_record import StepResult, completion_rows, console_line, evaluation_rows, step_row
+from isomorph.engine.rescue import rescue
 from isomorph.engine.rollout.tripwire import check_publication
 from isomorph.engine.types import (
-    Exam,
+    EvaluationRequest,
     Group,
     Prompt,
-    PromptSource,
     Publication,
     RunState,
     Sampler,
@@ -30,187 +36,225 @@ from isomorph.engine.types import (
     StepStats,
 )
 from isomorph.engine.update.micro_batches import pack
-from isomorph.engine.update.score import (
-    answers_found,
-    warning_of_no_answer,
-)
+from isomorph.engine.update.score import answers_found, warning_of_no_answer
 
 
-def train(crew: Crew, state: RunState) -> RunState:
-    """From ``state`` to the end of the last stage.
+def train(components: Components, state: RunState) -> RunState:
+    """Trains from ``state`` to the end of the last stage; returns the final state.
 
-    Raises KeyboardInterrupt after a requested stop: then a checkpoint has been written. What ends the run otherwise
-    (RunFailed where it is the run's, its machine's or its disk's fault) leaves a checkpoint, too, where the weights
-    allow it: ``engine.rescue``.
+    Raises KeyboardInterrupt after a requested stop, when a checkpoint has been written. Any other error is passed on
+    after ``engine.rescue`` has written a checkpoint, if the weights allow it; RunFailed if the training itself, the
+    machine or the disk is the cause.
     """
-    here = Here(state)
-    crew.learner.on_batch = partial(stop_if_requested, crew)
+    progress = RunProgress(state)
+    components.learner.on_batch = partial(stop_if_requested, components)
     try:
-        return _all_stages(crew, here)
+        return _all_stages(components, progress)
     except StopRequested:
-        with crew.log.time("checkpoint"):
-            save(crew, here.state)
+        with components.log.time("checkpoint"):
+            save(components, progress.state)
         raise KeyboardInterrupt from None
     except Exception as error:
-        told = rescue(crew, here, error, save)
-        if told is error:
+        raised = rescue(components, progress, error, save)
+        if raised is error:
             raise
-        raise told from error
+        raise raised from error
     finally:
-        crew.learner.on_batch = lambda: None
+        components.learner.on_batch = lambda: None
 
 
-def _all_stages(crew: Crew, here: Here) -> RunState:
-    log = crew.log
-    here.state = dataclasses.replace(here.state, source=crew.source.state_dict())
-    stop_if_requested(crew)
+def _all_stages(components: Components, progress: RunProgress) -> RunState:
+    log, source = components.log, components.source
+    progress.state = dataclasses.replace(progress.state, source=source.state_dict())
+    stop_if_requested(components)
     with log.time("publish"):
-        publish(crew, crew.sampler, here.state.policy_version, _any_prompt(crew))
+        publish(components, components.sampler, progress.state.policy_version, _any_prompt(components))
     while True:
-        stop_if_requested(crew)
+        stop_if_requested(components)
         with log.time("exam"):
-            if exam := crew.source.exam():
-                sit(crew, here.state, exam)
-                here.state = dataclasses.replace(here.state, source=crew.source.state_dict())
-                stop_if_requested(crew)
-        stage = crew.source.stage()
+            if request := source.pending_evaluation():
+                evaluate(components, progress.state, request)
+                progress.state = dataclasses.replace(progress.state, source=source.state_dict())
+                stop_if_requested(components)
+        stage = source.stage()
         if stage is None:
-            save(crew, here.state)
-            return here.state
-        if stage.name != here.state.stage:
+            save(components, progress.state)
+            return progress.state
+        if stage.name != progress.state.stage:
             with log.time("enter"):
-                crew.learner.enter(stage)
-            here.state = dataclasses.replace(here.state, stage=stage.name)
-        with profiled(log.folder, here.state.step + 1, crew.config.profile if crew.ranks.is_first else None):
-            step(crew, here, stage)
-        stop_if_requested(crew)
-        if here.state.step % crew.config.checkpoint_every == 0:
+                components.learner.enter(stage)
+            progress.state = dataclasses.replace(progress.state, stage=stage.name)
+        profiled_steps = components.config.profile if components.ranks.is_first else None
+        with profiled(log.folder, progress.state.step + 1, profiled_steps):
+            step(components, progress, stage)
+        stop_if_requested(components)
+        if progress.state.step % components.config.checkpoint_every == 0:
             with log.time("checkpoint"):
-                save(crew, here.state)
+                save(components, progress.state)
 
 
-def step(crew: Crew, here: Here, stage: Stage) -> None:
-    """One round of rollouts and every update on it; of an interrupted one, what is left of it.
+def step(components: Components, progress: RunProgress, stage: Stage) -> None:
+    """Samples one set of rollouts and makes all optimizer steps on it.
 
-    ``here.state`` holds at every moment what a checkpoint would need to go on from it, the source's state as it was
-    when the step began: it asks the same once more.
+    If ``progress.state.draws`` is set, the step was interrupted: those rollouts are reused and the remaining optimizer
+    steps are made. Until the step ends, ``progress.state`` holds the source's state from before ``take``, so that a
+    run resumed from it takes the same prompts again.
     """
-    log, source = crew.log, crew.source
+    log, source = components.log, components.source
     stage_step = source.stage_step()
-    sampler = crew.demonstrations if stage.objective.is_supervised else crew.sampler
-    draws = Draws(crew, sampler, stage, here)
+    sampler = components.demonstrations if stage.objective.is_supervised else components.sampler
+    collector = Collector(components, sampler, stage, progress)
     log.begin_step()
     with log.time("ask"):
         prompts = source.take(stage.batch.prompts)
     with log.time("publish"):
-        publication = bring_up_to_date(crew, sampler, here.state.policy_version)
-    groups, texts = draws.take(prompts)
-    learned, groups, texts = refill(draws, groups, texts)
-    stop_if_requested(crew)
+        publication = publish_if_stale(components, sampler, progress.state.policy_version)
+    groups, texts = collector.collect(prompts)
+    trained, groups, texts = refill(collector, groups, texts)
+    stop_if_requested(components)
+    num_replaced = len(groups) - len(trained)
+    stats = _update(components, progress, stage, stage_step, trained, num_replaced)
+    with log.time("record"):
+        source.observe(groups)
+        progress.state = _advanced(progress.state, source.state_dict(), groups, stats, log.wall_s())
+        progress.matches_weights = True
+        found = answers_found(components.finds_answer, [group.prompt for group in groups], texts)
+    result = StepResult(
+        stage=stage.name,
+        stage_step=stage_step,
+        groups=groups,
+        texts=texts,
+        found=found,
+        num_replaced=num_replaced,
+        stats=stats,
+        publication=publication,
+    )
+    _record(components, progress.state, result)
+
+
+def _update(
+    components: Components,
+    progress: RunProgress,
+    stage: Stage,
+    stage_step: int,
+    groups: Sequence[Group],
+    num_replaced: int,
+) -> StepStats:
+    """All optimizer steps on ``groups``. ``num_replaced``: groups that ``refill`` replaced by some of them."""
+    log, learner = components.log, components.learner
     with log.time("pack"):
         updates = pack(
-            learned,
+            groups,
             micro_batch_tok=stage.batch.micro_batch_tok,
             prompts_per_update=stage.batch.prompts_per_update,
             objective=stage.objective,
-            device=crew.policy.device,
-            ranks=crew.ranks,
+            device=components.policy.device,
+            ranks=components.ranks,
         )
-    # in a supervised stage, too: an exam may have left the sampler awake
-    with log.time("handover"), crew.sampler.asleep(), log.time("update"):
-        check, num_replaced = partial(_check_drift, crew, here.state), len(groups) - len(learned)
-        work = crew.learner.begin(updates, stage, stage_step, check, num_replaced)
+    # also in a supervised stage, because an evaluation may have left the sampler's cache allocated
+    with log.time("handover"), components.sampler.asleep(), log.time("update"):
+        check = partial(_check_drift, components, progress.state)
+        work = learner.begin(updates, stage, stage_step, check, num_replaced)
         while not work.is_done:
-            crew.learner.advance(work)
+            learner.advance(work)
             if not work.is_done:
-                stop_if_requested(crew)
-        here.is_whole = False  # the weights are those after the step already
-        stats = crew.learner.stats(work)
-    with log.time("record"):
-        source.observe(groups)
-        here.state = state = _advanced(here.state, source, groups, stats, log.wall_s())
-        here.is_whole = True
-        found = answers_found(crew.finds_answer, [group.prompt for group in groups], texts)
-        row = step_row(state, stage, stage_step, groups, len(groups) - len(learned), found, stats, publication)
-    num_correct = sum(source.is_correct(group.prompt, reward) for group in groups for reward in group.rewards)
-    row |= log.end_step(num_tok=stats.num_loss_tok, num_correct=num_correct, gather=crew.ranks.gather)
-    with log.time("record"):
-        log.write_step(row, step_line(row))
-        if stage_step == 0:
-            where = f"step {state.step}, the first of stage {stage.name}"
-            _warn(log, warning_of_no_answer(where, found, texts, 1 - row["response/stopped"]))
-        if state.step % crew.config.completions_every == 0:
-            log.write_completions(f"step-{state.step:08d}", completions(crew, groups, texts, found))
+                stop_if_requested(components)
+        progress.matches_weights = False  # all optimizer steps are made, the state is still that before the step
+        return learner.stats(work)
 
 
-def _check_drift(crew: Crew, state: RunState, found: StepDrift) -> None:
-    check_step(found, crew.policy.dtype, crew.policy.config.num_hidden_layers, crew.config.max_mean_drift)
+def _check_drift(components: Components, state: RunState, found: StepDrift) -> None:
+    policy = components.policy
+    check_step(found, policy.dtype, policy.config.num_hidden_layers, components.config.max_mean_drift)
     Surprise.of(state.totals).plus(found).check()
 
 
-def _warn(log: RunLog, warning: str) -> None:
+def _record(components: Components, state: RunState, result: StepResult) -> None:
+    """Writes the step's row and console line, warnings, and completions where they are due."""
+    log, source = components.log, components.source
+    with log.time("record"):
+        row = step_row(result, state, source.label)
+    num_correct = sum(source.is_correct(group.prompt, reward) for group in result.groups for reward in group.rewards)
+    row |= log.end_step(num_tok=result.stats.num_loss_tok, num_correct=num_correct, gather=components.ranks.gather)
+    with log.time("record"):
+        log.write_step(row, console_line(row))
+        if result.stage_step == 0:
+            where = f"step {state.step}, the first of stage {result.stage}"
+            _warn(components, warning_of_no_answer(where, result.found, result.texts, 1 - row["response/stopped"]))
+        if state.step % components.config.completions_every == 0:
+            rows = completion_rows(result, components.policy.text.decode, source.is_correct)
+            log.write_completions(f"step-{state.step:08d}", rows)
+
+
+def _warn(components: Components, warning: str) -> None:
     if warning:
-        log.say(warning)
+        components.log.say(warning)
 
 
-def bring_up_to_date(crew: Crew, sampler: Sampler, version: int, probe: Prompt | None = None) -> Publication | None:
-    """Publishes where the sampler is behind; None where it is not."""
-    return None if sampler.policy_version == version else publish(crew, sampler, version, probe)
+def publish_if_stale(components: Components, sampler: Sampler, version: int) -> Publication | None:
+    """Weight sync if the sampler's weights are not those of ``version``; else None."""
+    return None if sampler.policy_version == version else publish(components, sampler, version, None)
 
 
-def publish(crew: Crew, sampler: Sampler, version: int, probe: Prompt | None) -> Publication:
-    """Brings the sampler to the policy's present weights, and proves that it is there.
+def publish(components: Components, sampler: Sampler, version: int, probe: Prompt | None) -> Publication:
+    """Weight sync: brings the policy's present weights to ``sampler`` and verifies that it uses them.
 
-    Without a ``probe`` the last proof is left to the learner: it compares every token that a step learns from with what
-    the sampler said of it, and refuses before its first update.
+    Compares a hash of the weights and, with ``probe``, the log-probabilities of a sampled response. Without a probe
+    the learner compares trainer and sampler log-probabilities on the step's own tokens before the first optimizer
+    step. Raises RunFailed on a difference.
     """
-    with crew.policy.unsharded():
+    with components.policy.unsharded():
         publication = sampler.publish(version)
-        if sampler is crew.sampler:
-            publication = check_publication(crew.policy, sampler, publication, probe, crew.config.max_mean_drift)
+        if sampler is components.sampler:
+            limit = components.config.max_mean_drift
+            publication = check_publication(components.policy, sampler, publication, probe, limit)
     return publication
 
 
-def sit(crew: Crew, state: RunState, exam: Exam) -> None:
-    """Greedy answers to the exam's questions, judged and taken down."""
-    bring_up_to_date(crew, crew.sampler, state.policy_version, exam.prompts[0])
-    sampling = greedy(crew, exam.max_new_tok)
-    _, texts, rewards = answered(crew, crew.sampler, exam.prompts, sampling, lambda phase: contextlib.nullcontext())
-    found = answers_found(crew.finds_answer, exam.prompts, texts)
-    crew.log.say(crew.source.grade(exam, rewards, found))
-    _warn(crew.log, warning_of_no_answer(f"the exam after {exam.label}", found, texts, None))
-    crew.log.write_completions(f"exam-{exam.label}", answers(crew, exam, texts, rewards, found))
+def evaluate(components: Components, state: RunState, request: EvaluationRequest) -> None:
+    """Samples greedy responses to the request's prompts, has the source record the rewards, and writes completions."""
+    if components.sampler.policy_version != state.policy_version:
+        publish(components, components.sampler, state.policy_version, request.prompts[0])
+    sampling = greedy_sampling(components, request.max_new_tok)
+    _, texts, rewards = sample_and_reward(
+        components, components.sampler, request.prompts, sampling, lambda phase: contextlib.nullcontext()
+    )
+    found = answers_found(components.finds_answer, request.prompts, texts)
+    components.log.say(components.source.record_evaluation(request, rewards, found))
+    _warn(components, warning_of_no_answer(f"the evaluation after {request.label}", found, texts, None))
+    rows = evaluation_rows(
+        request.prompts, texts, rewards, found, components.policy.text.decode, components.source.is_correct
+    )
+    components.log.write_completions(f"exam-{request.label}", rows)
 
 
-def save(crew: Crew, state: RunState, keep: int | None = None) -> None:
-    """A checkpoint of everything, written by the first rank; before the first stage there is nothing but weights.
+def save(components: Components, state: RunState, keep: int | None = None) -> None:
+    """Writes a checkpoint, on the first rank. A collective: all ranks must call it.
 
-    ``keep``: how many stay, this one included; None: as the run is configured.
+    ``keep``: how many checkpoints stay, this one included; None: ``run.keep_checkpoints``. Before the first stage
+    there is no optimizer, and the checkpoint holds the weights only.
     """
-    totals = {**state.totals, "wall_s": crew.log.wall_s()}
-    state = dataclasses.replace(state, num_ranks=crew.ranks.size, totals=totals)
-    tensors = crew.learner.state_tensors() if state.stage else {}
-    with crew.policy.unsharded():
-        if crew.ranks.is_first:
-            root = crew.log.folder / "checkpoints"
-            weights = {name: p.detach() for name, p in crew.policy.named_parameters().items()}
-            save_checkpoint(root, state, weights, tensors, keep=keep or crew.config.keep_checkpoints)
-    crew.ranks.wait()  # whoever goes on may count on it
+    totals = {**state.totals, "wall_s": components.log.wall_s()}
+    state = dataclasses.replace(state, num_ranks=components.ranks.size, totals=totals)
+    tensors = components.learner.state_tensors() if state.stage else {}
+    with components.policy.unsharded():
+        if components.ranks.is_first:
+            root = components.log.folder / "checkpoints"
+            weights = {name: p.detach() for name, p in components.policy.named_parameters().items()}
+            save_checkpoint(root, state, weights, tensors, keep=keep or components.config.keep_checkpoints)
+    components.ranks.wait()  # a rank that goes on may rely on the checkpoint
 
 
-def _any_prompt(crew: Crew) -> Prompt:
-    """For the first probe, when nobody has asked anything yet."""
-    token_ids = crew.policy.text.encode_prompt("First things first.")
+def _any_prompt(components: Components) -> Prompt:
+    """A prompt for the first probe, before the source has been asked for any."""
+    token_ids = components.policy.text.encode_prompt("First things first.")
     return Prompt(prompt_id=0, token_ids=token_ids, task="probe", representation="probe", payload=None)
 
 
 def _advanced(
-    state: RunState,
-    source: PromptSource,
-    groups: Sequence[Group],
-    stats: StepStats,
-    wall_s: float,
+    state: RunState, source: dict[str, Any], groups: Sequence[Group], stats: StepStats, wall_s: float
 ) -> RunState:
+    """The state after the step. ``source``: the source's state after ``observe``."""
     added = {
         "prompt_tok": sum(len(g.prompt.token_ids) for g in groups),
         "response_tok": sum(len(r.token_ids) for g in groups for r in g.rollouts),
@@ -221,7 +265,7 @@ def _advanced(
         step=state.step + 1,
         num_updates=state.num_updates + stats.num_updates,
         policy_version=state.policy_version + (stats.num_updates > 0),
-        source=source.state_dict(),
+        source=source,
         draws=(),
         totals={
             **Surprise.of(state.totals).plus(stats.drift).totals(),

@@ -1,74 +1,69 @@
-"""What is left of a run that fails: a checkpoint of its last whole step, where its weights are sound, and a sentence.
+"""A checkpoint when a run fails, where its weights are sound, and what to tell the user about it.
 
-Between two updates they are. While an update writes into them they are not, and the checkpoint before stays the newest.
-What was drawn in the step that failed is dropped, because it may be what it failed of; but where some of the step's
-updates are made already, the rest can only be made with it, and it is kept.
+Between two optimizer steps the weights are sound. While an optimizer step writes them they are not; then no checkpoint
+is written, and the one before stays the newest. The rollouts of the failed step are dropped, because they may be the
+cause; but if some of the step's optimizer steps have been made, the rest need the same rollouts, and they are kept.
 """
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from isomorph.engine.components import Components, RunProgress
 from isomorph.engine.config import UserError
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.types import RunFailed, RunState
 
 KEEP_ALL = 1_000_000  # checkpoints: where weights may have diverged, the earlier ones are what is wanted
 
-
-class StopRequested(Exception):
-    """This rank, or another one, was asked to stop."""
+Save = Callable[[Components, RunState, int | None], None]  # engine.loop.save
 
 
-@dataclass(slots=True)
-class Here:
-    """Where the run is, at every moment."""
+def rescue(components: Components, progress: RunProgress, error: Exception, save: Save) -> Exception:
+    """Writes a checkpoint if it can, and returns the exception to raise in place of ``error``.
 
-    state: RunState  # to go on from, with the weights as they are
-    is_whole: bool = True  # False: the weights have gone beyond ``state``
-
-
-def rescue(crew: Any, here: Here, error: Exception, save: Callable[..., None]) -> Exception:
-    """Writes the checkpoint and returns what is to be raised: ``error``, or the same with what was done about it.
-
-    ``crew``: an ``engine.loop.Crew``; ``save``: its ``save``. A defect that has no sentence of its own (whatever is
-    neither RunFailed nor UserError nor a lack of memory) stays as it is; the log then says what was done.
+    RunFailed, UserError and a lack of memory (as RunFailed) get a sentence that says which checkpoint to resume from.
+    Any other exception is returned as it is, and the sentence goes to the console.
     """
-    step, root = here.state.step, crew.log.folder / "checkpoints"
-    is_within = crew.learner.is_within_round
-    newest = latest_checkpoint(root)
-    if crew.ranks.size > 1:
-        outcome = "no checkpoint of this moment, which takes all ranks"
-    elif step == 0 and not is_within:
-        return _explained(error)  # nothing has been learned
-    elif not here.is_whole or crew.learner.is_moving:
-        outcome = "no checkpoint of this moment: the weights were being written"
-    elif newest is not None and newest.name == f"step-{step:08d}" and not is_within:
-        outcome = f"the checkpoint of step {step} is of this moment"
-    elif broken := _broken(crew.policy.named_parameters()):
-        outcome = f"no checkpoint of this moment: {broken} holds numbers that are not finite"
-    else:
-        state = here.state if is_within else dataclasses.replace(here.state, draws=())
-        try:
-            save(crew, state, keep=KEEP_ALL)
-            where = "in the midst of the step after" if is_within else "after"
-            outcome = f"a checkpoint {where} step {step} has been written, earlier ones are kept"
-        except RunFailed as failure:
-            outcome = f"nor could a checkpoint of this moment be written ({failure})"
-    told = _explained(error)
-    sentence = f"{outcome}; {_how_to_go_on(crew.log.folder, latest_checkpoint(root))}"
-    if type(told) not in (RunFailed, UserError):
-        crew.log.say(sentence)
-        return told
-    return type(told)(f"{told}; {sentence}")
+    explained = _explained(error)
+    if components.ranks.size == 1 and progress.state.step == 0 and not components.learner.is_within_round:
+        return explained  # nothing has been learned
+    folder = components.log.folder
+    outcome = _checkpointed(components, progress, save)
+    sentence = f"{outcome}; {_how_to_resume(folder, latest_checkpoint(folder / 'checkpoints'))}"
+    if type(explained) not in (RunFailed, UserError):
+        components.log.say(sentence)
+        return explained
+    return type(explained)(f"{explained}; {sentence}")
+
+
+def _checkpointed(components: Components, progress: RunProgress, save: Save) -> str:
+    """Writes the checkpoint where that makes sense; returns what was done, or why nothing was."""
+    step = progress.state.step
+    is_within = components.learner.is_within_round
+    newest = latest_checkpoint(components.log.folder / "checkpoints")
+    if components.ranks.size > 1:
+        return "no checkpoint was written, because that takes all ranks"
+    if not progress.matches_weights or components.learner.is_moving:
+        return "no checkpoint was written, because the weights are ahead of the last whole step"
+    if newest is not None and newest.name == f"step-{step:08d}" and not is_within:
+        return f"the checkpoint of step {step} holds the present state"
+    if broken := _not_finite(components.policy.named_parameters()):
+        return f"no checkpoint was written, because {broken} holds numbers that are not finite"
+    state = progress.state if is_within else dataclasses.replace(progress.state, draws=())
+    try:
+        save(components, state, KEEP_ALL)
+    except RunFailed as failure:
+        return f"a checkpoint could not be written either ({failure})"
+    where = "within the step after" if is_within else "after"
+    return f"a checkpoint {where} step {step} has been written, earlier ones are kept"
 
 
 def _explained(error: Exception) -> Exception:
-    """A lack of memory has many types, and a first line that says enough."""
+    """A lack of memory, of whatever type, as RunFailed with the first line of its message and what to lower."""
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     if not is_memory:
         return error
@@ -76,12 +71,15 @@ def _explained(error: Exception) -> Exception:
     return RunFailed(f"out of memory ({first}): lower batch.micro_batch_tok, sampler.max_seqs or sampler.kv_tok")
 
 
-def _broken(parameters: dict[str, Any]) -> str | None:
-    """The name of a weight that is not finite."""
+def _not_finite(parameters: dict[str, Any]) -> str | None:
+    """The name of the first weight that holds NaN or infinity; None if there is none."""
     return next((name for name, weight in parameters.items() if not weight.detach().isfinite().all()), None)
 
 
-def _how_to_go_on(folder: Path, newest: Path | None) -> str:
+def _how_to_resume(folder: Path, newest: Path | None) -> str:
     if newest is None:
-        return "there is none to go on with: start anew"
-    return f"go on with: isomorph train --resume {folder} [section.key=value ...], or delete {newest} to go on earlier"
+        return "there is no checkpoint to resume from: start the run again"
+    return (
+        f"to resume: isomorph train --resume {folder} [section.key=value ...]; to resume from an earlier checkpoint, "
+        f"delete {newest} before"
+    )

@@ -1,6 +1,8 @@
-"""The values that travel through the loop. Everything here is frozen; nothing here computes.
+"""The values that the training loop passes on, all frozen, and the Protocols of what is handed to it.
 
-    Prompt -> Sampler -> Rollout -> Judge -> Group -> pack -> PackedBatch -> learner -> StepStats
+    PromptSource.take -> list[Prompt]            Judge -> list[float], one reward a response
+    Sampler.generate  -> list[Rollout]           score -> list[Group]
+    pack              -> list[Update] of PackedBatch      Learner -> StepStats
 
 Letters: P prompts, G responses per prompt, S = P * G sequences, T packed tokens, N predicted tokens, V vocabulary.
 Log-probabilities are natural logarithms (nats).
@@ -21,12 +23,15 @@ Finish = Literal["stop", "length"]
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on: a tripwire fired, a device or the disk was lost. Exit code 1."""
+    """The run cannot go on: a consistency check failed, or a device or the disk was lost. Exit code 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One question, tokenised. ``payload`` belongs to whoever made the prompt; the engine only hands it back.
+    """One tokenised prompt. The engine reads ``prompt_id`` and ``token_ids``; the rest belongs to the prompt source.
+
+    ``task`` and ``representation`` are copied into completion files and error messages. ``payload`` is handed back
+    unread, to the source and to the reward function.
 
     Example: ``Prompt(prompt_id=7, token_ids=(1, 42, 9), task="async_plan", representation="graph", payload=task)``
     """
@@ -40,9 +45,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How responses are drawn. Temperature only: top-k or top-p would sample from another policy than is scored."""
+    """Sampling parameters. Temperature only: top-k and top-p would sample from another distribution than the policy."""
 
-    temperature: float  # 0 is greedy, for evaluation: such rollouts carry no log-probability
+    temperature: float  # 0: greedy decoding, for evaluation; such rollouts have no log-probabilities
     max_new_tok: int
     samples_per_prompt: int
     stop_ids: tuple[int, ...]
@@ -51,7 +56,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
-    """One response. The stop token, where there is one, is its last token, and is trained."""
+    """One response. It includes its stop token, which is trained on; a response cut off by its length has none."""
 
     prompt_id: int
     sample: int  # 0 .. G-1
@@ -60,17 +65,17 @@ class Rollout:
         Tensor | None
     )  # [n] float32, at the sampling temperature; None for a demonstration or a greedy response
     finish: Finish
-    policy_version: int  # of the weights that drew it
+    policy_version: int  # of the weights that it was sampled from
 
     @property
     def num_loss_tok(self) -> int:
-        """Tokens that can be learned from: one without a finite sampler log-probability cannot be corrected for."""
+        """Number of tokens that enter the loss: those without a finite sampler log-probability are dropped."""
         return len(self.token_ids) if self.sampler_logprob is None else int(self.sampler_logprob.isfinite().sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
-    """A prompt with its G rollouts, judged."""
+    """A prompt with its G rollouts, a reward and a group-relative advantage for each of them."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -78,17 +83,17 @@ class Group:
     advantages: tuple[float, ...]
 
     @property
-    def is_flat(self) -> bool:
-        """Without variance: compared with each other its responses teach nothing."""
+    def has_zero_variance(self) -> bool:
+        """All rewards are equal, so that group-relative advantages are 0."""
         return len(set(self.rewards)) == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBatch:
-    """Whole groups, one after the other, without padding; each prompt stands once: [P][R1]..[RG] [P][R1]..
+    """Groups of one micro-batch, concatenated without padding, the prompt of a group once: [P][R1]..[RG] [P][R1]..
 
-    Everything per predicted token is aligned to targets: index i speaks of ``target_ids[i]``, which the hidden
-    row ``row_index[i]`` predicts. The last prompt token's row predicts the first token of all G responses.
+    Tensors of shape [N] are aligned to targets: element i belongs to ``target_ids[i]``, which is predicted from hidden
+    row ``row_index[i]``. The hidden row of the last prompt token predicts the first token of all G responses.
     """
 
     token_ids: Tensor  # [T] int64
@@ -111,21 +116,22 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """What one publish did."""
+    """Result of one weight sync from the trainer to the sampler."""
 
     version: int
-    num_bytes: int  # moved from the trainer's storage to the sampler's; 0 where they are one
-    fingerprint: str  # of the sampler's weights; of where they lie, where num_bytes is 0; "": it has none of its own
-    move_s: float = 0.0  # seconds that the weights took to get there
-    fingerprint_s: float = 0.0  # of both sides
-    probe_s: float | None = None  # None: no probe was drawn
+    num_bytes: int  # copied from the trainer's storage to the sampler's; 0 if they share one
+    # hash of the sampler's weights; of their addresses if storage is shared; "": the sampler has no weights of its own
+    fingerprint: str
+    move_s: float = 0.0  # seconds spent copying weights
+    fingerprint_s: float = 0.0  # seconds spent hashing both sides' weights
+    probe_s: float | None = None  # seconds spent comparing log-probabilities of a probe; None: no probe was run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDrift:
-    """d = trainer's - sampler's log-probability of a step's sampled tokens, before its first update: engine/drift.py.
+    """Mismatch d = trainer - sampler log-probability of a step's sampled tokens, before its first optimizer step.
 
-    An ``_error`` is a standard error.
+    Fields ending in ``_error`` are standard errors. engine/drift.py defines the statistics and their limits.
     """
 
     num_tok: int = 0
@@ -136,34 +142,34 @@ class StepDrift:
     histogram: tuple[int, ...] = ()  # of |d|
     mass: float = math.nan  # mean of exp(d) - 1
     mass_error: float = math.nan
-    slope: float = math.nan  # of d on what a token's log-probability lies above its mean
+    slope: float = math.nan  # regression slope of d on (log-probability - its expectation)
     slope_error: float = math.nan
-    rounding_slope: float = math.nan  # of the slope, the most that rounding explains
+    rounding_slope: float = math.nan  # largest |slope| that rounding explains
     surprise: float = 0.0  # sum of -log q - entropy, nats
-    variance: float = 0.0  # sum of its squares
-    slack: float = 0.0  # of |surprise|, the most that rounding and the selection of responses explain
+    variance: float = 0.0  # sum of (-log q - entropy)^2
+    slack: float = 0.0  # largest |surprise| that rounding and the selection of responses explain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """Numbers of one step; means are over predicted tokens of all its updates. NaN: there was nothing to measure."""
+    """Metrics of one step. Means are over the predicted tokens of all its updates; NaN: not measured."""
 
     loss: float
     grad_norm: float
     lr: float
     clip_frac: float
     entropy: float  # nats
-    kl: float  # to the reference policy, by the estimator of the objective
+    kl: float  # nats, to the reference policy, by the objective's estimator
     drift: StepDrift
     num_updates: int  # optimizer steps
     num_loss_tok: int
-    num_forward_tok: int  # tokens that went through the decoder in the update passes
-    num_dropped_tok: int  # their sampler log-probability was not finite
+    num_forward_tok: int  # tokens through the decoder in the passes with gradient; a group's prompt counts once
+    num_dropped_tok: int  # tokens left out because their sampler log-probability was not finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Draw:
-    """The responses of all ranks to one lot of prompts, in their order, and what the judge said."""
+    """The rollouts of all ranks for one list of prompts, in the prompts' order, with decoded texts and rewards."""
 
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...]
@@ -172,28 +178,28 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """All that resuming needs beside weights and optimizer."""
+    """What a checkpoint holds besides weights and optimizer: ``state.json``, and ``draws`` in draws.safetensors."""
 
-    step: int = 0  # completed steps; a step is one round of rollouts and all updates on it
+    step: int = 0  # completed steps; a step is one set of rollouts and all optimizer steps on it
     num_updates: int = 0  # completed optimizer steps
     policy_version: int = 0
     stage: str = ""
-    base: str = ""  # fingerprint of the weights that a checkpoint of adapters belongs to
-    num_ranks: int = 1  # of the run that wrote it: sums over other ranks differ in their last bits
-    source: dict[str, Any] = field(default_factory=dict)  # the prompt source's own state, its random numbers included
-    totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens
-    draws: tuple[Draw, ...] = ()  # of the step that was interrupted, in the order in which it asked; else none
+    base: str = ""  # fingerprint of the frozen weights under adapters; "" where every weight is trained
+    num_ranks: int = 1  # of the run that wrote it; with another number, sums differ in their last bits
+    source: dict[str, Any] = field(default_factory=dict)  # PromptSource.state_dict()
+    totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens, drift.Surprise
+    draws: tuple[Draw, ...] = ()  # rollouts of an interrupted step, in the order of its calls; else empty
 
 
-# takes a prompt's place among those asked, and its rollouts, samples ascending
+# arguments: index of the prompt in the list given to ``generate``, and its rollouts, by ``sample`` ascending
 OnGroup = Callable[[int, Sequence[Rollout]], None]
-OnStep = Callable[[], None]  # a few more tokens have been drawn
+OnStep = Callable[[], None]  # called after every few decoded tokens
 
 
 class Sampler(Protocol):
-    """Who draws responses."""
+    """Generates rollouts from the policy: the built-in decoder, vLLM, or demonstrations."""
 
-    policy_version: int
+    policy_version: int  # of the weights that it samples from
 
     def generate(
         self,
@@ -202,82 +208,91 @@ class Sampler(Protocol):
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
     ) -> list[Rollout]:
-        """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
+        """Returns ``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
 
         ``on_group`` is called once for each prompt, as soon as all of its rollouts are finished, while others may still
-        be drawn. ``on_step`` is called every few tokens. Both must return at once; what they raise ends ``generate``.
+        be decoding. ``on_step`` is called every few tokens. Both must return at once; an exception in either of them
+        ends ``generate``.
         """
         ...
 
     def asleep(self) -> AbstractContextManager[None]:
-        """While open, the sampler's working memory (not the weights) belongs to the learner."""
+        """Context in which the sampler's KV cache and buffers (not its weights) are released for the learner."""
         ...
 
     def publish(self, version: int) -> Publication:
-        """From now on sample from the policy's present weights."""
+        """Weight sync: from now on samples from the policy's present weights, which become ``policy_version``."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Exam:
-    """Questions that are due now, to be answered greedily."""
+class EvaluationRequest:
+    """Prompts of an evaluation that is to run now, with greedy decoding."""
 
-    label: str  # the stage it follows; "start" before the first
+    label: str  # name of the stage that it follows; "start" before the first stage
     prompts: tuple[Prompt, ...]
     max_new_tok: int
 
 
 class Judge(Protocol):
-    """Who says what a response is worth. A response's defects cost it its reward; they never raise.
+    """The reward function. It must return 0 for a malformed response, and not raise.
 
-    Called from a thread of the engine's, one call at a time, while further responses are being drawn.
+    Called from a thread of the engine's, one call at a time, while further responses are being sampled.
     """
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """One reward for each (prompt, text) pair."""
+        """Returns one finite reward for each (prompt, text) pair."""
         ...
 
 
 class PromptSource(Protocol):
-    """The curriculum, as the engine sees it: what is asked next, and by which rules it is learned."""
+    """The curriculum, as the engine sees it: stages, their prompts, and evaluations."""
 
     def stage(self) -> Stage | None:
-        """The present stage; None when all are done."""
+        """Returns the current stage; None after the last one."""
         ...
 
     def stage_step(self) -> int:
-        """Completed steps of the present stage."""
+        """Returns the number of completed steps of the current stage."""
         ...
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The next prompts of the present stage."""
+        """Returns the next prompts of the current stage."""
         ...
 
     def demonstrate(self, prompt: Prompt) -> str | None:
-        """A worked response, for supervised stages; None where there is none."""
+        """Returns a worked response for supervised stages; None where there is none."""
         ...
 
     def is_correct(self, prompt: Prompt, reward: float) -> bool:
-        """Whether a response worth ``reward`` solves ``prompt``: its task says so, and partial credit does not."""
+        """Returns whether a response with ``reward`` solves ``prompt``; partial credit does not."""
+        ...
+
+    def label(self, prompt: Prompt) -> str:
+        """Returns what a prompt is counted under: the mean reward of a label is logged as ``reward/<label>``."""
         ...
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """The step is over, and with it maybe the stage. ``groups``: all that were drawn, learned from or not."""
+        """Ends the step, and with it possibly the stage. ``groups``: all that were sampled, trained on or not."""
         ...
 
-    def exam(self) -> Exam | None:
-        """The evaluation that is due, if one is."""
+    def pending_evaluation(self) -> EvaluationRequest | None:
+        """Returns the evaluation to run before the next step; None if there is none."""
         ...
 
-    def grade(self, exam: Exam, rewards: Sequence[float], found: Sequence[bool] | None) -> str:
-        """Takes the result down; returns it as a line to read.
+    def record_evaluation(
+        self, request: EvaluationRequest, rewards: Sequence[float], found: Sequence[bool] | None
+    ) -> str:
+        """Stores the result of ``request`` and returns it as a console line.
 
-        ``found``: whether each response states an answer at all; None where nobody can say.
+        ``rewards``: one for each prompt. ``found``: whether an answer was found in each response; None: not measured.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: all that ``load_state_dict`` needs to go on as if nothing had happened."""
+        """Returns the source's state as JSON-able values, random state included."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned: the same prompts follow as in an uninterrupted run."""
+        ...

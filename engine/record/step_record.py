@@ -1,52 +1,78 @@
-"""What a step writes: its row of steps.jsonl, its line on the console, and its completions."""
+"""What one step writes: a row of steps.jsonl, its line on the console, and samples in completions/.
+
+Keys of a row; null stands for what was not measured. "Sampled" counts all groups, also those that refills replaced.
+
+    step  stage  stage_step              number of the step in the run; name of the stage; number of the step in it
+    policy_version                       of the weights after the step
+    reward/mean  reward/<label>          mean reward of all sampled responses; of those to prompts with that label
+    judge/no_answer                      share of the sampled responses in which no answer was found
+    groups/all  groups/flat              sampled groups; those whose rewards are all equal
+    groups/refilled                      groups that were replaced (batch.refills)
+    response/tok_mean  response/stopped  tokens of a response, mean; share of responses that end with a stop token
+    tok/prompt  tok/response             tokens of the prompts, once a group; of the responses
+    tok/trunk                            tokens through the decoder in passes with gradient
+    tok/loss  tok/dropped                tokens in the loss; left out: their sampler log-probability is not finite
+    loss  grad_norm  lr                  mean over the step's updates; norm before clipping, likewise; learning rate
+    clip_frac  entropy  kl               share of tokens without gradient because of the clip; nats; nats
+    drift/mean  drift/p999  drift/max    |trainer - sampler log-probability|, nats: mean, 99.9th percentile, maximum
+    drift/mass  drift/slope              two more statistics of that mismatch: engine/drift.py
+    surprise/z  surprise/limit           are the run's tokens distributed as reported: engine/drift.py
+    surprise/needs_tok                   tokens after which that test detects a temperature 5 % off
+    updates                              optimizer steps
+    publish/bytes                        weight sync: bytes copied; null if the step had none
+    publish/move_s  publish/fingerprint_s  publish/probe_s   seconds for copying, hashing, comparing log-probabilities
+    wall_s                               seconds since the run began, evaluations and checkpoints included
+
+``RunLog.end_step`` adds ``time/...``, and ``engine.record.telemetry`` adds ``mem/...``, ``gpu/...``, ``energy/...``.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from isomorph.engine.components import Crew
-from isomorph.engine.config import Stage
 from isomorph.engine.drift import Surprise
 from isomorph.engine.record.runlog import Row
-from isomorph.engine.types import (
-    Exam,
-    Group,
-    Prompt,
-    Publication,
-    RunState,
-    StepStats,
-)
-from isomorph.engine.update.score import (
-    share_without_answer,
-)
+from isomorph.engine.types import Group, Prompt, Publication, RunState, StepStats
+from isomorph.engine.update.score import share_without_answer
+
+Decode = Callable[[Sequence[int]], str]
+IsCorrect = Callable[[Prompt, float], bool]
 
 
-def step_row(
-    state: RunState,
-    stage: Stage,
-    stage_step: int,
-    groups: Sequence[Group],
-    num_refilled: int,
-    found: Sequence[bool] | None,
-    stats: StepStats,
-    publication: Publication | None,
-) -> Row:
-    """One line of steps.jsonl, but for what ``RunLog.end_step`` adds."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepResult:
+    """What a step has sampled and learned."""
+
+    stage: str
+    stage_step: int  # completed steps of the stage before this one
+    groups: Sequence[Group]  # all that were sampled
+    texts: Sequence[str]  # of all responses, in the order of ``groups``
+    found: Sequence[bool] | None  # whether an answer was found in each text; None: not measured
+    num_replaced: int  # groups that were sampled and not trained on, because refills replaced them
+    stats: StepStats
+    publication: Publication | None  # None: the sampler's weights were up to date
+
+
+def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], str]) -> Row:
+    """The row of a step, without what ``RunLog.end_step`` adds. ``state``: after the step."""
+    groups, stats, sync = result.groups, result.stats, result.publication
     rewards = [r for g in groups for r in g.rewards]
-    by_representation: dict[str, list[float]] = {}
+    by_label: dict[str, list[float]] = {}
     for group in groups:
-        by_representation.setdefault(group.prompt.representation, []).extend(group.rewards)
+        by_label.setdefault(label_of(group.prompt), []).extend(group.rewards)
     response_tok = [len(r.token_ids) for g in groups for r in g.rollouts]
+    surprise = Surprise.of(state.totals)
     return {
         "step": state.step,
-        "stage": stage.name,
-        "stage_step": stage_step + 1,
+        "stage": result.stage,
+        "stage_step": result.stage_step + 1,
         "policy_version": state.policy_version,
         "reward/mean": sum(rewards) / len(rewards),
-        **{f"reward/{name}": sum(values) / len(values) for name, values in by_representation.items()},
-        "judge/no_answer": share_without_answer(found),
-        "groups/flat": sum(g.is_flat for g in groups),
+        **{f"reward/{label}": sum(values) / len(values) for label, values in by_label.items()},
+        "judge/no_answer": share_without_answer(result.found),
+        "groups/flat": sum(g.has_zero_variance for g in groups),
         "groups/all": len(groups),
-        "groups/refilled": num_refilled,
+        "groups/refilled": result.num_replaced,
         "response/tok_mean": sum(response_tok) / len(response_tok),
         "response/stopped": sum(r.finish == "stop" for g in groups for r in g.rollouts) / len(response_tok),
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
@@ -65,26 +91,25 @@ def step_row(
         "drift/max": stats.drift.largest,
         "drift/mass": stats.drift.mass,
         "drift/slope": stats.drift.slope,
-        **_surprise(Surprise.of(state.totals)),
+        "surprise/z": surprise.z,
+        "surprise/limit": surprise.limit,
+        "surprise/needs_tok": surprise.tokens_needed(),
         "updates": stats.num_updates,
-        "publish/bytes": publication.num_bytes if publication else None,
-        "publish/move_s": publication.move_s if publication else None,
-        "publish/fingerprint_s": publication.fingerprint_s if publication else None,
-        "publish/probe_s": publication.probe_s if publication else None,
+        "publish/bytes": sync.num_bytes if sync else None,
+        "publish/move_s": sync.move_s if sync else None,
+        "publish/fingerprint_s": sync.fingerprint_s if sync else None,
+        "publish/probe_s": sync.probe_s if sync else None,
         "wall_s": state.totals["wall_s"],
     }
 
 
-def _surprise(run: Surprise) -> Row:
-    return {"surprise/z": run.z, "surprise/limit": run.limit, "surprise/needs_tok": run.tokens_needed()}
-
-
-def step_line(row: Row) -> str:
+def console_line(row: Row) -> str:
+    """The line of a whole row, with its times."""
     parts = [
         f"step {row['step']:4d} {row['stage']:<10}",
         f"reward {row['reward/mean']:.3f}",
         f"no answer {row['judge/no_answer']:.0%}" if row["judge/no_answer"] > 0 else "",
-        f"flat {row['groups/flat']}/{row['groups/all']}",
+        f"zero-variance groups {row['groups/flat']}/{row['groups/all']}",
         "no update" if row["updates"] == 0 else f"entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}",
         "" if math.isnan(row["drift/mean"]) else f"drift {row['drift/mean']:.0e}  clip {row['clip_frac']:.1%}",
         f"{row['tok/response'] / row['time/step_s']:.0f} tok/s",
@@ -93,35 +118,42 @@ def step_line(row: Row) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def completions(crew: Crew, groups: Sequence[Group], texts: Sequence[str], found: Sequence[bool] | None) -> list[Row]:
+def completion_rows(result: StepResult, decode: Decode, is_correct: IsCorrect) -> list[Row]:
+    """A row of completions/step-N.jsonl for every response."""
     rows: list[Row] = []
-    known: Sequence[bool | None] = found or [None] * len(texts)
-    for group in groups:
+    found: Sequence[bool | None] = result.found or [None] * len(result.texts)
+    for group in result.groups:
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True):
             drawn = {"sample": rollout.sample, "advantage": advantage, "finish": rollout.finish}
-            answer = _judged(crew, group.prompt, texts[len(rows)], known[len(rows)], reward)
-            rows.append({**_asked(crew, group.prompt), **drawn, **answer})
+            answer = _of_response(group.prompt, result.texts[len(rows)], found[len(rows)], reward, is_correct)
+            rows.append({**_of_prompt(group.prompt, decode), **drawn, **answer})
     return rows
 
 
-def answers(
-    crew: Crew, exam: Exam, texts: Sequence[str], rewards: Sequence[float], found: Sequence[bool] | None
+def evaluation_rows(
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    rewards: Sequence[float],
+    found: Sequence[bool] | None,
+    decode: Decode,
+    is_correct: IsCorrect,
 ) -> list[Row]:
+    """A row of completions/exam-LABEL.jsonl for every prompt, each with one response."""
     known: Sequence[bool | None] = found or [None] * len(texts)
     return [
-        {**_asked(crew, prompt), **_judged(crew, prompt, text, is_found, reward)}
-        for prompt, text, is_found, reward in zip(exam.prompts, texts, known, rewards, strict=True)
+        {**_of_prompt(prompt, decode), **_of_response(prompt, text, is_found, reward, is_correct)}
+        for prompt, text, is_found, reward in zip(prompts, texts, known, rewards, strict=True)
     ]
 
 
-def _judged(crew: Crew, prompt: Prompt, text: str, is_found: bool | None, reward: float) -> Row:
-    return {"text": text, "answered": is_found, "reward": reward, "correct": crew.source.is_correct(prompt, reward)}
+def _of_response(prompt: Prompt, text: str, is_found: bool | None, reward: float, is_correct: IsCorrect) -> Row:
+    return {"text": text, "answered": is_found, "reward": reward, "correct": is_correct(prompt, reward)}
 
 
-def _asked(crew: Crew, prompt: Prompt) -> Row:
+def _of_prompt(prompt: Prompt, decode: Decode) -> Row:
     return {
         "prompt_id": prompt.prompt_id,
         "task": prompt.task,
         "representation": prompt.representation,
-        "prompt": crew.policy.text.decode(prompt.token_ids),
+        "prompt": decode(prompt.token_ids),
     }

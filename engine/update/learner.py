@@ -97,9 +97,11 @@ class Round:
 
     def step_drift(self, ranks: Ranks) -> StepDrift:
         """Of what was compared so far, on all ranks."""
-        num_groups = self.num_replaced + sum(update.num_flat_groups for update in self.updates)
+        num_groups = self.num_replaced + sum(update.num_zero_advantage_groups for update in self.updates)
         return step_drift(
-            ranks.gather(self.drift.tensors()), num_groups, sum(update.num_flat_seqs for update in self.updates)
+            ranks.gather(self.drift.tensors()),
+            num_groups,
+            sum(update.num_zero_advantage_seqs for update in self.updates),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -31,8 +31,10 @@ class Update:
     num_loss_tok: int
     num_seqs: int  # with at least one token that counts
     num_dropped_tok: int  # sampler log-probability not finite
-    num_flat_groups: int = 0  # left out whole, on whatever rank, because none of their responses has an advantage
-    num_flat_seqs: int = 0  # of the other groups, left out for the same reason
+    num_zero_advantage_groups: int = (
+        0  # left out whole, on whatever rank, because none of their responses has an advantage
+    )
+    num_zero_advantage_seqs: int = 0  # of the other groups, left out for the same reason
     rewards: tuple[tuple[float, ...], ...] = ()  # of each group of all ranks
     response_ids: tuple[Tensor, ...] = ()  # [S] for each of batches: which of those rewards a sequence got
 
@@ -77,8 +79,8 @@ def _update(
         num_loss_tok=sum(num_known),
         num_seqs=sum(num > 0 for num in num_known),
         num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
-        num_flat_groups=sum(is_whole),
-        num_flat_seqs=sum(num for num, whole in zip(flat, is_whole, strict=True) if not whole),
+        num_zero_advantage_groups=sum(is_whole),
+        num_zero_advantage_seqs=sum(num for num, whole in zip(flat, is_whole, strict=True) if not whole),
         rewards=tuple(group.rewards for group in groups),
         response_ids=(
             *[torch.tensor([r for i in members for r in own[i].response_ids]) for members in own_bins],
@@ -113,7 +115,7 @@ def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first
 
 
 def _is_left_out(advantage: float, objective: ObjectiveConfig) -> bool:
-    return advantage == 0 and objective.drops_flat_groups
+    return advantage == 0 and objective.drops_zero_advantages
 
 
 def _idle_batch(group: Group, device: torch.device) -> PackedBatch:

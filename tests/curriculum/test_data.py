@@ -76,7 +76,7 @@ def test_the_seed_of_an_eval_table_draws_its_exam(finished_run: Path) -> None:
     text = TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[1])
     curriculum = Curriculum(recipe, text)
     curriculum.load_state_dict({**curriculum.state_dict(), "stage_index": len(recipe.stage)})
-    exam = curriculum.exam()
+    exam = curriculum.pending_evaluation()
     assert exam is not None
     data = recipe.data[recipe.eval.data]
     assert isinstance(data, GeneratedData)

@@ -27,7 +27,7 @@ from isomorph.curriculum.rewards.duration import UNIT_SECONDS, parse_duration, p
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.types import Prompt, Rollout
-from isomorph.engine.update.score import Judging
+from isomorph.engine.update.score import RewardThread
 
 HAVE_MATH = all(importlib.util.find_spec(name) for name in ("sympy", "pint"))
 needs_math = pytest.mark.skipif(not HAVE_MATH, reason="needs the extra [math]")
@@ -680,11 +680,11 @@ def test_mathematics_is_judged_while_further_responses_are_drawn() -> None:
             is_judged.set()
             return rewards
 
-        with Judging(judge, lambda token_ids: texts[token_ids[0]], prompts) as judging:
-            judging.add(1, [drawn(1, 4), drawn(1, 6)])
+        with RewardThread(judge, lambda token_ids: texts[token_ids[0]], prompts) as rewarding:
+            rewarding.add(1, [drawn(1, 4), drawn(1, 6)])
             assert is_judged.wait(60)  # by workers that the judge's thread has started
-            judging.add(0, [drawn(0, 6), drawn(0, 5)])
-            assert judging.results()[1] == [1.0, 0.0, 0.0, 1.0]
+            rewarding.add(0, [drawn(0, 6), drawn(0, 5)])
+            assert rewarding.results()[1] == [1.0, 0.0, 0.0, 1.0]
         assert pool.num_timeouts == 1
 
 

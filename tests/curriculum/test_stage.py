@@ -74,9 +74,9 @@ def do_step(source: Curriculum, reward: float = 0.0) -> list[str]:
 
 
 def sit(source: Curriculum, reward: float) -> str:
-    exam = source.exam()
+    exam = source.pending_evaluation()
     assert exam is not None
-    source.grade(exam, [reward] * len(exam.prompts), [reward > 0] * len(exam.prompts))
+    source.record_evaluation(exam, [reward] * len(exam.prompts), [reward > 0] * len(exam.prompts))
     return exam.label
 
 
@@ -151,9 +151,9 @@ def test_exams_stand_at_the_boundaries_only_once() -> None:
     source = curriculum(supervised("warm-up"), stage("one"), stage("two"))
     labels = []
     while True:
-        if source.exam() is not None:
+        if source.pending_evaluation() is not None:
             labels.append(sit(source, 1.0))
-            assert source.exam() is None
+            assert source.pending_evaluation() is None
         if source.stage() is None:
             break
         do_step(source)
@@ -188,7 +188,7 @@ def test_training_and_exam_never_share_a_procedure() -> None:
         prompts = source.take(present.batch.prompts)
         trained |= {p.payload.key for p in prompts}
         source.observe([group(p, 0.0, 1.0) for p in prompts])
-    exam = source.exam()
+    exam = source.pending_evaluation()
     assert exam is not None
     assert trained.isdisjoint(p.payload.key for p in exam.prompts)
     by_representation: dict[str, list[str]] = {}
@@ -225,7 +225,7 @@ def test_another_seed_asks_other_questions() -> None:
 
 def test_the_sequential_baseline_counts_chains_whose_answer_is_right() -> None:
     source = curriculum(stage("one"))
-    exam = source.exam()
+    exam = source.pending_evaluation()
     assert exam is not None
     right = [p.payload.sequential_answer == p.payload.answer for p in exam.prompts if p.representation == "natural"]
     assert source.sequential_baseline()["natural"] == sum(right) / len(right)
@@ -253,9 +253,9 @@ def test_the_papers_constants_stand_in_its_recipes() -> None:
 
 def test_an_exam_counts_what_the_task_calls_correct_not_partial_credit() -> None:
     source = curriculum(stage("one"))
-    exam = source.exam()
+    exam = source.pending_evaluation()
     assert exam is not None
-    source.grade(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))], None)
+    source.record_evaluation(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))], None)
     counted = source.evaluations[0]["accuracy"].values()
     assert sum(result["correct"] for result in counted) == len(exam.prompts) // 2
 

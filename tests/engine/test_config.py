@@ -355,11 +355,11 @@ def test_only_losses_of_single_tokens_are_made_chunk_by_chunk() -> None:
 
 
 def test_a_sequence_without_advantage_is_left_out_only_where_nothing_else_gives_it_a_gradient() -> None:
-    assert ObjectiveConfig(name="grpo").drops_flat_groups
-    assert ObjectiveConfig(name="rft").drops_flat_groups
-    assert not ObjectiveConfig(name="grpo", kl_coef=0.1).drops_flat_groups
-    assert not ObjectiveConfig(name="grpo", entropy_coef=0.1).drops_flat_groups
-    assert not ObjectiveConfig(name="sft").drops_flat_groups
+    assert ObjectiveConfig(name="grpo").drops_zero_advantages
+    assert ObjectiveConfig(name="rft").drops_zero_advantages
+    assert not ObjectiveConfig(name="grpo", kl_coef=0.1).drops_zero_advantages
+    assert not ObjectiveConfig(name="grpo", entropy_coef=0.1).drops_zero_advantages
+    assert not ObjectiveConfig(name="sft").drops_zero_advantages
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_gradient_is_the_same_whether_responses_without_advantage_are_left_out_o
 ) -> None:
     policy, groups = make_policy(), make_groups()
     groups = [with_advantages(groups[0], 1.0, 0.0, -1.0), with_advantages(groups[1], 0.0, 0.0, 0.0), groups[2]]
-    assert objective.drops_flat_groups
+    assert objective.drops_zero_advantages
     trained = packed(groups, make_stage(objective))[0]
     assert sum(b.num_seqs for b in trained.batches) == 5
     if objective.name == "rft":  # what was rejected does not count there, so rejected responses may as well not exist

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from isomorph.engine.components import Components
 from isomorph.engine.config import (
     BatchConfig,
     ObjectiveConfig,
@@ -27,7 +28,7 @@ from isomorph.engine.config import (
     Stage,
     TinyModel,
 )
-from isomorph.engine.loop import Crew, train
+from isomorph.engine.loop import train
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import trainer_logprob
@@ -36,7 +37,7 @@ from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.record.telemetry import MIN_GROWTH
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import Exam, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
+from isomorph.engine.types import EvaluationRequest, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.kernels import backend
@@ -80,6 +81,9 @@ class Questions:
     def is_correct(self, prompt: Prompt, reward: float) -> bool:
         return reward == 1
 
+    def label(self, prompt: Prompt) -> str:
+        return prompt.representation
+
     def observe(self, groups: Sequence[Group]) -> None:
         self.observed.append(list(groups))
         self.steps_done += 1
@@ -88,16 +92,18 @@ class Questions:
         if self.steps_done == stage.steps:
             self.stage_index, self.steps_done = self.stage_index + 1, 0
 
-    def exam(self) -> Exam | None:
+    def pending_evaluation(self) -> EvaluationRequest | None:
         label = self.stages[self.stage_index - 1].name if self.stage_index else "start"
         if not self.examines or self.steps_done or label in {name for name, _ in self.graded}:
             return None
-        return Exam(label=label, prompts=tuple(self._prompt(-1 - i) for i in range(3)), max_new_tok=4)
+        return EvaluationRequest(label=label, prompts=tuple(self._prompt(-1 - i) for i in range(3)), max_new_tok=4)
 
-    def grade(self, exam: Exam, rewards: Sequence[float], found: Sequence[bool] | None) -> str:
+    def record_evaluation(
+        self, request: EvaluationRequest, rewards: Sequence[float], found: Sequence[bool] | None
+    ) -> str:
         self.found = found
-        self.graded.append((exam.label, list(rewards)))
-        return f"exam after {exam.label}: {sum(rewards)}"
+        self.graded.append((request.label, list(rewards)))
+        return f"exam after {request.label}: {sum(rewards)}"
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -141,7 +147,7 @@ def make_stage(name: str = "words", steps: int = 20, objective: str = "dapo", **
     )
 
 
-def make_crew(
+def make_components(
     folder: Path,
     *stages: Stage,
     judge: Any = gold,
@@ -149,11 +155,11 @@ def make_crew(
     stop_requested: Callable[[], bool] = lambda: False,
     sampler_of: Callable[[Policy], Any] = lambda policy: BuiltinSampler(policy, SamplerConfig()),
     **run: Any,
-) -> Crew:
+) -> Components:
     folder.mkdir(exist_ok=True)
     policy = make_policy()
     source = Questions(policy, *stages, examines=examines)
-    return Crew(
+    return Components(
         policy=policy,
         sampler=sampler_of(policy),
         demonstrations=DemonstrationSampler(policy.text, source.demonstrate, max_model_len=policy.max_model_len),
@@ -166,25 +172,25 @@ def make_crew(
     )
 
 
-def sha(crew: Crew) -> str:
-    return weights_sha256(dict(crew.policy.named_parameters()))
+def sha(components: Components) -> str:
+    return weights_sha256(dict(components.policy.named_parameters()))
 
 
-def source_of(crew: Crew) -> Questions:
-    assert isinstance(crew.source, Questions)
-    return crew.source
+def source_of(components: Components) -> Questions:
+    assert isinstance(components.source, Questions)
+    return components.source
 
 
-def console(crew: Crew) -> str:
-    assert isinstance(crew.log.console.file, io.StringIO)
-    return crew.log.console.file.getvalue()
+def console(components: Components) -> str:
+    assert isinstance(components.log.console.file, io.StringIO)
+    return components.log.console.file.getvalue()
 
 
 # -- learning
 @pytest.mark.parametrize("objective", ["grpo", "gspo", "cispo"])
 def test_reward_rises_within_twenty_steps(tmp_path: Path, objective: str) -> None:
-    crew = make_crew(tmp_path, make_stage(objective=objective))
-    train(crew, RunState())
+    components = make_components(tmp_path, make_stage(objective=objective))
+    train(components, RunState())
     rewards = [row["reward/mean"] for row in read_steps(tmp_path)]
     assert len(rewards) == 20
     before, after = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
@@ -198,7 +204,7 @@ def test_fifty_steps_with_the_fast_bodies_follow_the_references(tmp_path: Path) 
     def curves(name: str, seed: int, bodies: contextlib.AbstractContextManager[None]) -> Tensor:
         stage = make_stage(steps=50, objective="grpo", objective_choices=dict(kl_coef=0.01))  # keeps flat groups in
         with bodies:
-            train(make_crew(tmp_path / name, stage, seed=seed), RunState())
+            train(make_components(tmp_path / name, stage, seed=seed), RunState())
         return torch.tensor([[row["reward/mean"], row["entropy"]] for row in read_steps(tmp_path / name)])
 
     fast = curves("fast", 0, contextlib.nullcontext())
@@ -216,31 +222,31 @@ def test_a_run_is_the_same_bit_for_bit_when_run_again(tmp_path: Path) -> None:
             make_stage("a", 3, "sft"),
             make_stage("b", 4, objective_choices=dict(kl_coef=0.01, importance_sampling="token")),
         )
-        crew = make_crew(tmp_path / name, *stages, examines=True)
-        train(crew, RunState())
+        components = make_components(tmp_path / name, *stages, examines=True)
+        train(components, RunState())
         rows = [
             {k: v for k, v in row.items() if not k.startswith("mem/") and not k.endswith("_s")}
             for row in read_steps(tmp_path / name)
         ]
-        return sha(crew), rows
+        return sha(components), rows
 
     assert once("first") == once("second")
 
 
 def test_demonstrations_are_learned(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage("warm-up", 30, "sft"), examines=True)
-    train(crew, RunState())
+    components = make_components(tmp_path, make_stage("warm-up", 30, "sft"), examines=True)
+    train(components, RunState())
     losses = [row["loss"] for row in read_steps(tmp_path)]
     assert losses[-1] < losses[0] / 2
-    assert source_of(crew).graded[-1] == ("warm-up", [1.0, 1.0, 1.0])
+    assert source_of(components).graded[-1] == ("warm-up", [1.0, 1.0, 1.0])
 
 
 # -- what a run leaves
 def test_every_step_leaves_a_row_whose_numbers_fit_together(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(steps=3), completions_every=2)
-    state = train(crew, RunState())
+    components = make_components(tmp_path, make_stage(steps=3), completions_every=2)
+    state = train(components, RunState())
     rows = read_steps(tmp_path)
-    for number, (row, groups) in enumerate(zip(rows, source_of(crew).observed, strict=True), start=1):
+    for number, (row, groups) in enumerate(zip(rows, source_of(components).observed, strict=True), start=1):
         rewards = [r for g in groups for r in g.rewards]
         natural = [r for g in groups if g.prompt.representation == "natural" for r in g.rewards]
         lens = [len(r.token_ids) for g in groups for r in g.rollouts]
@@ -260,37 +266,37 @@ def test_every_step_leaves_a_row_whose_numbers_fit_together(tmp_path: Path) -> N
     assert [row["publish/fingerprint_s"] is None for row in rows] == [True, False, False]  # first before the step
     assert (state.step, state.num_updates, state.policy_version) == (3, 3, 3)
     assert state.totals["response_tok"] == sum(row["tok/response"] for row in rows)
-    assert len([line for line in console(crew).splitlines() if line.startswith("step ")]) == 3
+    assert len([line for line in console(components).splitlines() if line.startswith("step ")]) == 3
     assert [p.name for p in (tmp_path / "completions").iterdir()] == ["step-00000002.jsonl"]
 
 
 def test_a_first_step_or_an_exam_without_any_answer_is_warned_of_once(tmp_path: Path) -> None:
     stages = make_stage("first", steps=2), make_stage("second", steps=2)
-    crew = make_crew(tmp_path, *stages, examines=True, completions_every=1)
+    components = make_components(tmp_path, *stages, examines=True, completions_every=1)
     mute = {-1, -2, -3, *range(12)}  # the first exam and the first stage
-    crew = dataclasses.replace(crew, finds_answer=lambda prompt, text: prompt.prompt_id not in mute)
-    source_of(crew).examines = True
-    train(crew, RunState())
+    components = dataclasses.replace(components, finds_answer=lambda prompt, text: prompt.prompt_id not in mute)
+    source_of(components).examines = True
+    train(components, RunState())
     assert [row["judge/no_answer"] for row in read_steps(tmp_path)] == [1.0, 1.0, 0.0, 0.0]
-    warnings = [line for line in console(crew).splitlines() if "no answer was found" in line]
+    warnings = [line for line in console(components).splitlines() if "no answer was found" in line]
     assert ["step 1, the first of stage first" in line for line in warnings].count(True) == 1
     assert not any("of step 2" in line or "of step 3" in line for line in warnings)
     assert any("the exam after start" in line for line in warnings)
-    assert source_of(crew).found == [False] * 3
-    assert "no answer 100%" in console(crew)
+    assert source_of(components).found == [False] * 3
+    assert "no answer 100%" in console(components)
     answers = [json.loads(x) for x in (tmp_path / "completions" / "step-00000003.jsonl").read_text().splitlines()]
     assert all(row["answered"] is True for row in answers)
 
 
 def test_completions_stand_beside_their_own_rewards(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(steps=1), completions_every=1)
-    train(crew, RunState())
+    components = make_components(tmp_path, make_stage(steps=1), completions_every=1)
+    train(components, RunState())
     lines = (tmp_path / "completions" / "step-00000001.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 48
     assert {row["reward"] for row in rows} == {0.0, 1.0}
     assert all(row["reward"] == float("gold" in row["text"].split()) for row in rows)
-    by_id = {g.prompt.prompt_id: g for g in source_of(crew).observed[0]}
+    by_id = {g.prompt.prompt_id: g for g in source_of(components).observed[0]}
     assert all(row["advantage"] == by_id[row["prompt_id"]].advantages[row["sample"]] for row in rows)
 
 
@@ -298,11 +304,13 @@ def test_partial_credit_is_not_a_correct_answer(tmp_path: Path, monkeypatch: pyt
     def graded(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         return [1.0 if "gold" in text.split() else 0.5 if "iron" in text.split() else -1.0 for text in texts]
 
-    crew = make_crew(tmp_path, make_stage(steps=1), judge=graded, completions_every=1, examines=True)
+    components = make_components(tmp_path, make_stage(steps=1), judge=graded, completions_every=1, examines=True)
     counted: list[int] = []
-    end = crew.log.telemetry.end
-    monkeypatch.setattr(crew.log.telemetry, "end", lambda **told: (counted.append(told["num_correct"]), end(**told))[1])
-    train(crew, RunState())
+    end = components.log.telemetry.end
+    monkeypatch.setattr(
+        components.log.telemetry, "end", lambda **told: (counted.append(told["num_correct"]), end(**told))[1]
+    )
+    train(components, RunState())
     rows = [json.loads(line) for line in (tmp_path / "completions" / "step-00000001.jsonl").read_text().splitlines()]
     assert {row["reward"] for row in rows} == {1.0, 0.5, -1.0}
     assert all(row["correct"] is (row["reward"] == 1) for row in rows)
@@ -312,29 +320,29 @@ def test_partial_credit_is_not_a_correct_answer(tmp_path: Path, monkeypatch: pyt
 
 
 def test_exams_are_sat_before_between_and_after_the_stages_and_graded_once(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage("a", 2), make_stage("b", 1), examines=True)
-    train(crew, RunState())
-    assert [label for label, _ in source_of(crew).graded] == ["start", "a", "b"]
+    components = make_components(tmp_path, make_stage("a", 2), make_stage("b", 1), examines=True)
+    train(components, RunState())
+    assert [label for label, _ in source_of(components).graded] == ["start", "a", "b"]
     names = sorted(p.name for p in (tmp_path / "completions").iterdir())
     assert names == ["exam-a.jsonl", "exam-b.jsonl", "exam-start.jsonl"]
-    assert "exam after a: " in console(crew)
+    assert "exam after a: " in console(components)
 
 
 def test_the_sampler_sleeps_while_the_policy_learns_from_demonstrations_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crew = make_crew(tmp_path, make_stage("warm-up", 1, "sft"), examines=True)
-    assert isinstance(crew.sampler, BuiltinSampler)
+    components = make_components(tmp_path, make_stage("warm-up", 1, "sft"), examines=True)
+    assert isinstance(components.sampler, BuiltinSampler)
     caches: list[object] = []
-    advance = crew.learner.advance
+    advance = components.learner.advance
 
     def spy(*given: Any) -> Any:
-        caches.append(crew.sampler._decoder)  # type: ignore[attr-defined]
+        caches.append(components.sampler._decoder)  # type: ignore[attr-defined]
         return advance(*given)
 
-    monkeypatch.setattr(crew.learner, "advance", spy)
-    train(crew, RunState())
-    assert source_of(crew).graded[0][0] == "start" and caches == [None]
+    monkeypatch.setattr(components.learner, "advance", spy)
+    train(components, RunState())
+    assert source_of(components).graded[0][0] == "start" and caches == [None]
 
 
 # -- groups without variance
@@ -342,7 +350,7 @@ def undecided_on_one_and_two(prompts: Sequence[Prompt], texts: Sequence[str]) ->
     return [0.5 if p.payload in ("one", "two") else float(i % 2) for i, p in enumerate(prompts)]
 
 
-def learned_ids(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def learned_ids(components: Components, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Filled as the run goes: of each step the prompts whose groups were packed, in order."""
     seen: list[list[int]] = []
 
@@ -370,15 +378,15 @@ def test_groups_without_variance_give_way_to_further_prompts_so_often_and_are_co
     drawn: list[int],
     flat: list[int],
 ) -> None:
-    crew = make_crew(tmp_path, make_stage(steps=2, refills=refills), judge=undecided_on_one_and_two)
-    seen = learned_ids(crew, monkeypatch)
-    state = train(crew, RunState())
+    components = make_components(tmp_path, make_stage(steps=2, refills=refills), judge=undecided_on_one_and_two)
+    seen = learned_ids(components, monkeypatch)
+    state = train(components, RunState())
     assert seen == learned  # words of number 0, 1, 6, 7, 12, 13 are "one" and "two"
     rows = read_steps(tmp_path)
     assert [row["groups/all"] for row in rows] == drawn
     assert [row["groups/refilled"] for row in rows] == [n - 6 for n in drawn]
     assert [row["groups/flat"] for row in rows] == flat
-    assert [[g.prompt.prompt_id for g in groups] for groups in source_of(crew).observed] == [
+    assert [[g.prompt.prompt_id for g in groups] for groups in source_of(components).observed] == [
         list(range(drawn[0])),
         list(range(drawn[0], sum(drawn))),
     ]
@@ -389,7 +397,7 @@ def test_groups_without_variance_give_way_to_further_prompts_so_often_and_are_co
 @pytest.mark.parametrize("refills", [0, 1, 3])
 def test_surprise_allows_for_each_group_that_is_left_out_for_its_rewards(tmp_path: Path, refills: int) -> None:
     stage = make_stage(steps=1, refills=refills)
-    state = train(make_crew(tmp_path, stage, judge=undecided_on_one_and_two), RunState())
+    state = train(make_components(tmp_path, stage, judge=undecided_on_one_and_two), RunState())
     (row,) = read_steps(tmp_path)
     surprise = {name: state.totals[f"surprise/{name}"] for name in ("variance", "slack")}
     assert surprise["slack"] ** 2 / surprise["variance"] == pytest.approx(row["groups/flat"], rel=1e-3)
@@ -399,7 +407,7 @@ def test_advantages_over_the_whole_batch_are_those_of_the_groups_that_are_learne
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choices = dict(baseline="mean", scale="batch")
-    crew = make_crew(
+    components = make_components(
         tmp_path, make_stage(steps=1, refills=2, objective_choices=choices), judge=undecided_on_one_and_two
     )
     packed: list[Group] = []
@@ -409,7 +417,7 @@ def test_advantages_over_the_whole_batch_are_those_of_the_groups_that_are_learne
         return pack(groups, **options)
 
     monkeypatch.setattr("isomorph.engine.loop.pack", spy)
-    train(crew, RunState())
+    train(components, RunState())
     assert len(packed) == 6
     lens = torch.tensor([len(r.token_ids) for group in packed for r in group.rollouts])
     tokens = torch.tensor([i % 2 - 0.5 for i in range(48)], dtype=torch.float64).repeat_interleave(lens)
@@ -420,13 +428,13 @@ def test_advantages_over_the_whole_batch_are_those_of_the_groups_that_are_learne
 
 # -- checkpoints, stopping, resuming
 def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, examines=True)
-    train(crew, RunState())
+    components = make_components(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, examines=True)
+    train(components, RunState())
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000005"]
     state, weights, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000005")
-    assert weights_sha256(weights) == sha(crew)
-    assert state.source == json.loads(json.dumps(source_of(crew).state_dict()))  # the last exam's result included
+    assert weights_sha256(weights) == sha(components)
+    assert state.source == json.loads(json.dumps(source_of(components).state_dict()))  # the last exam's result included
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3, 5, 20, 40])
@@ -438,14 +446,14 @@ def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, 
         questions.append(1)
         return len(questions) >= asked
 
-    crew = make_crew(tmp_path, make_stage(steps=9), stop_requested=stop_requested, checkpoint_every=100)
+    components = make_components(tmp_path, make_stage(steps=9), stop_requested=stop_requested, checkpoint_every=100)
     with pytest.raises(KeyboardInterrupt):
-        train(crew, RunState())
+        train(components, RunState())
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     state, weights, _ = load_checkpoint(newest)
     assert state.step == _num_rows(tmp_path) == state.source["steps_done"]
-    assert weights_sha256(weights) == sha(crew)
+    assert weights_sha256(weights) == sha(components)
     assert len(questions) == asked  # nothing is drawn, judged or learned once it was heard
 
 
@@ -465,9 +473,9 @@ def gold_but_for_one(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[fl
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    crew = make_crew(tmp_path_factory.mktemp("whole"), *STAGES, judge=gold_but_for_one, examines=True)
-    train(crew, RunState())
-    return sha(crew)
+    components = make_components(tmp_path_factory.mktemp("whole"), *STAGES, judge=gold_but_for_one, examines=True)
+    train(components, RunState())
+    return sha(components)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 8, 9])
@@ -475,10 +483,10 @@ def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
     tmp_path: Path, whole: str, stop_after: int
 ) -> None:
     stop_requested = _after(tmp_path, stop_after)
-    first = make_crew(tmp_path, *STAGES, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
+    first = make_components(tmp_path, *STAGES, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
     with pytest.raises(KeyboardInterrupt):
         train(first, RunState())
-    second = make_crew(tmp_path, *STAGES, judge=gold_but_for_one, examines=True)
+    second = make_components(tmp_path, *STAGES, judge=gold_but_for_one, examines=True)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     state, weights, tensors = load_checkpoint(newest)
@@ -517,7 +525,7 @@ MANY = [
 STRIDE = 5  # of about a hundred moments in which a run may be interrupted
 
 
-def run_many(folder: Path, stops_at: int) -> tuple[Crew, int]:
+def run_many(folder: Path, stops_at: int) -> tuple[Components, int]:
     """Stopped at the question ``stops_at``, resumed where that ends it early; and how many questions there were."""
     questions: list[int] = []
 
@@ -525,21 +533,21 @@ def run_many(folder: Path, stops_at: int) -> tuple[Crew, int]:
         questions.append(1)
         return len(questions) == stops_at
 
-    crew = make_crew(folder, *MANY, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
+    components = make_components(folder, *MANY, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
     try:
-        train(crew, RunState())
-        return crew, len(questions)
+        train(components, RunState())
+        return components, len(questions)
     except KeyboardInterrupt:
         newest = latest_checkpoint(folder / "checkpoints")
         assert newest is not None
         state, weights, tensors = load_checkpoint(newest)
-    crew = make_crew(folder, *MANY, judge=gold_but_for_one, examines=True)
-    crew.policy.overwrite([weights[name] for name in crew.policy.named_parameters()])
-    crew.source.load_state_dict(state.source)
+    components = make_components(folder, *MANY, judge=gold_but_for_one, examines=True)
+    components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
+    components.source.load_state_dict(state.source)
     if state.stage:
-        crew.learner.restore(next(s for s in MANY if s.name == state.stage), tensors)
-    train(crew, state)
-    return crew, len(questions)
+        components.learner.restore(next(s for s in MANY if s.name == state.stage), tensors)
+    train(components, state)
+    return components, len(questions)
 
 
 def test_a_step_interrupted_anywhere_is_taken_up_bit_for_bit(tmp_path: Path) -> None:
@@ -551,11 +559,11 @@ def test_a_step_interrupted_anywhere_is_taken_up_bit_for_bit(tmp_path: Path) -> 
     assert num_questions > 90  # every token of a draw and of an exam, every micro-batch, and between them
     for stops_at in range(1, num_questions, STRIDE):
         folder = tmp_path / str(stops_at)
-        crew, asked = run_many(folder, stops_at)
+        components, asked = run_many(folder, stops_at)
         assert asked == stops_at
-        assert sha(crew) == sha(whole), stops_at
+        assert sha(components) == sha(whole), stops_at
         assert told(folder) == told(tmp_path / "whole"), stops_at
-        assert source_of(crew).state_dict() == source_of(whole).state_dict()
+        assert source_of(components).state_dict() == source_of(whole).state_dict()
 
 
 def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path) -> None:
@@ -567,25 +575,25 @@ def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path)
             Counting.calls += len(given[0]) > 1  # a probe is one prompt
             return drawn
 
-    def crew_of(is_stopping: bool) -> Crew:
+    def components_of(is_stopping: bool) -> Components:
         stage, sampler_of = make_stage(steps=1), lambda policy: Counting(policy, SamplerConfig())
-        return make_crew(
+        return make_components(
             tmp_path, stage, sampler_of=sampler_of, stop_requested=lambda: is_stopping and Counting.calls > 0
         )
 
     with pytest.raises(KeyboardInterrupt):
-        train(crew_of(True), RunState())
+        train(components_of(True), RunState())
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     for is_stopping in (True, False):  # asked to stop at once, again: nothing is lost
         state, _, tensors = load_checkpoint(newest)
         assert state.step == 0 and len(state.draws) == 1 and Counting.calls == 1
-        crew = crew_of(is_stopping)
-        crew.source.load_state_dict(state.source)
-        crew.learner.restore(make_stage(steps=1), tensors)
+        components = components_of(is_stopping)
+        components.source.load_state_dict(state.source)
+        components.learner.restore(make_stage(steps=1), tensors)
         assert state.stage == "words"
         with pytest.raises(KeyboardInterrupt) if is_stopping else contextlib.nullcontext():
-            train(crew, state)
+            train(components, state)
     assert Counting.calls == 1
 
 
@@ -610,12 +618,12 @@ class Forgetful(Questions):
 @pytest.mark.slow
 def test_three_hundred_steps_hold_on_to_nothing(tmp_path: Path) -> None:
     stage = make_stage(steps=300, objective="grpo", objective_choices=dict(kl_coef=0.01), refills=1)
-    crew = make_crew(tmp_path, stage, judge=gold_but_for_one, checkpoint_every=50)
-    source = Forgetful(crew.policy, stage)
+    components = make_components(tmp_path, stage, judge=gold_but_for_one, checkpoint_every=50)
+    source = Forgetful(components.policy, stage)
     source.held = {}
-    train(dataclasses.replace(crew, source=source), RunState())
+    train(dataclasses.replace(components, source=source), RunState())
     assert source.held[299] == source.held[100]
-    assert crew.log.telemetry.growth.num_alarms == 0
+    assert components.log.telemetry.growth.num_alarms == 0
     rss = [row["mem/rss_gib"] for row in read_steps(tmp_path)]
     assert min(rss[280:]) < min(rss[80:100]) * (
         1 + 2 * MIN_GROWTH
@@ -624,15 +632,15 @@ def test_three_hundred_steps_hold_on_to_nothing(tmp_path: Path) -> None:
 
 # -- what ends a run
 def test_a_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(), judge=lambda prompts, texts: gold(prompts, texts)[1:])
-    with pytest.raises(RunFailed, match="one reward a response"):
-        train(crew, RunState())
+    components = make_components(tmp_path, make_stage(), judge=lambda prompts, texts: gold(prompts, texts)[1:])
+    with pytest.raises(RunFailed, match="one reward for each response"):
+        train(components, RunState())
 
 
 def test_an_exams_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(), judge=lambda prompts, texts: [], examines=True)
-    with pytest.raises(RunFailed, match="one reward a response"):
-        train(crew, RunState())
+    components = make_components(tmp_path, make_stage(), judge=lambda prompts, texts: [], examines=True)
+    with pytest.raises(RunFailed, match="one reward for each response"):
+        train(components, RunState())
 
 
 class Stale:
@@ -656,12 +664,12 @@ def test_a_sampler_with_stale_weights_ends_the_run_before_anything_is_learned_fr
         asked.append(len(texts))
         return gold(prompts, texts)
 
-    crew = make_crew(tmp_path, make_stage(), sampler_of=Stale, judge=judge, checkpoint_every=1)
+    components = make_components(tmp_path, make_stage(), sampler_of=Stale, judge=judge, checkpoint_every=1)
     with pytest.raises(RunFailed, match="differ by"):
-        train(crew, RunState())
+        train(components, RunState())
     assert sum(asked) == 2 * 48  # the first step's are of the weights of the beginning
     _, weights, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000001")
-    assert sha(crew) == weights_sha256(weights)  # the second step's moved nothing
+    assert sha(components) == weights_sha256(weights)  # the second step's moved nothing
 
 
 def test_a_sampler_that_starts_with_other_weights_ends_the_run_before_it_is_asked(tmp_path: Path) -> None:
@@ -677,9 +685,9 @@ def test_a_sampler_that_starts_with_other_weights_ends_the_run_before_it_is_aske
             sampler.frozen.unembedding.mul_(1.5)
         return sampler
 
-    crew = make_crew(tmp_path, make_stage(), sampler_of=other_weights, judge=judge)
+    components = make_components(tmp_path, make_stage(), sampler_of=other_weights, judge=judge)
     with pytest.raises(RunFailed, match="differ by"):
-        train(crew, RunState())
+        train(components, RunState())
     assert asked == []
 
 
@@ -695,9 +703,9 @@ class Drifting(BuiltinSampler):
 
 
 def test_drift_beyond_what_the_run_allows_ends_it(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(), sampler_of=lambda policy: Drifting(policy, SamplerConfig()))
+    components = make_components(tmp_path, make_stage(), sampler_of=lambda policy: Drifting(policy, SamplerConfig()))
     with pytest.raises(RunFailed, match="differ by 1.00e-02"):
-        train(crew, RunState())
+        train(components, RunState())
     assert not (tmp_path / "steps.jsonl").exists()
 
 
@@ -718,9 +726,9 @@ def test_drawing_from_another_distribution_than_is_reported_ends_the_run(tmp_pat
             policy.unembedding.mul_(4)  # as wide as a language model's logits
         return Untrue(policy, SamplerConfig())
 
-    crew = make_crew(tmp_path, make_stage(objective_choices=dict(kl_coef=1e-3)), sampler_of=untrue)
+    components = make_components(tmp_path, make_stage(objective_choices=dict(kl_coef=1e-3)), sampler_of=untrue)
     with pytest.raises(RunFailed, match="another distribution than it reports"):
-        train(crew, RunState())
+        train(components, RunState())
     rows = read_steps(tmp_path)
     assert rows and all(-row["surprise/limit"] <= row["surprise/z"] < 0 for row in rows)
     assert max(row["drift/p999"] for row in rows) < 1e-5  # there is no drift to see it by
@@ -739,16 +747,16 @@ def without_stop_token(rollout: Rollout) -> Rollout:
 
 
 def test_dropped_stop_tokens_end_the_run(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(), sampler_of=lambda policy: Dropping(policy, SamplerConfig()))
+    components = make_components(tmp_path, make_stage(), sampler_of=lambda policy: Dropping(policy, SamplerConfig()))
     with pytest.raises(RunFailed, match="drops stop tokens"):
-        train(crew, RunState())
+        train(components, RunState())
 
 
 def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, make_stage(steps=2), judge=lambda prompts, texts: [0.5] * len(texts))
-    before = sha(crew)
-    state = train(crew, RunState())
-    assert sha(crew) == before
+    components = make_components(tmp_path, make_stage(steps=2), judge=lambda prompts, texts: [0.5] * len(texts))
+    before = sha(components)
+    state = train(components, RunState())
+    assert sha(components) == before
     assert (state.step, state.num_updates, state.policy_version) == (2, 0, 0)
     rows = read_steps(tmp_path)
     assert [(row["groups/flat"], row["updates"], row["loss"], row["publish/bytes"]) for row in rows] == [
@@ -757,15 +765,15 @@ def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_pat
 
 
 # -- what a run that fails leaves
-def resumed(folder: Path, stage: Stage, **options: Any) -> tuple[Crew, RunState]:
-    crew = make_crew(folder, stage, **options)
+def resumed(folder: Path, stage: Stage, **options: Any) -> tuple[Components, RunState]:
+    components = make_components(folder, stage, **options)
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
     state, weights, tensors = load_checkpoint(newest)
-    crew.policy.overwrite([weights[name] for name in crew.policy.named_parameters()])
-    crew.source.load_state_dict(state.source)
-    crew.learner.restore(stage, tensors)
-    return crew, state
+    components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
+    components.source.load_state_dict(state.source)
+    components.learner.restore(stage, tensors)
+    return components, state
 
 
 class Failing:
@@ -786,9 +794,9 @@ FEW_UPDATES = FEW.model_copy(update={"batch": FEW.batch.model_copy(update={"prom
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore of it")
 
 
-def failing_in_the_third_step(crew: Crew, error: Exception) -> Callable[..., list[float]]:
+def failing_in_the_third_step(components: Components, error: Exception) -> Callable[..., list[float]]:
     def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        if len(source_of(crew).observed) == 2:
+        if len(source_of(components).observed) == 2:
             raise error
         return gold(prompts, texts)
 
@@ -800,14 +808,16 @@ def test_a_run_that_fails_goes_on_from_its_last_whole_step_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Only while an update is being written into the weights there is nothing to keep."""
-    train(whole := make_crew(tmp_path / "whole", FEW_UPDATES, checkpoint_every=100), RunState())
+    train(whole := make_components(tmp_path / "whole", FEW_UPDATES, checkpoint_every=100), RunState())
     error = {"gradient": RunFailed("the gradient's norm is inf")}.get(place, OUT_OF_MEMORY)
-    crew = make_crew(tmp_path / "run", FEW_UPDATES, checkpoint_every=100)
-    learner, updates_before = crew.learner, 2 * 3
+    components = make_components(tmp_path / "run", FEW_UPDATES, checkpoint_every=100)
+    learner, updates_before = components.learner, 2 * 3
     if place == "judge":
-        crew = dataclasses.replace(crew, judge=failing_in_the_third_step(crew, error))
+        components = dataclasses.replace(components, judge=failing_in_the_third_step(components, error))
     elif place == "generate":
-        monkeypatch.setattr(crew.sampler, "generate", Failing(crew.sampler.generate, 1 + 3, error))  # the probe, too
+        monkeypatch.setattr(
+            components.sampler, "generate", Failing(components.sampler.generate, 1 + 3, error)
+        )  # the probe, too
     elif place == "pack":
         monkeypatch.setattr("isomorph.engine.loop.pack", Failing(pack, 3, error))
     elif place == "third micro-batch":
@@ -815,7 +825,7 @@ def test_a_run_that_fails_goes_on_from_its_last_whole_step_bit_for_bit(
         backward = learner._backward
 
         def spy(*given: Any) -> Tensor:
-            batches.append(len(source_of(crew).observed))
+            batches.append(len(source_of(components).observed))
             if batches.count(2) == 3:  # in the third step
                 raise error
             return backward(*given)
@@ -832,12 +842,12 @@ def test_a_run_that_fails_goes_on_from_its_last_whole_step_bit_for_bit(
 
         monkeypatch.setattr(learner, "enter", enter_and_fail)
     elif place == "record":
-        monkeypatch.setattr(crew.log, "write_step", Failing(crew.log.write_step, 3, error))
+        monkeypatch.setattr(components.log, "write_step", Failing(components.log.write_step, 3, error))
     with pytest.raises(RunFailed) as failed:
-        train(crew, RunState())
+        train(components, RunState())
     told = str(failed.value)
     if place == "step":
-        assert "no checkpoint of this moment: the weights were being written" in told
+        assert "no checkpoint was written, because the weights are ahead of the last whole step" in told
         assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None
         return
     assert "has been written" in told and f"isomorph train --resume {tmp_path / 'run'}" in told
@@ -850,25 +860,25 @@ def test_a_run_that_fails_goes_on_from_its_last_whole_step_bit_for_bit(
 
 
 def test_a_defect_keeps_its_traceback_and_the_log_says_what_was_kept(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, FEW, checkpoint_every=100)
-    crew = dataclasses.replace(crew, judge=failing_in_the_third_step(crew, KeyError("a defect")))
+    components = make_components(tmp_path, FEW, checkpoint_every=100)
+    components = dataclasses.replace(components, judge=failing_in_the_third_step(components, KeyError("a defect")))
     with pytest.raises(KeyError, match="a defect"):
-        train(crew, RunState())
-    assert "a checkpoint after step 2 has been written" in console(crew)
+        train(components, RunState())
+    assert "a checkpoint after step 2 has been written" in console(components)
 
 
 def test_weights_that_are_not_finite_do_not_become_the_newest_checkpoint(tmp_path: Path) -> None:
-    crew = make_crew(tmp_path, FEW, checkpoint_every=2, keep_checkpoints=1)
+    components = make_components(tmp_path, FEW, checkpoint_every=2, keep_checkpoints=1)
 
     def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        if len(source_of(crew).observed) == 3:
+        if len(source_of(components).observed) == 3:
             with torch.no_grad():
-                crew.policy.unembedding[0] = torch.nan
+                components.policy.unembedding[0] = torch.nan
         return gold(prompts, texts)
 
-    crew = dataclasses.replace(crew, judge=judge)
+    components = dataclasses.replace(components, judge=judge)
     with pytest.raises(RunFailed, match="holds numbers that are not finite"):
-        train(crew, RunState())
+        train(components, RunState())
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-00000002"
 
@@ -881,10 +891,10 @@ def test_a_stop_does_not_wait_for_the_judge(tmp_path: Path) -> None:
         may_end.wait(60)
         return gold(prompts, texts)
 
-    crew = make_crew(tmp_path, FEW, judge=slow, stop_requested=asked.is_set)
+    components = make_components(tmp_path, FEW, judge=slow, stop_requested=asked.is_set)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(crew, RunState())
+            train(components, RunState())
         assert not may_end.is_set() and latest_checkpoint(tmp_path / "checkpoints") is not None
     finally:
         may_end.set()

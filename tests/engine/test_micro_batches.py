@@ -155,11 +155,11 @@ def test_groups_without_any_variance_leave_nothing_to_learn() -> None:
 def test_rejection_sampling_counts_only_what_was_accepted() -> None:
     update = packed([group(1, 2, [2, 3, 4], [0.0, 1.0, 0.0])], objective=ObjectiveConfig(name="rft"))
     assert (update.num_loss_tok, update.num_seqs) == (3, 1)
-    assert (update.num_flat_groups, update.num_flat_seqs) == (0, 2)
+    assert (update.num_zero_advantage_groups, update.num_zero_advantage_seqs) == (0, 2)
     both = packed([group(1, 2, [2, 3], [0.0, 0.0]), group(2, 1, [2, 3], [0.0, 1.0])], objective=GRPO)
-    assert (both.num_flat_groups, both.num_flat_seqs) == (1, 1)
+    assert (both.num_zero_advantage_groups, both.num_zero_advantage_seqs) == (1, 1)
     kept = packed([group(1, 2, [2, 3], [0.0, 0.0])], objective=WITH_KL)
-    assert (kept.num_flat_groups, kept.num_flat_seqs) == (0, 0)
+    assert (kept.num_zero_advantage_groups, kept.num_zero_advantage_seqs) == (0, 0)
     nothing = packed([group(1, 2, [2, 3], [0.0, 0.0])], objective=ObjectiveConfig(name="rft"))
     assert (nothing.num_loss_tok, nothing.num_seqs, nothing.batches) == (0, 0, ())
 

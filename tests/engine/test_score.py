@@ -7,7 +7,7 @@ import torch
 
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
-from isomorph.engine.update.score import Judging, answers_found, score, share_without_answer, warning_of_no_answer
+from isomorph.engine.update.score import RewardThread, answers_found, score, share_without_answer, warning_of_no_answer
 
 
 def prompt(prompt_id: int) -> Prompt:
@@ -59,10 +59,10 @@ def test_a_response_without_an_answer_is_told_from_a_wrong_one() -> None:
 
 def judge_and_score(judge: Judge, objective: ObjectiveConfig) -> tuple[list[Group], list[str]]:
     """All groups handed in, the last one first."""
-    with Judging(judge, decode, PROMPTS) as judging:
-        judging.add(1, ROLLOUTS[3:])
-        judging.add(0, ROLLOUTS[:3])
-        texts, rewards = judging.results()
+    with RewardThread(judge, decode, PROMPTS) as rewarding:
+        rewarding.add(1, ROLLOUTS[3:])
+        rewarding.add(0, ROLLOUTS[:3])
+        texts, rewards = rewarding.results()
     return score(PROMPTS, ROLLOUTS, rewards, objective), texts
 
 
@@ -126,7 +126,7 @@ def test_rollouts_in_another_order_than_their_prompts_are_refused() -> None:
 
 @pytest.mark.parametrize("rewards", [(1, 0), (1, 0, 0, 0), ()])
 def test_a_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(rewards: tuple[float, ...]) -> None:
-    with pytest.raises(RunFailed, match="one reward a response"):
+    with pytest.raises(RunFailed, match="one reward for each response"):
         judge_and_score(lambda prompts, texts: list(rewards), ObjectiveConfig())
 
 
@@ -144,11 +144,11 @@ def test_a_group_is_judged_while_another_is_still_being_drawn() -> None:
         called.set()
         return [0.0] * len(texts)
 
-    with Judging(judge, decode, PROMPTS) as judging:
-        judging.add(1, ROLLOUTS[3:])
+    with RewardThread(judge, decode, PROMPTS) as rewarding:
+        rewarding.add(1, ROLLOUTS[3:])
         assert called.wait(10)  # before the other group is there
-        judging.add(0, ROLLOUTS[:3])
-        judging.results()
+        rewarding.add(0, ROLLOUTS[:3])
+        rewarding.results()
     assert judged == [[2, 2, 2], [4, 4, 4]]
 
 
@@ -156,11 +156,11 @@ def test_what_the_judge_raised_ends_the_drawing_at_the_next_group() -> None:
     def broken(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         raise RunFailed("the judge is broken")
 
-    with Judging(broken, decode, PROMPTS) as judging:
-        judging.add(1, ROLLOUTS[3:])
-        judging._thread.submit(lambda: None).result()  # its only thread is past the first group
+    with RewardThread(broken, decode, PROMPTS) as rewarding:
+        rewarding.add(1, ROLLOUTS[3:])
+        rewarding._thread.submit(lambda: None).result()  # its only thread is past the first group
         with pytest.raises(RunFailed, match="broken"):
-            judging.add(0, ROLLOUTS[:3])
+            rewarding.add(0, ROLLOUTS[:3])
 
 
 def test_what_gathers_during_a_call_of_the_judge_is_judged_in_one_call() -> None:
@@ -173,11 +173,11 @@ def test_what_gathers_during_a_call_of_the_judge_is_judged_in_one_call() -> None
         assert may_go.wait(10)
         return [float(p.prompt_id) for p in asked]
 
-    with Judging(judge, decode, prompts) as judging:
-        judging.add(3, [rollout(3, 0)])
+    with RewardThread(judge, decode, prompts) as rewarding:
+        rewarding.add(3, [rollout(3, 0)])
         assert is_first.wait(10)
         for i in (4, 0, 2, 1):
-            judging.add(i, [rollout(i, 0)])
+            rewarding.add(i, [rollout(i, 0)])
         may_go.set()
-        assert judging.results()[1] == [0, 1, 2, 3, 4]
+        assert rewarding.results()[1] == [0, 1, 2, 3, 4]
     assert calls == [1, 4]
