@@ -21,16 +21,14 @@ from typing import Literal, NamedTuple
 import torch
 
 from isomorph.engine.config import EngineConfig, Stage, UserError
+from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.kernels.linear import linear
-from isomorph.kernels.linear_chunks import whole_rows
 
 Moment = Literal["generate", "update", "step"]
 MOMENTS: tuple[Moment, ...] = ("generate", "update", "step")
 GIB = 2**30
 CONTEXT_BYTES = GIB  # of a GPU: driver, cuBLAS and Triton before the first tensor
 VLLM_OVERHEAD_BYTES = 2 * GIB  # CUDA graphs and the activations of its largest batch
-CPU_CHUNK_BYTES = 64 * 2**20  # of logits at a time: beyond it they leave the caches and only cost memory
-CUDA_CHUNK_ROWS = 8192  # below it the weight gradient's read and write weigh more than its GEMM
 SAMPLER_LOGIT_COPIES = 4  # logits, log-probabilities, probabilities, their sums; float32
 UPDATE_TRAFFIC = 3  # times an activation is moved: written, read for the next op, read or written in backward
 HOST_BANDWIDTH = 50e9  # bytes/s that an optimizer on the host of a GPU gets, transfers included: assumed, not measured
@@ -183,11 +181,6 @@ def arenas(facts: Facts) -> list[Arena]:
         Arena("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
     ]
     return [arena for arena in found if arena.num_bytes]
-
-
-def logits_chunk_rows(num_vocab: int, *, is_gpu: bool) -> int:
-    """Rows of logits that the learner makes at a time."""
-    return CUDA_CHUNK_ROWS if is_gpu else whole_rows(CPU_CHUNK_BYTES // (4 * num_vocab))
 
 
 def activation_bytes_per_tok(facts: Facts) -> float:

@@ -23,8 +23,9 @@ from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Group, PackedBatch, Rollout, RunFailed, Sampling, StepStats
-from isomorph.engine.update.learner import Learner, Tally
+from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack
+from isomorph.engine.update.round import Tally
 
 GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
 

@@ -22,9 +22,10 @@ from isomorph.engine.config import ObjectiveConfig, SamplingConfig, Stage, TinyM
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Group, Prompt, Rollout
-from isomorph.engine.update.learner import Learner, Tally
+from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.engine.update.objective import MAX_LOG_RATIO, Rows, kl_estimate, loss_of_tokens, token_weight
+from isomorph.engine.update.round import Tally
 from isomorph.kernels.linear_logprob import TokenStats
 
 MAX_NEW_TOK = 9

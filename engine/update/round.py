@@ -1,0 +1,120 @@
+"""How far the optimizer steps on one round of rollouts have come, and what of it a checkpoint holds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from isomorph.engine.config import Stage, UserError
+from isomorph.engine.distributed.ranks import Ranks
+from isomorph.engine.drift import DriftSums, step_drift
+from isomorph.engine.types import StepDrift
+from isomorph.engine.update.micro_batches import Update
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the predicted tokens of a step, on the device until read."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    num_tok: int = 0
+
+    def add(self, num_tok: int, **values: Tensor) -> None:
+        self.num_tok += num_tok
+        for name, value in values.items():
+            total = value.detach().double().sum()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def gather(self, ranks: Ranks) -> None:
+        """Takes in what the other ranks have counted."""
+        counted = ranks.gather((self.num_tok, {name: total.item() for name, total in self.sums.items()}))
+        self.num_tok = sum(num_tok for num_tok, _ in counted)
+        for name in {name for _, sums in counted for name in sums}:
+            self.sums[name] = torch.tensor(sum(sums.get(name, 0.0) for _, sums in counted), dtype=torch.float64)
+
+    def mean(self, name: str) -> float:
+        return self.sums[name].item() / self.num_tok if self.num_tok else float("nan")
+
+
+class Seen(NamedTuple):
+    """Of N tokens, each [N], nats."""
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+class Round:
+    """How far the optimizer steps on one round of rollouts have come."""
+
+    def __init__(
+        self,
+        updates: list[Update],
+        stage: Stage,
+        stage_step: int,
+        device: torch.device,
+        check_drift: Callable[[StepDrift], None],
+        num_replaced: int,
+    ) -> None:
+        self.updates, self.stage, self.stage_step = updates, stage, stage_step
+        self.learned = [update for update in updates if update.batches]
+        self.check_drift, self.num_replaced = check_drift, num_replaced
+        self.device = device
+        self.reference: list[list[Tensor]] | None = None
+        self.old: list[list[Tensor] | None] = []  # of each update, by the policy that no step had moved yet
+        self.advantage: list[list[Tensor]] | None = None  # [N] of each update's batches, where KL is in the reward
+        self.tally, self.drift = Tally(), DriftSums(device)
+        self.norms: list[float] = []  # of the steps made
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.norms) == self.stage.batch.num_iterations * len(self.learned)
+
+    def compare(self, update: Update, seen: Sequence[Seen]) -> None:
+        """Takes down how far the sampler was off on the tokens of ``update``."""
+        for batch, (logprob, entropy) in zip(update.batches, seen, strict=True):
+            if batch.sampler_logprob is not None:
+                self.drift.add(logprob, batch.sampler_logprob, entropy)
+
+    def step_drift(self, ranks: Ranks) -> StepDrift:
+        """Of what was compared so far, on all ranks."""
+        num_groups = self.num_replaced + sum(update.num_zero_advantage_groups for update in self.updates)
+        return step_drift(
+            ranks.gather(self.drift.tensors()),
+            num_groups,
+            sum(update.num_zero_advantage_seqs for update in self.updates),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold so that ``load`` goes on from here; the rest is computed again."""
+        found = {"norms": torch.tensor(self.norms, dtype=torch.float64)}
+        found |= {f"drift/{name}": tensor for name, tensor in self.drift.tensors().items()}
+        found["tally/num_tok"] = torch.tensor(self.tally.num_tok)
+        found |= {f"tally/sum/{name}": total.cpu() for name, total in self.tally.sums.items()}
+        for u, logprobs in enumerate(self.old):
+            found |= {f"old/{u}/{b}": logprob.cpu() for b, logprob in enumerate(logprobs or [])}
+        for u, advantages in enumerate(self.advantage or []):
+            found |= {f"advantage/{u}/{b}": advantage.cpu() for b, advantage in enumerate(advantages)}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        if "drift/sums" not in tensors:
+            raise UserError(
+                "this checkpoint was written between the updates of a step by an earlier version, which counted the "
+                "sampler's drift differently: resume it with that version, or delete it to go on from the one before"
+            )
+        self.norms = tensors["norms"].tolist()
+        self.drift.load({name.removeprefix("drift/"): t for name, t in tensors.items() if name.startswith("drift/")})
+        self.tally.num_tok = int(tensors["tally/num_tok"])
+        named = {name: t for name, t in tensors.items() if name.startswith("tally/sum/")}
+        self.tally.sums = {name.removeprefix("tally/sum/"): t.to(self.device) for name, t in named.items()}
+        self.old = self._of_batches("old", tensors)  # type: ignore[assignment]
+        if self.stage.objective.reward_kl_coef:
+            self.advantage = self._of_batches("advantage", tensors)
+
+    def _of_batches(self, kind: str, tensors: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        return [
+            [tensors[f"{kind}/{u}/{b}"].to(self.device) for b in range(len(update.batches))]
+            for u, update in enumerate(self.learned)
+        ]
