@@ -1,11 +1,11 @@
-"""Advantages beyond one group's rewards: whitened over the tokens of a step, and with KL taken off the reward.
+"""Advantages that need more than one group's rewards: whitening over a step, and a KL penalty on the reward.
 
     reward_kl_coef    with a baseline: R - coef * sum_t k1[t], then baseline and scale of the group (RLOO, GRPO)
                       without: R - coef * sum_{i >= t} k1[i], the return from token t on (REINFORCE++)
     k1[t]             log pi_old(y[t]) - log pi_ref(y[t])
     scale = "batch"   (A - mean) / sqrt(var + 1e-8), over the tokens of a step
 
-Statistics run over all updates, micro-batches and ranks of a step, so advantages do not depend on how it is cut.
+Statistics are over all updates, micro-batches and ranks of a step, so advantages do not depend on how it is split.
 """
 
 import itertools
@@ -24,10 +24,10 @@ VARIANCE_EPS = 1e-8
 
 
 def whitened(values: Sequence[Tensor], num_tok: Sequence[Tensor], ranks: Ranks = ALONE) -> list[Tensor]:
-    """Each of ``values`` less the mean, over the standard deviation (n - 1), of all of them on all ranks.
+    """Returns (value - mean) / standard deviation (n - 1), with statistics over all ``values`` of all ranks.
 
-    ``num_tok``, shaped as ``values``: how many tokens have that value. Float64 in between; the dtype of ``values``.
-    Values that are all equal become exactly 0.
+    ``num_tok``: tensors of the same shapes, the number of tokens with that value. Computed in float64, returned in the
+    dtype of ``values``. If all values are equal, the result is exactly 0. A collective: all ranks must call it.
     """
     known = [(v.double(), n.double()) for v, n in zip(values, num_tok, strict=True)]
     counted = [v[n > 0] for v, n in known]
@@ -51,9 +51,9 @@ def penalised(
     objective: ObjectiveConfig,
     ranks: Ranks = ALONE,
 ) -> list[list[Tensor]]:
-    """[N] advantage of each predicted token, for each micro-batch of each update, with KL taken off the reward.
+    """Returns the advantage [N] of each predicted token of each micro-batch of each update, with the KL penalty.
 
-    ``old`` and ``reference``: [N] log-probabilities of the same micro-batches, nats. All ranks must ask.
+    ``old`` and ``reference``: log-probabilities [N] of the same micro-batches, nats. A collective.
     """
     kl = [[o - r for o, r in zip(olds, refs, strict=True)] for olds, refs in zip(old, reference, strict=True)]
     of_update = _returns_to_go if objective.baseline == "none" else _group_relative
@@ -66,9 +66,9 @@ def penalised(
 
 
 def _group_relative(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig) -> list[Tensor]:
-    """The KL of a whole response is part of its reward, before responses are compared.
+    """Subtracts the KL of a whole response from its reward, before baseline and scale are applied.
 
-    A rank has all responses of its groups; what it finds for the groups of others is not used.
+    A rank knows the KL of the groups assigned to it only; its advantages of other groups are wrong, and not used.
     """
     offsets = torch.tensor([0, *itertools.accumulate(len(rewards) for rewards in update.rewards)])
     kl_S = torch.zeros(int(offsets[-1]), dtype=torch.float64)
@@ -86,7 +86,7 @@ def _group_relative(update: Update, kl: Sequence[Tensor], objective: ObjectiveCo
 
 
 def _returns_to_go(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig) -> list[Tensor]:
-    """A token pays for its own KL and that of the tokens after it."""
+    """Returns reward minus the KL of this token and those after it."""
     reward_S = torch.tensor([r for rewards in update.rewards for r in rewards], dtype=torch.float64)
     return [
         _return_to_go(batch, reward_S[response_id].to(kl_N.device), objective.reward_kl_coef * kl_N.double()).to(kl_N)

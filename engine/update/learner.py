@@ -1,13 +1,17 @@
-"""Packed rollouts -> gradient -> step.
+"""Optimizer steps on the packed rollouts of one step (a round).
 
-An optimizer step goes through its micro-batches one after the other; every one adds its share of a single loss, whose
-denominator was counted over all of them before. Log-probabilities of the old policy get a pass of their own only where
-the policy will have moved before: the first update of a round of rollouts sees them in its own forward pass. Where they
-are wanted before any loss, for a KL in the reward, the first update costs that pass, too.
+    round = learner.begin(updates, stage, stage_step)      list[Update] -> Round
+    while not round.is_done: learner.advance(round)        one optimizer step each
+    learner.stats(round)                                   -> StepStats
 
-    round = begin(updates)        advance(round) until round.is_done        stats(round)
+An optimizer step runs its micro-batches one after the other. Each adds its part of one loss, whose denominator was
+counted over all micro-batches and ranks before, so that the gradient does not depend on the split.
 
-Between two steps a round can be laid down in a checkpoint and taken up again, bit for bit.
+The first optimizer step of a round uses its own detached log-probabilities as old_logprob. For the later ones a forward
+without gradient computes old_logprob before the first step. With reward_kl_coef, or where the loss has another
+temperature than the sampler, the first optimizer step needs that forward, too.
+
+Between two optimizer steps a round can be saved in a checkpoint and resumed bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,28 +29,28 @@ from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.engine.update.micro_batches import Update
-from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
+from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.round import Round, Seen, Tally
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
 
 
 class Learner:
-    """Owns the optimizer and the reference weights; everything else is handed in."""
+    """Makes optimizer steps on ``policy``. Owns the optimizer, the reference weights and the current round."""
 
     def __init__(self, policy: Policy, ranks: Ranks = ALONE, *, optimizer_on_host: bool = False) -> None:
         self.policy = policy
         self.ranks = ranks
         self.optimizer_on_host = optimizer_on_host
         self.optimizer: MasterAdamW | None = None
-        self.reference: list[Tensor] | None = None  # host memory; swapped in for one pass a rollout
-        self.round: Round | None = None  # that is under way
-        self._interrupted: dict[str, Tensor] = {}  # of the round that ``begin`` is to take up
-        self.on_batch: Callable[[], None] = lambda: None  # before each micro-batch; what it raises ends the call
-        self.is_moving = False  # the weights are neither those before an update nor those after it
+        self.reference: list[Tensor] | None = None  # weights of the KL reference, in host memory
+        self.round: Round | None = None  # None: between rounds
+        self._interrupted: dict[str, Tensor] = {}  # tensors of the round that ``begin`` resumes
+        self.on_batch: Callable[[], None] = lambda: None  # called before each micro-batch; what it raises ends the call
+        self.is_moving = False  # True while an optimizer step writes the weights
 
     def enter(self, stage: Stage) -> None:
-        """A new stage begins: its optimizer, and the policy that KL is measured to."""
+        """Prepares a new stage: sets up or resets the optimizer, takes or keeps the snapshot of the KL reference."""
         if self.optimizer is None:
             self._open_optimizer(stage)
         elif stage.optimizer_state == "reset":
@@ -60,7 +64,7 @@ class Learner:
             self.reference = self.policy.snapshot()
 
     def update(self, updates: Sequence[Update], stage: Stage, stage_step: int) -> StepStats:
-        """All optimizer steps of one round of rollouts."""
+        """Makes all optimizer steps on one step's rollouts."""
         work = self.begin(updates, stage, stage_step)
         while not work.is_done:
             self.advance(work)
@@ -74,11 +78,10 @@ class Learner:
         check_drift: Callable[[StepDrift], None] = lambda drift: None,
         num_replaced: int = 0,
     ) -> Round:
-        """What must be computed before anything moves; or, after ``restore``, the round that was interrupted.
+        """Computes reference and old log-probabilities and returns the Round; after ``restore``, resumes the saved one.
 
-        ``check_drift``: told how far the sampler's log-probabilities are off before the first step is made; what it
-        raises leaves the weights as they were. ``num_replaced``: groups that were drawn and gave way to those in
-        ``updates``, for their rewards.
+        ``check_drift`` gets the trainer-sampler log-probability mismatch before the first optimizer step; if it
+        raises, the weights are unchanged. ``num_replaced``: zero-variance groups that refills replaced by others.
         """
         work = Round(list(updates), stage, stage_step, self.policy.device, check_drift, num_replaced)
         self.round = work
@@ -87,7 +90,7 @@ class Learner:
             work.load(self._interrupted)
             self._interrupted = {}
             return work
-        # the first update sees its own, unless its loss has another temperature than the sampler
+        # the first update computes its own in its forward, unless the loss has another temperature than the sampler
         num_seen = 1 if stage.loss_temperature == stage.sampling.temperature or stage.objective.is_supervised else 0
         work.old = [None for _ in work.learned[:num_seen]]
         for update in work.learned[num_seen:]:
@@ -103,9 +106,9 @@ class Learner:
         return work
 
     def advance(self, work: Round) -> None:
-        """One optimizer step. Raises RunFailed on a non-finite loss or gradient.
+        """Makes one optimizer step. Raises RunFailed on a non-finite log-probability or gradient.
 
-        Whatever is raised before the weights move leaves ``work`` as it was, so that a checkpoint can hold it.
+        An exception before the optimizer writes weights leaves ``work`` as it was, so that a checkpoint can hold it.
         """
         assert self.optimizer is not None, "enter a stage first"
         tally = replace(work.tally, sums=dict(work.tally.sums))
@@ -119,7 +122,7 @@ class Learner:
         self.is_moving = True
         try:
             norm = self.optimizer.step(lr=lr, clip_norm=work.stage.optim.clip_norm)
-        except RunFailed:  # a gradient that is not finite: refused before anything has moved
+        except RunFailed:  # the gradient is not finite; no weight has changed
             work.tally, self.is_moving = tally, False
             raise
         self.optimizer.zero_grad()
@@ -127,7 +130,7 @@ class Learner:
         self.is_moving = False
 
     def _accumulate(self, work: Round) -> None:
-        """The gradient of the next update, summed over all ranks."""
+        """Accumulates the gradient of the next update, summed over all ranks."""
         assert self.optimizer is not None
         is_first = not work.norms
         u = len(work.norms) % len(work.learned)
@@ -136,10 +139,10 @@ class Learner:
         seen = []
         for b, batch in enumerate(update.batches):
             old = before[b] if before else None
-            rows = self._rows(batch, update, work.stage, old, reference[b] if reference else None)
+            inputs = self._token_inputs(batch, update, work.stage, old, reference[b] if reference else None)
             if work.advantage is not None:
-                rows = replace(rows, advantage=work.advantage[u][b])
-            seen.append(self._backward(batch, rows, work.stage, work.tally))
+                inputs = replace(inputs, advantage=work.advantage[u][b])
+            seen.append(self._backward(batch, inputs, work.stage, work.tally))
         if before is None:
             work.old[u] = [logprob for logprob, _ in seen]
             work.compare(update, seen)
@@ -149,11 +152,11 @@ class Learner:
 
     @property
     def is_within_round(self) -> bool:
-        """Some of a step's updates are made: only with that step's responses can it go on."""
+        """Some optimizer steps of a round have been made: the remaining ones need the same rollouts."""
         return bool(self._interrupted) or (self.round is not None and bool(self.round.norms))
 
     def stats(self, work: Round) -> StepStats:
-        """Of a round that is done, over all ranks."""
+        """Returns the metrics of a finished round, over all ranks. A collective: all ranks must call it."""
         self.round = None
         stage, norms, updates = work.stage, work.norms, work.updates
         work.tally.gather(self.ranks)
@@ -174,7 +177,10 @@ class Learner:
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint: optimizer and reference, and the round that is under way. All ranks must ask."""
+        """Returns the tensors of optimizer.safetensors: optimizer state, KL reference and the current round.
+
+        A collective: all ranks must call it.
+        """
         assert self.optimizer is not None
         under_way = self.round.tensors() if self.round is not None and self.round.norms else self._interrupted
         rounds = {
@@ -187,7 +193,7 @@ class Learner:
         return {**self.optimizer.state_tensors(), **reference, **rounds}
 
     def restore(self, stage: Stage, tensors: dict[str, Tensor]) -> None:
-        """Into the middle of ``stage``; the policy's parameters have been restored before."""
+        """Restores ``state_tensors`` in the middle of ``stage``, after the policy's weights have been restored."""
         self._open_optimizer(stage)
         assert self.optimizer is not None
         self.optimizer.load_state_tensors(tensors)
@@ -204,9 +210,9 @@ class Learner:
             self.optimizer.close()
         self.optimizer = MasterAdamW(self.policy.named_parameters(), stage.optim, on_host=self.optimizer_on_host)
 
-    def _rows(
+    def _token_inputs(
         self, batch: PackedBatch, update: Update, stage: Stage, old: Tensor | None, reference: Tensor | None
-    ) -> Rows:
+    ) -> TokenInputs:
         weight = token_weight(
             stage.objective,
             batch.seq_id,
@@ -216,7 +222,7 @@ class Learner:
             max_new_tok=stage.sampling.max_new_tok,
             dtype=torch.promote_types(self.policy.dtype, torch.float32),
         )
-        return Rows(
+        return TokenInputs(
             weight=weight,
             advantage=batch.advantage[batch.seq_id],
             seq_id=batch.seq_id,
@@ -225,13 +231,13 @@ class Learner:
             sampler_logprob=batch.sampler_logprob,
         )
 
-    def _backward(self, batch: PackedBatch, rows: Rows, stage: Stage, tally: Tally) -> Seen:
-        """Adds the micro-batch's gradient; returns what it saw of the N tokens."""
+    def _backward(self, batch: PackedBatch, inputs: TokenInputs, stage: Stage, tally: Tally) -> Seen:
+        """Adds the micro-batch's gradient; returns log-probability and entropy of its N tokens, detached."""
         self.on_batch()
         seen: list[Seen] = []
 
         def loss_of(stats: TokenStats, chunk: slice) -> Tensor:
-            part = rows.slice(chunk)
+            part = inputs.slice(chunk)
             token = loss_of_tokens(stage.objective, stats, part)
             weighted = part.weight * token.loss
             seen.append(Seen(stats.logprob.detach(), stats.entropy.detach()))
@@ -244,7 +250,7 @@ class Learner:
         if stage.objective.is_per_token:
             chunk_rows = logits_chunk_rows(len(self.policy.unembedding), is_gpu=self.policy.device.type == "cuda")
             loss = linear_loss(*head, loss_of, row_index_N=row_index, temperature=temperature, chunk_rows=chunk_rows)
-        else:  # a token's coefficient depends on its whole sequence, so no chunk can be finished by itself
+        else:  # the loss of a token depends on its whole sequence, so it cannot be computed chunk by chunk
             stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature)
             loss = loss_of(stats, slice(0, batch.num_loss_tok))
         loss.backward()
@@ -255,7 +261,7 @@ class Learner:
         if not logprob.isfinite().all():
             raise RunFailed(
                 f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy "
-                f"has diverged; lower optim.lr in the recipe and start again"
+                f"has diverged: lower optim.lr and start again, or resume from an earlier checkpoint"
             )
         return Seen(logprob, entropy)
 

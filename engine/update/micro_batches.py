@@ -1,7 +1,8 @@
-"""Groups -> updates -> micro-batches within the token budget.
+"""Assigns groups to optimizer steps, ranks and micro-batches of at most ``batch.micro_batch_tok`` tokens.
 
-A group above the budget is split between responses, and its prompt then stands in each part; gradients do not depend on
-how the step is cut. Of several ranks each packs the groups that are dealt to it; all have equally many micro-batches.
+A group larger than that is split between responses, and its prompt is repeated in each part. Gradients do not depend
+on the split. With several ranks each rank packs the groups that are assigned to it; all ranks get the same number of
+micro-batches, some of them without predicted tokens, so that their collectives match.
 """
 
 import dataclasses
@@ -21,22 +22,22 @@ from isomorph.kernels.packing import assign_groups
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Update:
-    """What one optimizer step learns from.
+    """Micro-batches and denominators of one optimizer step.
 
-    The denominators count every response drawn, also one whose gradient is known to be zero and that is left out of the
-    batches; a dropped token is as if it had not been predicted. They are those of all ranks together.
+    The denominators ``num_loss_tok`` and ``num_seqs`` are global over ranks. They include responses with advantage 0
+    that are skipped, because their gradient is zero, and exclude tokens without a finite sampler log-probability.
     """
 
-    batches: tuple[PackedBatch, ...]  # of this rank; the last ones may predict nothing, so that no rank has fewer
+    batches: tuple[PackedBatch, ...]  # of this rank; the last ones may be without predicted tokens
     num_loss_tok: int
-    num_seqs: int  # with at least one token that counts
-    num_dropped_tok: int  # sampler log-probability not finite
+    num_seqs: int  # with at least one token in the loss
+    num_dropped_tok: int  # tokens left out because their sampler log-probability is not finite
     num_zero_advantage_groups: int = (
         0  # left out whole, on whatever rank, because none of their responses has an advantage
     )
     num_zero_advantage_seqs: int = 0  # of the other groups, left out for the same reason
-    rewards: tuple[tuple[float, ...], ...] = ()  # of each group of all ranks
-    response_ids: tuple[Tensor, ...] = ()  # [S] for each of batches: which of those rewards a sequence got
+    rewards: tuple[tuple[float, ...], ...] = ()  # of each group, on all ranks
+    response_ids: tuple[Tensor, ...] = ()  # [S] of each batch: index into the flattened ``rewards``
 
 
 def pack(
@@ -48,9 +49,10 @@ def pack(
     device: torch.device,
     ranks: Ranks = ALONE,
 ) -> list[Update]:
-    """One Update for every ``prompts_per_update`` groups, in micro-batches of at most ``micro_batch_tok`` tokens.
+    """Returns one Update for every ``prompts_per_update`` groups (None: for all), with this rank's micro-batches.
 
-    ``groups`` are those of all ranks.
+    ``groups``: of all ranks, in the same order on each. Raises UserError if a prompt with one response is longer than
+    ``micro_batch_tok``, ValueError if a prompt or a response is empty.
     """
     per_update = prompts_per_update or len(groups)
     chunks = [groups[i : i + per_update] for i in range(0, len(groups), per_update)]
@@ -75,7 +77,7 @@ def _update(
     counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
     num_known = [r.num_loss_tok for r in counted]
     return Update(
-        batches=(*batches, *[_idle_batch(groups[0], device)] * num_idle),
+        batches=(*batches, *[_empty_batch(groups[0], device)] * num_idle),
         num_loss_tok=sum(num_known),
         num_seqs=sum(num > 0 for num in num_known),
         num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
@@ -90,24 +92,28 @@ def _update(
 
 
 def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first_id: int) -> list[Part]:
-    """The group's responses that have a gradient, cut so that each part fits the budget; the first is ``first_id``."""
+    """The group's responses that have a gradient, in parts of at most ``micro_batch_tok`` tokens.
+
+    ``first_id``: index of its first response among those of the update.
+    """
     parts: list[Part] = []
-    room = -1  # even a response without inner tokens needs a prompt before it
+    free = -1  # tokens; -1 opens a part for the first response, even if that adds no token
     for response_id, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True), first_id):
         if min(len(group.prompt.token_ids), len(rollout.token_ids)) == 0:
             raise ValueError(f"prompt {group.prompt.prompt_id} and its responses must hold at least one token each")
         if rollout.num_loss_tok == 0 or _is_left_out(advantage, objective):
             continue
         size = len(rollout.token_ids) - 1
-        if size > room:
-            room = micro_batch_tok - len(group.prompt.token_ids)
-            if size > room:
+        if size > free:
+            free = micro_batch_tok - len(group.prompt.token_ids)
+            if size > free:
                 raise UserError(
-                    f"batch.micro_batch_tok={micro_batch_tok} cannot hold prompt {group.prompt.prompt_id} with one "
-                    f"response: {len(group.prompt.token_ids)} + {size} tokens; raise it, or lower sampling.max_new_tok"
+                    f"batch.micro_batch_tok must be at least the tokens of a prompt and one response, "
+                    f"{len(group.prompt.token_ids)} + {size} for prompt {group.prompt.prompt_id}, got "
+                    f"{micro_batch_tok}: raise it, or lower sampling.max_new_tok"
                 )
             parts.append(Part(group.prompt, (), ()))
-        room -= size
+        free -= size
         last = parts[-1]
         ids = (*last.response_ids, response_id)
         parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage), ids)
@@ -118,8 +124,8 @@ def _is_left_out(advantage: float, objective: ObjectiveConfig) -> bool:
     return advantage == 0 and objective.drops_zero_advantages
 
 
-def _idle_batch(group: Group, device: torch.device) -> PackedBatch:
-    """Goes through the model and predicts nothing: its gradient is zero."""
+def _empty_batch(group: Group, device: torch.device) -> PackedBatch:
+    """A micro-batch of one prompt token without predicted tokens: its gradient is zero."""
     prompt = dataclasses.replace(group.prompt, token_ids=group.prompt.token_ids[:1])
     unknown = torch.full((1,), torch.nan)
     rollout = dataclasses.replace(group.rollouts[0], token_ids=group.rollouts[0].token_ids[:1], sampler_logprob=unknown)

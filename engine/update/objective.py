@@ -1,12 +1,13 @@
-"""The losses, on what is known of each predicted token: plain PyTorch on [N].
+"""The losses of all objectives, per predicted token: plain PyTorch on tensors of shape [n].
 
-    r      = exp(logprob - old_logprob)           of a token; of a sequence: the geometric mean of its tokens' ratios
-                                                  (ratio = "sequence"), or their product (ratio = "product")
-    rho    = exp(old_logprob - sampler_logprob)   importance weight between sampler and trainer, truncated
+    r      = exp(logprob - old_logprob)           ratio = "token"
+             exp(mean over the sequence)          ratio = "sequence": geometric mean of its tokens' ratios (GSPO)
+             exp(sum over the sequence)           ratio = "product": product of its tokens' ratios (RLOO)
+    rho    = exp(old_logprob - sampler_logprob)   importance weight trainer / sampler, truncated or masked at a cap
     loss_i = w_i * (rho_i * surrogate_i + kl_coef * KL_i - entropy_coef * H_i)
 
-The weights w come from one denominator for the whole optimizer step, an argument, so that the gradient does not depend
-on how the step is cut into micro-batches.
+The weights w_i contain one denominator for the whole optimizer step, which is passed in, so that the gradient does not
+depend on how the step is split into micro-batches.
 """
 
 from dataclasses import dataclass
@@ -21,36 +22,38 @@ MAX_LOG_RATIO = 20.0  # beyond it exp() would carry no information; value and gr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rows:
-    """What is known of n predicted tokens, aligned to targets. ``slice`` keeps whole columns together."""
+class TokenInputs:
+    """Inputs of the loss for n predicted tokens, aligned to targets."""
 
-    weight: Tensor  # [n] of ``token_weight``, in the dtype of the log-probabilities
+    weight: Tensor  # [n] from ``token_weight``, in the dtype of the log-probabilities
     advantage: Tensor  # [n] float32
-    seq_id: Tensor  # [n] int64
-    old_logprob: Tensor | None  # [n]; None: the policy as it is, so the ratio is 1 and carries only the gradient
-    ref_logprob: Tensor | None  # [n]; needed where kl_coef > 0; measured where there is one
-    sampler_logprob: Tensor | None  # [n]; needed for truncated importance sampling
+    seq_id: Tensor  # [n] int64, ascending; which sequence of the micro-batch a token belongs to
+    old_logprob: Tensor | None  # [n]; None: logprob.detach(); ratio 1, its gradient the policy gradient
+    ref_logprob: Tensor | None  # [n]; required with kl_coef > 0; if given, kl is measured
+    sampler_logprob: Tensor | None  # [n]; required for importance sampling
 
-    def slice(self, rows: slice) -> "Rows":
-        def cut(column: Tensor | None) -> Tensor | None:
-            return None if column is None else column[rows]
+    def slice(self, tokens: slice) -> "TokenInputs":
+        """The inputs of some of the tokens."""
 
-        return Rows(
-            weight=self.weight[rows],
-            advantage=self.advantage[rows],
-            seq_id=self.seq_id[rows],
-            old_logprob=cut(self.old_logprob),
-            ref_logprob=cut(self.ref_logprob),
-            sampler_logprob=cut(self.sampler_logprob),
+        def part(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[tokens]
+
+        return TokenInputs(
+            weight=self.weight[tokens],
+            advantage=self.advantage[tokens],
+            seq_id=self.seq_id[tokens],
+            old_logprob=part(self.old_logprob),
+            ref_logprob=part(self.ref_logprob),
+            sampler_logprob=part(self.sampler_logprob),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenLoss:
-    """Per token, before the weights; all but ``loss`` detached."""
+    """Per token, before multiplication by ``weight``; all but ``loss`` are detached."""
 
     loss: Tensor  # [n]
-    is_clipped: Tensor  # [n] bool: the clip took the gradient away
+    is_clipped: Tensor  # [n] bool: the clip made the gradient zero (CISPO: the weight was clipped)
     kl: Tensor  # [n]; NaN where there is no reference
 
 
@@ -64,9 +67,11 @@ def token_weight(
     max_new_tok: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[n] of ``dtype``. ``num_loss_tok`` and ``num_step_seqs`` count the whole optimizer step, over all micro-batches.
+    """[n] of ``dtype``: the factor of each token's loss, for ``seq_id`` [n] with ``num_seqs`` sequences.
 
-    token: 1 / tokens. sequence: 1 / (sequences * tokens of its sequence). constant: 1 / (sequences * max_new_tok).
+    aggregation = "token": 1 / num_loss_tok. "sequence": 1 / (num_step_seqs * number of tokens of its sequence).
+    "constant": 1 / (num_step_seqs * max_new_tok). ``num_loss_tok`` and ``num_step_seqs`` count the whole optimizer
+    step, over all micro-batches and ranks.
     """
     if objective.aggregation == "token":
         return torch.full(seq_id.shape, 1.0 / num_loss_tok, dtype=dtype, device=seq_id.device)
@@ -76,22 +81,22 @@ def token_weight(
     return 1.0 / (num_step_seqs * len_S[seq_id].to(dtype))
 
 
-def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) -> TokenLoss:
-    """The loss that ``objective`` names, per token."""
+def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, inputs: TokenInputs) -> TokenLoss:
+    """The loss of ``objective`` for each token. ``stats``: log-probability and entropy [n], nats, with gradient."""
     if objective.name == "sft":
         return _plain(-stats.logprob)
     if objective.name == "rft":
-        return _plain(-rows.advantage * stats.logprob)
-    old = stats.logprob.detach() if rows.old_logprob is None else rows.old_logprob
+        return _plain(-inputs.advantage * stats.logprob)
+    old = stats.logprob.detach() if inputs.old_logprob is None else inputs.old_logprob
     kl = torch.full_like(old, torch.nan)
-    if rows.ref_logprob is not None:  # where the KL is in the reward alone, it is measured as it enters there
-        kl = kl_estimate(objective.kl_estimator if objective.kl_coef else "k1", stats.logprob, rows.ref_logprob)
+    if inputs.ref_logprob is not None:  # without a KL term in the loss, measure k1, which is what reward_kl_coef uses
+        kl = kl_estimate(objective.kl_estimator if objective.kl_coef else "k1", stats.logprob, inputs.ref_logprob)
     surrogate = cispo if objective.name == "cispo" else clipped
-    ratio = _ratio(objective, stats.logprob, old, rows.seq_id)
-    loss, is_clipped = surrogate(objective, ratio, stats.logprob, rows.advantage)
+    ratio = _ratio(objective, stats.logprob, old, inputs.seq_id)
+    loss, is_clipped = surrogate(objective, ratio, stats.logprob, inputs.advantage)
     if objective.importance_sampling != "off":
-        assert rows.sampler_logprob is not None
-        loss = loss * sampler_correction(objective, old, rows.sampler_logprob, rows.seq_id)
+        assert inputs.sampler_logprob is not None
+        loss = loss * sampler_correction(objective, old, inputs.sampler_logprob, inputs.seq_id)
     if objective.kl_coef:
         loss = loss + objective.kl_coef * kl
     if objective.entropy_coef:
@@ -100,7 +105,7 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, rows: Rows) ->
 
 
 def clipped(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A): all but CISPO; they differ in advantage, ratio, clip and weights. Without a clip: -r A."""
+    """-min(r A, clip(r) A), or -r A without a clip: [n] loss and [n] bool. Used by all objectives but CISPO."""
     if objective.clip_low is None or objective.clip_high is None:
         return -ratio * advantage, torch.zeros_like(ratio, dtype=torch.bool)
     bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
@@ -109,7 +114,7 @@ def clipped(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantag
 
 
 def cispo(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """-sg(clip(r)) A logprob: the clip bounds a token's weight and never takes its gradient away."""
+    """-sg(clip(r)) A logprob: [n] loss and [n] bool. The clip bounds a token's weight, its gradient is never zero."""
     low = 0.0 if objective.clip_low is None else 1 - objective.clip_low
     high = torch.inf if objective.clip_high is None else 1 + objective.clip_high
     bounded = ratio.detach().clamp(low, high)
@@ -117,9 +122,9 @@ def cispo(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage:
 
 
 def kl_estimate(kind: str, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    """[n] estimates of KL(policy || reference) from the policy's own samples (Schulman 2020).
+    """[n] estimates of KL(policy || reference), nats, from samples of the policy: k1, k2, k3 of Schulman (2020).
 
-    As a loss k1's gradient is zero in expectation; k2's is the gradient of the KL.
+    As a term of the loss, k1 has gradient zero in expectation; k2 has the gradient of the KL.
     """
     if kind == "k1":
         return logprob - ref_logprob
@@ -130,7 +135,7 @@ def kl_estimate(kind: str, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 
 
 def sampler_correction(objective: ObjectiveConfig, old: Tensor, sampler_logprob: Tensor, seq_id: Tensor) -> Tensor:
-    """[n] weight trainer / sampler, of the token or of its whole sequence, truncated or masked at the cap."""
+    """[n] importance weight trainer / sampler of the token or of its whole sequence, truncated or masked at the cap."""
     log_weight = (old - sampler_logprob).detach()
     if objective.importance_sampling == "sequence":
         log_weight = _per_sequence(log_weight, seq_id)[seq_id]

@@ -1,12 +1,12 @@
-"""AdamW with float32 masters: the step happens in float32, the parameter receives the rounded result in place.
+"""AdamW with float32 master weights: the step is computed in float32, then rounded into the parameters in place.
 
-At a learning rate of 1e-6 a bf16 weight changes by less than its own spacing in almost every step; only the master
-remembers. Float32 (and, in tests, float64) parameters are their own masters.
+At a learning rate of 1e-6 almost every change of a bfloat16 weight is smaller than its spacing, so it would be lost
+without a master. Float32 parameters (and, in tests, float64 ones) are their own masters.
 
-On the host (as ZeRO-Offload has it, arXiv 2101.06840) masters, moments and accumulated gradients stand in host memory,
-16 bytes a weight that a GPU need not have: each gradient goes there when it is made, PyTorch's fused CPU AdamW steps,
-and the rounded weights come back. The arithmetic is the same. torchao 0.18 has the like, but without masters that
-stand apart from the weights, and its 8-bit moments are tensor subclasses, compiled for each shape.
+With ``model.offload_optimizer`` (as ZeRO-Offload, arXiv 2101.06840) masters, moments and accumulated gradients are in
+host memory, 16 bytes a weight: each gradient is copied there as soon as it is computed, PyTorch's fused CPU AdamW makes
+the step, and the rounded weights are copied back. The arithmetic is the same. torchao 0.18 has a similar optimizer, but
+without separate masters, and its 8-bit moments are tensor subclasses that are compiled for each shape.
 """
 
 import math
@@ -23,10 +23,10 @@ from isomorph.engine.types import RunFailed
 
 
 class MasterAdamW:
-    """Owns masters, moments and the gradient accumulators of ``parameters``.
+    """Owns master weights, moments and gradient accumulators of ``parameters``.
 
-    A bf16 parameter's gradient is added into a float32 accumulator as soon as autograd has made it, so micro-batches
-    do not round each other away.
+    The gradient of a bfloat16 parameter is added to a float32 accumulator as soon as autograd has computed it, so that
+    sums over micro-batches are not rounded to bfloat16.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], config: OptimConfig, *, on_host: bool = False) -> None:
@@ -48,12 +48,12 @@ class MasterAdamW:
         ]
 
     def configure(self, config: OptimConfig) -> None:
-        """Another stage's constants, with the moments carried over."""
+        """Sets the hyperparameters of another stage and keeps the moments."""
         for group in self.adamw.param_groups:
             group.update(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
     def reset(self, config: OptimConfig) -> None:
-        """Another stage's constants, without the moments. The masters stay: they know more than rounded weights."""
+        """Sets the hyperparameters of another stage and clears the moments; keeps the float32 master weights."""
         self.adamw.state.clear()
         self.configure(config)
 
@@ -62,7 +62,7 @@ class MasterAdamW:
             hook.remove()
 
     def gradients(self) -> list[Tensor]:
-        """Of the masters, as accumulated so far; in place they can be summed over ranks."""
+        """Returns the accumulated gradients of the masters; they may be changed in place, to be summed over ranks."""
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def zero_grad(self) -> None:
@@ -70,16 +70,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, *, lr: float, clip_norm: float) -> float:
-        """One step; returns the norm of the gradient before clipping.
+        """Makes one step; returns the norm of the whole gradient before clipping.
 
-        Raises RunFailed where the norm is not finite: nothing has changed then.
+        Raises RunFailed if the norm is not finite; nothing has changed then.
         """
         total = full_tensor(torch.nn.utils.get_total_norm(self.gradients()))
         norm = total.item()
         if not math.isfinite(norm):
             raise RunFailed(
-                f"the gradient's norm is {norm}: the weights are unchanged; "
-                "lower optim.lr in the recipe and start again, or look at the rewards"
+                f"the norm of the gradient must be finite, got {norm}; the weights are unchanged: lower optim.lr and "
+                "start again, or check the rewards"
             )
         if norm > clip_norm:  # else a pass over all gradients would multiply them by 1
             factor = (clip_norm / (total + 1e-6)).clamp(max=1.0)
@@ -93,7 +93,7 @@ class MasterAdamW:
         return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by name, for a checkpoint."""
+        """Returns masters and moments by name, unsharded, for a checkpoint."""
         tensors = {
             f"master/{name}": full_tensor(master) for name, master in self.masters.items() if self._is_apart(name)
         }
@@ -114,13 +114,13 @@ class MasterAdamW:
             self.adamw.state[master] = {key: value.to(master.device) for key, value in state.items()}
 
     def _is_apart(self, name: str) -> bool:
-        """The master knows more than the policy's weight: it is another tensor, or what FSDP rounds the weight from."""
+        """Whether the master must be saved beside the weight: it is another tensor, or FSDP's float32 original."""
         master = self.masters[name]
         return master is not self.parameters[name] or isinstance(master, DTensor)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Of the step after ``step`` completed ones of a stage of ``num_steps``: linear warm-up, then the schedule."""
+    """Learning rate after ``step`` completed steps of a stage of ``num_steps``: linear warm-up times the schedule."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     done = step / num_steps
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]

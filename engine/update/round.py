@@ -1,4 +1,4 @@
-"""How far the optimizer steps on one round of rollouts have come, and what of it a checkpoint holds."""
+"""A round: the optimizer steps on one step's rollouts, how many of them are made, and what a checkpoint keeps of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from isomorph.engine.update.micro_batches import Update
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over the predicted tokens of a step, on the device until read."""
+    """Sums of metrics over the predicted tokens of a step, kept on the device until they are read."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     num_tok: int = 0
@@ -28,7 +28,7 @@ class Tally:
             self.sums[name] = self.sums[name] + total if name in self.sums else total
 
     def gather(self, ranks: Ranks) -> None:
-        """Takes in what the other ranks have counted."""
+        """Replaces the sums by those over all ranks. A collective: all ranks must call it."""
         counted = ranks.gather((self.num_tok, {name: total.item() for name, total in self.sums.items()}))
         self.num_tok = sum(num_tok for num_tok, _ in counted)
         for name in {name for _, sums in counted for name in sums}:
@@ -39,14 +39,14 @@ class Tally:
 
 
 class Seen(NamedTuple):
-    """Of N tokens, each [N], nats."""
+    """Log-probability and entropy of N tokens, each [N], nats."""
 
     logprob: Tensor
     entropy: Tensor
 
 
 class Round:
-    """How far the optimizer steps on one round of rollouts have come."""
+    """The optimizer steps on one step's rollouts: ``updates`` once for each of ``batch.num_iterations``."""
 
     def __init__(
         self,
@@ -62,23 +62,25 @@ class Round:
         self.check_drift, self.num_replaced = check_drift, num_replaced
         self.device = device
         self.reference: list[list[Tensor]] | None = None
-        self.old: list[list[Tensor] | None] = []  # of each update, by the policy that no step had moved yet
-        self.advantage: list[list[Tensor]] | None = None  # [N] of each update's batches, where KL is in the reward
+        self.old: list[
+            list[Tensor] | None
+        ] = []  # old_logprob [N] of each update's batches, computed before the first optimizer step
+        self.advantage: list[list[Tensor]] | None = None  # [N] of each update's batches; set with reward_kl_coef
         self.tally, self.drift = Tally(), DriftSums(device)
-        self.norms: list[float] = []  # of the steps made
+        self.norms: list[float] = []  # gradient norm of each optimizer step made so far
 
     @property
     def is_done(self) -> bool:
         return len(self.norms) == self.stage.batch.num_iterations * len(self.learned)
 
     def compare(self, update: Update, seen: Sequence[Seen]) -> None:
-        """Takes down how far the sampler was off on the tokens of ``update``."""
+        """Accumulates the trainer-sampler log-probability mismatch on the tokens of ``update``."""
         for batch, (logprob, entropy) in zip(update.batches, seen, strict=True):
             if batch.sampler_logprob is not None:
                 self.drift.add(logprob, batch.sampler_logprob, entropy)
 
     def step_drift(self, ranks: Ranks) -> StepDrift:
-        """Of what was compared so far, on all ranks."""
+        """Returns the statistics of the mismatch accumulated so far, over all ranks. A collective."""
         num_groups = self.num_replaced + sum(update.num_zero_advantage_groups for update in self.updates)
         return step_drift(
             ranks.gather(self.drift.tensors()),
@@ -87,7 +89,7 @@ class Round:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold so that ``load`` goes on from here; the rest is computed again."""
+        """Returns the tensors that ``load`` needs to resume here; everything else is recomputed."""
         found = {"norms": torch.tensor(self.norms, dtype=torch.float64)}
         found |= {f"drift/{name}": tensor for name, tensor in self.drift.tensors().items()}
         found["tally/num_tok"] = torch.tensor(self.tally.num_tok)
@@ -99,10 +101,11 @@ class Round:
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores ``tensors()``. Raises UserError if an earlier version wrote them."""
         if "drift/sums" not in tensors:
             raise UserError(
-                "this checkpoint was written between the updates of a step by an earlier version, which counted the "
-                "sampler's drift differently: resume it with that version, or delete it to go on from the one before"
+                "this checkpoint was written within a step by an earlier version, whose log-probability mismatch has "
+                "other statistics: resume with that version, or delete the checkpoint to resume from an earlier one"
             )
         self.norms = tensors["norms"].tolist()
         self.drift.load({name.removeprefix("drift/"): t for name, t in tensors.items() if name.startswith("drift/")})

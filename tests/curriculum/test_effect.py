@@ -28,7 +28,7 @@ from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.micro_batches import pack
-from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
+from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import learning_rate
 from isomorph.engine.update.score import score
 from isomorph.kernels.linear_logprob import TokenStats
@@ -296,7 +296,7 @@ def outcome(o: ObjectiveConfig) -> tuple[Tensor, Tensor]:
         parts = dict(zip(order, advantage_N.split([LENS[i] for i in order]), strict=True))
         advantage = torch.cat([parts[i] for i in range(len(LENS))])
     weight = token_weight(o, seq_id, 6, num_loss_tok=len(seq_id), num_step_seqs=6, max_new_tok=9, dtype=torch.float64)
-    rows = Rows(
+    rows = TokenInputs(
         weight=weight,
         advantage=advantage,
         seq_id=seq_id,

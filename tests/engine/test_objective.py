@@ -24,7 +24,7 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack
-from isomorph.engine.update.objective import MAX_LOG_RATIO, Rows, kl_estimate, loss_of_tokens, token_weight
+from isomorph.engine.update.objective import MAX_LOG_RATIO, TokenInputs, kl_estimate, loss_of_tokens, token_weight
 from isomorph.engine.update.round import Tally
 from isomorph.kernels.linear_logprob import TokenStats
 
@@ -152,7 +152,7 @@ NUM_TOK = sum(LENS)
 class Case:
     logits: Tensor  # [N, V] leaf
     stats: TokenStats
-    rows: Rows
+    rows: TokenInputs
     seq_id: Tensor
 
 
@@ -170,7 +170,7 @@ def case(seed: int = 0, spread: float = 0.3) -> Case:
     )
     seq_id = torch.arange(len(LENS)).repeat_interleave(torch.tensor(LENS))
     now = stats.logprob.detach()
-    rows = Rows(
+    rows = TokenInputs(
         weight=torch.ones(NUM_TOK),
         advantage=torch.tensor(ADVANTAGES, dtype=torch.float64)[seq_id],
         seq_id=seq_id,
@@ -199,12 +199,12 @@ def our_loss(o: ObjectiveConfig, c: Case) -> Tensor:
         max_new_tok=MAX_NEW_TOK,
         dtype=torch.float64,
     )
-    rows = c.rows if o.kl_coef else Rows(**{**_fields(c.rows), "ref_logprob": None})
+    rows = c.rows if o.kl_coef else TokenInputs(**{**_fields(c.rows), "ref_logprob": None})
     return (weight * loss_of_tokens(o, c.stats, rows).loss).sum()
 
 
-def _fields(rows: Rows) -> dict[str, Any]:
-    return {name: getattr(rows, name) for name in Rows.__slots__}
+def _fields(rows: TokenInputs) -> dict[str, Any]:
+    return {name: getattr(rows, name) for name in TokenInputs.__slots__}
 
 
 def assert_same_loss_and_gradient(o: ObjectiveConfig, c: Case) -> None:
@@ -261,7 +261,7 @@ def test_a_token_counts_as_clipped_where_the_clip_changed_something(name: str) -
 @pytest.mark.parametrize("name", REINFORCED)
 def test_without_an_old_policy_the_ratio_is_one_and_the_gradient_is_reinforce(name: str) -> None:
     c = case()
-    rows = Rows(**{**_fields(c.rows), "old_logprob": None})
+    rows = TokenInputs(**{**_fields(c.rows), "old_logprob": None})
     o = ObjectiveConfig(name=name)  # type: ignore[arg-type]
     token = loss_of_tokens(o, c.stats, rows)
     assert not token.is_clipped.any()
@@ -288,7 +288,7 @@ def test_kl_estimates_have_the_kl_as_their_mean() -> None:
 
 def test_what_is_not_measured_is_nan() -> None:
     c = case()
-    rows = Rows(**{**_fields(c.rows), "ref_logprob": None})
+    rows = TokenInputs(**{**_fields(c.rows), "ref_logprob": None})
     assert loss_of_tokens(ObjectiveConfig(name="grpo"), c.stats, rows).kl.isnan().all()
     assert loss_of_tokens(ObjectiveConfig(name="sft"), c.stats, rows).kl.isnan().all()
 
@@ -309,9 +309,9 @@ def test_policies_that_are_far_apart_give_finite_losses(choices: dict[str, Any],
 def test_columns_are_sliced_together() -> None:
     c = case()
     part = c.rows.slice(slice(3, 9))
-    for name in Rows.__slots__:
+    for name in TokenInputs.__slots__:
         assert torch.equal(getattr(part, name), getattr(c.rows, name)[3:9])
-    assert Rows(**{**_fields(c.rows), "old_logprob": None}).slice(slice(0, 2)).old_logprob is None
+    assert TokenInputs(**{**_fields(c.rows), "old_logprob": None}).slice(slice(0, 2)).old_logprob is None
 
 
 # -- through packing, decoder and learner

@@ -25,7 +25,7 @@ from isomorph.engine.model.text import word_tokenizer
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.micro_batches import pack
-from isomorph.engine.update.objective import Rows, loss_of_tokens, token_weight
+from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
 from isomorph.engine.update.score import score
 from isomorph.kernels.linear_logprob import TokenStats
 
@@ -110,7 +110,7 @@ def our_loss(o: ObjectiveConfig, model: Any, batch: dict[str, Tensor]) -> Tensor
         max_new_tok=MAX_NEW_TOK,
         dtype=torch.float64,
     )
-    rows = Rows(
+    rows = TokenInputs(
         weight=weight,
         advantage=batch["advantages"][seq_id],
         seq_id=seq_id,
