@@ -1,7 +1,7 @@
-"""The configuration: frozen, checked once, never written again.
+"""The schema of the engine's tables in a recipe: frozen models, a field a line, with unit and effect.
 
-A recipe is one TOML file. Top-level tables are defaults; a stage may override any of ``objective``, ``optim``,
-``batch`` and ``sampling``. What a user can get wrong is refused here, with the nearest valid key or range.
+Rules that connect several fields are validators here; they raise ValueError, which ``recipe_file`` turns into a
+UserError that names the place in the recipe. ``engine.recipe_file`` reads TOML files and overrides.
 """
 
 from types import UnionType
@@ -23,22 +23,22 @@ class UserError(ValueError):
 
 
 class Section(BaseModel):
-    """A frozen table of the recipe; an unknown key is an error, and so is a number in quotes."""
+    """Base of all tables of a recipe: frozen; unknown keys, numbers in quotes and the like are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     renamed: ClassVar[dict[str, str]] = {}  # key, or key = "value", of earlier versions -> what to write now
 
     def idle(self) -> dict[KeyPath, str]:
-        """Keys, by their path from here, that change nothing beside the others' values, and why.
+        """Returns the keys, as paths from this table, that have no effect with the values of the other keys, and why.
 
-        ``load_recipe`` refuses one that is written. A key that is not in here acts.
+        ``load_recipe`` refuses a recipe that sets one of them.
         """
         return {}
 
     @model_validator(mode="before")
     @classmethod
     def _of_its_kind(cls, table: Any) -> Any:
-        """TOML tells numbers, truth and text apart; pydantic would turn one into the other."""
+        """Refuses old keys, and values of another TOML type, which pydantic would convert."""
         for key, value in table.items() if isinstance(table, dict) else ():
             for old in (key, f'{key} = "{value}"'):
                 if old in cls.renamed:
@@ -57,7 +57,7 @@ class Section(BaseModel):
 
 
 def _scalars_in(annotation: Any) -> set[type]:
-    """The types that one value of this annotation may have, None aside; {} where it is a table or a list."""
+    """Returns the scalar types that ``annotation`` allows, without None; empty if it is a table or a list."""
     if get_origin(annotation) is Literal:
         return {type(choice) for choice in get_args(annotation)}
     if get_origin(annotation) in (Union, UnionType):
@@ -66,7 +66,7 @@ def _scalars_in(annotation: Any) -> set[type]:
 
 
 class TinyModel(Section):
-    """A decoder with random weights and a word-level tokenizer, built on the spot: no download."""
+    """A Llama decoder with random weights and a word-level tokenizer, built at the start of the run: no download."""
 
     renamed = {"max_tok": "max_model_len"}
 
@@ -101,17 +101,16 @@ class ModelConfig(Section):
 
     path: str | None = None  # a folder, a .gguf file, or a hub name
     tiny: TinyModel | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; masters are always float32
-    gradient_checkpointing_every: int | None = Field(
-        None, ge=1
-    )  # of n layers one is run again in backward; 1: all; None: none
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; the optimizer's masters are always float32
+    # n: activations of every n-th layer are recomputed in backward; 1: of all layers; None: of none
+    gradient_checkpointing_every: int | None = Field(None, ge=1)
     offload_optimizer: bool = False  # float32 masters, moments and gradients in host memory, AdamW on the CPU
-    compile: bool = False  # the learner's layers by torch.compile: a minute at the start for fewer passes over memory
-    chat_template: bool = True  # wrap the question as a user's turn, where the tokenizer has a template
-    stop: tuple[str, ...] = ()  # further tokens that end a response, as text: one token of the tokenizer each
+    compile: bool = False  # torch.compile on the learner's layers; compiling takes about a minute
+    chat_template: bool = True  # format the prompt as a user message, if the tokenizer has a chat template
+    stop: tuple[str, ...] = ()  # further tokens that end a response; each must be one token of the tokenizer
 
     def idle(self) -> dict[KeyPath, str]:
-        return {} if self.tiny is None else {("chat_template",): "the tokenizer of [model.tiny] has no template"}
+        return {} if self.tiny is None else {("chat_template",): "the tokenizer of [model.tiny] has no chat template"}
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
@@ -121,25 +120,25 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Adapters of low rank on the decoder's linear layers are trained; the weights stay as loaded. Needs peft.
+    """LoRA: trains low-rank adapters on the decoder's linear layers and leaves the weights as loaded. Needs peft.
 
-    An adapter wants a learning rate about ten times as high as the weights themselves.
+    Adapters usually need a learning rate about ten times that of full fine-tuning.
     """
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0, allow_inf_nan=False)  # what an adapter adds is multiplied by alpha / rank
-    targets: tuple[str, ...] | None = Field(None, min_length=1)  # by name, for example "q_proj"; None: all of them
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False)  # the adapter's output is multiplied by alpha / rank
+    targets: tuple[str, ...] | None = Field(None, min_length=1)  # layers by name, such as "q_proj"; None: all
 
 
 class SamplerConfig(Section):
+    """What generates rollouts: the built-in decoder or vLLM, and the memory it may use."""
+
     kind: Literal["builtin", "vllm"] = "builtin"
-    publish: Literal["shared", "copy"] = "copy"  # vllm: one storage for both, or a copy after each step
-    memory_frac: float = Field(
-        0.3, gt=0, lt=1
-    )  # vllm: share of the device's memory (on the CPU: of the RAM) for weights and KV
-    max_model_len: int = Field(2048, ge=16)  # vllm: prompt and response, tokens
-    max_seqs: int = Field(256, ge=1)  # sequences decoded at once
-    kv_tok: int | None = Field(None, ge=1)  # builtin: tokens of keys and values held at once; None: as max_seqs needs
+    publish: Literal["shared", "copy"] = "copy"  # vllm: one storage for trainer and sampler, or a copy after each step
+    memory_frac: float = Field(0.3, gt=0, lt=1)  # vllm: share of the device's memory (CPU: of RAM) for weights and KV
+    max_model_len: int = Field(2048, ge=16)  # vllm: longest prompt plus response, tokens
+    max_seqs: int = Field(256, ge=1)  # sequences decoded at the same time
+    kv_tok: int | None = Field(None, ge=1)  # builtin: capacity of the KV cache, tokens; None: what max_seqs needs
 
     def idle(self) -> dict[KeyPath, str]:
         keys = ("publish", "memory_frac", "max_model_len") if self.kind == "builtin" else ("kv_tok",)
@@ -147,34 +146,36 @@ class SamplerConfig(Section):
 
 
 class SamplingConfig(Section):
+    """How responses are sampled. Temperature only: top-k and top-p would sample from another distribution."""
+
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    max_new_tok: int = Field(72, ge=1)
+    max_new_tok: int = Field(72, ge=1)  # longest response, tokens
     samples_per_prompt: int = Field(8, ge=1)
 
 
 class BatchConfig(Section):
+    """How much a step samples, and how it is divided into optimizer steps and micro-batches."""
+
     renamed = {"max_tok": "micro_batch_tok", "epochs": "num_iterations"}
 
     prompts: int = Field(16, ge=1)  # per step
-    micro_batch_tok: int = Field(8192, ge=1)  # packed tokens of one micro-batch, the prompt of a group counted once
-    prompts_per_update: int | None = Field(None, ge=1)  # None: one optimizer step on all prompts of a step
+    micro_batch_tok: int = Field(8192, ge=1)  # packed tokens of a micro-batch; the prompt of a group counts once
+    prompts_per_update: int | None = Field(None, ge=1)  # mini-batch size; None: one optimizer step on all prompts
     num_iterations: int = Field(1, ge=1)  # passes over the rollouts of a step
-    refills: int = Field(
-        0, ge=0
-    )  # rounds in which further prompts take the place of groups whose rewards are all equal
+    refills: int = Field(0, ge=0)  # dynamic sampling: rounds in which groups with equal rewards are sampled anew
 
 
 class OptimConfig(Section):
-    """AdamW with float32 masters."""
+    """AdamW with float32 master weights, its learning-rate schedule and gradient clipping."""
 
     lr: float = Field(1e-6, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final_lr_frac: float = Field(0.1, ge=0, le=1)  # where linear and cosine end
+    final_lr_frac: float = Field(0.1, ge=0, le=1)  # linear, cosine: final learning rate / lr
     warmup_steps: int = Field(0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)  # of the whole gradient
+    clip_norm: float = Field(1.0, gt=0)  # of the norm of the whole gradient
 
     def idle(self) -> dict[KeyPath, str]:
         return {("final_lr_frac",): 'optim.schedule is "constant"'} if self.schedule == "constant" else {}
@@ -190,10 +191,10 @@ ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "rei
 
 DEFAULT_OBJECTIVE: ObjectiveName = "dapo"
 
-# What the name stands for; a recipe may override every line. Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783,
+# Settings of each objective; a recipe may override any of them. Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783,
 # DAPO 2503.14476 (its dynamic sampling is ``batch.refills``, off by default), GSPO 2507.18071, CISPO 2506.13585,
 # RLOO 2402.14740, REINFORCE++ 2501.03262, STaR 2203.14465. No preset has a KL term or an entropy bonus.
-# CISPO's paper gives no number for its upper bound and has no lower one; 5 is ScaleRL's (2510.13786).
+# CISPO's paper has no lower bound and gives no number for the upper one; 1 + 4 is ScaleRL's (2510.13786).
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(baseline="mean", scale="std", aggregation="sequence", clip_low=0.2, clip_high=0.2),
     "dr_grpo": dict(baseline="mean", scale="none", aggregation="constant", clip_low=0.2, clip_high=0.2),
@@ -209,12 +210,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# TOML has no null: a recipe takes a preset's clip away by a word
+# TOML has no null, so that a recipe removes a preset's clip by the word "off"
 Clip = Annotated[float | None, BeforeValidator(lambda value: None if value == "off" else value)]
 
 
 class ObjectiveConfig(Section):
-    """A loss by its name, and every choice the name stands for."""
+    """The loss: a name, which sets all other keys to its preset (``PRESETS``), and the keys that override it."""
 
     renamed = {
         "tis": "importance_sampling",
@@ -224,20 +225,19 @@ class ObjectiveConfig(Section):
     }
 
     name: ObjectiveName = DEFAULT_OBJECTIVE
-    baseline: Literal["mean", "leave_one_out", "none"] = "mean"  # of a group's rewards, taken off each of them
-    scale: Literal["std", "none", "batch"] = "std"  # of the group; batch: whitened over all tokens of a step
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    ratio: Literal["token", "sequence", "product"] = "token"  # of a sequence: geometric mean, or product, of its tokens
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"  # of a group's rewards, subtracted from each of them
+    scale: Literal["std", "none", "batch"] = "std"  # std: divide by the group's; batch: whiten over a step's tokens
+    aggregation: Literal["token", "sequence", "constant"] = "token"  # see token_weight in engine/update/objective.py
+    ratio: Literal["token", "sequence", "product"] = "token"  # sequence: geometric mean of the tokens' ratios
     clip_low: Clip = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; "off" (with clip_high): not clipped
     clip_high: Clip = Field(0.2, gt=0)  # ratio <= 1 + clip_high
-    kl_coef: float = Field(0.0, ge=0)  # of an estimate of KL(policy || reference) that is added to the loss
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of kl_coef
-    reward_kl_coef: float = Field(0.0, ge=0)  # of k1 = log old - log reference, taken off the reward
-    entropy_coef: float = Field(0.0, ge=0)
-    importance_sampling: Literal["off", "token", "sequence"] = "off"  # importance weight trainer / sampler
-    importance_sampling_mode: Literal["truncate", "mask"] = (
-        "truncate"  # above the cap: weight = cap, or the token (sequence) is left out
-    )
+    kl_coef: float = Field(0.0, ge=0)  # times an estimate of KL(policy || reference), added to the loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL term of kl_coef
+    reward_kl_coef: float = Field(0.0, ge=0)  # times k1 = old_logprob - ref_logprob, subtracted from the reward
+    entropy_coef: float = Field(0.0, ge=0)  # times the entropy, subtracted from the loss
+    importance_sampling: Literal["off", "token", "sequence"] = "off"  # loss times the weight trainer / sampler
+    # a weight above the cap is set to the cap, or the token (sequence) gets weight 0
+    importance_sampling_mode: Literal["truncate", "mask"] = "truncate"
     importance_sampling_cap: float = Field(2.0, gt=0)
 
     @model_validator(mode="before")
@@ -256,11 +256,11 @@ class ObjectiveConfig(Section):
             idle = dict(kl_coef=0.0, reward_kl_coef=0.0, entropy_coef=0.0, importance_sampling="off", ratio="token")
             for key, value in idle.items():
                 if getattr(self, key) != value:
-                    raise ValueError(f"{key} has no meaning for {self.name}: leave it out")
+                    raise ValueError(f'{key} is not supported with objective.name = "{self.name}": remove it')
         if self.reward_kl_coef and self.baseline == "none" and self.scale == "std":
             raise ValueError(
-                "reward_kl_coef without a baseline gives every token a return of its own, which no group's standard "
-                'deviation can scale: scale must be "batch" or "none", got "std"'
+                'reward_kl_coef with baseline = "none" is not supported with scale = "std", because each token has its '
+                'own return: set scale to "batch" or "none"'
             )
         return self
 
@@ -280,27 +280,27 @@ class ObjectiveConfig(Section):
 
     @property
     def is_supervised(self) -> bool:
-        """Trained on demonstrations instead of the policy's own responses."""
+        """Whether it trains on demonstrations instead of sampled responses."""
         return self.name == "sft"
 
     @property
     def is_per_token(self) -> bool:
-        """A token's loss depends on its own row alone, so that gradients can be made chunk by chunk."""
+        """Whether a token's loss depends on that token only, so that gradients can be computed chunk by chunk."""
         return self.ratio == "token" and self.importance_sampling != "sequence"
 
     @property
     def needs_reference(self) -> bool:
-        """Whether log-probabilities of the reference policy enter, in the loss or in the reward."""
+        """Whether log-probabilities of the reference policy are needed, for the loss or the reward."""
         return self.kl_coef > 0 or self.reward_kl_coef > 0
 
     @property
     def drops_zero_advantages(self) -> bool:
-        """Whether a sequence with advantage 0 has no gradient at all."""
+        """Whether responses with advantage 0 are skipped, because their gradient is zero."""
         return self.name != "sft" and not self.needs_reference and self.entropy_coef == 0
 
 
 class Stage(Section):
-    """What the engine has to know of a stage: how to draw, what to minimise, and what to keep from the stage before."""
+    """A stage, as the engine sees it: sampling, objective, optimizer, and what is kept from the stage before."""
 
     renamed = {
         "optimizer": "optimizer_state",
@@ -308,26 +308,26 @@ class Stage(Section):
         'reference = "keep"': 'reference = "previous"',
     }
 
-    name: str = Field(pattern=r"^\w[\w .-]*$")  # names files, too
-    steps: int = Field(ge=1)  # at most; the schedule of the learning rate runs over them
+    name: str = Field(pattern=r"^\w[\w .-]*$")  # also part of file names
+    steps: int = Field(ge=1)  # at most; length of the learning-rate schedule
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
-    optimizer_state: Literal["carry", "reset"] = "reset"  # carry: AdamW keeps the moments of the stage before
-    # of the KL term. snapshot: the policy as it is at the start of this stage; previous: the reference in use before
+    optimizer_state: Literal["carry", "reset"] = "reset"  # carry: keeps the AdamW moments of the stage before
+    # KL reference. snapshot: the policy at the start of this stage; previous: the reference of the stage before
     reference: Literal["previous", "snapshot"] = "snapshot"
 
     @property
     def loss_temperature(self) -> float:
-        """What logits are divided by in the loss: 1 where responses are imitated, as in a cross-entropy."""
+        """Temperature of the loss: 1 for sft and rft, which are cross-entropies; else the sampling temperature."""
         return 1.0 if self.objective.name in ("sft", "rft") else self.sampling.temperature
 
     def idle(self) -> dict[KeyPath, str]:
         if self.objective.is_supervised:
             return {("sampling", "temperature"): "demonstrations are not sampled"}
         if self.batch.num_iterations == 1 and self.batch.prompts_per_update in (None, self.batch.prompts):
-            why = "a step makes one update (batch.prompts_per_update, batch.num_iterations), in which every ratio is 1"
+            why = "a step makes one update (batch.prompts_per_update, batch.num_iterations), where every ratio is 1"
             return {("objective", "clip_low"): why, ("objective", "clip_high"): why}
         return {}
 
@@ -338,18 +338,18 @@ class Stage(Section):
         )
         if relative and self.sampling.samples_per_prompt < 2:
             raise ValueError(
-                f"{self.objective.name} compares the responses of a group: samples_per_prompt must be >= 2, "
-                f"got {self.sampling.samples_per_prompt}"
+                f"samples_per_prompt must be >= 2 with {self.objective.name}, whose advantages compare the responses "
+                f"of a group, got {self.sampling.samples_per_prompt}"
             )
         if self.objective.is_supervised and self.sampling.samples_per_prompt != 1:
             raise ValueError(
-                f"{self.objective.name} learns from one demonstration a prompt: samples_per_prompt must be 1, "
-                f"got {self.sampling.samples_per_prompt}"
+                f"samples_per_prompt must be 1 with {self.objective.name}, which trains on one demonstration for each "
+                f"prompt, got {self.sampling.samples_per_prompt}"
             )
         if self.batch.refills and self.objective.baseline == "none":
             raise ValueError(
-                f"batch.refills replaces groups without an advantage: {self.objective.name} compares no responses of a "
-                f"group, so refills must be 0, got {self.batch.refills}"
+                'batch.refills is not supported with objective.baseline = "none", because groups with equal rewards '
+                f"have advantages, too: refills must be 0, got {self.batch.refills}"
             )
         if self.batch.prompts_per_update and self.batch.prompts % self.batch.prompts_per_update:
             raise ValueError(
@@ -359,18 +359,21 @@ class Stage(Section):
 
 
 class ParallelConfig(Section):
-    """How several ranks share the work; one alone has nothing to share."""
+    """Parallelism over the ranks that torchrun starts; without effect on one rank."""
 
-    kind: Literal["data", "fsdp"] = "data"  # all of the model on every rank; fsdp: masters, moments, gradients in parts
+    kind: Literal["data", "fsdp"] = "data"  # data: whole model on every rank; fsdp: masters, moments, gradients sharded
 
 
 class RunConfig(Section):
+    """Seed, threads, checkpoints and diagnostics of a run."""
+
     seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1)  # of PyTorch on the CPU; None: all cores
+    threads: int | None = Field(None, ge=1)  # of PyTorch, on the CPU; None: all cores
     checkpoint_every: int = Field(50, ge=1)  # steps
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)  # the newest ones; older ones are deleted
     completions_every: int = Field(10, ge=1)  # steps between samples written to completions/
-    max_mean_drift: float | None = Field(None, gt=0)  # nats; None: by dtype and layers, see engine/drift.py
+    # largest mean |trainer - sampler log-probability| of a step, nats; None: by dtype and layers, see engine/drift.py
+    max_mean_drift: float | None = Field(None, gt=0)
     profile: tuple[int, int] | None = None  # first and last step to trace with PyTorch's profiler, into trace/
 
     @model_validator(mode="before")
@@ -378,8 +381,8 @@ class RunConfig(Section):
     def _largest_drift_is_no_limit(cls, given: Any) -> Any:
         if isinstance(given, dict) and "max_drift" in given:
             raise ValueError(
-                "max_drift was a limit of the largest difference of a token, which grows with the number of tokens; "
-                "use max_mean_drift, nats, of the mean over a step's tokens, or leave it out: it is then derived"
+                "max_drift is no longer supported, because the largest difference grows with the number of tokens: set "
+                "max_mean_drift (nats, mean over a step's tokens), or remove it to use the default limit"
             )
         return given
 
@@ -391,57 +394,53 @@ class RunConfig(Section):
 
 
 class LogConfig(Section):
-    """Who reads the rows of steps.jsonl as they are written."""
+    """Console lines, and where the rows of steps.jsonl are also sent."""
 
-    every: int = Field(50, ge=1)  # steps from line to line on the console; slow steps have one at least every 10 s
-    tensorboard: bool = True  # event files in the run's folder tensorboard/
-    wandb: str | None = Field(None, min_length=1)  # project; needs the package wandb
-    trackio: str | None = Field(None, min_length=1)  # project; needs the package trackio
+    every: int = Field(50, ge=1)  # steps between console lines; a line is printed at least every 10 s
+    tensorboard: bool = True  # writes event files to tensorboard/ in the run folder
+    wandb: str | None = Field(None, min_length=1)  # project name; needs the package wandb
+    trackio: str | None = Field(None, min_length=1)  # project name; needs the package trackio
 
 
 class EngineConfig(Section):
     """The tables of a recipe that the engine reads; the curriculum's Recipe adds its own."""
 
     model: ModelConfig
-    lora: LoraConfig | None = None  # None: every weight is trained
+    lora: LoraConfig | None = None  # None: full fine-tuning
     sampler: SamplerConfig = SamplerConfig()
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _storage_can_be_shared(self) -> "EngineConfig":
+    def _fsdp_is_possible(self) -> "EngineConfig":
         if self.parallel.kind == "fsdp" and self.sampler.kind == "vllm" and self.sampler.publish == "shared":
             raise ValueError(
-                'parallel.kind = "fsdp" keeps a part of each weight on a rank, vLLM needs all of it: '
-                'set sampler.publish = "copy"'
+                'sampler.publish = "shared" is not supported with parallel.kind = "fsdp", because vLLM needs whole '
+                'weights: set sampler.publish = "copy"'
             )
         if self.parallel.kind == "fsdp" and self.model.compile:
-            raise ValueError(
-                'model.compile cannot see through what parallel.kind = "fsdp" hangs on the layers: leave it'
-            )
+            raise ValueError('model.compile = true is not supported with parallel.kind = "fsdp": remove model.compile')
         if self.parallel.kind == "fsdp" and self.model.offload_optimizer:
             raise ValueError(
-                'parallel.kind = "fsdp" cuts masters and moments up between the devices: '
-                'leave model.offload_optimizer = true, or set parallel.kind = "data"'
+                'model.offload_optimizer = true is not supported with parallel.kind = "fsdp": remove '
+                'model.offload_optimizer, or set parallel.kind = "data"'
             )
         return self
 
     @model_validator(mode="after")
-    def _adapters_stand_apart(self) -> "EngineConfig":
+    def _lora_is_possible(self) -> "EngineConfig":
         if self.lora is not None and self.sampler.kind == "vllm" and self.sampler.publish == "shared":
             raise ValueError(
-                "[lora] never writes into the weights, and vLLM would go on with those of the base: "
-                'set sampler.publish = "copy"'
+                'sampler.publish = "shared" is not supported with [lora], because vLLM would sample without the '
+                'adapters: set sampler.publish = "copy"'
             )
         if self.lora is not None and self.parallel.kind == "fsdp":
-            raise ValueError(
-                'parallel.kind = "fsdp" cuts up masters, moments and gradients, of which [lora] has next to none: '
-                'set parallel.kind = "data"'
-            )
+            raise ValueError('[lora] is not supported with parallel.kind = "fsdp": set parallel.kind = "data"')
         return self
 
 
+# tables that may stand at the top level of a recipe, as defaults of all stages, and in each stage
 STAGE_TABLES: dict[str, type[Section]] = {
     "objective": ObjectiveConfig,
     "optim": OptimConfig,

@@ -1,8 +1,7 @@
-"""Which keys of a recipe have no effect, and who wrote them.
+"""Finds keys of a recipe that have no effect ("idle" keys), so that a recipe that sets one can be refused.
 
-Every ``Section`` says by ``idle()`` which of its keys, or of the tables in it, change nothing in the present context.
-A key that the user wrote and that is idle is refused by name. A key at the top level that stages share is idle where
-no stage takes it, or where it is idle in every stage that does.
+``Section.idle()`` returns the keys of a table that have no effect with the values of the others. A top-level key that
+stages share has no effect if no stage takes it, or if it has none in every stage that does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ KeyPath = tuple[str | int, ...]  # ("stage", 0, "optim", "lr")
 
 
 def leaves(tables: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
-    """The path of every value in ``tables``; a list of plain values is one."""
+    """Yields the path of every value in ``tables``; a list without tables is one value."""
     if isinstance(tables, dict):
         items: Iterator[tuple[Any, Any]] = iter(tables.items())
     elif isinstance(tables, list) and any(isinstance(item, dict) for item in tables):
@@ -27,7 +26,7 @@ def leaves(tables: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def idle_paths(section: Any, at: KeyPath = ()) -> dict[KeyPath, str]:
-    """Every key under ``section`` that changes nothing there, and why."""
+    """Returns every key under ``section`` that has no effect, and why. ``at``: path of ``section``."""
     if isinstance(section, BaseModel):
         found = {(*at, *path): why for path, why in section.idle().items()} if hasattr(section, "idle") else {}
         for key in type(section).model_fields:
@@ -40,9 +39,9 @@ def idle_paths(section: Any, at: KeyPath = ()) -> dict[KeyPath, str]:
 def idle_sentences(
     given: Iterable[KeyPath], idle: Mapping[KeyPath, str], takers: Callable[[KeyPath], list[KeyPath] | None]
 ) -> list[str]:
-    """A sentence for each path of ``given`` that is idle.
+    """Returns a sentence for each path of ``given`` that has no effect.
 
-    ``takers``: where the value at a path that several stages share comes to lie; None for a path of its own.
+    ``takers(path)``: the paths in the stages that take a shared top-level value; None if ``path`` is not shared.
     """
     found = []
     for path in given:
@@ -50,10 +49,10 @@ def idle_sentences(
         reasons = [_why_idle(place, idle) for place in ([path] if places is None else places)]
         if all(why is not None for why in reasons):
             why = reasons[0] if reasons else "every stage has a value of its own"
-            found.append(f"{'.'.join(map(str, path))} has no effect, because {why}: leave it out")
+            found.append(f"{'.'.join(map(str, path))} has no effect, because {why}: remove it")
     return found
 
 
 def _why_idle(path: KeyPath, idle: Mapping[KeyPath, str]) -> str | None:
-    """A table can be idle as a whole."""
+    """Returns why ``path``, or a table that contains it, has no effect; None if it has one."""
     return next((idle[path[:end]] for end in range(1, len(path) + 1) if path[:end] in idle), None)

@@ -1,4 +1,4 @@
-"""What comes from outside: the errors of other libraries, and text that a model or a user wrote."""
+"""Errors of other libraries as UserError, and text of models and users made safe to print."""
 
 import contextlib
 import re
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 from isomorph.engine.config import UserError
 
-# A terminal obeys control characters (line feed and tab may stay) and the marks that turn the direction of a line;
-# half a surrogate pair cannot be encoded at all.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Terminals interpret control characters (line feed and tab are harmless) and marks that change the direction of text;
+# half a surrogate pair cannot be encoded.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @contextlib.contextmanager
 def foreign(failure: str) -> Iterator[None]:
-    """Around calls of another library: what they raise becomes ``UserError("<failure>: <the whole cause>")``.
+    """Context for calls of another library: turns what they raise into ``UserError("<failure>: <cause>")``.
 
-    ``failure`` says what could not be done, and on which file or row.
+    ``failure`` says what could not be done, and on which file or row. UserError and MemoryError pass unchanged.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def foreign(failure: str) -> Iterator[None]:
 
 
 def cause_of(error: BaseException) -> str:
-    """Type and message of ``error`` and of the errors that it was raised from, whole, on one line."""
+    """Returns types and messages of ``error`` and of the exceptions that caused it, in full, on one line."""
     parts: list[str] = []
     link: BaseException | None = error
     while link is not None:
@@ -42,17 +42,17 @@ def cause_of(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with everything that a terminal would obey written as an escape: ESC as ``\\x1b``."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Returns ``text`` with every terminal control character written as an escape: ESC as ``\\x1b``."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """Printable, and without line breaks."""
+    """Returns ``text`` printable and without line breaks."""
     return " ".join(printable(text).split())
 
 
 def shortened(text: str, max_chars: int = 200) -> str:
-    """On one line, and cut: the start and the end of a long text stay, an answer is at its end."""
+    """Returns ``text`` on one line; of a longer one its start and its end, where an answer is."""
     line = one_line(text)
     half = max_chars // 2
     return line if len(line) <= max_chars else f"{line[:half]} ... {line[-half:]}"

@@ -1,7 +1,7 @@
-"""The one place where tokens are shifted against their targets.
+"""Packs groups into one micro-batch; the only place where tokens are shifted against their targets.
 
-A group is packed as [P][R1]..[RG], without padding, its prompt once. The last token of a response is only ever a
-target, so it does not go through the decoder.
+A group is packed as [P][R1]..[RG], without padding, its prompt once. The last token of a response is a target only and
+is not in the decoder's input.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,14 @@ from isomorph.kernels.packed_attention import PackedLayout
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some responses of one group, with their advantages."""
+    """Some or all responses of one group, with their advantages: what one micro-batch holds of it."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     advantages: tuple[float, ...]
-    response_ids: tuple[int, ...] = ()  # of each among all responses of an update, where that is asked for
+    response_ids: tuple[
+        int, ...
+    ] = ()  # index of each response among those of the update; only ``micro_batches`` needs it
 
     @property
     def num_tok(self) -> int:
@@ -29,9 +31,9 @@ class Part:
 
 
 def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
-    """``parts`` one after the other. A token whose sampler log-probability is not finite is no target.
+    """Returns ``parts`` concatenated, on ``device``. Tokens without a finite sampler log-probability are not targets.
 
-    Raises ValueError where some rollouts carry the sampler's log-probability and others do not.
+    Raises ValueError if some rollouts have sampler log-probabilities and others do not.
     """
     token_ids: list[Tensor] = []
     row_index: list[Tensor] = []
@@ -43,7 +45,7 @@ def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
         for rollout in part.rollouts:
             inner = rollout.token_ids[:-1]
             token_ids.append(inner)
-            # the first token is predicted by the prompt's last row, every other by the token before it
+            # the first token is predicted from the prompt's last row, every other from the token before it
             row_index.append(torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + len(inner))]))
             start += len(inner)
     rollouts = [r for part in parts for r in part.rollouts]
@@ -73,5 +75,7 @@ def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
 def _sampler_logprob(rollouts: Sequence[Rollout]) -> Tensor | None:
     known = [r.sampler_logprob for r in rollouts if r.sampler_logprob is not None]
     if known and len(known) != len(rollouts):
-        raise ValueError("either all rollouts of a batch carry the sampler's log-probability or none does")
+        raise ValueError(
+            "either all rollouts of a micro-batch must have sampler_logprob or none, got some with and some without"
+        )
     return torch.cat(known) if known else None

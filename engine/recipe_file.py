@@ -21,10 +21,11 @@ C = TypeVar("C", bound=Section)
 
 
 def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
-    """The recipe at ``path`` with ``section.key=value`` overrides, as a checked, frozen ``schema``. Raises UserError.
+    """Returns the recipe at ``path`` with ``section.key=value`` overrides as a ``schema``. Raises UserError.
 
-    ``extends = "other.toml"`` lays the recipe over another one: tables are merged, everything else is replaced.
-    A key that the recipe or an override writes must have an effect there; what it extends is shared with others.
+    ``extends = "other.toml"`` takes another recipe as base: tables are merged, all other values are replaced. A key
+    that the recipe or an override sets must have an effect; one that only the base sets may have none, because other
+    recipes share the base.
     """
     base, own = _read_toml(path)
     tables = _merged(base, own)
@@ -32,9 +33,9 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
     for text in overrides:
         _override(changed, text)
     loaded = _loaded(changed, schema, path)
-    try:  # what an override makes idle was not so where it was written
+    try:  # a key of the recipe that only an override makes ineffective is accepted
         as_written = _loaded(tables, schema, path) if overrides else loaded
-    except UserError:  # complete with its overrides only
+    except UserError:  # the recipe is complete only with the overrides
         as_written, tables = loaded, changed
     sentences = _idle_in(tables, leaves(own), as_written)
     sentences += _idle_in(changed, (leaf for text in overrides for leaf in _overridden(text)), loaded)
@@ -44,7 +45,7 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
 
 
 def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C], *, where: str) -> C:
-    """Resolved ``tables``, as run.json has them, with ``section.key=value`` overrides, each of which has an effect."""
+    """Returns ``tables`` of a run.json, changed by overrides. Raises UserError, also if an override has no effect."""
     changed = copy.deepcopy(tables)
     for text in overrides:
         _override(changed, text)
@@ -55,7 +56,10 @@ def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C]
 
 
 def _loaded(tables: dict[str, Any], schema: type[C], path: Path) -> C:
-    for name, section in STAGE_TABLES.items():  # also what every stage overrides; and a defect once, not once a stage
+    for (
+        name,
+        section,
+    ) in STAGE_TABLES.items():  # a defect is reported once, not once a stage, even if every stage overrides it
         check_tables(tables.get(name, {}), section, where=str(path), inside=name)
     return check_tables(_stages_resolved(tables), schema, where=str(path))
 
@@ -65,7 +69,7 @@ def _idle_in(tables: dict[str, Any], given: Iterable[KeyPath], loaded: Section) 
 
 
 def _takers(tables: dict[str, Any], path: KeyPath) -> list[KeyPath] | None:
-    """Where in the stages the value at a top-level ``path`` comes to lie; None where stages do not share its table."""
+    """Returns the paths in the stages that take the value at the top-level ``path``; None if it is not a shared one."""
     if path[0] not in STAGE_TABLES:
         return None
     name, stages = str(path[0]), tables.get("stage", [])
@@ -74,12 +78,12 @@ def _takers(tables: dict[str, Any], path: KeyPath) -> list[KeyPath] | None:
 
 
 def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the recipe extends, all of it, and its own tables."""
+    """Returns the merged tables of all recipes that this one extends, and its own tables."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such recipe; name a TOML file, for example curriculum/recipes/quickstart.toml"
+            f"{path}: no such file; the recipe must be a TOML file, for example curriculum/recipes/quickstart.toml"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the recipe cannot be read: {error}") from None
@@ -90,7 +94,7 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str
         return {}, tables
     chain = (*extended_by, path.resolve())
     if not isinstance(base, str) or (path.parent / base).resolve() in chain:
-        raise UserError(f"{path}: extends must name another recipe, and not in a circle, got {base!r}")
+        raise UserError(f"{path}: extends must name another recipe, without a cycle, got {base!r}")
     return _merged(*_read_toml(path.parent / base, chain)), tables
 
 
@@ -103,7 +107,10 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tables(tables: dict[str, Any], schema: type[C], *, where: str, inside: str = "") -> C:
-    """``tables`` as ``schema``; every defect in one UserError. ``inside``: the table that ``tables`` stand in."""
+    """Returns ``tables`` as ``schema``. Raises one UserError with all defects.
+
+    ``where``: file, for the message. ``inside``: name of the table that ``tables`` are the content of.
+    """
     try:
         return schema.model_validate(tables)
     except ValidationError as error:
@@ -114,12 +121,12 @@ def check_tables(tables: dict[str, Any], schema: type[C], *, where: str, inside:
 
 
 def _is_around(loc: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """A list is then too short because ``other``, in it, is wrong."""
+    """Whether ``loc`` contains ``other``: a list with one wrong item is reported as too short, too."""
     return len(loc) < len(other) and other[: len(loc)] == loc
 
 
 def _overridden(text: str) -> list[KeyPath]:
-    """The paths that an override gives values to."""
+    """Returns the paths that an override sets."""
     key, _, value = text.partition("=")
     at = tuple(int(name) if name.isdigit() else name for name in key.strip().split("."))
     return list(leaves(toml_value(value.strip()), at))
@@ -134,9 +141,11 @@ def _override(tables: dict[str, Any], text: str) -> None:
     for name in parents:
         node = _child(node, name, text)
     if isinstance(node, list):
-        raise UserError(f"override {text!r}: name a stage by its number, for example stage.0.steps=10")
+        raise UserError(f"override {text!r}: stages are numbered from 0: write for example stage.0.steps=10")
     if not isinstance(node, dict):
-        raise UserError(f"override {text!r}: {parents[-1]} is a value, it has no key {leaf!r}")
+        raise UserError(
+            f"override {text!r}: {parents[-1]} must be a table to have the key {leaf!r}, got the value {node!r}"
+        )
     node[leaf] = toml_value(value.strip())
 
 
@@ -146,12 +155,12 @@ def _child(node: Any, name: str, text: str) -> Any:
     if isinstance(node, list) and name.isdigit() and int(name) < len(node):
         return node[int(name)]
     if isinstance(node, list):
-        raise UserError(f"override {text!r}: {name!r} must be a number from 0 to {len(node) - 1}")
-    raise UserError(f"override {text!r}: there is no table around {name!r}, only the value {node!r}")
+        raise UserError(f"override {text!r}: {name!r} must be a stage's number, 0 to {len(node) - 1}")
+    raise UserError(f"override {text!r}: {name!r} must be in a table, got the value {node!r}")
 
 
 def toml_value(text: str) -> Any:
-    """``text`` as TOML writes a value; a bare word is a string."""
+    """Parses ``text`` as a TOML value; what is not one is taken as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -159,7 +168,7 @@ def toml_value(text: str) -> Any:
 
 
 def _stages_resolved(tables: dict[str, Any]) -> dict[str, Any]:
-    """The top-level objective, optim, batch and sampling tables, laid under those of each stage."""
+    """Returns ``tables`` with the top-level objective, optim, batch and sampling merged into each stage's own."""
     defaults = {name: tables.get(name, {}) for name in STAGE_TABLES}
     rest = {key: value for key, value in tables.items() if key not in STAGE_TABLES}
     stages = tables.get("stage")
@@ -180,7 +189,7 @@ def _layered(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_renamed(name: str, defaults: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Another objective's name brings its own preset, not the default objective's choices."""
+    """Whether a stage names another objective than the top level: then it takes no key of the top-level table."""
     known = defaults.get(name, {}).get("name", DEFAULT_OBJECTIVE)
     return name == "objective" and "name" in own and own["name"] != known
 
@@ -198,7 +207,7 @@ def _explain(schema: type[BaseModel], tables: dict[str, Any], defect: Any, insid
 
 
 def _as_written(tables: Any, loc: tuple[Any, ...]) -> list[str]:
-    """``loc`` without the names of kinds that pydantic puts between: keys, and numbers of list items."""
+    """Returns the keys and list indices of ``loc``, without the union tags that pydantic inserts."""
     path: list[str] = []
     for i, part in enumerate(loc):
         is_here = part in tables if isinstance(tables, dict) else isinstance(part, int)

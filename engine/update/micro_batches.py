@@ -25,17 +25,17 @@ class Update:
     """Micro-batches and denominators of one optimizer step.
 
     The denominators ``num_loss_tok`` and ``num_seqs`` are global over ranks. They include responses with advantage 0
-    that are skipped, because their gradient is zero, and exclude tokens without a finite sampler log-probability.
+    that are skipped, because their gradient is zero (with rft they do not), and exclude tokens without a finite
+    sampler log-probability.
     """
 
     batches: tuple[PackedBatch, ...]  # of this rank; the last ones may be without predicted tokens
     num_loss_tok: int
     num_seqs: int  # with at least one token in the loss
     num_dropped_tok: int  # tokens left out because their sampler log-probability is not finite
-    num_zero_advantage_groups: int = (
-        0  # left out whole, on whatever rank, because none of their responses has an advantage
-    )
-    num_zero_advantage_seqs: int = 0  # of the other groups, left out for the same reason
+    # skipped because their advantage is 0, on all ranks: whole groups, and responses of the other groups
+    num_zero_advantage_groups: int = 0
+    num_zero_advantage_seqs: int = 0
     rewards: tuple[tuple[float, ...], ...] = ()  # of each group, on all ranks
     response_ids: tuple[Tensor, ...] = ()  # [S] of each batch: index into the flattened ``rewards``
 

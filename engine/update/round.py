@@ -62,9 +62,8 @@ class Round:
         self.check_drift, self.num_replaced = check_drift, num_replaced
         self.device = device
         self.reference: list[list[Tensor]] | None = None
-        self.old: list[
-            list[Tensor] | None
-        ] = []  # old_logprob [N] of each update's batches, computed before the first optimizer step
+        # old_logprob [N] of each update's batches, from before the first optimizer step; None: not computed yet
+        self.old: list[list[Tensor] | None] = []
         self.advantage: list[list[Tensor]] | None = None  # [N] of each update's batches; set with reward_kl_coef
         self.tally, self.drift = Tally(), DriftSums(device)
         self.norms: list[float] = []  # gradient norm of each optimizer step made so far
