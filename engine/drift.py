@@ -1,45 +1,46 @@
-"""Does the sampler draw from the policy that the trainer computes? Statistics of each step's tokens, and their limits.
+"""Trainer-sampler log-probability mismatch: its statistics over a step's tokens, and the limits at which a run fails.
 
-Of a sampled token: q its log-probability as the sampler reports it, p as the trainer computes it before its first
-update, H the entropy of the trainer's distribution (all nats, at the sampling temperature). d = p - q is 0 but for
-rounding. ``check_step`` judges d over the n tokens of one step:
+For a sampled token: q is its log-probability as reported by the sampler, p as computed by the trainer before its first
+optimizer step, H the entropy of the trainer's distribution (all nats, at the sampling temperature). d = p - q is 0
+except for rounding. ``check_step`` tests d over the n tokens of one step:
 
-    mean    mean |d|                     at most C u sqrt(L), see ``mean_limit``    other weights, another function
-    tail    share of |d| > 8 C u sqrt(L) at most 1 in 1,000                         the same on few tokens (a probe)
-    mass    mean of exp(d) - 1           0: q is normalised, and tokens are drawn   a token that q gives nothing to,
-                                         from it                                    such as a stop token left out
-    slope   of d on x = (p + q) / 2 + H  0: a temperature 1 + e times the stated    the reported temperature
+            statistic                    limit                                      detects
+    mean    mean |d|                     C u sqrt(L), see ``mean_limit``            other weights, another function
+    tail    share of |d| > 8 C u sqrt(L) 1 in 1,000                                 the same on few tokens (a probe)
+    mass    mean of exp(d) - 1           0 if q is normalised and tokens are        a token that q gives no probability,
+                                         sampled from it                            such as a stop token left out
+    slope   of d on x = (p + q) / 2 + H  0; a temperature 1 + e times the stated    a wrong temperature
                                          one gives slope e to first order
 
-A limit is never compared with an estimate but with what the estimate proves: it is moved towards 0 by Z standard
-errors, taken from the step's own squares. For a self-normalised sum of n conditionally symmetric terms
-P(sum > Z sqrt(sum of squares)) <= exp(-Z^2 / 2) whatever n and whatever the terms' size (de la Pena 1999); Z makes that
-FALSE_ALARM / 2. The tail's count is compared with the binomial distribution's upper end at the same probability, by
-Chernoff's bound. ``mass`` and ``slope`` have a floor as well (MASS_FLOOR, SLOPE_FLOOR), because in float32 any
-systematic difference of rounding is significant; the slope's grows by half of sum d^2 / sum x^2, the most that
-rounding can do where trainer and sampler round differently: cov(d, x) = (var p - var q) / 2.
+Each estimate is first moved towards 0 by Z standard errors, taken from the step's own squares, and then compared with
+its limit. For a self-normalised sum of n conditionally symmetric terms P(sum > Z sqrt(sum of squares)) <= exp(-Z^2 / 2)
+for any n and any size of the terms (de la Pena 1999); Z makes that FALSE_ALARM / 2. The count in the tail is compared
+with the upper end of the binomial distribution at the same probability, by Chernoff's bound. ``mass`` and ``slope`` are
+also allowed MASS_FLOOR and SLOPE_FLOOR, because in float32 any systematic difference of rounding is significant. The
+slope's limit grows by half of sum d^2 / sum x^2, the largest effect of different rounding in trainer and sampler:
+cov(d, x) = (var p - var q) / 2.
 
-A sampler can report one distribution and draw from another: d is 0 then. ``Surprise`` adds up s = -q - H over all steps
-of a run. Under the reported distribution it is a martingale whatever was drawn before, and stop tokens and length
-limits are stopping times, which change nothing. |sum s| is compared with Robbins' normal mixture boundary (Howard et
-al. 2021, "Time-uniform, nonparametric, nonasymptotic confidence sequences", proposition 5),
+A sampler can report one distribution and sample from another; then d is 0. ``Surprise`` sums s = -q - H over all steps
+of a run. Under the reported distribution it is a martingale, whatever was sampled before; stop tokens and length limits
+are stopping times and do not change that. |sum s| is compared with Robbins' normal mixture boundary (Howard et al.
+2021, "Time-uniform, nonparametric, nonasymptotic confidence sequences", proposition 5),
 
     sqrt((V + R) (ln((V + R) / R) + 2 ln(1 / FALSE_ALARM))) + A,    V = sum s^2,
 
-which holds at all times at once: a run of any length trips falsely with probability FALSE_ALARM. (V stands for the
-variance, which it estimates: a skewness g of s multiplies the probability by about exp(z^3 |g| / 3 sqrt n). R keeps a
-run's beginning, where that is much, from counting.) A allows for what is known to
-bias s: rounding, at most d^2 a token; and selection. Groups without variance of rewards, and responses without an
-advantage, are not learned from, so their s is not known, and what is kept was chosen by its outcome. For a sum S with
-variance W that is kept with probability k, |E[S, kept]| <= sqrt(W k (1 - k)) (Cauchy-Schwarz), which for K kept and D
-dropped sums, V = K W, comes to sqrt(D V): A grows by sqrt(V) (sqrt(dropped groups) + sqrt(dropped responses of others))
-a step. Where much is dropped a small fault can so stay below the limit; ``tokens_needed`` then says infinity.
+which holds for all lengths of a run at once: the probability of a false alarm is FALSE_ALARM a run. (V estimates the
+variance: a skewness g of s multiplies the probability by about exp(z^3 |g| / 3 sqrt n). R makes the test insensitive at
+the beginning of a run, where that factor is large.) A allows for two known biases of s. Rounding: at most d^2 a token.
+Selection: zero-variance groups and responses with advantage 0 are not trained on, so their s is unknown, and the kept
+ones were selected by their outcome. For a sum S with variance W that is kept with probability k,
+|E[S, kept]| <= sqrt(W k (1 - k)) (Cauchy-Schwarz), which for K kept and D dropped sums, V = K W, is sqrt(D V): A grows
+by sqrt(V) (sqrt(dropped groups) + sqrt(dropped responses of other groups)) a step. If much is dropped, a small fault
+can stay below the limit; ``tokens_needed`` is infinite then.
 
-What is seen, with SmolLM2-135M in bfloat16 on 2,000 tokens: one layer whose weights are 10 % off (3 % are rounding's
-size), a reported temperature 2 % off, a stop token of mean probability 1.1 % left out. Exact equality of the weights is
-checked by ``engine.rollout.fingerprint``. On a run: drawing at a temperature 5 % off after 7,400 tokens
-(below) or 9,000 (above), from the top 95 % after 3,000 (benchmarks/bench_drift.py --faults). The number is about
-(10 / e)^2 / varentropy, so a policy that has become certain needs more; each row says how many.
+Detected with SmolLM2-135M in bfloat16 on 2,000 tokens: one layer whose weights are 10 % off (3 % is the size of
+rounding), a reported temperature 2 % off, a stop token of mean probability 1.1 % left out. Exact equality of weights is
+checked by hashes: ``engine.rollout.fingerprint``. In a run: sampling at a temperature 5 % too low after 7,400 tokens, 5 %
+too high after 9,000, from the top 95 % after 3,000 (benchmarks/bench_drift.py --faults). The number is about
+(10 / e)^2 / varentropy, so it grows as the policy becomes more certain; each row has it as surprise/needs_tok.
 """
 
 import math
@@ -51,11 +52,11 @@ from torch import Tensor
 
 from isomorph.engine.types import Rollout, RunFailed, Sampling, StepDrift
 
-FALSE_ALARM = 1e-9  # of each test, a step; of the test of surprise, a run
+FALSE_ALARM = 1e-9  # probability, for each test of a step and for the test of surprise over a run
 Z = math.sqrt(2 * math.log(2 / FALSE_ALARM))  # 6.5 standard errors
 TAIL_SHARE, TAIL_FACTOR = 1e-3, 8.0
 MASS_FLOOR, SLOPE_FLOOR = 1e-3, 5e-3
-MIXTURE = 500.0  # nats^2; the boundary is tightest where V is some 40 times this: 10^4 tokens of varentropy 2
+MIXTURE = 500.0  # R, nats^2; the boundary is tightest at V = 40 R: 10^4 tokens of varentropy 2
 FAULT = 0.05  # relative error of the temperature for which ``surprise/needs_tok`` is logged
 
 # Unit roundoff of what a layer stores, times C. Each of L layers adds an error of its own to the residual stream, and
@@ -73,7 +74,7 @@ _COUNTED = ("num_tok", "abs", "abs2", "mass", "mass2", "dx", "xx", "xxdd", "xxxd
 
 
 class DriftSums:
-    """What is added up over the tokens of a step, on the device until read."""
+    """Sums over the tokens of a step, from which ``step_drift`` computes its statistics; kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(_COUNTED), dtype=torch.float64, device=device)
@@ -81,7 +82,7 @@ class DriftSums:
         self.largest = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, trainer_N: Tensor, sampler_N: Tensor, entropy_N: Tensor) -> None:
-        """Of N tokens: log-probability by trainer and by sampler, and entropy by the trainer; nats."""
+        """Adds N tokens: log-probabilities [N] of trainer and sampler, entropies [N] of the trainer; nats."""
         if not len(trainer_N):
             return
         p, q, entropy = (t.detach().double() for t in (trainer_N, sampler_N, entropy_N))
@@ -106,9 +107,10 @@ class DriftSums:
 
 
 def step_drift(parts: Sequence[Mapping[str, Tensor]], num_dropped_groups: int, num_dropped_seqs: int) -> StepDrift:
-    """The statistics of a step from the ``DriftSums.tensors`` of all ranks; NaN where it has no sampled token.
+    """Returns the statistics of a step from the ``DriftSums.tensors`` of all ranks; NaN if it has no sampled token.
 
-    ``num_dropped_groups``: drawn and not learned from, for their rewards; ``num_dropped_seqs``: of the other groups.
+    ``num_dropped_groups``: zero-variance groups that were not trained on; ``num_dropped_seqs``: responses with
+    advantage 0 of the other groups.
     """
     sums = torch.stack([part["sums"] for part in parts]).sum(0)
     histogram = torch.stack([part["histogram"] for part in parts]).sum(0)
@@ -137,12 +139,12 @@ def step_drift(parts: Sequence[Mapping[str, Tensor]], num_dropped_groups: int, n
 
 
 def _edge(place: int) -> float:
-    """Upper edge of a bin, nats."""
+    """Upper edge of a histogram bin, nats."""
     return 10.0 ** (_LOWEST + (place + 1) / _PER_DECADE)
 
 
 def _quantile(histogram: Tensor, share: float) -> float:
-    """Upper edge of the bin that holds it: at most 6 % too large."""
+    """Upper edge of the bin that contains the quantile: at most 6 % too large."""
     wanted = math.ceil(share * int(histogram.sum()))
     return _edge(int((histogram.cumsum(0) < wanted).sum()))
 
@@ -154,7 +156,7 @@ def mean_limit(dtype: torch.dtype, num_layers: int) -> float:
 
 
 def tail_count(num_tok: int) -> int:
-    """Most of ``num_tok`` tokens that may lie in the tail: more has probability FALSE_ALARM at most, by Chernoff."""
+    """Most of ``num_tok`` tokens that may be in the tail; more have a probability <= FALSE_ALARM (Chernoff)."""
     low, high = math.floor(TAIL_SHARE * num_tok), num_tok  # more than ``high`` is impossible
 
     def is_rare(count: int) -> bool:
@@ -169,56 +171,55 @@ def tail_count(num_tok: int) -> int:
 
 
 def check_step(found: StepDrift, dtype: torch.dtype, num_layers: int, max_mean_drift: float | None) -> None:
-    """Raises RunFailed where ``found`` cannot be rounding. A step without sampled tokens passes.
+    """Raises RunFailed if rounding does not explain the mismatch ``found``. A step without sampled tokens passes.
 
-    ``max_mean_drift``: nats, in place of ``mean_limit``; the tail's limit follows it.
+    ``max_mean_drift``: nats, replaces ``mean_limit``, also in the limit of the tail; None: ``mean_limit``.
     """
     n = found.num_tok
     if n == 0:
         return
     limit = mean_limit(dtype, num_layers) if max_mean_drift is None else max_mean_drift
-    kind = f"run.max_mean_drift; by default what rounding in {str(dtype).removeprefix('torch.')} explains"
+    kind = f"run.max_mean_drift; its default is what rounding in {str(dtype).removeprefix('torch.')} explains"
     error = math.sqrt(max(found.square - 2 * limit * found.mean + limit**2, 0.0) / n)  # of the mean of |d| - limit
     if found.mean - limit > Z * error:
         raise RunFailed(
-            f"{_of(n)} log-probability and the trainer's differ by {found.mean:.2e} nats in the mean, more than "
-            f"{limit:.2g} ({kind}): {_OTHER_WEIGHTS}"
+            f"{_of(n)} differ by {found.mean:.2e} nats in the mean, more than {limit:.2g} ({kind}): {_OTHER_WEIGHTS}"
         )
     in_tail = sum(c for place, c in enumerate(found.histogram) if _edge(place - 1) > TAIL_FACTOR * limit)
     if in_tail > (most := tail_count(n)):
         raise RunFailed(
-            f"{_of(n)} log-probability and the trainer's differ by more than {TAIL_FACTOR * limit:.2g} nats on "
-            f"{in_tail} of them, at most {most} may ({TAIL_FACTOR:g} times {kind}): {_OTHER_WEIGHTS}"
+            f"{_of(n)} differ by more than {TAIL_FACTOR * limit:.2g} nats ({TAIL_FACTOR:g} times {kind}) on {in_tail} "
+            f"of them, at most {most} may: {_OTHER_WEIGHTS}"
         )
     slope_limit = SLOPE_FLOOR + found.rounding_slope
     if abs(found.slope) - Z * found.slope_error > slope_limit:
         raise RunFailed(
-            f"{_of(n)} log-probability is the trainer's at another temperature: they differ by {found.slope:+.2%} of "
-            f"what a token's lies above the mean, at most {slope_limit:.2%} is rounding: compare sampling.temperature "
-            "with what the sampler scales its logits by (a generation config's temperature, a softcap), and its weights"
+            f"{_of(n)} differ as if the sampler's were at another temperature, {found.slope:+.2%} off; rounding "
+            f"explains at most {slope_limit:.2%}: compare sampling.temperature with what the sampler scales its logits by (the "
+            "temperature of a generation config, a softcap), and check its weights"
         )
     if abs(found.mass) - Z * found.mass_error > MASS_FLOOR:
         raise RunFailed(
-            f"{_of(n)} probabilities and the trainer's do not belong to the same tokens: the trainer's are "
-            f"{found.mass:+.2%} of the sampler's off in the mean, which must be 0 within {MASS_FLOOR:.1%}: the sampler "
-            "leaves tokens out (a stop token, top-k, top-p, min-p, banned words), or does not draw what it reports"
+            f"{_of(n)} are over different sets of tokens: the mean of the probability ratio trainer / sampler must be "
+            f"1 within {MASS_FLOOR:.1%}, got {1 + found.mass:.2%}: the sampler leaves tokens out (a stop token, top-k, "
+            "top-p, min-p, banned words), or does not sample from what it reports"
         )
 
 
 _OTHER_WEIGHTS = (
-    "the sampler does not compute with the trainer's weights (stale ones, in a layer at least), or not the trainer's "
-    "function (temperature, top-k or top-p of a generation config)"
+    "the sampler does not compute with the trainer's weights (a layer is stale), or not the same function "
+    "(temperature, top-k or top-p of a generation config)"
 )
 
 
 def _of(num_tok: int) -> str:
-    return f"of the {num_tok} sampled tokens the sampler's"
+    return f"trainer and sampler log-probabilities of {num_tok} sampled tokens"
 
 
 # -- a run
 @dataclass(frozen=True, slots=True)
 class Surprise:
-    """Running sums over the sampled tokens of a run; one is kept in ``RunState.totals``."""
+    """Running sums of s = -q - H over the sampled tokens of a run; kept in ``RunState.totals``."""
 
     num_tok: float = 0.0
     total: float = 0.0  # sum of s, nats
@@ -244,23 +245,22 @@ class Surprise:
 
     @property
     def z(self) -> float:
-        """Standard errors by which surprise exceeds entropy; negative: falls short of it."""
+        """(sum of s) in standard errors; positive: the sampled tokens are less probable than reported."""
         return self.total / math.sqrt(self.variance) if self.variance else math.nan
 
     @property
     def limit(self) -> float:
-        """Of |z|."""
+        """Largest |z| that chance, rounding and selection explain."""
         return (_boundary(self.variance) + self.slack) / math.sqrt(self.variance) if self.variance else math.nan
 
     def tokens_needed(self, error: float = FAULT) -> float:
-        """Tokens like those so far until a temperature off by ``error`` is seen, 999 times in 1,000; may be infinite.
-
-        Its mean of s is error times the varentropy, E s^2, to first order.
+        """Number of tokens like those so far after which a temperature off by ``error`` is detected with probability
+        0.999; may be infinite. Such a temperature gives s the mean error * varentropy, E s^2, to first order.
         """
         return self.tokens_until(abs(error) * self.variance / self.num_tok) if self.num_tok else math.nan
 
     def tokens_until(self, shift: float) -> float:
-        """The same for a fault that moves the mean of s by ``shift``, nats."""
+        """The same for a fault that changes the mean of s by ``shift``, nats."""
         each = self.variance / self.num_tok
         excess = shift - self.slack / self.num_tok
         if excess <= 0:
@@ -271,15 +271,15 @@ class Surprise:
         return n
 
     def check(self) -> None:
-        """Raises RunFailed where the tokens cannot have been drawn from what is reported of them."""
+        """Raises RunFailed if the tokens were not sampled from the log-probabilities that the sampler reports."""
         if self.variance and abs(self.z) > self.limit:
             way = "rarer" if self.z > 0 else "more probable"
             raise RunFailed(
-                f"the {self.num_tok:.0f} tokens that the sampler drew so far are {way} than its own log-probabilities "
-                f"say: surprise and entropy differ by {self.total / self.num_tok:+.3f} nats a token, {abs(self.z):.1f} "
-                f"standard errors, at most {self.limit:.1f} is chance: it draws from another distribution than it "
-                "reports (temperature, top-k, top-p, min-p or a penalty of a generation config), and all that was "
-                "learned was learned from it: start anew with a sampler that does not"
+                f"the {self.num_tok:.0f} tokens sampled so far are {way} than the sampler's own log-probabilities say: "
+                f"the mean of -log q - entropy is {self.total / self.num_tok:+.3f} nats a token, {abs(self.z):.1f} "
+                f"standard errors, at most {self.limit:.1f} may be chance: it samples from another distribution than "
+                "it reports (temperature, top-k, top-p, min-p or a penalty of a generation config), and the policy was "
+                "trained on these samples: correct the sampler's settings and start a new run"
             )
 
 
@@ -290,7 +290,7 @@ def _boundary(variance: float) -> float:
 
 # -- ends
 def check_ends(rollouts: Sequence[Rollout], sampling: Sampling) -> None:
-    """Raises RunFailed where a response's end is not what its ``finish`` says: a stop token was dropped or ignored."""
+    """Raises RunFailed if a response does not end as its ``finish`` says: a stop token was dropped or ignored."""
     stops = torch.tensor(sampling.stop_ids, dtype=torch.int64)
     for rollout in rollouts:
         at = torch.isin(rollout.token_ids, stops).nonzero().flatten().tolist()
@@ -304,6 +304,6 @@ def check_ends(rollouts: Sequence[Rollout], sampling: Sampling) -> None:
             )
         if not is_right:
             raise RunFailed(
-                f"response {rollout.sample} to prompt {rollout.prompt_id} ended by {rollout.finish!r} must hold "
-                f"{wanted}, got {n} with stop tokens at {at}: the sampler drops stop tokens, or passes over them"
+                f"response {rollout.sample} to prompt {rollout.prompt_id} with finish={rollout.finish!r} must hold "
+                f"{wanted}, got {n} tokens with stop tokens at {at}: the sampler drops stop tokens, or ignores them"
             )

@@ -21,9 +21,7 @@ class Part:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     advantages: tuple[float, ...]
-    response_ids: tuple[
-        int, ...
-    ] = ()  # index of each response among those of the update; only ``micro_batches`` needs it
+    response_ids: tuple[int, ...] = ()  # index of each response among those of an update, if the caller needs it
 
     @property
     def num_tok(self) -> int:

@@ -56,10 +56,7 @@ def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C]
 
 
 def _loaded(tables: dict[str, Any], schema: type[C], path: Path) -> C:
-    for (
-        name,
-        section,
-    ) in STAGE_TABLES.items():  # a defect is reported once, not once a stage, even if every stage overrides it
+    for name, section in STAGE_TABLES.items():  # so that a defect is reported once and not for each stage
         check_tables(tables.get(name, {}), section, where=str(path), inside=name)
     return check_tables(_stages_resolved(tables), schema, where=str(path))
 

@@ -1,8 +1,10 @@
-"""Save and resume. A checkpoint is a folder that appears under its final name only when it is complete and on the disk.
+"""Writes and reads checkpoints. A folder gets its final name only when it is complete and synced to the disk.
 
-checkpoints/step-00000050/  state.json   weights.safetensors   optimizer.safetensors   draws.safetensors
-
-The last file holds the responses of a step that was interrupted between its updates; mostly it is empty.
+checkpoints/step-00000050/
+    state.json               RunState: counters, totals, the prompt source's state (engine.types)
+    weights.safetensors      trained weights: Policy.named_parameters()
+    optimizer.safetensors    Learner.state_tensors(): masters, moments, KL reference, the round of an interrupted step
+    draws.safetensors        token ids and log-probabilities of an interrupted step's rollouts; else empty
 """
 
 import dataclasses
@@ -24,15 +26,15 @@ from isomorph.engine.serialise import join_draw, split_draw
 from isomorph.engine.types import Draw, RunFailed, RunState
 
 FORMAT = 2
-REPLACED = ".replaced-"  # before the name of a checkpoint while another one of its step takes its place
+REPLACED = ".replaced-"  # prefix of a checkpoint while a new one of the same step is renamed to its name
 
 
 def save_checkpoint(
     root: Path, state: RunState, weights: dict[str, Tensor], learner: dict[str, Tensor], *, keep: int
 ) -> Path:
-    """``root``/step-N, atomically; of the older ones ``keep - 1`` stay.
+    """Writes ``root``/step-N atomically, deletes all but ``keep - 1`` of the older ones, and returns its path.
 
-    Raises RunFailed where the disk refuses, and leaves what was there.
+    Raises RunFailed if the disk refuses; earlier checkpoints are left as they were.
     """
     final = root / f"step-{state.step:08d}"
     partial = root / f".partial-{state.step:08d}"
@@ -49,7 +51,7 @@ def save_checkpoint(
         _sync(partial)
         if final.exists():
             replaced = root / f"{REPLACED}{final.name}"
-            shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed here
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a process that was killed here
             final.rename(replaced)
         partial.rename(final)
         _sync(root)
@@ -66,13 +68,13 @@ def save_checkpoint(
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+    """Returns the newest complete checkpoint; None if there is none."""
     complete = _complete(root)
     return complete[-1] if complete else None
 
 
 def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str, Tensor]]:
-    """State, weights and learner tensors. Raises UserError where they cannot be read."""
+    """Returns state, weights and learner tensors. Raises UserError if they cannot be read or have another format."""
     try:
         fields = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         found = fields.pop("format")
@@ -82,11 +84,11 @@ def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str
             return RunState(**fields, draws=draws), weights, load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder}: not a readable checkpoint ({error}); delete it to resume from the one before"
+            f"{folder}: not a readable checkpoint ({error}): delete it to resume from an earlier one"
         ) from error
     raise UserError(
-        f"{folder}: checkpoint format {found}, this version reads {FORMAT}: resume with the version that wrote it, "
-        "whose name run.json tells, or start anew"
+        f"{folder}: the checkpoint format must be {FORMAT}, got {found}: resume with the version of isomorph that "
+        "wrote it (versions in run.json), or start a new run"
     )
 
 
@@ -106,14 +108,14 @@ def _join_draws(told: Sequence[dict[str, Any]], tensors: Mapping[str, Tensor]) -
 
 
 def _complete(root: Path) -> list[Path]:
-    """Oldest first. A replaced one counts until its successor stands in its place."""
+    """Complete checkpoints, oldest first. One that is being replaced counts until its successor has its name."""
     folders = (*root.glob(f"{REPLACED}step-*"), *root.glob("step-*"))
     by_name = {path.name.removeprefix(REPLACED): path for path in folders if (path / "state.json").is_file()}
     return [by_name[name] for name in sorted(by_name)]
 
 
 def _discard(folder: Path) -> None:
-    """Under another name first: half deleted it must not look like a checkpoint."""
+    """Deletes a checkpoint, after renaming it, so that it never looks complete while partly deleted."""
     gone = folder.with_name(f".partial-{folder.name}")
     folder.rename(gone)
     shutil.rmtree(gone)
@@ -125,7 +127,7 @@ def _remove_partial(root: Path) -> None:
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Copies undo shared storage, which the format cannot express."""
+    """Writes contiguous copies, because safetensors refuses tensors that share storage."""
     save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, file)
     _sync(file)
 
@@ -144,10 +146,10 @@ def _sync(path: Path) -> None:
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """Of names and bytes, in the order of the names: equal for bit-equal policies."""
+    """Returns a hash of names and bytes, in the order of names: equal for bit-equal weights."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        own = weights[name].detach().to("cpu", copy=True)  # an array upon FSDP's storage would pin it
+        own = weights[name].detach().to("cpu", copy=True)  # a NumPy view of FSDP's storage would keep it alive
         digest.update(own.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

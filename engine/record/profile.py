@@ -1,4 +1,4 @@
-"""A look inside chosen steps: PyTorch's profiler, one Chrome trace a step (chrome://tracing, https://ui.perfetto.dev).
+"""Profiles chosen steps with PyTorch's profiler: one Chrome trace a step (chrome://tracing, https://ui.perfetto.dev).
 
 trace/step-00000012.json.gz
 """
@@ -15,9 +15,9 @@ from isomorph.engine.types import RunFailed
 
 @contextlib.contextmanager
 def profiled(folder: Path, step: int, steps: tuple[int, int] | None) -> Iterator[None]:
-    """Records the block where ``step`` lies in ``steps``, first and last included; its phases stand in it by name.
+    """Context that records a trace if ``step`` is in ``steps`` (first, last), both included. Phases appear by name.
 
-    Raises RunFailed where the trace cannot be written.
+    Raises RunFailed if the trace cannot be written.
     """
     if steps is None or not steps[0] <= step <= steps[1]:
         yield

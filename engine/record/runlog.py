@@ -1,10 +1,10 @@
-"""The numbers of a run: one JSON row a step in steps.jsonl (the truth), one line a step on the console.
+"""Writes the run folder: one JSON row a step in steps.jsonl, completions, JSON files; and console lines.
 
 run.json  steps.jsonl  completions/step-00000010.jsonl  checkpoints/  model/  summary.json
 
-Time is told apart without a gap: a step's ``time/<phase>_s`` add up to its ``time/step_s``, and what was done between
-two steps (rows, checkpoints, exams) stands in the later one's row as ``time/between/<phase>_s``. A phase inside
-another one is taken off the outer one.
+Time is measured by phase. The phases ``time/<phase>_s`` of a step sum to ``time/step_s``; the time between two steps
+(rows, checkpoints, evaluations) is in the later one's row as ``time/between/<phase>_s``, which sum to
+``time/between_s``. The time of a nested phase is subtracted from the outer one.
 """
 
 import contextlib
@@ -24,43 +24,43 @@ from safetensors import SafetensorError
 from torch.profiler import record_function
 
 from isomorph.engine.config import UserError
-from isomorph.engine.record.telemetry import Gather, Telemetry
+from isomorph.engine.record.telemetry import NUM_GROWING, WINDOW, Gather, Telemetry
 from isomorph.engine.types import RunFailed
 
-LINE_S = 10.0  # a line on the console at least so often, as soon as a step has ended
+LINE_S = 10.0  # longest time without a console line, as long as steps end
 
 Row = dict[str, Any]
-Sink = Callable[[Row], None]  # gets every row of steps.jsonl after it has been written
+Sink = Callable[[Row], None]  # called with every row after it has been written to steps.jsonl
 
 
 class RunLog:
-    """Writes the run folder's files and tells the console. Times come from ``with log.time("generate"):``."""
+    """Writes the run folder's files and the console. Phases are timed by ``with log.time("generate"):``."""
 
     def __init__(self, folder: Path, console: Console, *, every: int = 1) -> None:
-        """``every``: steps from one line on the console to the next; a stage's first step has one always."""
+        """``every``: steps between console lines; the first step of a stage always has one."""
         self.folder = folder
         self.console = console
         self.every = every
         self.telemetry = Telemetry()
         self.sinks: list[Sink] = []
         self.times: dict[str, float] = {}
-        self.seconds_before = 0.0  # of the run that this one goes on with
-        self._between: dict[str, float] = {}  # phases between the step before and the present one
+        self.seconds_before = 0.0  # wall time up to the checkpoint that this run resumes
+        self._between: dict[str, float] = {}  # seconds of phases between the previous step and this one
         self._between_s = 0.0
-        self._inner = [0.0]  # seconds of the phases that have ended within each open one
+        self._inner = [0.0]  # seconds of finished phases within each open phase
         self._opened = self._started = self._ended = time.perf_counter()
-        self._told_stage: str | None = None
-        self._told_at = -math.inf  # perf_counter
+        self._line_stage: str | None = None  # stage and time (perf_counter) of the last console line
+        self._line_at = -math.inf
         self._progress: Progress | None = None
         self._bar: Any = None
 
     def wall_s(self) -> float:
-        """Seconds of the run so far, exams and checkpoints included; of a resumed run, without what was lost."""
+        """Returns the seconds of the run so far, evaluations and checkpoints included, without lost work."""
         return self.seconds_before + time.perf_counter() - self._opened
 
     @contextlib.contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Adds the seconds of the block to this step's ``phase``, and names it in a profile."""
+        """Adds the seconds of the block to ``phase`` of this step; the block has that name in a profile."""
         start = time.perf_counter()
         self._inner.append(0.0)
         try:
@@ -72,6 +72,7 @@ class RunLog:
             self._inner[-1] += seconds
 
     def begin_step(self) -> None:
+        """Starts the clock of a step; the phases since the end of the step before are those between the two."""
         with self.time("record"):
             self.telemetry.begin()
         self._started = time.perf_counter()
@@ -79,10 +80,10 @@ class RunLog:
         self._between, self.times = self.times, {}
 
     def end_step(self, *, num_tok: int, num_correct: int, gather: Gather = lambda own: [own]) -> Row:
-        """What the step cost, for its row; what comes until the next one begins is between them.
+        """Stops the clock of the step; returns its ``time/...``, ``mem/...``, ``gpu/...`` and ``energy/...`` keys.
 
-        ``num_tok``: that counted in the loss. ``num_correct``: answers that solve their prompt. Both of all ranks,
-        each of which must ask; ``gather``: what they say.
+        ``num_tok``: tokens in the loss; ``num_correct``: responses that solve their prompt; both of all ranks.
+        ``gather`` collects a value from all ranks; all of them must call ``end_step``.
         """
         with self.time("record"):
             machine = self.telemetry.end(num_tok=num_tok, num_correct=num_correct, gather=gather)
@@ -97,7 +98,7 @@ class RunLog:
         }
 
     def write_step(self, row: Row, line: str) -> None:
-        """One row, flushed to the disk's cache, and its line where one is due. Raises RunFailed on a full disk."""
+        """Appends a row to steps.jsonl and prints ``line`` if one is due. Raises RunFailed if the disk refuses."""
         row = _jsonable(row)
         with self.writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -105,42 +106,45 @@ class RunLog:
             self.say(line)
         rss_gib = row.get("mem/rss_gib")
         if rss_gib is not None and self.telemetry.growth.observe(rss_gib) and self.telemetry.growth.num_alarms == 1:
-            self.say(f"warning: this process's memory only grows, {rss_gib:.2f} GiB now: something is never freed")
-        for read in self.sinks:
-            read(row)
+            self.say(
+                f"warning: resident memory grew in {NUM_GROWING} consecutive windows of {WINDOW} steps, now "
+                f"{rss_gib:.2f} GiB: possible memory leak"
+            )
+        for sink in self.sinks:
+            sink(row)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], description=row["stage"])
 
     def _is_due(self, row: Row) -> bool:
         now = time.perf_counter()
-        is_new, is_late = row["stage"] != self._told_stage, now - self._told_at >= LINE_S
+        is_new, is_late = row["stage"] != self._line_stage, now - self._line_at >= LINE_S
         if is_new or is_late or row["step"] % self.every == 0:
-            self._told_stage, self._told_at = row["stage"], now
+            self._line_stage, self._line_at = row["stage"], now
             return True
         return False
 
     def write_completions(self, name: str, rows: Sequence[Row]) -> None:
-        """``completions/name.jsonl``: what was answered, with what it was worth. Raises RunFailed as above."""
+        """Writes completions/``name``.jsonl: responses with their rewards. Raises RunFailed if the disk refuses."""
         folder = self.folder / "completions"
         with self.writing(f"completions/{name}.jsonl"):
             folder.mkdir(exist_ok=True)
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """``name`` under the run folder, replaced in one piece. Raises RunFailed as above."""
+        """Writes ``name`` in the run folder, replaced atomically. Raises RunFailed if the disk refuses."""
         partial = self.folder / f".{name}"
         with self.writing(name):
             partial.write_text(json.dumps(_jsonable(dict(value)), indent=2) + "\n")
             os.replace(partial, self.folder / name)
 
     def say(self, text: str) -> None:
-        """One line on the console, above the progress bar where there is one."""
+        """Prints one line, above the progress bar if there is one."""
         console = self._progress.console if self._progress else self.console
-        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)  # as it is, brackets and all
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)  # no markup: brackets stay
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """A disk that refuses inside becomes a RunFailed about ``name`` under the run folder."""
+        """Context for writing ``name`` in the run folder: turns errors of the disk into RunFailed."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -148,7 +152,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
-        """A bar over all steps while open; plain lines alone where the output is no terminal."""
+        """Context with a progress bar over all steps; without a terminal there is no bar."""
         if not self.console.is_terminal:
             yield
             return
@@ -161,7 +165,7 @@ class RunLog:
                 self._progress = None
 
     def cut_after(self, step: int) -> None:
-        """Drops what a lost run wrote after its last checkpoint, so that no step stands twice."""
+        """Removes rows and completions after ``step``, written after the checkpoint from which the run resumes."""
         file = self.folder / "steps.jsonl"
         if file.exists():
             kept = [line for line in file.read_text().splitlines() if _is_before(line, step)]
@@ -174,15 +178,15 @@ class RunLog:
                 path.unlink()
 
 
-LOCK = ".lock"  # in the run folder: who writes there
+LOCK = ".lock"  # file in the run folder; holds the process that writes there
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """While open, no other process writes into ``folder``. Raises UserError where one does.
+    """Context in which no other process writes into ``folder``. Raises UserError if one does already.
 
-    The kernel lets go of the lock when this process ends, however it ends. A file system that has no locks is no
-    reason not to run: then nothing is locked.
+    The kernel releases the lock when this process ends, for whatever reason. On a file system without locks nothing is
+    locked.
     """
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # workers that are spawned do not inherit it
@@ -194,7 +198,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             raise UserError(
-                f"{folder}: {owner} writes into this run folder: wait for it, end it, or name another folder"
+                f"{folder} is in use by {owner}: wait until it has ended, stop it, or choose another folder"
             ) from None
         except OSError:
             pass  # no locks here, as on some network file systems
@@ -207,7 +211,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class QuietLog(RunLog):
-    """Of a rank that does not write: it keeps the time, and the rest is the first rank's."""
+    """The log of all ranks but the first: measures time and writes nothing."""
 
     def write_step(self, row: Row, line: str) -> None:
         pass
@@ -230,7 +234,7 @@ class QuietLog(RunLog):
 
 
 def read_steps(folder: Path) -> list[Row]:
-    """All rows of a run's steps.jsonl; a last row that a killed run left half written is left out."""
+    """Returns all rows of a run's steps.jsonl, without an incomplete last row of a killed run."""
     rows = []
     for line in (folder / "steps.jsonl").read_text().splitlines():
         try:
@@ -244,11 +248,11 @@ def _is_before(line: str, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
     except json.JSONDecodeError:
-        return False  # the half row of a killed run
+        return False  # incomplete row of a killed run
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON has no NaN: what was not measured is null."""
+    """Returns ``value`` with NaN and infinity, which JSON does not have, as None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

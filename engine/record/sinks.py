@@ -1,6 +1,6 @@
-"""Who else reads a run's rows: TensorBoard, Weights & Biases, Trackio. steps.jsonl stays the truth.
+"""Sends a run's rows to TensorBoard, Weights & Biases or Trackio, besides steps.jsonl.
 
-A sink gets each row after it has been written, and takes the numbers out of it.
+A sink is called with each row after it has been written to steps.jsonl, and logs the numbers in it.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from isomorph.engine.foreign import foreign
 from isomorph.engine.record.runlog import Row, Sink
 from isomorph.engine.types import RunFailed
 
-FLUSH_S = 10.0  # between what a watching TensorBoard gets to see
+FLUSH_S = 10.0  # seconds between flushes of the event file
 
 
 @contextlib.contextmanager
 def open_sinks(config: LogConfig, folder: Path, recipe: Mapping[str, Any], done: int) -> Iterator[list[Sink]]:
-    """The sinks that the recipe asks for, in a run that has ``done`` steps behind it."""
+    """Context with the sinks that ``config`` names. ``done``: completed steps of a resumed run, else 0."""
     with contextlib.ExitStack() as stack:
         sinks: list[Sink] = []
         if config.tensorboard:
@@ -38,7 +38,7 @@ def open_sinks(config: LogConfig, folder: Path, recipe: Mapping[str, Any], done:
 
 
 def check_sinks(config: LogConfig) -> None:
-    """Raises UserError where a package is missing: before a model is loaded, not after the first step."""
+    """Raises UserError if a package that ``config`` needs is missing; called before the model is loaded."""
     for name, project in (("wandb", config.wandb), ("trackio", config.trackio)):
         if project is not None and importlib.util.find_spec(name) is None:
             raise UserError(f"log.{name} needs the package {name}, which is not installed: pip install {name}")
@@ -46,7 +46,7 @@ def check_sinks(config: LogConfig) -> None:
 
 @contextlib.contextmanager
 def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
-    """One file of events. Not by SummaryWriter: its thread would meet a full disk where nobody listens."""
+    """Writes one event file. Not by SummaryWriter, whose writer thread would swallow the error of a full disk."""
     folder.mkdir(exist_ok=True)
     file = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"))
     flushed = time.monotonic()
@@ -54,30 +54,30 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
     def write(**what: Any) -> None:
         file.write(Event(wall_time=time.time(), **what).SerializeToString())
 
-    def read(row: Row) -> None:
+    def sink(row: Row) -> None:
         nonlocal flushed
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(row).items()]
-        with _refusal_told(folder):
+        with _disk_errors(folder):
             write(step=row["step"], summary=Summary(value=values))
             if time.monotonic() - flushed > FLUSH_S:
                 file.flush()
                 flushed = time.monotonic()
 
     write(file_version="brain.Event:2")
-    if done:  # what a lost process wrote after the checkpoint is hidden by TensorBoard
+    if done:  # makes TensorBoard hide what was written after the checkpoint
         write(step=done + 1, session_log=SessionLog(status=SessionLog.START))
     try:
-        yield read
+        yield sink
     except BaseException:
-        with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
+        with contextlib.suppress(OSError):  # on a full disk, raise the first error
             file.close()
         raise
-    with _refusal_told(folder):
+    with _disk_errors(folder):
         file.close()
 
 
 @contextlib.contextmanager
-def _refusal_told(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -88,7 +88,7 @@ def _refusal_told(folder: Path) -> Iterator[None]:
 def _wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Sink]:
     wandb = importlib.import_module("wandb")
     name = folder.resolve().name
-    with foreign("log.wandb: no run can be opened"):
+    with foreign("log.wandb: wandb.init failed"):
         run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=dict(recipe), resume="allow")
     try:
         yield lambda row: run.log(numbers(row), step=row["step"])
@@ -99,7 +99,7 @@ def _wandb(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Si
 @contextlib.contextmanager
 def _trackio(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[Sink]:
     trackio = importlib.import_module("trackio")
-    with foreign("log.trackio: no run can be opened"):
+    with foreign("log.trackio: trackio.init failed"):
         run = trackio.init(project=project, name=folder.resolve().name, config=dict(recipe), resume="allow")
     try:
         yield lambda row: run.log(numbers(row), step=row["step"])
@@ -108,5 +108,5 @@ def _trackio(project: str, folder: Path, recipe: Mapping[str, Any]) -> Iterator[
 
 
 def numbers(row: Row) -> dict[str, float]:
-    """The row's numbers by name; what was not measured is left out."""
+    """Returns the row's numbers by key, without those that were not measured."""
     return {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}

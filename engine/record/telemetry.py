@@ -1,11 +1,11 @@
-"""What the machine did while a step ran: this process's memory, and of the GPU what NVML says once a second.
+"""Measures memory of this process, and the GPU through NVML once a second, during a step.
 
-A number that nobody measured is None, never 0; ``Telemetry.reason`` says why. Units stand in the names.
+What could not be measured is None, never 0; ``Telemetry.reason`` says why. Units are part of the keys.
 
-    mem/rss_gib  mem/peak_rss_gib  mem/gpu_peak_gib          at the end; the most within the step
-    gpu/util  gpu/mem_gib  gpu/power_w  gpu/clock_mhz        mean; mem: the most
-    gpu/throttle                                             reasons seen in any sample, joined by commas
-    energy/step_j  energy/j_per_tok  energy/j_per_correct    of all ranks' GPUs; per token in the loss; per right answer
+    mem/rss_gib  mem/peak_rss_gib  mem/gpu_peak_gib          at the end of the step; maxima within the step
+    gpu/util  gpu/power_w  gpu/clock_mhz  gpu/mem_gib        means over the step; mem: maximum
+    gpu/throttle                                             throttle reasons of all samples, joined by commas
+    energy/step_j  energy/j_per_tok  energy/j_per_correct    all ranks' GPUs; per token in loss; per correct response
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from typing import Any
 
 import torch
 
-Told = tuple[str, float] | None  # a rank's GPU and its joules
-Gather = Callable[[Told], list[Told]]
+Energy = tuple[str, float] | None  # uuid of a rank's GPU and joules of the step; None: not measured
+Gather = Callable[[Energy], list[Energy]]
 
-PERIOD_S = 1.0
-WINDOW, MIN_GROWTH, NUM_GROWING = 20, 0.005, 4  # steps; share of the memory, from window to window; windows in a row
+PERIOD_S = 1.0  # between two samples of the GPU
+WINDOW, MIN_GROWTH, NUM_GROWING = 20, 0.005, 4  # steps; relative growth between windows; consecutive windows
 STEPS_BETWEEN_TRIMS = 10  # of the C allocator's heap
-MIN_PACE = 0.75  # growth in the later half of those windows over that in the earlier half: below, a cache is filling
-# bits of NVML's reasons for a clock below its maximum; idleness (1) and the user's own limit (2) are none
+MIN_PACE = 0.75  # growth in the later half of those windows / in the earlier half; a filling cache is below
+# bits of NVML's throttle reasons; idle (1) and the limit that the user set (2) are left out
 THROTTLE = {0x4: "power_cap", 0x8: "hw_slowdown", 0x20: "sw_thermal", 0x40: "hw_thermal", 0x80: "power_brake"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One look at a GPU."""
+    """One sample of a GPU."""
 
     at_s: float  # perf_counter
     util: float  # share of the last second in which a kernel ran
-    mem_gib: float  # in use, by anybody
+    mem_gib: float  # in use, by all processes
     power_w: float
     clock_mhz: float
     throttle: int  # bits of THROTTLE
@@ -69,19 +69,19 @@ class Gpu:
     def _energy_j(self) -> float | None:
         try:
             return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
-        except self.nvml.NVMLError_NotSupported:  # before Volta; the power is integrated instead
+        except self.nvml.NVMLError_NotSupported:  # before Volta: power is integrated instead
             return None
 
 
 def find_gpu(device: torch.device) -> tuple[Gpu | None, str]:
-    """The GPU that ``device`` names, or None and the reason."""
+    """Returns the GPU of ``device`` and "", or None and the reason."""
     if device.type != "cuda":
         return None, f"the run is on the {device.type.upper()}"
-    return connect(str(torch.cuda.get_device_properties(device).uuid))  # NVML does not know CUDA_VISIBLE_DEVICES
+    return connect(str(torch.cuda.get_device_properties(device).uuid))  # NVML ignores CUDA_VISIBLE_DEVICES
 
 
 def connect(uuid: str) -> tuple[Gpu | None, str]:
-    """The GPU with this identity, or None and the reason."""
+    """Returns the GPU with this UUID and "", or None and the reason."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
@@ -97,17 +97,17 @@ def connect(uuid: str) -> tuple[Gpu | None, str]:
 
 @dataclass(slots=True)
 class Growth:
-    """Memory that only ever grows, and does not slow down: by the least of each window of steps.
+    """Detects a possible memory leak: growth of the minimum of each window of steps that does not slow down.
 
-    Caches that fill, and shapes that are seen for the first time, grow less and less; what is never freed does not.
+    Growth from filling caches and from shapes that occur for the first time slows down.
     """
 
     window: list[float] = field(default_factory=list)
-    floors: list[float] = field(default_factory=list)  # of the last whole windows, NUM_GROWING + 1 at most
+    floors: list[float] = field(default_factory=list)  # minima of the last complete windows, at most NUM_GROWING + 1
     num_alarms: int = 0
 
     def observe(self, rss_gib: float) -> bool:
-        """True where the alarm goes off: once for every NUM_GROWING windows in a row."""
+        """Adds a step's resident memory; returns True once for every NUM_GROWING consecutive growing windows."""
         self.window.append(rss_gib)
         if len(self.window) < WINDOW:
             return False
@@ -126,9 +126,9 @@ class Growth:
 
 
 class Telemetry:
-    """Looks at the machine from ``begin`` to ``end`` of each step; the GPU between them too, in a thread of its own."""
+    """Measures the machine from ``begin`` to ``end`` of each step; the GPU in a thread of its own."""
 
-    def __init__(self, gpu: Gpu | None = None, reason: str = "nobody asked for it") -> None:
+    def __init__(self, gpu: Gpu | None = None, reason: str = "not requested") -> None:
         self.gpu, self.reason = gpu, "" if gpu else reason
         self.growth = Growth()
         self._num_begun = 0
@@ -136,7 +136,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """While open the GPU is looked at every PERIOD_S."""
+        """Context in which the GPU is sampled every PERIOD_S."""
         if self.gpu is None:
             yield
             return
@@ -157,14 +157,14 @@ class Telemetry:
         _forget_peak()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
-        self._look()
+        self._sample()
 
     def end(self, *, num_tok: int, num_correct: int, gather: Gather = lambda own: [own]) -> dict[str, Any]:
-        """The step's numbers. ``num_tok``: that counted in the loss, of all ranks; ``gather``: what each rank says."""
+        """Returns the step's keys, as in the module's table. Arguments as those of ``RunLog.end_step``."""
         rss_gib, peak_gib = process_memory_gib()
         gpu_peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
         memory = {"mem/rss_gib": rss_gib, "mem/peak_rss_gib": peak_gib, "mem/gpu_peak_gib": gpu_peak}
-        self._look()
+        self._sample()
         own = (self.gpu.uuid, _energy_j(list(self._samples))) if self.gpu else None
         energy = _energy(gather(own), num_tok, num_correct)
         if self.gpu is None:
@@ -173,10 +173,10 @@ class Telemetry:
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(PERIOD_S):
-            self._look()
+            self._sample()
 
-    def _look(self) -> None:
-        """A GPU that NVML loses is looked at no more: numbers that are missing must not end a run."""
+    def _sample(self) -> None:
+        """Samples the GPU. If NVML fails, sampling ends and the keys are None: that must not end a run."""
         gpu = self.gpu
         if gpu is None:
             return
@@ -190,10 +190,10 @@ GPU_KEYS = tuple(f"gpu/{name}" for name in ("util", "mem_gib", "power_w", "clock
 ENERGY_KEYS = tuple(f"energy/{name}" for name in ("step_j", "j_per_tok", "j_per_correct"))
 
 
-def _energy(told: list[Told], num_tok: int, num_correct: int) -> dict[str, float | None]:
-    """Of all ranks' GPUs, one that two ranks share counted once; None where any rank did not measure."""
-    known = [one for one in told if one is not None]
-    if len(known) < len(told):
+def _energy(of_ranks: list[Energy], num_tok: int, num_correct: int) -> dict[str, float | None]:
+    """Energy of all ranks' GPUs, a shared GPU counted once; None if any rank did not measure."""
+    known = [one for one in of_ranks if one is not None]
+    if len(known) < len(of_ranks):
         return dict.fromkeys(ENERGY_KEYS)
     step_j = sum(dict(known).values())
     each = (step_j / num if num else None for num in (num_tok, num_correct))
@@ -215,7 +215,7 @@ def _summed_up(samples: list[Sample]) -> dict[str, Any]:
 
 
 def _energy_j(samples: list[Sample]) -> float:
-    """By the card's own counter, or by trapezoids under the power."""
+    """Joules by the GPU's energy counter, or by integrating power with the trapezoidal rule."""
     first, last = samples[0].energy_j, samples[-1].energy_j
     if first is not None and last is not None:
         return last - first
@@ -225,7 +225,7 @@ def _energy_j(samples: list[Sample]) -> float:
 
 # -- this process
 def process_memory_gib() -> tuple[float | None, float | None]:
-    """Resident memory now, and the most since ``begin`` (where the system cannot forget: since the start)."""
+    """Returns resident memory now, and its peak since ``begin`` (since the process began, if it cannot be reset)."""
     status = Path("/proc/self/status")
     if not status.is_file():
         max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -236,10 +236,10 @@ def process_memory_gib() -> tuple[float | None, float | None]:
 
 
 def give_back_freed_memory() -> None:
-    """Returns to the system what the C allocator keeps of freed memory; where it is not glibc's, nothing.
+    """Returns freed memory from glibc's allocator to the system; does nothing with another allocator.
 
-    A step frees blocks of a hundred sizes, and small ones that live on keep them from being joined: without this the
-    heap of a tiny model grew to four times what was in use. A step then touches its pages anew, one in ten.
+    A step frees blocks of many sizes, and small live blocks between them prevent merging: without this the heap of a
+    tiny model grew to four times what was in use. One step in ten then has its page faults again.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -247,5 +247,5 @@ def give_back_freed_memory() -> None:
 
 
 def _forget_peak() -> None:
-    with contextlib.suppress(OSError):  # not on Linux, or a container forbids it: the peak is then the run's
+    with contextlib.suppress(OSError):  # not on Linux, or forbidden in a container: the peak is that of the run
         Path("/proc/self/clear_refs").write_text("5")

@@ -202,7 +202,7 @@ def test_a_stop_token_that_is_drawn_and_dropped_is_caught() -> None:
         full, token_ids=full.token_ids.clone().index_fill(0, torch.tensor(3), policy.text.stop_ids[0])
     )
     for wrong in (dropped, dataclasses.replace(dropped, finish="length"), passed_over):
-        with pytest.raises(RunFailed, match="drops stop tokens, or passes over them"):
+        with pytest.raises(RunFailed, match="drops stop tokens, or ignores them"):
             check_ends([full, wrong], sampling)
 
 
