@@ -18,12 +18,12 @@ from isomorph.engine.planner import (
     GIB,
     MOMENTS,
     Facts,
-    arenas,
     card_ceilings,
     facts_of,
     largest_kv_tok,
     largest_micro_tok,
     measure_ceilings,
+    memory_uses,
     peak_bytes,
     seconds,
 )
@@ -111,9 +111,9 @@ def _device_gib(device: torch.device, num_ranks: int) -> float | None:
 
 def _planned(facts: Facts) -> dict[str, Any]:
     return {
-        "arenas_gib": {a.name: a.num_bytes / GIB for a in arenas(facts)},
-        "when": {a.name: list(a.moments) for a in arenas(facts)},
-        "host": [a.name for a in arenas(facts) if a.is_host],
+        "arenas_gib": {a.name: a.num_bytes / GIB for a in memory_uses(facts)},
+        "when": {a.name: list(a.moments) for a in memory_uses(facts)},
+        "host": [a.name for a in memory_uses(facts) if a.is_host],
         "peak_gib": {moment: peak_bytes(facts, moment) / GIB for moment in MOMENTS},
         "largest_micro_tok": largest_micro_tok(facts),
         "largest_kv_tok": largest_kv_tok(facts) if facts.is_sampled else None,

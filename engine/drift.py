@@ -38,8 +38,8 @@ can stay below the limit; ``tokens_needed`` is infinite then.
 
 Detected with SmolLM2-135M in bfloat16 on 2,000 tokens: one layer whose weights are 10 % off (3 % is the size of
 rounding), a reported temperature 2 % off, a stop token of mean probability 1.1 % left out. Exact equality of weights is
-checked by hashes: ``engine.rollout.fingerprint``. In a run: sampling at a temperature 5 % too low after 7,400 tokens, 5 %
-too high after 9,000, from the top 95 % after 3,000 (benchmarks/bench_drift.py --faults). The number is about
+checked by ``engine.rollout.fingerprint``. In a run: sampling at a temperature 5 % too low after 7,400 tokens, 5 % too
+high after 9,000, from the top 95 % after 3,000 (benchmarks/bench_drift.py --faults). The number is about
 (10 / e)^2 / varentropy, so it grows as the policy becomes more certain; each row has it as surprise/needs_tok.
 """
 
@@ -195,8 +195,8 @@ def check_step(found: StepDrift, dtype: torch.dtype, num_layers: int, max_mean_d
     if abs(found.slope) - Z * found.slope_error > slope_limit:
         raise RunFailed(
             f"{_of(n)} differ as if the sampler's were at another temperature, {found.slope:+.2%} off; rounding "
-            f"explains at most {slope_limit:.2%}: compare sampling.temperature with what the sampler scales its logits by (the "
-            "temperature of a generation config, a softcap), and check its weights"
+            f"explains at most {slope_limit:.2%}: compare sampling.temperature with what the sampler scales its logits "
+            "by (the temperature of a generation config, a softcap), and check its weights"
         )
     if abs(found.mass) - Z * found.mass_error > MASS_FLOOR:
         raise RunFailed(

@@ -1,15 +1,15 @@
-"""What fits, and how long it takes: bytes per arena and seconds per phase, by arithmetic alone. No device is touched.
+"""Estimates memory by use and seconds by phase from a recipe and a model's sizes, without touching a device.
 
-Of several ranks everything here is one rank's: its share of the prompts, and, with FSDP2, its parts of the weights.
+All numbers are those of one rank: its share of the prompts and, with FSDP2, its shard of the weights.
 
-A step has three moments at which memory peaks:
+Memory peaks at three moments of a step:
 
-    generate   the sampler's keys and values beside everything that stays
-    update     the end of a micro-batch's forward: its activations, one chunk of logits
+    generate   the KV cache, and everything that is held throughout
+    update     the end of a micro-batch's forward: its activations and one chunk of logits
     step       the end of the last backward: all gradients, no activations
 
-A phase's seconds are its FLOPs over the GEMM ceiling plus its bytes over the memory ceiling (``Ceilings``): what a
-machine could do that never waits. Activations are what autograd keeps of transformers' Llama layers, tensor by tensor.
+Seconds of a phase are FLOPs / peak GEMM throughput + bytes / peak bandwidth (``Ceilings``): a lower bound, without
+launch overhead, communication or stragglers. Activations are what autograd saves of transformers' Llama layers.
 """
 
 import dataclasses
@@ -27,24 +27,24 @@ from isomorph.kernels.linear import linear
 Moment = Literal["generate", "update", "step"]
 MOMENTS: tuple[Moment, ...] = ("generate", "update", "step")
 GIB = 2**30
-CONTEXT_BYTES = GIB  # of a GPU: driver, cuBLAS and Triton before the first tensor
-VLLM_OVERHEAD_BYTES = 2 * GIB  # CUDA graphs and the activations of its largest batch
-SAMPLER_LOGIT_COPIES = 4  # logits, log-probabilities, probabilities, their sums; float32
-UPDATE_TRAFFIC = 3  # times an activation is moved: written, read for the next op, read or written in backward
-HOST_BANDWIDTH = 50e9  # bytes/s that an optimizer on the host of a GPU gets, transfers included: assumed, not measured
-OPTIMIZER_TRAFFIC = 32  # bytes a parameter: gradient (twice, for its norm), master and moments read and written
+CONTEXT_BYTES = GIB  # on a GPU: driver, cuBLAS and Triton before the first tensor
+VLLM_OVERHEAD_BYTES = 2 * GIB  # vLLM: CUDA graphs and the activations of its largest batch
+SAMPLER_LOGIT_COPIES = 4  # float32 [rows, V]: logits, log-probabilities, probabilities, their sums
+UPDATE_TRAFFIC = 3  # passes over an activation: written, read by the next op, read or written in backward
+HOST_BANDWIDTH = 50e9  # bytes/s of an optimizer in host memory, transfers included: assumed, not measured
+OPTIMIZER_TRAFFIC = 32  # bytes a parameter: gradient read twice (norm), master and moments read and written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The sizes of a decoder of the Llama family."""
+    """Sizes of a decoder of the Llama family."""
 
-    num_parameters: int  # a tied unembedding once; adapters count
-    num_trained: int  # fewer where there are adapters: these alone
-    adapter_rows: int  # of all A in a layer: what they make of a token
+    num_parameters: int  # a tied unembedding counts once; adapters are included
+    num_trained: int  # with adapters: those of the adapters only
+    adapter_rows: int  # sum of the ranks of a layer's adapters: their intermediate values per token
     num_layers: int
     width: int  # D
-    inner: int  # of the MLP
+    inner: int  # width of the MLP
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -54,7 +54,7 @@ class ModelShape:
 
     @property
     def num_backbone(self) -> int:
-        """Parameters that multiply every token: all but embedding and unembedding."""
+        """Parameters of the decoder layers: all but embedding and unembedding."""
         return self.num_parameters - self.num_head * (1 if self.is_tied else 2)
 
     @property
@@ -68,18 +68,18 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that memory and time depend on. One step of one stage, on one rank."""
+    """Everything that memory and time of one step of one stage depend on, on one rank."""
 
     shape: ModelShape
     weight_bytes: int  # of one weight
     is_gpu: bool
     gradient_checkpointing_every: int | None
     has_reference: bool
-    is_sampled: bool  # else demonstrations
-    is_repeated: bool  # old log-probabilities need a pass of their own
+    is_sampled: bool  # False: demonstrations
+    is_repeated: bool  # old log-probabilities need a forward of their own
     sampler: Literal["builtin", "vllm"]
-    sampler_copies: bool  # vllm: it has weights of its own
-    num_shards: int  # FSDP2: ranks that each keep a part of masters, moments and gradients; else 1
+    sampler_copies: bool  # vllm: has its own copy of the weights
+    num_shards: int  # FSDP2: ranks over which masters, moments and gradients are sharded; else 1
     memory_frac: float  # vllm
     max_seqs: int
     kv_limit_tok: int | None  # builtin: sampler.kv_tok
@@ -94,7 +94,7 @@ class Facts:
 
     @property
     def forward_tok(self) -> float:
-        """Through the decoder in one pass over the step; a group's prompt once."""
+        """Tokens through the decoder in one pass over the step; the prompt of a group counts once."""
         return self.prompts * (self.prompt_tok + self.samples * self.response_tok)
 
     @property
@@ -116,13 +116,13 @@ class Facts:
 
     @property
     def kv_tok(self) -> float:
-        """Of all sequences decoded at once: a prompt once, room for every response."""
+        """Tokens in the KV cache at once: the prompt of a group once, the full length of every response."""
         wanted = self.num_rows * (self.response_tok + self.prompt_tok / self.samples)
         return wanted if self.kv_limit_tok is None else min(wanted, self.kv_limit_tok)
 
 
-class Arena(NamedTuple):
-    """Memory of one use."""
+class MemoryUse(NamedTuple):
+    """Bytes held for one purpose, and when."""
 
     name: str
     num_bytes: float
@@ -131,16 +131,18 @@ class Arena(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What the machine does at its best."""
+    """Peak throughput of a device."""
 
-    flops: float  # of a GEMM in the weights' dtype, per second
+    flops: float  # per second, of a GEMM in the weights' dtype
     bandwidth: float  # bytes read or written per second
     source: str
 
 
 class Card(NamedTuple):
+    """Data-sheet numbers of a GPU."""
+
     gib: float
-    tflops: float  # dense bf16, as its maker states it
+    tflops: float  # dense bfloat16
     tb_per_s: float
 
 
@@ -155,8 +157,8 @@ CARDS = {
 
 
 # -- memory
-def arenas(facts: Facts) -> list[Arena]:
-    """Everything that is held, one line each."""
+def memory_uses(facts: Facts) -> list[MemoryUse]:
+    """Returns the memory of every use that is not 0."""
     shape, trained = facts.shape, facts.shape.num_trained
     head_gradient = 0 if shape.has_adapters else shape.num_head * 4.0
     is_apart, is_cut = facts.optimizer_on_host, facts.num_shards > 1
@@ -165,26 +167,26 @@ def arenas(facts: Facts) -> list[Arena]:
     chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
     found = [
-        Arena("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
-        Arena("gathered layers", _gathered_bytes(facts) if is_cut else 0, ("update", "step")),
-        Arena("vLLM's weights", shape.num_parameters * facts.weight_bytes if facts.sampler_copies else 0, MOMENTS),
-        Arena("masters", own * 4.0 if has_masters else 0, MOMENTS, is_host=is_apart),
-        Arena("moments", own * 8.0, MOMENTS, is_host=is_apart),
-        Arena("gradients", own * 4.0, first, is_host=is_apart),
-        Arena("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
-        Arena("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
-        Arena("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
-        Arena("reference", _reference_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
-        Arena("keys and values", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
-        Arena("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
-        Arena("packed weights", _packed_bytes(facts), ("generate",)),
-        Arena("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
+        MemoryUse("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
+        MemoryUse("gathered layers", _gathered_bytes(facts) if is_cut else 0, ("update", "step")),
+        MemoryUse("vLLM's weights", shape.num_parameters * facts.weight_bytes if facts.sampler_copies else 0, MOMENTS),
+        MemoryUse("masters", own * 4.0 if has_masters else 0, MOMENTS, is_host=is_apart),
+        MemoryUse("moments", own * 8.0, MOMENTS, is_host=is_apart),
+        MemoryUse("gradients", own * 4.0, first, is_host=is_apart),
+        MemoryUse("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
+        MemoryUse("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
+        MemoryUse("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
+        MemoryUse("reference", _reference_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
+        MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
+        MemoryUse("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
+        MemoryUse("prepacked weights", _prepacked_bytes(facts), ("generate",)),
+        MemoryUse("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
     ]
-    return [arena for arena in found if arena.num_bytes]
+    return [use for use in found if use.num_bytes]
 
 
 def activation_bytes_per_tok(facts: Facts) -> float:
-    """Kept between forward and backward, and the one layer that is being worked on."""
+    """Bytes a token: activations saved for backward, and those of the layer that is being computed."""
     shape, size = facts.shape, facts.weight_bytes
     layer = layer_bytes_per_tok(shape, size)
     every = facts.gradient_checkpointing_every
@@ -196,9 +198,10 @@ def activation_bytes_per_tok(facts: Facts) -> float:
 
 
 def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
-    """What autograd keeps of one decoder layer. RMSNorm keeps its input as float32, the normed rows and its output.
+    """Bytes a token that autograd saves of one decoder layer; ``size``: bytes of a weight.
 
-    With adapters no norm is trained, and the normed rows go; instead each A's product stays.
+    RMSNorm saves its input in float32, the normalised rows and its output. With adapters norms are frozen and the
+    normalised rows are not saved; but the product with each A is.
     """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     of_norm = 4 + (1 if shape.has_adapters else 2) * size
@@ -210,20 +213,20 @@ def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
 
 
 def _gathered_bytes(facts: Facts) -> float:
-    """Of a pass: embedding and unembedding stay whole throughout it, one layer computes, the next one is on its way."""
+    """FSDP2: embedding and unembedding are unsharded during the whole pass, and so are two layers (one prefetched)."""
     shape = facts.shape
     outside = shape.num_parameters - shape.num_backbone
     return facts.weight_bytes * (outside + 2 * shape.num_backbone / shape.num_layers)
 
 
 def _reference_bytes(facts: Facts) -> float:
-    """As the weights are stored: whole in their dtype, or a part of the float32 masters."""
+    """The KL reference in host memory: weights in their dtype; with FSDP2 a shard of float32 masters."""
     size = 4 if facts.num_shards > 1 else facts.weight_bytes
     return facts.shape.num_trained * size / facts.num_shards
 
 
 def _kv_bytes(facts: Facts) -> float:
-    """The built-in sampler takes what its sequences need. vLLM stays within its share; on a GPU it takes all of it."""
+    """The KV cache: what the sequences need; vLLM within its share of the memory, of which it takes all on a GPU."""
     wanted = facts.kv_tok * facts.kv_bytes_per_tok
     if facts.sampler == "builtin":
         return wanted
@@ -232,7 +235,7 @@ def _kv_bytes(facts: Facts) -> float:
 
 
 def _vllm_share_bytes(facts: Facts) -> float:
-    """What ``sampler.memory_frac`` leaves for keys and values."""
+    """What ``sampler.memory_frac`` leaves for vLLM's KV cache."""
     own = facts.shape.num_parameters * facts.weight_bytes + VLLM_OVERHEAD_BYTES
     return max(0.0, facts.memory_frac * facts.device_gib * GIB - own)
 
@@ -243,19 +246,19 @@ def _sampler_bytes(facts: Facts) -> float:
     return SAMPLER_LOGIT_COPIES * 4 * facts.num_rows * facts.shape.num_vocab
 
 
-def _packed_bytes(facts: Facts) -> float:
-    """Copies by which the built-in sampler's layers multiply on a CPU."""
-    is_packed = facts.is_sampled and facts.sampler == "builtin" and not facts.is_gpu
-    return facts.shape.num_backbone * facts.weight_bytes if is_packed else 0
+def _prepacked_bytes(facts: Facts) -> float:
+    """Prepacked copies of the weights, which the built-in sampler uses on a CPU."""
+    is_prepacked = facts.is_sampled and facts.sampler == "builtin" and not facts.is_gpu
+    return facts.shape.num_backbone * facts.weight_bytes if is_prepacked else 0
 
 
 def peak_bytes(facts: Facts, moment: Moment) -> float:
-    """On the device; without one, of the process."""
-    return sum(a.num_bytes for a in arenas(facts) if moment in a.moments and not (facts.is_gpu and a.is_host))
+    """Bytes in use at ``moment`` on the device; on the CPU, of the process."""
+    return sum(a.num_bytes for a in memory_uses(facts) if moment in a.moments and not (facts.is_gpu and a.is_host))
 
 
 def largest_micro_tok(facts: Facts) -> int:
-    """Packed tokens of the largest micro-batch that fits; 0 where none does."""
+    """Packed tokens of the largest micro-batch that fits; 0 if none does."""
     low, high = 0, 1
     while _fits(facts, high) and high < 2**24:
         low, high = high, 2 * high
@@ -271,11 +274,11 @@ def _fits(facts: Facts, micro_tok: int) -> bool:
 
 
 def largest_kv_tok(facts: Facts) -> int:
-    """Tokens whose keys and values fit beside what stays; with vLLM within its share of the memory."""
+    """Capacity of the KV cache in tokens beside everything else; with vLLM within its share of the memory."""
     rest = sum(
         a.num_bytes
-        for a in arenas(facts)
-        if "generate" in a.moments and a.name != "keys and values" and not (facts.is_gpu and a.is_host)
+        for a in memory_uses(facts)
+        if "generate" in a.moments and a.name != "KV cache" and not (facts.is_gpu and a.is_host)
     )
     free = facts.device_gib * GIB - rest
     if facts.sampler == "vllm":
@@ -285,13 +288,13 @@ def largest_kv_tok(facts: Facts) -> int:
 
 # -- time
 def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
-    """Of the phases that are arithmetic; the judge's is not."""
+    """Seconds of generate and update, lower bounds; rewards are not estimated."""
     shape = facts.shape
     context = facts.prompt_tok + facts.response_tok / 2
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * context  # FLOPs a token
     forward = facts.forward_tok * (2 * shape.num_backbone + attention) + facts.loss_tok * 2 * shape.num_head
     share_again = 0.0 if facts.gradient_checkpointing_every is None else 1 / facts.gradient_checkpointing_every
-    num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights need no gradient of their own
+    num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights have no gradient
     num_passes += facts.has_reference + facts.is_repeated
     moved = UPDATE_TRAFFIC * facts.forward_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
     stepped = OPTIMIZER_TRAFFIC * shape.num_trained / facts.num_shards * facts.num_updates
@@ -301,7 +304,7 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
 
 
 def _generate_s(facts: Facts, ceilings: Ceilings, attention: float) -> float:
-    """The prompts in one pass; then a round a token, each of which reads the weights and the keys and values."""
+    """Prefill of all prompts in one pass; then one pass a token, which reads the weights and the KV cache."""
     shape = facts.shape
     prefill = facts.prompts * facts.prompt_tok * (2 * shape.num_backbone + attention)
     decode = facts.loss_tok * (2 * shape.num_backbone + 2 * shape.num_head + attention)
@@ -321,7 +324,7 @@ def facts_of(
     is_gpu: bool,
     num_ranks: int = 1,
 ) -> Facts:
-    """The stage's step at its longest: every response as long as it may be. On the rank that has most of it."""
+    """Facts of the longest step of ``stage``: all responses of maximum length, on the rank with most prompts."""
     is_supervised, batch = stage.objective.is_supervised, stage.batch
     num_updates = batch.num_iterations * (batch.prompts // (batch.prompts_per_update or batch.prompts))
     facts = Facts(
@@ -353,15 +356,15 @@ def facts_of(
 
 
 def card_ceilings(name: str) -> tuple[Card, Ceilings]:
-    """Of a known card. Raises UserError."""
+    """Returns a known GPU and its data-sheet ceilings. Raises UserError for an unknown name."""
     if name not in CARDS:
         raise UserError(f"--device must be one of {', '.join(CARDS)}, or be left out for this machine, got {name!r}")
     card = CARDS[name]
-    return card, Ceilings(card.tflops * 1e12, card.tb_per_s * 1e12, f"{name}, as its maker states it")
+    return card, Ceilings(card.tflops * 1e12, card.tb_per_s * 1e12, f"{name}, data sheet")
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
-    """By a square GEMM, as the layers multiply, and a copy, the best of what fits into ``seconds`` each."""
+    """Measures a square GEMM and a copy on ``device``: the best of the runs within ``seconds`` for each."""
     size, num_copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     source, target = (torch.ones(num_copied, dtype=torch.uint8, device=device) for _ in range(2))

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from isomorph.engine.loop import train
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import trainer_logprob
+from isomorph.engine.record import step_record
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import RunLog, read_steps
 from isomorph.engine.record.telemetry import MIN_GROWTH
@@ -267,6 +269,10 @@ def test_every_step_leaves_a_row_whose_numbers_fit_together(tmp_path: Path) -> N
     assert (state.step, state.num_updates, state.policy_version) == (3, 3, 3)
     assert state.totals["response_tok"] == sum(row["tok/response"] for row in rows)
     assert len([line for line in console(components).splitlines() if line.startswith("step ")]) == 3
+    assert "  zero-variance groups " in console(components)
+    described = set(re.findall(r"[\w/<>]+", step_record.__doc__ or ""))
+    added = ("reward/natural", "reward/graph", "time/", "mem/", "gpu/", "energy/")  # under other words, or elsewhere
+    assert {key for key in rows[0] if not key.startswith(added)} < described
     assert [p.name for p in (tmp_path / "completions").iterdir()] == ["step-00000002.jsonl"]
 
 

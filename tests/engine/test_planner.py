@@ -18,12 +18,12 @@ from isomorph.engine.planner import (
     GIB,
     Ceilings,
     Facts,
-    arenas,
     card_ceilings,
     facts_of,
     largest_kv_tok,
     largest_micro_tok,
     layer_bytes_per_tok,
+    memory_uses,
     peak_bytes,
     seconds,
 )
@@ -47,14 +47,14 @@ def seven_b(
 
 
 def gib(facts: Facts) -> dict[str, float]:
-    return {arena.name: arena.num_bytes / GIB for arena in arenas(facts)}
+    return {use.name: use.num_bytes / GIB for use in memory_uses(facts)}
 
 
 def test_an_optimizer_on_the_host_takes_its_bytes_along() -> None:
     beside, apart = seven_b(), seven_b(optimizer_on_host=True)
     freed = sum(gib(beside)[name] for name in ("masters", "moments", "gradients"))
     assert gib(apart) == gib(beside)
-    assert {a.name for a in arenas(apart) if a.is_host} >= {"masters", "moments", "gradients"}
+    assert {a.name for a in memory_uses(apart) if a.is_host} >= {"masters", "moments", "gradients"}
     assert (peak_bytes(beside, "step") - peak_bytes(apart, "step")) / GIB == pytest.approx(freed)
     card = card_ceilings("h200")[1]
     assert seconds(apart, card)["update"] > seconds(beside, card)["update"]
@@ -72,7 +72,7 @@ def test_several_ranks_share_the_prompts_and_with_fsdp_the_states() -> None:
     for name, num_bytes in (("masters", 4), ("moments", 8), ("gradients", 4), ("reference", 4)):
         assert found[name] == pytest.approx(num_bytes * billions / 4)
     assert found["weights"] == pytest.approx(2 * billions)  # to generate with
-    assert [a.moments for a in arenas(cut) if a.name == "weights"] == [("generate",)]
+    assert [a.moments for a in memory_uses(cut) if a.name == "weights"] == [("generate",)]
     head = size.num_vocab * size.width
     layer = (7_615_616_512 - 2 * head) / 28
     assert found["gathered layers"] == pytest.approx(2 * (2 * head + 2 * layer) / GIB)
@@ -128,7 +128,7 @@ def test_frozen_weights_need_no_gradients_of_their_own() -> None:
 def test_the_reference_is_in_host_memory_and_gradients_are_gone_while_sampling() -> None:
     facts = seven_b()
     generate = peak_bytes(facts, "generate") / GIB
-    parts = ("weights", "masters", "moments", "keys and values", "sampler", "device context")
+    parts = ("weights", "masters", "moments", "KV cache", "sampler", "device context")
     assert generate == pytest.approx(sum(gib(facts)[part] for part in parts))
 
 
@@ -147,8 +147,8 @@ def test_what_fits_fits_exactly() -> None:
 def test_vllm_keeps_to_its_share_of_the_memory_however_many_sequences_are_asked_for() -> None:
     own = 7.615616512e9 * 2 / GIB + 2
     for rows in (64, 8192):
-        assert gib(seven_b(max_seqs=rows))["keys and values"] == pytest.approx(0.3 * 139.8 - own)
-    assert gib(seven_b(is_gpu=False, max_seqs=1))["keys and values"] < 1  # what one sequence needs
+        assert gib(seven_b(max_seqs=rows))["KV cache"] == pytest.approx(0.3 * 139.8 - own)
+    assert gib(seven_b(is_gpu=False, max_seqs=1))["KV cache"] < 1  # what one sequence needs
 
 
 def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
