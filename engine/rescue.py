@@ -47,7 +47,7 @@ def _checkpointed(components: Components, progress: RunProgress, save: Save) -> 
     newest = latest_checkpoint(components.log.folder / "checkpoints")
     if components.ranks.size > 1:
         return "no checkpoint was written, because that takes all ranks"
-    if not progress.matches_weights or components.learner.is_moving:
+    if not progress.matches_weights or components.learner.is_writing_weights:
         return "no checkpoint was written, because the weights are ahead of the last whole step"
     if newest is not None and newest.name == f"step-{step:08d}" and not is_within:
         return f"the checkpoint of step {step} holds the present state"

@@ -47,7 +47,7 @@ class Learner:
         self.round: Round | None = None  # None: between rounds
         self._interrupted: dict[str, Tensor] = {}  # tensors of the round that ``begin`` resumes
         self.on_batch: Callable[[], None] = lambda: None  # called before each micro-batch; what it raises ends the call
-        self.is_moving = False  # True while an optimizer step writes the weights
+        self.is_writing_weights = False  # True while an optimizer step writes the weights
 
     def enter(self, stage: Stage) -> None:
         """Prepares a new stage: sets up or resets the optimizer, takes or keeps the snapshot of the KL reference."""
@@ -119,15 +119,15 @@ class Learner:
             self.optimizer.zero_grad()
             raise
         lr = learning_rate(work.stage.optim, work.stage_step, work.stage.steps)
-        self.is_moving = True
+        self.is_writing_weights = True
         try:
             norm = self.optimizer.step(lr=lr, clip_norm=work.stage.optim.clip_norm)
         except RunFailed:  # the gradient is not finite; no weight has changed
-            work.tally, self.is_moving = tally, False
+            work.tally, self.is_writing_weights = tally, False
             raise
         self.optimizer.zero_grad()
         work.norms.append(norm)
-        self.is_moving = False
+        self.is_writing_weights = False
 
     def _accumulate(self, work: Round) -> None:
         """Accumulates the gradient of the next update, summed over all ranks."""

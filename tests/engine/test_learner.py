@@ -87,7 +87,7 @@ def gradient(policy: Policy, groups: list[Group], objective: ObjectiveConfig, mi
     with policy.borrowed_weights(moved(weights, 1)):
         old = [learner._logprob(batch, stage) for batch in update.batches]
     for b, batch in enumerate(update.batches):
-        rows = learner._rows(batch, update, stage, old[b], references[0][b] if references else None)
+        rows = learner._token_inputs(batch, update, stage, old[b], references[0][b] if references else None)
         learner._backward(batch, rows, stage, Tally())
     parameters = list(policy.named_parameters().values())
     whole = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
@@ -234,7 +234,7 @@ def test_the_ratio_to_recomputed_old_log_probabilities_is_one(sampled: tuple[Pol
     (step,) = packed(groups, stage)
     (batch,) = step.batches
     old = learner._logprob(batch, stage)
-    seen = learner._backward(batch, learner._rows(batch, step, stage, None, None), stage, Tally()).logprob
+    seen = learner._backward(batch, learner._token_inputs(batch, step, stage, None, None), stage, Tally()).logprob
     assert learner.optimizer is not None
     learner.optimizer.zero_grad()
     assert ((seen - old).exp() - 1).abs().max() < 1e-6

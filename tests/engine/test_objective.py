@@ -446,7 +446,7 @@ def backward_all(learner: Learner, update: Update, stage: Stage, old_weights: li
         old = [learner._logprob(batch, stage) for batch in update.batches]
     references = learner._reference_logprobs([update.batches], stage)
     for b, batch in enumerate(update.batches):
-        rows = learner._rows(batch, update, stage, old[b], references[0][b] if references else None)
+        rows = learner._token_inputs(batch, update, stage, old[b], references[0][b] if references else None)
         learner._backward(batch, rows, stage, tally)
     return tally
 
