@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path)
     fields: dict[str, Any] = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**fields, "format": 99}))
-    with pytest.raises(UserError, match="format 99"):
+    with pytest.raises(UserError, match="format must be 2, got 99"):
         load_checkpoint(folder)
 
 
