@@ -1,4 +1,4 @@
-"""From a recipe to a crew at work, and from its end to what a run leaves behind: engine and curriculum, wired."""
+"""Runs a recipe: makes the engine's components, trains, and writes run.json, summary.json, model and report."""
 
 import contextlib
 import shutil
@@ -50,13 +50,13 @@ def run_recipe(
     resume: bool,
     changes: Changes | None = None,
 ) -> dict[str, Any]:
-    """Trains in ``folder`` to the end of the last stage; returns the summary; the first rank has written it there.
+    """Trains in ``folder`` to the end of the last stage; returns the summary, which rank 0 writes to summary.json.
 
-    On several ranks the paths of a recipe are taken relative to each rank's working folder.
-    ``changes``: what a resumed run changes of the recipe that run.json holds; ``recipe`` holds it already.
+    On several ranks, relative paths of a recipe are relative to each rank's working folder.
+    ``changes``: what a resumed run changes of the recipe in run.json; ``recipe`` includes it.
     """
     if recipe.parallel.kind == "fsdp" and ranks.size == 1:
-        raise UserError('parallel.kind = "fsdp" cuts the weights up between ranks: start several with torchrun')
+        raise UserError('parallel.kind = "fsdp" needs several ranks, got 1: start with torchrun, or set "data"')
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     check_sinks(recipe.log)
@@ -82,7 +82,7 @@ def run_recipe(
             with lost_ranks_explained():
                 state = train(crew, state)
         except BaseException as error:
-            with contextlib.suppress(RunFailed):  # on a full disk the first error is the one to tell
+            with contextlib.suppress(RunFailed):  # on a full disk this fails, too; the first error is raised
                 log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
         with crew.policy.unsharded():
@@ -95,7 +95,7 @@ def run_recipe(
         if ranks.is_first:
             log.write_json("summary.json", summary)
             write_report([folder], folder / "report")
-        ranks.wait()  # for the first one; afterwards samplers close, and vLLM takes the process group along
+        ranks.wait()  # for rank 0; then samplers close, and vLLM destroys the process group
         return summary
 
 
@@ -114,11 +114,11 @@ def _crew_at_work(
     if resume:
         curriculum.load_state_dict(state.source)
     with open_sampler(recipe, policy) as sampler, RewardPool() as judges:
-        # after the sampler: it may have moved the parameters into its own storage
+        # after the sampler, which may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             shard(policy)
         learner = Learner(policy, ranks, optimizer_on_host=recipe.model.offload_optimizer)
-        if learned is not None and state.stage:  # else it was interrupted before its first stage
+        if learned is not None and state.stage:  # else the run was interrupted before its first stage
             present = curriculum.stage() or recipe.stage[-1]
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume and ranks.is_first:
@@ -151,7 +151,7 @@ def _crew_at_work(
 
 
 def _record_changes(recipe: Recipe, changes: Changes, log: RunLog, step: int) -> None:
-    """In run.json, so that the next one to resume the run goes on with them."""
+    """Writes the changed recipe and what changed into run.json, so that later resumes use it."""
     described = read_run_json(log.folder)
     history = [*described.get("changes", []), {"after_step": step, "changed": changes}]
     files = describe_files(recipe)
@@ -163,33 +163,31 @@ def _record_changes(recipe: Recipe, changes: Changes, log: RunLog, step: int) ->
 
 
 def _refuse_changed_files(recipe: Recipe, folder: Path) -> None:
-    """Other rows would be asked in another order, and held-out ones would become training's."""
+    """Raises UserError where a data file changed: rows would come in another order, held-out ones into training."""
     recorded = read_run_json(folder).get("files", {})  # runs of older versions have none
     if changed := changed_files(recorded, recipe):
         raise UserError(
-            f"{'; '.join(changed)}: the run could not go on with the questions that it began with; put back what was "
-            "there, or start a new run"
+            f"{'; '.join(changed)}: the run cannot be resumed with other questions; restore the files, or start a new "
+            "run"
         )
 
 
 def finds_answer(prompt: Prompt, text: str) -> bool:
-    """Whether ``text`` states an answer that the judge can look at."""
+    """Whether ``text`` states an answer."""
     task: Task = prompt.payload
     return answer_found(task.family, text)
 
 
 def _refuse_long_responses(recipe: Recipe, max_model_len: int) -> None:
-    """Before the first stage, what a later one could not draw."""
-    asked = {f"stage {stage.name}: sampling.max_new_tok": stage.sampling.max_new_tok for stage in recipe.stage}
-    for name, num_tok in {**asked, "eval.max_new_tok": recipe.eval.max_new_tok}.items():
+    """Raises UserError where a stage's or an evaluation's responses leave no positions for a prompt."""
+    limits = {f"stage {stage.name}: sampling.max_new_tok": stage.sampling.max_new_tok for stage in recipe.stage}
+    for name, num_tok in {**limits, "eval.max_new_tok": recipe.eval.max_new_tok}.items():
         if num_tok >= max_model_len:
-            raise UserError(
-                f"{name} must leave room for a prompt within the model's {max_model_len} positions, got {num_tok}"
-            )
+            raise UserError(f"{name} must leave positions for a prompt: the model has {max_model_len}, got {num_tok}")
 
 
 def open_policy(recipe: Recipe) -> Policy:
-    """The recipe's model on this machine's device."""
+    """Loads the recipe's model on this machine's device."""
     silence_loaders()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words, seed = tiny_vocabulary(recipe), recipe.run.seed
@@ -197,19 +195,21 @@ def open_policy(recipe: Recipe) -> Policy:
 
 
 def tiny_vocabulary(recipe: Recipe) -> list[str]:
-    """The words of a tiny model; [] for any other."""
+    """The vocabulary of a tiny model, sorted; [] for other models."""
     words: set[str] = set()
     if recipe.model.tiny is not None:
         for name, data in recipe.data.items():
             if not isinstance(data, GeneratedData):
-                raise UserError(f"a tiny model knows only generated words: [data.{name}] must be of kind 'async_plan'")
+                raise UserError(
+                    f"[model.tiny] has a vocabulary for generated tasks only: [data.{name}] is of another kind"
+                )
             words |= set(vocabulary(data.difficulty))
     return sorted(words)
 
 
 @contextlib.contextmanager
 def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
-    """The sampler that the recipe names."""
+    """Starts the recipe's sampler; closes it at the end."""
     if recipe.sampler.kind == "builtin":
         yield BuiltinSampler(policy, recipe.sampler)
         return
@@ -226,7 +226,7 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
     root = log.folder / "checkpoints"
     newest = latest_checkpoint(root)
     if newest is None:
-        raise UserError(f"{root} holds no complete checkpoint: start the run again with isomorph train RECIPE")
+        raise UserError(f"{root} holds no complete checkpoint: start a new run with isomorph train RECIPE")
     state, weights, learned = load_checkpoint(newest)
     check_base(policy, state.base, newest)
     policy.overwrite([weights[name] for name in policy.named_parameters()])
@@ -236,13 +236,13 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
     log.say(f"resuming {where} step {state.step} from {newest}")
     if state.num_ranks != ranks.size and state.draws:
         raise UserError(
-            f"{newest} was written within a step by {state.num_ranks} ranks, each with its part of the updates: "
+            f"{newest} was written within a step by {state.num_ranks} ranks, each of which holds a part of it: "
             f"resume with {state.num_ranks} ranks, got {ranks.size}"
         )
     if state.num_ranks != ranks.size:
         log.say(
-            f"warning: the run had {state.num_ranks} ranks and goes on with {ranks.size}: the same prompts, the same "
-            "gradients up to rounding, not the same bits"
+            f"warning: the run had {state.num_ranks} ranks and resumes with {ranks.size}: prompts are the same, "
+            "gradients the same up to rounding, so the run is not bit for bit the uninterrupted one"
         )
     return state, learned
 
@@ -257,7 +257,7 @@ def _start_workers(recipe: Recipe, pool: RewardPool) -> None:
 
 
 def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
-    """A sentence where the disk does not hold the checkpoints that the run will keep, and the one being written."""
+    """A sentence where the disk is too small for the checkpoints to keep and the one being written; else None."""
     trained = list(policy.named_parameters().values())
     moments = 8 * sum(p.numel() for p in trained)
     masters = 4 * sum(p.numel() for p in trained if p.dtype.itemsize < 4)
@@ -266,23 +266,23 @@ def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
     if needed <= free:
         return None
     return (
-        f"the run keeps {recipe.run.keep_checkpoints} checkpoints of {each / 2**30:.1f} GiB and writes one beside "
-        f"them, {needed / 2**30:.1f} GiB; {folder} has {free / 2**30:.1f} GiB free: make room, or lower "
+        f"the run keeps {recipe.run.keep_checkpoints} checkpoints of {each / 2**30:.1f} GiB and writes one more, "
+        f"{needed / 2**30:.1f} GiB in all; {folder} has {free / 2**30:.1f} GiB free: free some, or lower "
         "run.keep_checkpoints"
     )
 
 
 def base_of(policy: Policy) -> str:
-    """What tells the weights under the policy's adapters from others; "" where a checkpoint holds all there is."""
+    """Fingerprint of the weights under the policy's adapters; "" without adapters: checkpoints hold all weights."""
     return "" if policy.adapters is None else fingerprint(policy.base())
 
 
 def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
-    """Raises UserError where the adapters of ``checkpoint`` were trained on other weights than ``base_of`` told."""
+    """Raises UserError where the adapters of ``checkpoint`` were trained on other weights than the policy's."""
     if (found := base_of(policy)) != base:
         raise UserError(
-            f"{checkpoint} holds adapters alone, trained on weights with fingerprint {base}; those that the recipe "
-            f"names have {found}: put the model back that the run began with"
+            f"{checkpoint} holds adapters only, trained on weights with fingerprint {base}; the recipe's model has "
+            f"{found}: restore the model that the run began with"
         )
 
 

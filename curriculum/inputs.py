@@ -1,4 +1,4 @@
-"""The files that a run reads: where they lie, whatever folder it goes on from, and whether they are what they were."""
+"""The files that a run reads: their absolute paths, and whether they changed since the run began."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from typing import Any
 from isomorph.curriculum.recipe import JsonlData, Recipe
 from isomorph.engine.config import UserError
 
-# of a model's folder: what decides which tokens a text is; the weights stand in the checkpoints
+# of a model folder: what determines tokenisation; the weights are in the checkpoints
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -38,7 +38,7 @@ def located(recipe: Recipe) -> Recipe:
 
 
 def input_files(recipe: Recipe) -> dict[str, Path]:
-    """The files that decide what is asked and how it is read, by their place in the recipe."""
+    """Place in the recipe -> file: data files, and the model's configuration and tokenizer."""
     found: dict[str, Path] = {}
     for name, data in recipe.data.items():
         if isinstance(data, JsonlData):
@@ -50,20 +50,20 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
 
 
 def describe_files(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """For run.json: path and SHA-256 of each of ``input_files``. Raises UserError for a file that cannot be read."""
+    """Path and SHA-256 of each of ``input_files``, for run.json. Raises UserError for a file that cannot be read."""
     return {place: {"path": str(path), "sha256": _sha256(path)} for place, path in input_files(recipe).items()}
 
 
 def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> list[str]:
-    """A sentence for each file that is no longer what ``describe_files`` recorded when the run began."""
+    """A sentence for each file whose content differs from what ``describe_files`` recorded when the run began."""
     found, sentences = input_files(recipe), []
     for place in sorted({*recorded, *(found if recorded else ())}):
         if place not in recorded:
-            sentences.append(f"{found[place]} was not there when the run began")
+            sentences.append(f"{found[place]} did not exist when the run began")
         elif place not in found or not found[place].is_file():
-            sentences.append(f"{found.get(place, recorded[place]['path'])} is not there any more")
+            sentences.append(f"{found.get(place, recorded[place]['path'])} no longer exists")
         elif _sha256(found[place]) != recorded[place]["sha256"]:
-            sentences.append(f"{found[place]} has another content than when the run began")
+            sentences.append(f"{found[place]} has changed since the run began")
     return sentences
 
 

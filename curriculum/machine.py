@@ -1,4 +1,4 @@
-"""What this machine gives to this process: cores, memory, processor time. PyTorch is imported only to measure."""
+"""Cores, memory and processor time that this process can use. PyTorch is imported only to measure."""
 
 import os
 import statistics
@@ -9,7 +9,7 @@ PROBE_S = 0.4
 
 
 def usable_cores() -> float:
-    """Of the processor, less what affinity or a container's quota takes away."""
+    """Number of cores, limited by affinity and by a container's quota."""
     cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
@@ -19,7 +19,7 @@ def usable_cores() -> float:
 
 
 def available_gib() -> float | None:
-    """What Linux can hand out, less a container's limit; None elsewhere."""
+    """Free memory in GiB, limited by a container; None on systems other than Linux."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return None
@@ -32,9 +32,9 @@ def available_gib() -> float | None:
 
 
 def measure_contention(seconds: float = PROBE_S) -> tuple[float, float]:
-    """Processor time over wall time per thread in matrix products, and how much faster they are than on one thread.
+    """(processor time / wall time per thread, speedup over one thread) of matrix products over ``seconds``.
 
-    OpenMP threads that wait for a descheduled one spin or sleep: either way wall time passes that none of them uses.
+    The first is below 1 where other processes take the cores: OpenMP threads then wait for a descheduled one.
     """
     import torch
 
@@ -54,7 +54,7 @@ def _products(seconds: float) -> tuple[float, float]:
     import torch
 
     a = torch.ones(640, 640)
-    a @ a  # wakes the threads up
+    a @ a  # starts the threads
     times: list[float] = []
     wall, processor = time.perf_counter(), time.process_time()
     while not times or time.perf_counter() - wall < seconds:

@@ -1,10 +1,10 @@
-"""The recipe: one TOML file that says what is trained on what, in which order.
+"""Schema of the recipe: one TOML file with model, data, stages and evaluation.
 
 [model] [lora] [sampler] [parallel] [run] [log]    the engine's tables
 [objective] [optim] [batch] [sampling]             defaults of all stages
-[data.NAME]                                        where tasks come from
-[[stage]]                                          name, steps, mixture, what differs from the defaults
-[eval]                                             what is asked at every boundary
+[data.NAME]                                        a source of tasks: generated, or files
+[[stage]]                                          name, steps, mixture, and what differs from the defaults
+[eval]                                             the tasks that are evaluated on between stages
 """
 
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ Family = Annotated[str, AfterValidator(_known_family)]
 
 
 class GeneratedData(Section):
-    """Async-planning tasks, drawn on the spot; training and evaluation never share a procedure."""
+    """Async-planning tasks, generated as they are needed; training and evaluation never share a procedure."""
 
     kind: Literal["async_plan"]
     difficulty: Difficulty = Difficulty()
@@ -50,13 +50,13 @@ class GeneratedData(Section):
 
 
 class JsonlData(Section):
-    """The paper's JSON Lines as they are: keys ``question`` and ``answer``, row i of all files one procedure."""
+    """JSON Lines with the keys ``question`` and ``answer``; row i of all files is the same procedure."""
 
     kind: Literal["jsonl"]
     family: Family
-    reward: Reward = "strict"  # or "paper": the paper's rules with their quirks, for figures to compare with its own
+    reward: Reward = "strict"  # or "paper": the reward of arXiv 2602.03542, for comparisons with it
     files: dict[str, str] = Field(min_length=1)  # representation -> path; $NAME is taken from the environment
-    eval_share: float = Field(0.1, gt=0, lt=1)  # of the procedures, kept out of training
+    eval_share: float = Field(0.1, gt=0, lt=1)  # share of the procedures that is kept for evaluation
     split_seed: int = 0
     max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
 
@@ -78,43 +78,45 @@ class Ingredient(Section):
     data: str
     representation: str
     weight: float = Field(1.0, gt=0)
-    sequential_rate: float = Field(0.0, ge=0, le=1)  # share of demonstrations that do one step after the other
+    sequential_rate: float = Field(0.0, ge=0, le=1)  # share of demonstrations that give the sequential answer
 
 
 class Mastery(Section):
-    """Ends a stage early: the mean reward of its last ``window`` steps has reached ``pass_rate``."""
+    """Ends a stage early once the mean reward of its last ``window`` steps reaches ``pass_rate``."""
 
     pass_rate: float = Field(gt=0, le=1)
     window: int = Field(10, ge=1)
 
 
 class Plateau(Section):
-    """Ends a stage early: the mean reward of ``window`` steps is less than ``min_gain`` above the window's before."""
+    """Ends a stage early once a window's mean reward is less than ``min_gain`` above the previous window's."""
 
     window: int = Field(10, ge=1)
     min_gain: float = Field(0.01, ge=0, le=1)
 
 
 class StageRecipe(Stage):
-    """Ends after ``steps``, or at the first of its other ends."""
+    """Ends after ``steps``, or at the first of its other stop conditions."""
 
     mixture: tuple[Ingredient, ...] = Field(min_length=1)
     mastery: Mastery | None = None
     plateau: Plateau | None = None
-    max_response_tok: int | None = Field(None, ge=1)  # over all its steps; the step that reaches it is its last
+    max_response_tok: int | None = Field(
+        None, ge=1
+    )  # summed over the stage's steps; the step that reaches it is the last
 
     def idle(self) -> dict[KeyPath, str]:
         keys = super().idle()
         if len(self.mixture) == 1:
             keys[("mixture", 0, "weight")] = "the mixture has one part"
         if not self.objective.is_supervised:
-            why = "only demonstrations can be sequential, and the stage samples its responses"
+            why = "it applies to demonstrations, and this stage samples its responses"
             keys |= {("mixture", i, "sequential_rate"): why for i in range(len(self.mixture))}
         return keys
 
     @property
     def reward_window(self) -> int:
-        """Steps whose mean rewards have to be remembered."""
+        """Number of last steps whose mean rewards the stop conditions need."""
         return max(self.mastery.window if self.mastery else 1, 2 * self.plateau.window if self.plateau else 1)
 
 
@@ -123,7 +125,7 @@ class EvalConfig(Section):
 
     data: str
     representations: tuple[str, ...] = Field(min_length=1)
-    prompts: int = Field(300, ge=1)  # per representation; of a file at most what was kept out of training
+    prompts: int = Field(300, ge=1)  # per representation; of files at most what eval_share keeps
     max_new_tok: int = Field(72, ge=1)
     seed: int = 999
 
@@ -141,17 +143,21 @@ class Recipe(EngineConfig):
     def idle(self) -> dict[KeyPath, str]:
         keys = super().idle()
         used = {part.data for stage in self.stage for part in stage.mixture} | {self.eval.data}
-        keys |= {("data", name): "no stage and no [eval] names it" for name in self.data if name not in used}
+        keys |= {("data", name): "no stage and no [eval] uses it" for name in self.data if name not in used}
         for i, stage in enumerate(self.stage):
             for j, part in enumerate(stage.mixture):
                 if isinstance(self.data[part.data], JsonlData):
-                    keys[("stage", i, "mixture", j, "sequential_rate")] = "files bring their own demonstrations"
+                    keys[("stage", i, "mixture", j, "sequential_rate")] = (
+                        "the demonstrations of files are not generated"
+                    )
         if isinstance(self.data[self.eval.data], JsonlData):
-            keys[("eval", "seed")] = "a file's questions are not drawn: data.NAME.split_seed splits them off"
+            keys[("eval", "seed")] = (
+                "the questions of files are not generated; data.NAME.split_seed chooses the held-out ones"
+            )
         supervised = {part.data for stage in self.stage if stage.objective.is_supervised for part in stage.mixture}
         for name, data in self.data.items():
             if isinstance(data, GeneratedData) and name not in supervised and data.difficulty.form != "terse":
-                keys[("data", name, "difficulty", "demonstration")] = "no supervised stage draws from it"
+                keys[("data", name, "difficulty", "demonstration")] = "no supervised stage uses it"
         return {**keys, **self._idle_between_stages()}
 
     @property
@@ -168,11 +174,11 @@ class Recipe(EngineConfig):
         return label
 
     def _idle_between_stages(self) -> dict[KeyPath, str]:
-        keys: dict[KeyPath, str] = {("stage", 0, "optimizer"): "there is no stage before the first"}
+        keys: dict[KeyPath, str] = {("stage", 0, "optimizer"): "the first stage has no optimizer state to carry over"}
         needs = [stage.objective.needs_reference for stage in self.stage]
         for i in range(len(self.stage)):
             if not any(needs[:i]) or not any(needs[i:]):
-                keys[("stage", i, "reference")] = "no stage before it, or none from it on, has a KL term"
+                keys[("stage", i, "reference")] = "no stage before it, or no stage from it on, has a KL term"
         total = sum(stage.steps for stage in self.stage)
         if self.run.profile is not None and self.run.profile[0] > total:
             keys[("run", "profile")] = f"the run has {total} steps"
@@ -187,7 +193,7 @@ class Recipe(EngineConfig):
             for part in stage.mixture:
                 self._check_source(part.data, part.representation, f"stage {stage.name!r}")
                 if part.representation in HELD_OUT:
-                    raise ValueError(f"stage {stage.name!r}: {part.representation!r} is only ever evaluated on")
+                    raise ValueError(f"stage {stage.name!r}: {part.representation!r} is for evaluation only")
         for representation in self.eval.representations:
             self._check_source(self.eval.data, representation, "eval")
         return self

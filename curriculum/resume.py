@@ -1,4 +1,4 @@
-"""``isomorph train --resume DIR section.key=value``: what a run that has begun may change, and what it may not."""
+"""``isomorph train --resume DIR section.key=value``: which keys a resumed run may change."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from isomorph.engine.effect import leaves
 from isomorph.engine.recipe_file import check_tables, overridden
 from isomorph.engine.record.checkpoint import latest_checkpoint
 
-# What decides how long, how fast and how far a run goes on, and not what it is. A path must lead to the same content.
+# Keys of length, speed and output, and paths whose file has the same content.
 MAY_CHANGE = (
     *("stage.*.steps", "stage.*.mastery*", "stage.*.plateau*", "stage.*.max_response_tok"),
     *("stage.*.optim.*", "stage.*.batch.micro_batch_tok"),
@@ -32,7 +32,10 @@ Changes = dict[str, list[Any]]  # key -> before, after
 
 
 def resumed_recipe(described: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> tuple[Recipe, Changes]:
-    """The recipe of run.json with ``overrides``, and what they change. Raises UserError, by name, for what may not."""
+    """The recipe of run.json with ``overrides``, and what they change.
+
+    Raises UserError for a key that may not change, or for a stage or step that is done.
+    """
     where = f"{folder}/run.json"
     before = check_tables(described["recipe"], Recipe, where=where)
     if not overrides:
@@ -40,13 +43,14 @@ def resumed_recipe(described: Mapping[str, Any], overrides: Sequence[str], folde
     for text in overrides:
         name, _, rest = text.partition(".")
         if name in STAGE_TABLES:
-            raise UserError(f"{text}: every stage of a run has a table of its own: write stage.0.{name}.{rest}")
+            raise UserError(
+                f"{text}: in run.json each stage has this table: write stage.0.{name}.{rest}, with the stage's number"
+            )
     after = located(overridden(described["recipe"], overrides, Recipe, where=where))
     changes = _differences(before, after)
     if refused := [key for key in changes if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)]:
         raise UserError(
-            f"{', '.join(refused)} cannot change in a run that has begun: it would be another one, so start that; "
-            f"what may change: {IN_WORDS}"
+            f"{', '.join(refused)} cannot be changed by --resume: start a new run, or change only: {IN_WORDS}"
         )
     _refuse_what_is_over(changes, after, folder)
     return after, changes
@@ -68,10 +72,10 @@ def _flat(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
-    """By the newest checkpoint: a stage that has ended, steps that are done, and updates that were cut already."""
+    """Refuses changes of a stage that has ended, of steps that are done and of updates that are divided already."""
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
-        return  # resuming says so
+        return  # resuming raises
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     present = state["source"].get("stage_index", 0)
     done = state["source"].get("steps_done", 0)
@@ -80,11 +84,11 @@ def _refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
         if parts[0] != "stage":
             continue
         if int(parts[1]) < present:
-            raise UserError(f"{key}: stage {parts[1]} is over at step {state['step']}, which the run goes on from")
+            raise UserError(f"{key}: stage {parts[1]} had ended by step {state['step']}, where the run resumes")
         if int(parts[1]) == present and parts[2] == "steps" and after.stage[present].steps <= done:
             raise UserError(f"{key} must be more than the {done} steps that are done, got {after.stage[present].steps}")
         if int(parts[1]) == present and parts[2] in ("batch", "optim") and state["draws"]:
             raise UserError(
-                f"{key} cannot change in the midst of a step, where {newest} is: go on without it for a step, or "
-                "delete that checkpoint to go on from the one before"
+                f"{key} cannot change within a step, where {newest} was written: resume without it for one step, or "
+                "delete that checkpoint to resume from the one before"
             )

@@ -187,7 +187,7 @@ def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
         ("model.path=somewhere", "exactly one of model.path and model.tiny"),
         ("stage.0.sampling.max_new_tok=10", "a demonstration of"),
         ("stage.1.sampling.max_new_tok=250", "positions for 256"),
-        ("stage.2.sampling.max_new_tok=256", "stage words: sampling.max_new_tok must leave room for a prompt"),
+        ("stage.2.sampling.max_new_tok=256", "stage words: sampling.max_new_tok must leave positions for a prompt"),
         ("stage.1.batch.micro_batch_tok=60", "batch.micro_batch_tok=60"),
     ],
 )

@@ -119,7 +119,7 @@ def evaluate_target(
 
 
 def open_candidate(target: str) -> Candidate:
-    """The policy behind a run folder, a model folder, a .gguf file or a hub name. Raises UserError."""
+    """Loads the policy of a run folder, a model folder, a .gguf file or a hub name. Raises UserError."""
     silence_loaders()
     folder = Path(target).expanduser()
     if (folder / "run.json").is_file():
@@ -127,14 +127,16 @@ def open_candidate(target: str) -> Candidate:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{target} must be a run folder (with run.json) or a model folder (with config.json)")
     if not folder.exists() and str(folder.parent) != "." and folder.parent.is_dir():
-        raise UserError(f"{target}: there is no such folder or file in {folder.parent}")  # and it is no hub name
+        raise UserError(
+            f"{target}: there is no such folder or file in {folder.parent}"
+        )  # a hub name has no such parent
     config = ModelConfig(path=target, dtype=_dtype())
     policy = load_policy(config, vocabulary=[], seed=0, device=_device(), tags=ANSWER_TAGS)
     return Candidate(policy=policy, source=target, recipe=None)
 
 
 def _open_run(folder: Path) -> Candidate:
-    """The finished model where the run is done, or else the newest checkpoint."""
+    """The finished model, or the newest checkpoint of a run that is not done."""
     described = read_run_json(folder)
     recipe = check_tables(described["recipe"], Recipe, where=f"{folder}/run.json")
     changed = tuple(changed_files(described.get("files", {}), recipe))
@@ -158,7 +160,7 @@ def _open_run(folder: Path) -> Candidate:
 
 
 def show_scores(result: dict[str, Any], console: Console) -> None:
-    """A table, for people."""
+    """Prints the results of ``evaluate_target`` as a table."""
     heading = f"{result['weights']}, greedy, at most {result['max_new_tok']} new tokens"
     table = Table(title=Text(printable(heading)), title_justify="left")
     for column in ("data", "accuracy", "95 % interval", "sequential baseline", "no answer", "questions", "ended"):

@@ -33,7 +33,7 @@ def stated_answer(response: str, *, reads_boxed: bool) -> str | None:
 
 
 def last_answer(response: str) -> str | None:
-    """What stands in the last ``<answer>...</answer>``, stripped; None where there is none. Linear time."""
+    """The content of the last ``<answer>...</answer>``, stripped; None where there is none. Linear time."""
     end = response.rfind(_CLOSE)
     start = response.rfind(_OPEN, 0, max(end, 0))
     if start < 0:
@@ -42,9 +42,9 @@ def last_answer(response: str) -> str | None:
 
 
 def last_boxed(response: str) -> str | None:
-    """What stands in the ``\\boxed{...}`` that begins last, stripped; None where there is none. Linear time.
+    """The content of the ``\\boxed{...}`` that begins last, stripped; None where there is none. Linear time.
 
-    Braces inside are balanced, ``\\{`` and ``\\}`` are no braces, and a box that is never closed does not count.
+    Braces inside are balanced, ``\\{`` and ``\\}`` are no braces, and a box without a closing brace does not count.
     """
     box_starts: list[int] = []  # where the content of each open brace begins; -1 for braces that are no box
     last: tuple[int, int] | None = None

@@ -1,7 +1,7 @@
-"""Durations as people and models write them, as intervals of seconds.
+"""Parses durations as people and models write them into intervals of seconds.
 
-A month has 28 to 31 days and a year 365 or 366, so a duration is an interval; most are a single point. What leaves a
-choice to the reader (a range, a hedge, "about", two numbers in a row) states no duration.
+A month has 28 to 31 days and a year 365 or 366, so a duration is an interval, in most cases of length 0. Text that is
+ambiguous (a range, a hedge, "about", two numbers in a row) is no duration.
 """
 
 import functools
@@ -20,7 +20,7 @@ UNIT_SECONDS: dict[str, tuple[int, int]] = {
     "month": (28 * _DAY, 31 * _DAY),
     "year": (365 * _DAY, 366 * _DAY),
 }
-# A lone m means months: so counts the reward of the paper that the numbers are compared with.
+# a lone m means months, as in the reward of arXiv 2602.03542
 _SPELLINGS = {
     "second": "s sec secs second seconds",
     "minute": "min mins minute minutes",
@@ -59,7 +59,7 @@ class Interval(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """What a text states: seconds, and months and years, whose length the calendar decides."""
+    """A stated duration: seconds, plus months and years, whose lengths vary."""
 
     seconds: Fraction
     months: Fraction
@@ -72,7 +72,7 @@ class Duration(NamedTuple):
 
     @property
     def narrowest(self) -> Interval:
-        """``interval``, knowing also that any twelve months are a year."""
+        """``interval``, narrowed because twelve months are a year."""
         years, months = divmod(self.months + 12 * self.years, 12)
         by_years = Duration(self.seconds, months, Fraction(years)).interval
         return Interval(max(by_years.low, self.interval.low), min(by_years.high, self.interval.high))
@@ -85,7 +85,7 @@ _MONTH, _YEAR = UNIT_SECONDS["month"], UNIT_SECONDS["year"]
 
 
 def same_duration(stated: str, gold: Duration | Interval) -> bool:
-    """Whether every length that ``stated`` can have is accepted; a ``gold`` in seconds accepts one length alone."""
+    """Whether all lengths that ``stated`` may have are within ``gold``; a ``gold`` in seconds is a single length."""
     duration = parse_calendar(stated)
     if duration is None:
         return False
@@ -101,11 +101,11 @@ def parse_duration(text: str) -> Interval | None:
 
 
 def parse_calendar(text: str) -> Duration | None:
-    """The duration that ``text`` states, or None where it states none, or a range, or anything ambiguous.
+    """The duration that ``text`` states; None where it states none, a range, or anything ambiguous.
 
-    Words around it are fine. Parts add up: the largest unit first, or with a plus between them. What stands before
-    and after "=" or " or " must not contradict each other; "(" ends it; " to " is a range. Never raises; bounded time:
-    texts of more than MAX_CHARS are refused.
+    Other words around it are ignored. Parts are added: the largest unit first, or with a plus between them. The sides
+    of "=" and " or " must agree; text from "(" on is ignored; " to " is a range. Never raises; bounded time: texts of
+    more than MAX_CHARS give None.
     """
     if len(text) > MAX_CHARS:
         return None
@@ -123,7 +123,7 @@ def _parse(text: str) -> Duration | None:
 
 
 def _stated_alone(side: str) -> Duration | None:
-    """What a side of an equality states that is nothing but a duration; sides with words may be about a part of it."""
+    """The duration of one side of an equality; None where it has other words, as it may then be about a part."""
     try:
         numbers = _Numbers(side.partition("(")[0].strip())
         return _sum(numbers) if _PARTS.fullmatch(numbers.text) else None
@@ -157,7 +157,7 @@ def _sum(numbers: "_Numbers") -> Duration:
     return Duration(seconds, months, years)
 
 
-# A policy repeats itself: 128 responses a step over a few hundred different short answers.
+# responses repeat: 128 a step state only a few hundred different short answers
 _remembered = functools.lru_cache(maxsize=16_384)(_parse)
 
 
@@ -165,7 +165,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?(?:
 
 
 def number_of(text: str) -> Fraction | None:
-    """The decimal number that ``text`` is, exactly; None where it is anything else. Bold and dollars are fine."""
+    """``text`` as an exact decimal number; None where it is anything else. Bold and dollar signs are ignored."""
     text = _plain(text.lower()) if len(text) <= MAX_CHARS else ""
     if not _NUMBER.fullmatch(text) or not any(c.isdigit() for c in text.partition("e")[0]):
         return None
@@ -186,7 +186,7 @@ _FIELD_SECONDS = {
 
 
 def parse_timedeltas(text: str) -> Interval:
-    """Lowest and highest accepted, from ``[datetime.timedelta(days=28), datetime.timedelta(days=31)]``.
+    """The accepted interval of ``[datetime.timedelta(days=28), datetime.timedelta(days=31)]``, in seconds.
 
     Raises:
         ValueError: the text is not of that form.
@@ -225,7 +225,7 @@ class _Ambiguous(Exception):
     """The text states no single duration."""
 
 
-# Patterns over texts in which every number is #k, an index into the numbers' values, and spaces are single.
+# patterns over texts in which each number is #k, an index into the numbers' values, and spaces are single
 _UNIT_WORD = "(" + "|".join(sorted(UNIT_OF_WORD, key=len, reverse=True)) + ")"
 _U = _UNIT_WORD + "(?![a-z_])"
 _SHARE = "(half|quarters?)"
@@ -265,7 +265,7 @@ _SPELLED = re.compile(rf"(?<![a-z])(?:{_LARGE}|{_BELOW_1000})(?![a-z])")
 
 
 class _Numbers:
-    """A text with every number, in digits or words, replaced by #k, and the numbers' values."""
+    """``text``: the input with each number, in digits or words, replaced by #k. ``values``: the numbers."""
 
     def __init__(self, text: str) -> None:
         if any(c.isdigit() and not c.isascii() for c in text):

@@ -1,6 +1,6 @@
-"""Formulas in Python's notation, such as ``2*sqrt(5)/3`` or ``Interval(-1, oo)``, as SymPy objects.
+"""Parses formulas in Python's notation, such as ``2*sqrt(5)/3`` or ``Interval(-1, oo)``, into SymPy objects.
 
-Read from the syntax tree over a closed list of names: nothing is ever evaluated as code.
+From the syntax tree, with a fixed list of names: nothing is evaluated as code.
 """
 
 import ast
@@ -48,7 +48,7 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 class NotAFormula(ValueError):
-    """The text is not a formula that this module reads."""
+    """The text is not a formula of this notation."""
 
 
 def parse_formula(text: str) -> Any:

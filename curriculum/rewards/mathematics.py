@@ -1,8 +1,8 @@
-"""Whether two mathematical answers are the same object, decided exactly: only what is proven is worth 1.
+"""Whether two mathematical answers are the same object, decided exactly: only a proven equality counts.
 
-Two texts are compared as they are read (``notation.py``), never with braces or spaces deleted. A relation is compared
-as a whole, a tuple in order, a set without; an interval is no pair unless both are written alike; numbers are exact
-rationals or algebraic, so that nothing is equal because it is near.
+Texts are parsed by ``notation.py`` and the objects compared, never strings with braces or spaces removed. Relations are
+compared as a whole, tuples in order, sets in any order; an interval equals a pair only where both are written alike.
+Numbers are exact rationals or algebraic: no tolerance.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def _both_signs(tokens: tuple[Token, ...]) -> tuple[Token, ...]:
 
 
 def _bare(text: str) -> str:
-    """Without bold, a full stop at the end, and words such as "the answer is"."""
+    """``text`` without bold, a full stop at the end, and words such as "the answer is"."""
     text = text.strip()
     while (bare := _BOLD.sub(r"\2", text.removesuffix(".").strip())) != text:
         text = bare
@@ -55,7 +55,7 @@ def _bare(text: str) -> str:
 
 
 def _same_words(expected: tuple[Token, ...], got: tuple[Token, ...]) -> bool:
-    """A choice such as B or (b), a weekday: one word in any case, with or without brackets and ``\\text{..}``."""
+    """Whether both are the same word, such as B or (b) or a weekday, in any case, with or without ``\\text{..}``."""
     words = [_WORD.fullmatch("".join(t.text for t in side if t.text not in _WORD_WRAPPERS)) for side in (expected, got)]
     found = {match[1].lower() for match in words if match}
     return all(words) and len(found) == 1 and len(found.pop()) != 2 and all(map(_one_word, (expected, got)))
@@ -99,7 +99,7 @@ def _is_relation(value: Any) -> bool:
 
 
 def _without_label(value: Any, other: Any) -> Any:
-    """``x = 5`` -> ``5`` where the other side has no relation, and x is but a name for what follows."""
+    """``x = 5`` -> ``5`` where the other side has no relation and x occurs nowhere else."""
     if not _is_relation(value) or _is_relation(other) or set(value.how) not in ({"="}, {"in"}):
         return value
     label, *sides = value.parts
@@ -120,7 +120,7 @@ _TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!=", "in
 
 
 def _same_relation(gold: Thing, answer: Thing) -> bool:
-    """The same sides in the same order or turned round; of two expressions also up to a factor."""
+    """The same sides in the same or the reverse order; relations of two expressions also up to a factor."""
     if len(gold.how) != len(answer.how):
         return False
     turned = Thing("relation", answer.parts[::-1], tuple(_TURNED[o] for o in answer.how[::-1]))
@@ -138,7 +138,7 @@ def _same_relation(gold: Thing, answer: Thing) -> bool:
 
 
 def _factor(one: Any, other: Any) -> Any:
-    """The number other than 0 by which the one is a multiple of the other; None where there is none."""
+    """The rational number other than 0 that is the ratio of the two; None where there is none."""
     one, other = sympy.expand(one), sympy.expand(other)
     if not one.free_symbols or one.free_symbols != other.free_symbols:
         return None
@@ -179,7 +179,7 @@ def _as_interval(part: Any) -> Any:
 
 
 def _are_solutions(value: Thing) -> bool:
-    """A list of SymPy's, in any order, unless it may as well be the closed interval between two numbers."""
+    """Whether the list may be in any order; two rational numbers may also be a closed interval."""
     low_high = value.parts
     if len(low_high) != 2 or not all(isinstance(end, sympy.Expr) for end in low_high):
         return True
@@ -187,7 +187,7 @@ def _are_solutions(value: Thing) -> bool:
 
 
 def _same_set(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
-    """Whether the items can be paired; each is as often in the one as in the other."""
+    """Whether the items can be paired one to one."""
     if len(gold) != len(answer) or len(gold) > MAX_ITEMS:
         return False
     if any(map(_is_relation, gold)) and not all(map(_is_relation, answer)):  # which value belongs to which name?
@@ -224,7 +224,7 @@ _POINTS = tuple(sympy.Rational(p, 17) for p in (19, 23, 31, 37, 43, 53, 61, 71))
 
 
 def _differs(one: Any, other: Any) -> bool:
-    """Whether the two have clearly different values at some point: cheap, and settles nearly all wrong answers."""
+    """Whether the two clearly differ at some point: cheap, and decides nearly all wrong answers."""
     for shift in range(2):
         points = itertools.islice(itertools.cycle(_POINTS), shift, None)
         at = dict(zip(sorted(one.free_symbols | other.free_symbols, key=str), points, strict=False))

@@ -1,7 +1,7 @@
-"""What a mathematical answer says: LaTeX, plain text and SymPy's notation, read into exact SymPy objects.
+"""Parses mathematical answers in LaTeX, plain text and SymPy's notation into exact SymPy objects.
 
-One grammar for all three, over closed lists of names: nothing is ever evaluated as code, and what the grammar does not
-know is not read at all. Braces and spaces separate: ``3 4`` is no number, ``1 1/2`` and ``1\\frac{1}{2}`` are 3/2.
+One grammar for all three, with fixed lists of names: nothing is evaluated as code, and text outside the grammar is
+refused. Braces and spaces separate: ``3 4`` is no number, ``1 1/2`` and ``1\\frac{1}{2}`` are 3/2.
 """
 
 from typing import Any
@@ -29,10 +29,10 @@ REAL: dict[str, bool] = {"real": True}
 
 
 def read(tokens: tuple[Token, ...], *, imaginary: bool = True) -> Any:
-    """A SymPy expression or a ``Thing``. ``imaginary``: whether i and I are the imaginary unit.
+    """Parses ``tokens`` into a SymPy expression or a ``Thing``. ``imaginary``: whether i and I are the imaginary unit.
 
     Raises:
-        NotRead: the tokens are anything else, or too many, or too deep.
+        NotRead: the tokens are outside the grammar, too many, or too deeply nested.
     """
     if len(tokens) > MAX_TOKENS:
         raise NotRead("too long")
@@ -69,13 +69,13 @@ _SHORT_UNITS = _words("cm mm km dm ft in yd mi kg mg lb lbs oz ml hr hrs min sec
 
 
 class _Reader(Cursor):
-    """Recursive descent. A method consumes what it reads and leaves the rest."""
+    """Recursive descent: a method consumes the tokens of its rule and leaves the rest."""
 
     def __init__(self, tokens: tuple[Token, ...], imaginary: bool) -> None:
         super().__init__(tokens)
         self.imaginary, self.depth = imaginary, 0
 
-    # From the whole to its parts.
+    # rules, from the whole answer to its parts
 
     def top(self) -> Any:
         items = [self.statement()]
@@ -106,7 +106,7 @@ class _Reader(Cursor):
         return parts[0] if len(parts) == 1 else Thing("union", tuple(parts))
 
     def measured(self) -> Any:
-        """An expression, and the unit in which it is measured."""
+        """An expression, with a unit where one follows."""
         dollars = self.accept(r"\$")
         value = self.sum()
         if isinstance(value, Thing) and not dollars:
@@ -160,7 +160,7 @@ class _Reader(Cursor):
         return -expression(self.power()) if self.accept("-") else self.power()
 
     def _begins_factor(self) -> bool:
-        """Whether a factor follows without a sign: never a number, so that "3 4" and "x 2" are not products."""
+        """Whether a factor follows without an operator: never a number, so that "3 4" and "x 2" are no products."""
         text, kind = self.peek(), self.kind()
         if kind == "name":
             plain = text.removeprefix("\\")
@@ -203,7 +203,7 @@ class _Reader(Cursor):
         return expression(self._argument()), expression(self._argument())
 
     def _argument(self) -> Any:
-        """What a command such as ``\\sqrt`` takes: braces, or one character."""
+        """The argument of a command such as ``\\sqrt``: in braces, or one character."""
         if self.accept("{"):
             value = self.sum()
             self.expect("}")
@@ -233,7 +233,7 @@ class _Reader(Cursor):
             return value
         return -expression(self.atom()) if self.accept("-") else self.atom()
 
-    # The smallest parts.
+    # atoms
 
     def atom(self) -> Any:
         token = self.take()
@@ -359,7 +359,7 @@ class _Reader(Cursor):
         return found if exponent is None else power(found, exponent)
 
     def _called(self, name: str) -> Any:
-        """SymPy's own notation."""
+        """A call in SymPy's notation, such as ``Interval(0, 1)``."""
         if self.accept("."):
             name = f"{name}.{self.take().text}"
         if name not in OBJECTS:

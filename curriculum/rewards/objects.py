@@ -17,7 +17,11 @@ MAX_BITS = 100_000  # of a power of two numbers
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """What is no expression. ``kind``: relation, tuple, list, set, bare, interval, union, matrix, based or measured."""
+    """An object that is no expression.
+
+    ``kind``: relation, tuple, list, set, bare (items without brackets), interval, union, matrix, based (a number in
+    another base) or measured (with a unit).
+    """
 
     kind: str
     parts: tuple[Any, ...]

@@ -1,14 +1,14 @@
-"""The reward of arXiv 2602.03542, with all its quirks, so that figures can be compared with the paper's.
+"""The reward of arXiv 2602.03542, with all its quirks, for comparisons with the paper's figures.
 
-Written anew from the behaviour of the authors' functions for AsyncHow and mathematics (repository
-fangru-lin/procedure_generalization_llm at f7adbe5). For new work use the strict reward: this one takes wrong answers
+Implemented from the behaviour of the authors' functions for AsyncHow and mathematics (repository
+fangru-lin/procedure_generalization_llm at f7adbe5). For new work use the strict reward: this one accepts wrong answers
 ("-80 min" for 80 min, "5 hippos" for 5 hours) and refuses right ones ("1 hr 20 min", "80min", "4800 s").
 
-What is equal is the worth of one response and one accepted answer. Their training call also cuts *all* its texts at
-the length of its *first* prompt; that belongs to how they call the function, not to the function, and is not done here.
+The reward of one response and one accepted answer is equal to theirs. Their training call also cuts *all* texts at the
+length of its *first* prompt; that is part of the call, not of the function, and is not done here.
 
-There is no such reward for physics: theirs evaluates the response as Python code, depends on which version of a LaTeX
-parser is installed, and its tolerance of 100 % takes every number of the right sign.
+There is no such reward for physics: theirs evaluates the response as Python code, depends on the installed version of a
+LaTeX parser, and its tolerance of 100 % accepts every number of the right sign.
 """
 
 import re
@@ -30,7 +30,7 @@ def paper_answer(response: str) -> str:
 
 
 def same_plan(response: str, gold: str, interval: Interval | None) -> bool:
-    """Whether a response about a plan is worth 1. ``interval``: what a gold of two timedeltas accepts, in seconds."""
+    """Whether a response to a planning question is right. ``interval``: of an accepted answer of two timedeltas."""
     stated = paper_answer(response)
     if not stated or len(stated) > MAX_CHARS:
         return False
@@ -50,7 +50,7 @@ def _same_text_or_float(stated: str, gold: str) -> bool:
         return False
 
 
-# A number in words counts only where "... and a half" stands somewhere, and then in the whole answer.
+# numbers in words count only in answers that contain "... and a half", and there everywhere
 _COUNTS = {word: number for word, number in NUMBER_WORDS.items() if number} | {"a": 1, "an": 1}
 _AND_A_HALF = re.compile(r"\b(\w+) and a half")
 _NAME = re.compile(r"\b[a-zA-Z]+(?:-[a-zA-Z]+)*-?\b")
@@ -140,7 +140,7 @@ def _span(digits: str, unit: re.Match[str]) -> tuple[timedelta, timedelta] | Non
 
 
 def same_mathematics(response: str, gold: str) -> bool:
-    """Whether a response in mathematics is worth 1: its answer, in lower case, and the gold have one normal form."""
+    """Whether a response in mathematics is right: its answer, in lower case, has the accepted one's normal form."""
     stated = paper_answer(response)
     if len(stated) > MAX_CHARS:
         return False
@@ -159,10 +159,10 @@ _DECORATION = (r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$")
 
 
 def _normal_form(text: str) -> str:
-    """What is left of a formula without spaces, units and other writing habits.
+    """A formula without spaces, units and other marks.
 
     Raises:
-        ValueError or IndexError: it has none; how the two texts are compared then depends on it.
+        ValueError or IndexError: it has none; the texts are then compared as they are.
     """
     for mark in _DELETED:
         text = text.replace(mark, "")

@@ -1,8 +1,7 @@
-"""Physical quantities as people and models write them: a value, perhaps a power of ten, and a unit.
+"""Scores physics answers: parses a value, an optional power of ten and a unit, and compares with a tolerance.
 
-Values are compared in the unit of the accepted answer. The tolerance is one unit in the last digit that the
-accepted answer states, but never less than 1 % and never more than 10 % of it: none where that is 0. What the answer
-states has no part in it.
+Values are compared in the unit of the accepted answer. The tolerance is one unit in the last digit of the accepted
+answer, at least 1 % and at most 10 % of its value, 0 where that is 0; it does not depend on the stated answer.
 """
 
 import functools
@@ -21,7 +20,7 @@ MIN_TOLERANCE, MAX_TOLERANCE = 0.01, 0.1
 MAX_UNIT_CHARS = 60
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-# In this order: spaces and wrappers first, so that what they hold is seen by the rest.
+# in this order: spaces and wrappers first, so that the later patterns see their content
 _LATEX = (
     (re.compile(r"\\(?:mathrm|text|rm|boxed|left|right)(?![a-z])|\\[,; !]|[$~]"), " "),
     (re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), lambda m: f"^{m.group().translate(_SUPERSCRIPTS)}"),
@@ -51,7 +50,7 @@ _UNIT_NAMES = {
     "light-year": "light_year",
     "light years": "light_year",
 }
-# Small powers only, and none of a power: pint multiplies s**9**9**9 out.
+# small powers only, and no power of a power: pint expands s**9**9**9
 _HARMLESS_UNIT = re.compile(
     r"(?!.*\*\* ?[-+(]? ?\d{3})(?!.*\*\*[^*/]*(?:\d|\)) ?\*\*)(?!.*\*\*.*\*\*.*\*\*.*\*\*.*\*\*)[^\[\]\\]*"
 )
@@ -90,7 +89,7 @@ def why_unreadable(accepted: str) -> str:
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    """The quantity that ``text`` states, or None."""
+    """The quantity that ``text`` states; None where it states none."""
     if len(text) > MAX_CHARS or _SEVERAL.search(text):
         return None
     for pattern, replacement in _LATEX:
@@ -108,13 +107,13 @@ _MIXED = re.compile(r"(?<![\w.] )(?<![\w./*])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\w
 
 
 def _mixed_number(match: re.Match[str]) -> str:
-    """``1 1/2`` -> ``(1+1/2)``; an improper fraction stays as it is, and is not read."""
+    """``1 1/2`` -> ``(1+1/2)``; an improper fraction is unchanged, and not parsed later."""
     whole, above, below = match.groups()
     return f"({whole}+{above}/{below})" if 0 < int(above) < int(below) else match.group()
 
 
 def same_answer(stated: str, gold: Quantity) -> bool:
-    """Whether ``stated`` is ``gold``; of "0.5 kJ = 500 J" every side that has a unit must be it."""
+    """Whether ``stated`` is ``gold``; of "0.5 kJ = 500 J" every side with a unit must be equal to it."""
     sides = [parse_quantity(side) for side in stated.split("=")]
     if sides[-1] is None or not same_quantity(gold, sides[-1]):
         return False

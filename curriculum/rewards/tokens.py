@@ -27,7 +27,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
 
 
 class NotRead(ValueError):
-    """The text is no mathematical object that this module reads."""
+    """The text is no mathematical object of the grammar in ``notation.py``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Token:
 
 
 def tokens_of(text: str) -> tuple[Token, ...]:
-    """The text's tokens, without spaces and marks that carry no meaning. Two texts with the same ones are the same."""
+    """The tokens of ``text``, without spaces and marks that have no meaning."""
     for character, latex in _UNICODE.items():
         text = text.replace(character, latex)
     for pattern, replacement in _CLEANED:
@@ -54,7 +54,7 @@ def tokens_of(text: str) -> tuple[Token, ...]:
 
 
 def _grouped(match: re.Match[str]) -> str:
-    """A number such as 1,657, but not within brackets, where (20,100) is a pair."""
+    """The number 1,657 with its comma marked; unchanged within brackets, where (20,100) is a pair."""
     before = match.string[: match.start()]
     depth = sum(map(before.count, "([{")) - sum(map(before.count, ")]}"))
     return match.group() if depth else match.group().replace(",", _GROUPING)

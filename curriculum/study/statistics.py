@@ -7,7 +7,7 @@ from typing import Any, Self
 
 
 def interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for the rate of which ``correct`` of ``n`` is a sample; both ends in 0..1.
+    """Wilson's score interval (low, high) of a rate, from ``correct`` of ``n`` trials; both in 0..1.
 
     Raises:
         ValueError: n is not positive, correct is outside 0..n, or confidence is outside (0, 1).
@@ -18,7 +18,7 @@ def interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, flo
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     centre = correct + z2 / 2
-    # written so that 0 and n give exactly 0 and 1 at their ends
+    # exactly 0 for correct = 0 and exactly 1 for correct = n
     half = math.sqrt(z2 * (correct * (n - correct) / n + z2 / 4))
     low = 0.0 if correct == 0 else (centre - half) / (n + z2)
     high = 1.0 if correct == n else (centre + half) / (n + z2)
@@ -27,7 +27,7 @@ def interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """A share of right answers with its 95 % confidence interval."""
+    """Share of right answers with its 95 % confidence interval."""
 
     correct: int
     n: int

@@ -1,4 +1,4 @@
-"""The async-planning family: how long a procedure takes when its steps may overlap: longest path of a DAG."""
+"""Generated async-planning tasks: how long a procedure takes whose steps may overlap, the longest path of a DAG."""
 
 import random
 import re
@@ -51,7 +51,7 @@ def solve(procedure: Procedure) -> tuple[str, list[int]]:
 
 
 def sequential_sum(procedure: Procedure) -> str:
-    """The total if one step is done after the other: right only where nothing overlaps."""
+    """The sum of all durations: the sequential answer, right only where no steps overlap."""
     return with_unit(sum(procedure.amounts), procedure.unit)
 
 
@@ -63,7 +63,7 @@ def make_task(
     split: Split,
     sequential_rate: float = 0.0,
 ) -> Task:
-    """A task drawn from ``split``; its demonstration is sequential with probability ``sequential_rate``.
+    """A random task of ``split``; its demonstration gives the sequential answer with probability ``sequential_rate``.
 
     Raises:
         ValueError: an unknown representation or split, or a rate outside 0..1.
@@ -87,13 +87,13 @@ def make_task(
 
 
 def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
-    """Task i is one and the same procedure in every representation. With the seed of a recipe's [eval]: its exam."""
+    """``num_tasks`` tasks; task i is the same procedure in every representation."""
     rngs = (random.Random(f"{seed}:{i}") for i in range(num_tasks))
     return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
 
 
 def demonstration(procedure: Procedure, representation: str, difficulty: Difficulty, *, sequential: bool) -> str:
-    """A worked response that ends in ``<answer>..</answer>``; ``sequential`` does one step after the other.
+    """A worked response that ends in ``<answer>..</answer>``; ``sequential``: with the sequential answer.
 
     Raises:
         ValueError: an unknown representation.
@@ -111,7 +111,7 @@ def demonstration(procedure: Procedure, representation: str, difficulty: Difficu
 
 
 def vocabulary(difficulty: Difficulty) -> list[str]:
-    """Every token that a terse question or demonstration of this difficulty can hold, sorted.
+    """All tokens of terse questions and demonstrations of this difficulty, sorted.
 
     A token is a word, a number, one other character, or one of the tags ``<think>``, ``</think>``,
     ``<answer>``, ``</answer>``. Numbers go from 0 to the largest finish time that is possible.

@@ -1,4 +1,4 @@
-"""Reads the questions of the paper's AsyncHow files back into plans, solves them, and writes demonstrations.
+"""Parses the questions of the paper's AsyncHow files into plans, solves them, and writes demonstrations.
 
 The paper: "Can Large Language Models Generalize Procedures Across Representations?" (arXiv 2602.03542).
 """
@@ -26,7 +26,7 @@ from isomorph.curriculum.tasks.task import DataError
 
 MAX_CHARS = 100_000
 
-# Demonstrations count a month as 30 days and a year as 365: inside the intervals that the judge accepts.
+# demonstrations count a month as 30 days and a year as 365, within the intervals that the reward accepts
 _DAY = 86_400
 _NOMINAL = {
     "sec": 1,
@@ -42,7 +42,7 @@ _SHORT = {"second": "sec", "minute": "min"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a question asks about."""
+    """The steps, durations and order of a question."""
 
     names: tuple[str, ...]
     durations: tuple[str, ...]  # such as "2 hours"; bare numbers where unitless
@@ -80,13 +80,13 @@ def demonstrate_plan(plan: Plan, *, style: Style = "sentences") -> str:
 
 
 def sequential_total(plan: Plan) -> str:
-    """The answer if one step is done after the other."""
+    """The sequential answer: the sum of all durations."""
     working = _working(plan)
     return with_unit(sum(working.amounts), working.unit)
 
 
 def plan_key(plan: Plan) -> str:
-    """Equal for plans that are the same up to the names of their steps; comparable within one representation."""
+    """The same for plans that differ only in the names of their steps; comparable within one representation."""
     if plan.unitless:
         return canonical_key([str(number.normalize()) for number in _numbers(plan)], plan.predecessors)
     return canonical_key([_interval(text) for text in plan.durations], plan.predecessors)
@@ -96,7 +96,7 @@ def parse_question(question: str, representation: str) -> Plan:
     """The plan of a question in one of the paper's three forms.
 
     Raises:
-        DataError: the question is not of that form, or its steps wait for each other in a circle.
+        DataError: the question is not of that form, or the order of its steps has a cycle.
     """
     if representation not in _READERS:
         raise DataError(f"representation must be one of {tuple(_READERS)}, got {representation!r}")
@@ -116,7 +116,7 @@ _HEADING = "These ordering constraints need to be obeyed"
 
 
 def _read_natural(question: str) -> Plan:
-    """Every line between the first step and the question must be read: one that is not may be a constraint."""
+    """Raises DataError for any unknown line between the first step and the question: it may be a constraint."""
     lines = [line.strip() for line in question.partition("\nQuestion:")[0].split("\n")]
     first = next((k for k, line in enumerate(lines) if _STEP.fullmatch(line)), None)
     if first is None:
@@ -185,7 +185,7 @@ def _input(question: str, name: str) -> Any:
 
 
 def _weights(edges: dict[Any, Any]) -> dict[Any, str]:
-    """The weight of the edges into each node: they carry the duration of the step they lead to."""
+    """Node -> weight of all edges into it, which is the duration of the step they lead to."""
     weights: dict[Any, str] = {}
     for row in edges.values():
         for edge in row if isinstance(row, list) else [None]:
@@ -292,7 +292,7 @@ _PARTS = re.compile(rf"{_PART.pattern}(?: {_PART.pattern})*")
 
 
 def _in_one_unit(durations: Sequence[str]) -> _Amounts:
-    """Whole amounts in the largest unit that fits all durations, and the durations whose text is in another."""
+    """Whole amounts in the largest common unit, the text of durations in another unit, and the unit."""
     parts = [[(int(n), _short_unit(word)) for n, word in _PART.findall(text)] for text in durations]
     if not all(map(_PARTS.fullmatch, durations)):
         raise DataError(f"durations must be such as '2 hours' or '8 days 8 hours', got {list(durations)}")

@@ -1,4 +1,4 @@
-"""Keys of procedures: equal for two that are one and the same up to the numbering of their steps."""
+"""Keys of procedures, which do not depend on the numbering of their steps."""
 
 import hashlib
 from collections.abc import Hashable, Sequence
@@ -9,8 +9,8 @@ from isomorph.curriculum.tasks.longest_path import Predecessors, topological_ord
 def canonical_key(labels: Sequence[Hashable], predecessors: Predecessors) -> str:
     """16 hexadecimal digits that do not depend on how the steps are numbered.
 
-    labels: what a step is besides its place in the order, such as its duration; compared by ``repr``. Colours are
-    refined over the transitive closure, so a redundant edge changes nothing. Different procedures may share a key
+    labels: what identifies a step besides its place in the order, such as its duration; compared by ``repr``. Colours
+    are refined over the transitive closure, so a redundant edge changes nothing. Different procedures may share a key
     (colour refinement does not tell every pair of graphs apart); equal ones never have two.
     """
     above = _ancestors(predecessors)

@@ -1,4 +1,4 @@
-"""Reads the paper's JSON Lines as they are: one object a line with the keys ``question`` and ``answer``."""
+"""Reads tasks from JSON Lines such as the paper's: one object a line with the keys ``question`` and ``answer``."""
 
 import json
 import random
@@ -28,22 +28,21 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one ch
 
 
 def read_rows(path: str | PathLike[str], family: str, representation: str, *, reward: str = "strict") -> list[Task]:
-    """The tasks of a file, in its order. The key is the number of the first row with the same procedure.
+    """The tasks of a file, in its order. A task's key is the number of the first row with the same procedure.
 
-    Asynchronous-planning tasks carry a demonstration and the sequential answer, derived from questions of the paper's
-    form or, in rows of ``isomorph data make``, which also have a ``key``, written in the row. Two of the paper's rows
-    are the same procedure if they differ in words and numbering alone, other rows if their keys or questions are
-    the same.
+    Async-planning tasks get a demonstration and the sequential answer: worked out from questions of the paper's form,
+    or read from rows of ``isomorph data make``, which have a ``key``. Two of the paper's rows are the same procedure if
+    they differ only in words and numbering; other rows if their keys or questions are equal.
 
     Raises:
         ValueError: an unknown family, or one without this reward.
-        DataError: the file cannot be read, is empty, has a broken row or an accepted answer that cannot be judged by
-            (file, line and defect are named), or judging its family needs an extra that is missing.
+        DataError: the file cannot be read, is empty, has a broken row or an accepted answer that cannot be compared
+            with (file, line and defect are named), or a package that scores its family is not installed.
     """
     check_reward(family, reward)
     first_rows: dict[str, int] = {}
     tasks: list[Task] = []
-    numbers: list[int] = []  # of the lines they stand on
+    numbers: list[int] = []  # of their lines
     for number, line in _lines(path):
         try:
             task = _task(line, family, representation)
@@ -68,9 +67,9 @@ def _refuse_unreadable_answers(path: str | PathLike[str], numbers: list[int], ta
 def split_rows(
     rows: Mapping[str, list[Task]], *, eval_share: float, seed: int
 ) -> tuple[dict[str, list[Task]], dict[str, list[Task]]]:
-    """Training and held-out tasks of each representation; row i of all files is one procedure.
+    """Training and held-out tasks of each representation; row i of all files is the same procedure.
 
-    No procedure, in whatever form, is on both sides: rows that have a key in common stay together.
+    No procedure is on both sides in any form: rows with a common key stay together.
 
     Raises:
         ValueError: eval_share is not between 0 and 1.
@@ -80,12 +79,14 @@ def split_rows(
         raise ValueError(f"eval_share must be between 0 and 1, got {eval_share}")
     counts = {name: len(tasks) for name, tasks in rows.items()}
     if len(set(counts.values())) != 1:
-        raise DataError(f"row i of all files must be one procedure, got files of {counts} rows")
+        raise DataError(f"row i of all files must be the same procedure, got different numbers of rows: {counts}")
     procedures = _procedures(list(rows.values()))
     names = sorted(set(procedures))
     num_held_out = round(eval_share * len(names))
     if not 0 < num_held_out < len(names):
-        raise DataError(f"eval_share = {eval_share} of {len(names)} procedures leaves a side empty; change it")
+        raise DataError(
+            f"eval_share = {eval_share} of {len(names)} procedures leaves no task for training or evaluation: change it"
+        )
     held_out = set(random.Random(seed).sample(names, num_held_out))
 
     def side(wanted: bool) -> dict[str, list[Task]]:
@@ -98,7 +99,7 @@ def split_rows(
 
 
 def _procedures(files: list[list[Task]]) -> list[int]:
-    """For each row the number of the first row that it is joined to by keys, directly or over other rows."""
+    """For each row the number of the first row that shares a key with it, directly or through other rows."""
     first = list(range(len(files[0])))
 
     def root(i: int) -> int:
@@ -115,7 +116,7 @@ def _procedures(files: list[list[Task]]) -> list[int]:
 
 
 def _lines(path: str | PathLike[str]) -> list[tuple[int, str]]:
-    """Every line that is not blank, with its number in the file; with or without a byte order mark, any line ends."""
+    """(number, line) of every line that is not blank; a byte order mark and any line ends are accepted."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -157,11 +158,11 @@ _SOLVERS: Mapping[str, Callable[[Task, dict[str, Any]], Task]] = {ASYNC_PLAN.nam
 
 
 def _with_own_solution(task: Task, record: dict[str, Any]) -> Task:
-    """A row of ``isomorph data make`` says itself which procedure it asks about and how that is solved."""
+    """The task with the key, demonstration and sequential answer of a row of ``isomorph data make``."""
     if record.get("representation", task.representation) != task.representation:
         raise DataError(f"must be of the representation {task.representation}, got {_brief(record['representation'])}")
     if "naive_answer" in record:
-        raise DataError("naive_answer has a new name: call the column sequential_answer")
+        raise DataError("naive_answer is now called sequential_answer: rename the column")
     own: dict[str, Any] = {name: record.get(name) for name in ("key", "demonstration", "sequential_answer")}
     for name, value in own.items():
         if not isinstance(value, str) and (value is not None or name == "key"):
@@ -189,7 +190,7 @@ def _record(line: str) -> dict[str, Any]:
         raise DataError(f"must be a JSON object, got {_brief(record)}")
     for name, value in record.items():
         if isinstance(value, str) and _SURROGATE.search(value):  # no tokenizer and no file can encode it
-            raise DataError(f"{name} holds half a surrogate pair, which is no character: {_brief(value)}")
+            raise DataError(f"{name} holds half a surrogate pair, which is no Unicode text: {_brief(value)}")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Longest paths of a directed acyclic graph of steps, and how one is worked out in writing.
+"""Longest paths of a directed acyclic graph of steps, and worked solutions as text.
 
 Steps are 0 .. n-1; ``predecessors[j]`` are the steps that must be finished before step j starts.
 Amounts are durations in one common unit (int, or Decimal where the data has fractions).
@@ -18,7 +18,7 @@ Style = Literal["compact", "sentences"]
 
 
 def topological_order(predecessors: Predecessors) -> list[int]:
-    """Every step after its predecessors; among those that could come next, the lowest number first.
+    """The steps, each after its predecessors; the lowest number first where several are possible.
 
     Raises:
         ValueError: the graph has a cycle.
@@ -38,12 +38,12 @@ def topological_order(predecessors: Predecessors) -> list[int]:
                 heappush(ready, j)
     if len(order) < len(left):
         circle = sorted(set(range(len(left))) - set(order))
-        raise ValueError(f"steps must not wait for each other in a circle, got one among steps {circle[:20]}")
+        raise ValueError(f"the order of steps must have no cycle, got one among steps {circle[:20]}")
     return order
 
 
 def finish_times(amounts: Sequence[Amount], predecessors: Predecessors) -> list[Amount]:
-    """When each step is finished if it starts as soon as it may; the maximum is the longest path."""
+    """Finish time of each step when it starts as early as possible; the maximum is the longest path."""
     finish: dict[int, Amount] = {}
     for j in topological_order(predecessors):
         before = [finish[i] for i in predecessors[j]]
@@ -52,7 +52,7 @@ def finish_times(amounts: Sequence[Amount], predecessors: Predecessors) -> list[
 
 
 def sequential_finish_times(amounts: Sequence[Amount], predecessors: Predecessors) -> list[Amount]:
-    """When each step is finished if they are done one after the other; the maximum is the sum."""
+    """Finish time of each step when no two overlap; the maximum is the sum."""
     order = topological_order(predecessors)
     finish = dict(zip(order, accumulate(amounts[j] for j in order), strict=True))
     return [finish[j] for j in range(len(amounts))]
@@ -60,11 +60,11 @@ def sequential_finish_times(amounts: Sequence[Amount], predecessors: Predecessor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Working:
-    """All that a worked solution speaks of."""
+    """The input of ``worked_solution``."""
 
-    names: Sequence[str]  # of the steps, as the question calls them
+    names: Sequence[str]  # of the steps, as in the question
     amounts: Sequence[int] | Sequence[Decimal]
-    written: Sequence[str | None]  # the duration as the question has it, where that is not the amount itself
+    written: Sequence[str | None]  # the duration as in the question, where its unit differs from ``unit``; else None
     predecessors: Predecessors
     unit: str  # of the amounts; "" for bare numbers
     noun: str  # "step" or "node"
@@ -73,7 +73,7 @@ class Working:
 def worked_solution(working: Working, *, style: Style, sequential: bool) -> str:
     """A response: each step's start and finish, then the total in <answer>..</answer>.
 
-    ``sequential`` lists the same predecessors, but starts every step only when the one before it is finished.
+    ``sequential``: with the same predecessors, but every step starts when the previous one is finished.
     """
     times = sequential_finish_times if sequential else finish_times
     finish: list[Any] = times(working.amounts, working.predecessors)
@@ -87,7 +87,7 @@ def worked_solution(working: Working, *, style: Style, sequential: bool) -> str:
 
 
 def with_unit(amount: int | Decimal, unit: str) -> str:
-    """``1 hour``, ``2 hours``, ``20 min``, or the bare number where there is no unit."""
+    """``1 hour``, ``2 hours``, ``20 min``, or the bare number without a unit."""
     plural = "s" if amount != 1 and unit not in ("", "sec", "min") else ""
     return f"{_shown(amount)} {unit}{plural}".rstrip()
 

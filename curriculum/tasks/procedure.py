@@ -1,7 +1,7 @@
-"""Procedures to plan: named activities with durations and a partial order, drawn from a seed.
+"""Procedures to plan: named activities with durations and a partial order, generated from a seed.
 
-A procedure is the thing that all representations write down; its key tells two procedures apart however their
-steps are numbered, worded or measured, and decides which split it belongs to.
+All representations of a task describe one procedure. Its key does not depend on how steps are numbered, worded or
+measured, and decides which split it belongs to.
 """
 
 import random
@@ -15,7 +15,7 @@ from isomorph.curriculum.tasks.longest_path import Style, finish_times
 from isomorph.curriculum.tasks.task import DataError, Split
 from isomorph.curriculum.tasks.wording import MAX_STEPS, SCENARIOS, TERSE_ACTIVITIES
 
-# A month or a year has no fixed length, so the generator stops at weeks: its answers are exact.
+# Weeks at most: months and years have no fixed length, so answers would not be exact.
 Unit = Literal["sec", "min", "hour", "day", "week"]
 UNITS: tuple[str, ...] = get_args(Unit)  # ascending
 SECONDS: dict[str, int] = {"sec": 1, "min": 60, "hour": 3_600, "day": 86_400, "week": 604_800}
@@ -25,7 +25,7 @@ MAX_DRAWS = 10_000
 
 
 class Difficulty(BaseModel):
-    """How hard the procedures are and how they are worded. The defaults are the smallest useful setting."""
+    """Size and wording of generated procedures. The defaults are the smallest useful setting."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,16 +33,16 @@ class Difficulty(BaseModel):
     max_steps: int = Field(5, ge=1, le=MAX_STEPS)
     max_predecessors: int = Field(2, ge=0, le=MAX_STEPS)  # direct predecessors of one step
     edge_probability: float = Field(0.5, ge=0, le=1)  # that an earlier step precedes a later one
-    # Width: the most steps under way at one moment when every step starts as early as it may. At width 1 the
-    # answer is the sum of all durations.
+    # width: the most steps that run at the same time when each starts as early as possible; at width 1 the answer is
+    # the sum of all durations
     min_width: int = Field(1, ge=1, le=MAX_STEPS)
     max_width: int = Field(MAX_STEPS, ge=1, le=MAX_STEPS)
     min_duration: int = Field(1, ge=1, le=10_000)  # in the step's own unit
     max_duration: int = Field(9, ge=1, le=10_000)
-    units: tuple[Unit, ...] = ("min",)  # each step draws one; more than one makes the answer need conversion
-    shuffled: bool = False  # number the steps at random instead of in an order that can be carried out
-    form: Literal["full", "terse"] = "full"  # terse: short prompts over a small closed vocabulary
-    templates: int = Field(4, ge=1, le=4)  # wordings in use per kind of sentence
+    units: tuple[Unit, ...] = ("min",)  # one is sampled for each step; with several, answering needs conversion
+    shuffled: bool = False  # number the steps at random instead of in a topological order
+    form: Literal["full", "terse"] = "full"  # terse: short prompts from a small vocabulary, for tiny models
+    templates: int = Field(4, ge=1, le=4)  # number of wordings per kind of sentence
     demonstration: Style = "sentences"
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class Duration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Procedure:
-    """What has to be done: step j is ``activities[j]`` and waits for all of ``predecessors[j]``."""
+    """Step j is ``activities[j]``, takes ``durations[j]`` and starts after all of ``predecessors[j]``."""
 
     goal: str
     activities: tuple[str, ...]
@@ -87,7 +87,7 @@ class Procedure:
 
     @property
     def unit(self) -> str:
-        """The smallest unit that occurs: every finish time is a whole number of it."""
+        """The smallest unit of the durations; every finish time is a whole number of it."""
         return min((d.unit for d in self.durations), key=SECONDS.__getitem__)
 
     @property
@@ -102,14 +102,14 @@ class Procedure:
 
     @property
     def width(self) -> int:
-        """The most steps under way at one moment when every step starts as early as it may."""
+        """The most steps that run at the same time when each starts as early as possible."""
         finish = finish_times(self.amounts, self.predecessors)
         start = [f - a for f, a in zip(finish, self.amounts, strict=True)]
         return max(sum(s <= t < f for s, f in zip(start, finish, strict=True)) for t in start)
 
     @property
     def key(self) -> str:
-        """Equal for procedures that are the same up to the numbering of steps, units and redundant edges."""
+        """The same for procedures that differ only in numbering, units and redundant edges."""
         return canonical_key([d.seconds for d in self.durations], self.predecessors)
 
     @property
@@ -118,11 +118,11 @@ class Procedure:
 
 
 def draw(rng: random.Random, difficulty: Difficulty, *, split: Split) -> Procedure:
-    """A procedure of the given difficulty that belongs to ``split``. No procedure belongs to both.
+    """A random procedure of the given difficulty that belongs to ``split``. No procedure belongs to both.
 
     Raises:
         ValueError: split is not "train" or "eval".
-        DataError: no procedure of this difficulty turned up, because its limits contradict each other.
+        DataError: MAX_DRAWS attempts gave no such procedure; the limits may contradict each other.
     """
     if split not in ("train", "eval"):
         raise ValueError(f'split must be "train" or "eval", got {split!r}')

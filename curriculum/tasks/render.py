@@ -1,8 +1,8 @@
-"""One procedure, four surfaces: natural language, graph, code, and a table.
+"""Renders a procedure in its four representations: natural language, graph, code and table.
 
-The table is held out: stages never train on it. It is a form of its own (a spreadsheet's rows, neither
-sentences nor syntax), lists each step's predecessors where graph and code list successors, and its terse form
-uses no token that the trained forms lack, so that a tiny word-level model can read it.
+The table is held out: stages never train on it. It has rows in place of sentences or syntax, and lists each step's
+predecessors where graph and code list successors. Its terse form uses only tokens of the trained forms, so that a tiny
+word-level model can read it.
 """
 
 import random
@@ -17,7 +17,7 @@ REPRESENTATIONS = TRAINED + HELD_OUT
 
 _SPELLED = {"sec": "second", "min": "minute"}
 
-# All that the terse graph, code and table forms hold beside numbers and units; the second line with several units.
+# All tokens of the terse graph, code and table forms besides numbers and units; the second line with several units.
 TERSE_SYNTAX = "graph = {1: [2, 3]} time? print(longest_path()) [(2, 5)] step, after"
 TERSE_SYNTAX_OF_UNITS = "durations adj *"
 
@@ -29,7 +29,7 @@ def check_representation(representation: str) -> None:
 
 
 def render(procedure: Procedure, representation: str, rng: random.Random, difficulty: Difficulty) -> str:
-    """The whole question in one representation. Only ``natural`` draws from ``rng``: its wordings vary.
+    """The whole question in one representation. Only ``natural``, whose wordings vary, uses ``rng``.
 
     Raises:
         ValueError: an unknown representation.
@@ -191,7 +191,7 @@ def _constants(procedure: Procedure) -> str:
 
 
 def _weighted_rows(procedure: Procedure, *, end: str) -> list[str]:
-    """``3: [(4, 7), (5, 7)]``: every edge carries the duration of the step it leaves."""
+    """``3: [(4, 7), (5, 7)]``: each edge has the duration of the step it starts at."""
     rows = []
     for i, after in enumerate(procedure.successors):
         names = [str(j + 1) for j in after] or [end]

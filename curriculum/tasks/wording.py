@@ -1,4 +1,4 @@
-"""The words of the async-planning family: activities, goals and sentence patterns, full and terse.
+"""Activities, goals and sentence patterns of generated async-planning tasks, full and terse.
 
 Patterns are filled by ``str.format``: {time} is ``5 min``, {spelled} is ``5 minutes``, {a} and {b}
 are step numbers.

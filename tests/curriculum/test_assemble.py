@@ -130,7 +130,7 @@ def test_adapters_are_not_put_on_another_base(killed: Path) -> None:
     described = read_run_json(killed)
     described["recipe"]["run"]["seed"] = 1  # a tiny model's weights come from it
     (killed / "run.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="trained on weights with fingerprint .* put the model back"):
+    with pytest.raises(UserError, match="trained on weights with fingerprint .* restore the model"):
         run(killed, reread(killed), resume=True)
     with pytest.raises(UserError, match="trained on weights with fingerprint"):
         open_candidate(str(killed))

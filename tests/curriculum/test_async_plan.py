@@ -408,7 +408,7 @@ def test_every_scenario_has_enough_different_activities() -> None:
         assert len(set(activities)) == len(activities) == wording.MAX_STEPS, goal
 
 
-def test_topological_order_puts_predecessors_first_and_finds_circles() -> None:
+def test_topological_order_puts_predecessors_first_and_finds_cycles() -> None:
     rng = random.Random(0)
     for _ in range(100):
         before = draw(rng, FULL_MIXED, split="train").predecessors
@@ -416,7 +416,7 @@ def test_topological_order_puts_predecessors_first_and_finds_circles() -> None:
         place = {j: k for k, j in enumerate(order)}
         assert all(place[i] < place[j] for j, many in enumerate(before) for i in many)
     assert list(pairwise(topological_order([[], [], []]))) == [(0, 1), (1, 2)]
-    with pytest.raises(ValueError, match="circle"):
+    with pytest.raises(ValueError, match="cycle"):
         topological_order([[1], [0], []])
 
 

@@ -42,18 +42,18 @@ def test_a_file_with_another_content_is_named(tmp_path: Path) -> None:
     recipe = recipe_of(str(rows), str(model))
     recorded = describe_files(recipe)
     assert changed_files(recorded, recipe) == [] == changed_files({}, recipe)
-    rows.touch()  # another time is not another content
+    rows.touch()  # a newer file of the same content has not changed
     (model / "model.safetensors").touch()  # nor are other weights: those of a run stand in its checkpoints
     assert changed_files(recorded, recipe) == []
     rows.write_text("two\n")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     changed = changed_files(recorded, recipe)
     assert changed == [
-        f"{rows} has another content than when the run began",
-        f"{model / 'chat_template.jinja'} was not there when the run began",
+        f"{rows} has changed since the run began",
+        f"{model / 'chat_template.jinja'} did not exist when the run began",
     ]
     rows.unlink()
-    assert f"{rows} is not there any more" in changed_files(recorded, recipe)
+    assert f"{rows} no longer exists" in changed_files(recorded, recipe)
 
 
 def test_the_same_rows_elsewhere_are_the_same(tmp_path: Path) -> None:

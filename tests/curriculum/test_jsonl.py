@@ -182,7 +182,7 @@ def test_only_nodes_between_start_and_end_count() -> None:
         ("natural", "(5 min)", "(5 moons)", "moons"),
         ("natural", "(5 min)", "(5-10 min)", "duration"),
         ("natural", "step 3 and 4", "step 3 and 9", "9"),
-        ("natural", "Step 2 must precede step 4", "Step 4 must precede step 1", "circle"),
+        ("natural", "Step 2 must precede step 4", "Step 4 must precede step 1", "cycle"),
         ("natural", "Step ", "Stage ", "steps"),
         ("natural", "Step 2 must precede step 4.", "You gotta deal with 2 before hittin' the 4.", "hittin"),
         ("natural", "Step 2 must precede step 4.", "Step 2 must come before step 4.", "come before"),
@@ -203,7 +203,7 @@ def test_only_nodes_between_start_and_end_count() -> None:
         ("graph", ", '3': '30 sec'", "", "'3'"),
         ("graph", "['1', '2']}", "['1', '2']", "adjacency"),
         ("graph", "'2': ['4']", "'2': __import__('os').getcwd()", "literal"),
-        ("graph", "'3': ['END']", "'3': ['1']", "circle"),
+        ("graph", "'3': ['END']", "'3': ['1']", "cycle"),
         ("code", "source = 1", "source = 5", "path"),
         ("code", "target = 8", "", "target"),
         ("code", "(9, 0.5)", "(9, -0.5)", "weight"),
@@ -315,7 +315,7 @@ def test_impossible_splits_are_refused() -> None:
     rows = {"a": _made_up([0, 1, 2])}
     with pytest.raises(ValueError, match="eval_share"):
         split_rows(rows, eval_share=1.0, seed=0)
-    with pytest.raises(DataError, match="side empty"):
+    with pytest.raises(DataError, match="leaves no task"):
         split_rows(rows, eval_share=0.01, seed=0)
     with pytest.raises(DataError, match="rows"):
         split_rows({**rows, "b": _made_up([0])}, eval_share=0.5, seed=0)

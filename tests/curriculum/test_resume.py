@@ -44,14 +44,14 @@ def test_what_may_change_is_told_with_its_value_before(stopped: Path, override: 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("run.seed=7", "run.seed cannot change in a run that has begun"),
+        ("run.seed=7", "run.seed cannot be changed by --resume"),
         ("stage.2.objective.kl_coef=0.5", "stage.2.objective.kl_coef"),
-        ("stage.2.sampling.temperature=0.5", "stage.2.sampling.temperature cannot change"),
-        ("eval.prompts=5", "eval.prompts cannot change"),
-        ("data.plans.difficulty.max_steps=5", "data.plans.difficulty.max_steps cannot change"),
-        ("model.tiny.num_layers=3", "model.tiny.num_layers cannot change"),
+        ("stage.2.sampling.temperature=0.5", "stage.2.sampling.temperature cannot be changed"),
+        ("eval.prompts=5", "eval.prompts cannot be changed"),
+        ("data.plans.difficulty.max_steps=5", "data.plans.difficulty.max_steps cannot be changed"),
+        ("model.tiny.num_layers=3", "model.tiny.num_layers cannot be changed"),
         ("optim.lr=1e-5", "write stage.0.optim.lr=1e-5"),
-        ("stage.0.steps=90", "stage 0 is over"),
+        ("stage.0.steps=90", "stage 0 had ended"),
         ("stage.1.steps=1", "must be more than the 1 steps that are done"),
         ("sampler.publish=copy", "no effect"),
         ("run.sede=7", "did you mean 'seed'"),
@@ -67,6 +67,6 @@ def test_in_the_midst_of_a_step_its_batches_are_cut_already(stopped: Path) -> No
     state = stopped / "checkpoints" / "step-00000081" / "state.json"
     fields = json.loads(state.read_text())
     state.write_text(json.dumps({**fields, "draws": [{}]}))
-    with pytest.raises(UserError, match="in the midst of a step"):
+    with pytest.raises(UserError, match="cannot change within a step"):
         changes_of(stopped, "stage.1.batch.micro_batch_tok=2000")
     assert changes_of(stopped, "stage.2.batch.micro_batch_tok=2000")
