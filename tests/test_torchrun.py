@@ -150,7 +150,7 @@ def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(isomorph: Path,
         assert done.returncode == 2 and "needs several ranks, got 1: start with torchrun" in done.stderr
         return
     assert done.returncode == 0, done.stderr
-    assert "warning: the run had 2 ranks and goes on with 1" in done.stdout.replace("\n", " ")
+    assert "warning: the run had 2 ranks and resumes with 1" in done.stdout.replace("\n", " ")
 
 
 @pytest.mark.vllm
