@@ -63,7 +63,7 @@ class Ranks:
             _interleaved([draw.rewards for draw in draws], group),
         )
 
-    def deal(self, cost_tok: Sequence[int]) -> list[list[int]]:
+    def assign(self, cost_tok: Sequence[int]) -> list[list[int]]:
         """For each rank the indices of its items: the most expensive item first, each to the least loaded rank.
 
         ``cost_tok``: the tokens of each item. Equal on all ranks without communication.

@@ -56,33 +56,33 @@ def untie(model: Any) -> list[str]:
     ]
 
 
-def mend_generation_config(model: Any, text: TextCodec) -> list[str]:
+def repair_generation_config(model: Any, text: TextCodec) -> list[str]:
     """Makes generation_config.json name all stop tokens, and removes what transformers would refuse to save.
 
     Returns a note for each repair.
     """
     notes = []
-    mended = model.generation_config
-    named = mended.eos_token_id if isinstance(mended.eos_token_id, list) else [mended.eos_token_id]
+    config = model.generation_config
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not set(text.stop_ids) <= set(named):
-        mended.eos_token_id = list(text.stop_ids)
-        if mended.pad_token_id is None:  # else transformers warns at each call that it pads with eos
-            mended.pad_token_id = text.tokenizer.pad_token_id
+        config.eos_token_id = list(text.stop_ids)
+        if config.pad_token_id is None:  # else transformers warns at each call that it pads with eos
+            config.pad_token_id = text.tokenizer.pad_token_id
         tokens = ", ".join(map(repr, text.tokenizer.convert_ids_to_tokens(text.stop_ids)))
         notes.append(f"the saved generation_config.json will name all stop tokens: {tokens}")
-    if _refusal(mended) is None:
+    if _refusal(config) is None:
         return notes
-    if mended.do_sample is not True:
-        fresh = type(mended)()
-        idle = {name: getattr(mended, name) for name in ONLY_SAMPLED if hasattr(mended, name)}
+    if config.do_sample is not True:
+        fresh = type(config)()
+        idle = {name: getattr(config, name) for name in ONLY_SAMPLED if hasattr(config, name)}
         for name in idle:
-            setattr(mended, name, getattr(fresh, name))
-        if _refusal(mended) is None:
+            setattr(config, name, getattr(fresh, name))
+        if _refusal(config) is None:
             dropped = ", ".join(f"{n} = {v}" for n, v in idle.items() if v != getattr(fresh, n))
             return [*notes, f"generation_config.json has do_sample off and cannot be saved with {dropped}: removed"]
-    cause = _refusal(mended)
-    model.generation_config = type(mended)(
-        bos_token_id=mended.bos_token_id, eos_token_id=mended.eos_token_id, pad_token_id=mended.pad_token_id
+    cause = _refusal(config)
+    model.generation_config = type(config)(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     return [*notes, f"generation_config.json cannot be saved, only its token ids are kept: {cause}"]
 
@@ -97,7 +97,7 @@ def _refusal(generation_config: Any) -> str | None:
     return None
 
 
-def rehearse_saving(model: Any, tokenizer: Any) -> None:
+def try_saving(model: Any, tokenizer: Any) -> None:
     """Saves, to a temporary folder, everything that ``Policy.save`` writes but the weights. Raises UserError."""
     with foreign("could not be saved after training"), tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)

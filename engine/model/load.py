@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.foreign import foreign
 from isomorph.engine.model.attention import registered_attention
-from isomorph.engine.model.check import end_ids, limit_to_window, mend_generation_config, rehearse_saving, untie
+from isomorph.engine.model.check import end_ids, limit_to_window, repair_generation_config, try_saving, untie
 from isomorph.engine.model.families import normalises_heads, refuse_unsupported
 from isomorph.engine.model.lora import attach, require_peft
 from isomorph.engine.model.policy import Policy
@@ -59,8 +59,8 @@ def load_policy(
         with _about(config.path):
             notes = untie(model) + limit_to_window(model)
             text = _opened_text(model, tokenizer, config, tags)
-            notes += mend_generation_config(model, text)
-            rehearse_saving(model, tokenizer)
+            notes += repair_generation_config(model, text)
+            try_saving(model, tokenizer)
     adapters = None if lora is None else attach(model, lora, seed=seed, base=config.path)
     gradient_checkpointing_every, compiles = config.gradient_checkpointing_every, config.compile
     policy = Policy(

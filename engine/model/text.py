@@ -226,12 +226,12 @@ def _note_prompt(text: TextCodec, notes: list[str]) -> None:
     else:
         with foreign(f"the tokenizer fails on {PROBE!r}"):
             ids = tokenizer(PROBE)["input_ids"]
-    mended = _without_extra_ends(ids, tokenizer, text.uses_chat_template)
-    if mended[:2] != ids[:2]:
+    cleaned = _without_extra_ends(ids, tokenizer, text.uses_chat_template)
+    if cleaned[:2] != ids[:2]:
         notes.append(f"a prompt begins with {tokenizer.bos_token!r} twice: one is removed")
-    if mended[-1:] != ids[-1:]:
+    if cleaned[-1:] != ids[-1:]:
         notes.append(f"the tokenizer ends a prompt with {tokenizer.eos_token!r}: it is removed")
-    rest = [i for i in mended if tokenizer.decode([i]).strip()]
+    rest = [i for i in cleaned if tokenizer.decode([i]).strip()]
     if rest and rest[-1] in text.stop_ids:
         last = tokenizer.convert_ids_to_tokens(rest[-1])
         notes.append(f"the chat template ends a prompt with the stop token {last!r} and opens no assistant's turn")

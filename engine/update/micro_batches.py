@@ -66,8 +66,8 @@ def _update(
     parts_of = [
         _parts(group, micro_batch_tok, objective, start) for group, start in zip(groups, first_id, strict=False)
     ]
-    dealt = ranks.deal([sum(part.num_tok for part in parts) for parts in parts_of])
-    trained = [[part for i in members for part in parts_of[i]] for members in dealt]
+    assigned = ranks.assign([sum(part.num_tok for part in parts) for parts in parts_of])
+    trained = [[part for i in members for part in parts_of[i]] for members in assigned]
     bins = [assign_groups([part.num_tok for part in parts], micro_batch_tok) for parts in trained]
     own, own_bins = trained[ranks.rank], bins[ranks.rank]
     batches = [pack_parts([own[i] for i in members], device) for members in own_bins]
