@@ -1,4 +1,4 @@
-"""What prose and comments name exists: files, modules and what is in them. Elsewhere that is the first thing to rot."""
+"""Prose and comments name only what exists: files, modules and what is in them; and every file is on the map."""
 
 import ast
 import importlib.util
@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("kernels", "engine", "curriculum")
+PACKAGES = ("kernels", "engine", "curriculum")
 READ = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "pyproject.toml", "CMakeLists.txt", ".ci/run")
-READ_IN = (*ROOMS, "benchmarks", "studies", "docs")  # CHANGELOG.md names what is gone
+READ_IN = (*PACKAGES, "benchmarks", "studies", "docs")  # CHANGELOG.md names what is gone
 MAPPED_IN = (*READ_IN, "tests")
 KINDS = {".py", ".pyi", ".toml", ".md", ".cpp", ".h", ".cu", ".txt"}
 
