@@ -200,12 +200,13 @@ def test_one_op_through_the_script(tmp_path: Path) -> None:
 
 
 def test_missing_benchmarks_are_an_input_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from isomorph.curriculum import cli
+    from isomorph.curriculum.commands import kernels
     from isomorph.engine.config import UserError
 
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "curriculum" / "cli.py"))
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "curriculum" / "commands" / "kernels.py"))
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *command, **options: pytest.fail("a benchmark was started"))
     with pytest.raises(UserError, match="not part of the installed package"):
-        cli.bench_kernels()
+        kernels.bench_kernels(None, None, quick=True)
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
