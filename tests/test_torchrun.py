@@ -165,7 +165,7 @@ def test_every_rank_has_a_vllm_of_its_own(isomorph: Path, tmp_path: Path, publis
     assert any(row["drift/max"] is not None for row in rows)
 
 
-# -- whoever dies, the others do not wait for it
+# -- a rank that dies ends the others
 def test_a_killed_rank_ends_the_run_with_a_sentence(isomorph: Path, tmp_path: Path) -> None:
     with at_work(isomorph, tmp_path) as (launcher, ranks):
         ranks[1].kill()

@@ -239,7 +239,7 @@ def test_an_empty_prompt_is_refused(policy: Policy) -> None:
 
 # -- slots
 class Watched(Decoder):
-    """Takes down what happens to the slots."""
+    """Records prefills and steps with their slots."""
 
     def __init__(self, policy: Policy, spec: DecoderSpec) -> None:
         super().__init__(policy, spec)
@@ -325,7 +325,7 @@ def test_prompts_beyond_one_packed_pass_are_prefilled_in_several(
     assert same(generate(policy, prompts, make_sampling()), usual)
 
 
-# -- what a GPU records, rehearsed: rows filled up to a recorded number, several steps between two looks
+# -- what a CUDA graph does, on the CPU: rows padded to a captured size, several steps between two checks
 def test_rows_that_fill_up_and_steps_after_the_end_change_nothing(policy: Policy) -> None:
     prompts = make_prompts(5, 9)
     sampling = make_sampling(samples=3, stop_ids=(1, 5, 9, 13), max_new_tok=20)
@@ -347,7 +347,7 @@ def test_rows_that_fill_up_and_steps_after_the_end_change_nothing(policy: Policy
 
 
 def test_a_step_looks_at_nothing_on_the_host(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph cannot hold a step that does; checks of values are left out there, so they are left out here."""
+    """A CUDA graph cannot contain such a step. Checks of values are off there, so they are off here."""
     sampling = make_sampling(samples=3)
     decoder = Decoder(policy, builtin.plan_decoder([5], sampling, 3, None))
 

@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: gradients, denominators, statistics, and what the ranks tell each other."""
+"""Two gloo ranks against one: gradients, denominators, statistics, and collectives."""
 
 import dataclasses
 import multiprocessing
@@ -73,7 +73,7 @@ def make_stage(objective: ObjectiveConfig = GRPO, **tables: Any) -> Stage:
     )
 
 
-# -- two processes that do what they are told
+# -- two rank processes that run given functions
 class Crowd:
     """``ask(function, *arguments)`` runs ``function(ranks, *arguments)`` on every rank; functions of this module."""
 
@@ -133,7 +133,7 @@ def crowd() -> Iterator[Crowd]:
 def step_on(
     ranks: Ranks, objective: ObjectiveConfig, groups: list[Group], batch: dict[str, Any], kind: str = "data"
 ) -> tuple[list[Tensor], StepStats]:
-    """The gradient of each update of a step, before clipping; the policy stands still."""
+    """The gradient of each optimizer step, before clipping; the weights are not changed."""
     policy = make_policy(lora=LoraConfig(rank=2) if kind == "adapters" else None)
     stage = make_stage(objective, batch=batch)
     if kind == "fsdp":
@@ -283,9 +283,9 @@ def test_a_restored_learner_goes_on_bit_for_bit(crowd: Crowd, kind: str, dtype: 
         assert torch.equal(resumed, whole)
 
 
-# -- what the ranks tell each other
+# -- collectives
 def exchange(ranks: Ranks, groups: list[Group]) -> tuple[list[Rollout], list[str], list[float]]:
-    """Every rank makes the text and reward of its own responses up."""
+    """Texts and rewards that each rank derives from the ids of its own responses."""
     own = [r for group in ranks.share(groups) for r in group.rollouts]
     return ranks.exchange(own, [f"{r.prompt_id}.{r.sample}" for r in own], [r.prompt_id + r.sample / 8 for r in own], 3)
 

@@ -51,7 +51,7 @@ def in_float64(policy: Policy, **options: Any) -> Policy:
 
 
 def move(policy: Policy, scale: float = 0.3, seed: int = 1) -> Policy:
-    """Every A and B random: a learner has been here."""
+    """Random A and B, as after training."""
     generator = torch.Generator().manual_seed(seed)
     policy.overwrite([scale * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     return policy

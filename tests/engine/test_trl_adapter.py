@@ -1,4 +1,4 @@
-"""TRL's own trainers, packed and as they come: the same log-probabilities, gradients and weights, fewer tokens."""
+"""TRL's own trainers, packed and unpatched: the same log-probabilities, gradients and weights, fewer tokens."""
 
 import functools
 import os
@@ -105,7 +105,7 @@ def with_gradients(model: Any, labels: Tensor, log_probs: Tensor, entropy: Tenso
 
 
 def asked(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Answers:
-    """What TRL asks."""
+    """TRL's call for log-probabilities."""
     answer = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     ignored = labels[:, 1:] == IGNORED
     assert (answer.log_probs[ignored] == 0).all() and (answer.entropy[ignored] == 0).all()

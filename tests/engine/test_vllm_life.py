@@ -1,4 +1,4 @@
-"""One real vLLM through the steps of a run: draw, pause, give memory back, wake, publish, draw again, and all that
+"""One real vLLM through the steps of a run: generate, pause, free memory, wake, publish, generate again, and all that
 can come in between. On a GPU this is what a run does there; on the CPU the driver's mapping of memory has a double.
 """
 
@@ -65,7 +65,7 @@ def started(request: pytest.FixtureRequest) -> Iterator[Life]:
     sampler.close()
 
 
-# -- memory that can be given back
+# -- memory that can be freed
 @dataclass
 class Pages:
     """Stands for the CUDA driver, which unmaps and maps memory for vLLM's allocator: an unmapped page loses its bits.
@@ -206,7 +206,7 @@ def test_without_memory_to_give_back_it_is_paused_all_the_same(life: Life) -> No
 
 @with_vllm
 def test_requests_that_are_left_over_do_not_keep_it_awake(life: Life, memory: Pages | Device, pace: None) -> None:
-    """Such as those of somebody who used the engine himself and stopped half way."""
+    """Unfinished requests that were added to the engine directly."""
     before = draw(life)
     requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in make_prompts(life.policy, TEXTS)]
     from vllm import SamplingParams
@@ -233,7 +233,7 @@ def test_an_empty_batch(life: Life, memory: Pages | Device) -> None:
 
 
 class Stop(BaseException):
-    """What a request to stop may be: no Exception."""
+    """A stop signal may raise something that is no Exception."""
 
 
 @with_vllm

@@ -34,7 +34,7 @@ def make_prompts(policy: Policy, num: int = 3) -> list[Prompt]:
     ]
 
 
-# -- where a tensor stands
+# -- layout
 def test_query_key_and_value_stand_in_one_tensor_whatever_their_order() -> None:
     names = [f"{LAYER}.{m}_proj.weight" for m in ("v", "o", "k", "q")]
     found = sampler_tensors(names)

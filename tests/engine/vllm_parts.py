@@ -36,7 +36,7 @@ def with_real_model(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def on_cpu(test: Callable[..., None]) -> Callable[..., None]:
-    """For what only vLLM's CPU build does, such as packing its weights."""
+    """For what only vLLM's CPU build does, such as prepacking its weights."""
     return pytest.mark.skipif(DEVICE.type != "cpu", reason="vLLM does this on the CPU only")(test)
 
 
@@ -91,7 +91,7 @@ def is_shared(sampler: VllmSampler) -> bool:
 
 
 def check_that_it_follows(policy: Policy, sampler: VllmSampler) -> None:
-    """Twice: publish, compare fingerprints, draw, compare log-probabilities; then the policy moves."""
+    """Twice: publish, compare fingerprints, generate, compare log-probabilities; then change the policy."""
     prompts = make_prompts(policy, ["wa wb wc wd we", "wz wy wx"])
     whole = storage_fingerprint if is_shared(sampler) else fingerprint
     for version in (1, 2):
