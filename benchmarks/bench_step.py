@@ -40,7 +40,7 @@ from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Sampling
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import pack
-from isomorph.engine.update.score import Judging, score
+from isomorph.engine.update.score import RewardThread, score
 
 LEARNING_RATE = 1e-6
 PHASES = ("generate_s", "judge_s", "update_s")
@@ -100,10 +100,10 @@ class Ours:
             seed=self.version,
         )
         memory, marks = PeakMemory(), [now()]
-        with Judging(_judge, text.decode, prompts) as judging:
-            rollouts = self.sampler.generate(prompts, sampling, judging.add)
+        with RewardThread(_judge, text.decode, prompts) as scoring:
+            rollouts = self.sampler.generate(prompts, sampling, scoring.add)
             marks.append(now())
-            _, rewards = judging.results()
+            _, rewards = scoring.results()
         groups = score(prompts, rollouts, rewards, stage.objective)
         updates = pack(
             groups,

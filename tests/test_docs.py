@@ -89,6 +89,8 @@ def _defined_in(source: Path) -> set[str]:
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
@@ -146,6 +148,33 @@ def test_a_planted_identifier_is_caught(tmp_path: Path) -> None:
     (tmp_path / "engine" / "a.py").write_text("class Here:\n    def step(self): ...\n")
     (tmp_path / "ARCHITECTURE.md").write_text("`Here.step()`, `step`, `gone()`, `Here.gone`, `section.key=value`\n")
     assert unknown_identifiers(tmp_path) == ["gone", "Here.gone"]
+
+
+def missing_imports(root: Path) -> list[str]:
+    """Names that scripts outside the packages import from a module of ours, and that it does not define."""
+    missing = []
+    for path in (p for top in ("benchmarks", "studies") for p in sorted((root / top).glob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("isomorph."):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name for name in modules if not _is_module_or_in_one(root, name.split(".")[1:])]
+                missing += [f"{path.relative_to(root).as_posix()}:{node.lineno}: {name}" for name in names]
+    return missing
+
+
+def test_every_name_that_a_script_imports_exists() -> None:
+    """Most benchmarks run in no test."""
+    assert missing_imports(ROOT) == []
+
+
+def test_a_planted_import_is_caught(tmp_path: Path) -> None:
+    for name, text in {
+        "kernels/there.py": "def known() -> None: ...\n",
+        "benchmarks/a.py": "from isomorph.kernels import there\nfrom isomorph.kernels.there import gone, known\n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    assert missing_imports(tmp_path) == ["benchmarks/a.py:2: isomorph.kernels.there.gone"]
 
 
 def test_every_path_that_is_named_exists() -> None:
