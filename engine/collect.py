@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from isomorph.engine.components import Components, RunProgress, StopRequested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import check_ends
-from isomorph.engine.types import Draw, Group, Prompt, Rollout, Sampler, Sampling
+from isomorph.engine.types import Group, Prompt, Rollout, Sampler, Sampling, ScoredRollouts
 from isomorph.engine.update.score import RewardThread, score
 
 
@@ -51,24 +51,24 @@ class Collector:
     def __init__(self, components: Components, sampler: Sampler, stage: Stage, progress: RunProgress) -> None:
         self.components, self.sampler, self.stage, self.progress = components, sampler, stage, progress
         self._left = deque(progress.state.draws)
-        self._taken: list[Draw] = []
+        self._taken: list[ScoredRollouts] = []
 
     def collect(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[str]]:
         """Returns a group for each prompt, and the decoded text of every response, in the same order."""
         log = self.components.log
         with log.time("generate"):
-            draw = self._left.popleft() if self._left else self._sample(prompts)
-        self._taken.append(draw)
+            scored = self._left.popleft() if self._left else self._sample(prompts)
+        self._taken.append(scored)
         self.progress.state = dataclasses.replace(self.progress.state, draws=(*self._taken, *self._left))
         with log.time("judge"):
-            return score(prompts, draw.rollouts, draw.rewards, self.stage.objective), list(draw.texts)
+            return score(prompts, scored.rollouts, scored.rewards, self.stage.objective), list(scored.texts)
 
-    def _sample(self, prompts: Sequence[Prompt]) -> Draw:
+    def _sample(self, prompts: Sequence[Prompt]) -> ScoredRollouts:
         components, sampling = self.components, _training_sampling(self.components, self.stage)
         rollouts, texts, rewards = sample_and_reward(components, self.sampler, prompts, sampling, components.log.time)
         if self.sampler is components.sampler:
             check_ends(rollouts, sampling)
-        return Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
+        return ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
 
 
 def refill(collector: Collector, groups: list[Group], texts: list[str]) -> tuple[list[Group], list[Group], list[str]]:

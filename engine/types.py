@@ -168,7 +168,7 @@ class StepStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Draw:
+class ScoredRollouts:
     """The rollouts of all ranks for one list of prompts, in the prompts' order, with decoded texts and rewards."""
 
     rollouts: tuple[Rollout, ...]
@@ -188,7 +188,7 @@ class RunState:
     num_ranks: int = 1  # of the run that wrote it; with another number, sums differ in their last bits
     source: dict[str, Any] = field(default_factory=dict)  # PromptSource.state_dict()
     totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens, drift.Surprise
-    draws: tuple[Draw, ...] = ()  # rollouts of an interrupted step, in the order of its calls; else empty
+    draws: tuple[ScoredRollouts, ...] = ()  # rollouts of an interrupted step, in the order of its calls; else empty
 
 
 # arguments: index of the prompt in the list given to ``generate``, and its rollouts, by ``sample`` ascending

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.serialise import join_draw, split_draw
-from isomorph.engine.types import Draw, Rollout
+from isomorph.engine.serialise import join_scored, split_scored
+from isomorph.engine.types import Rollout, ScoredRollouts
 from isomorph.kernels.packing import balanced_bins
 
 T = TypeVar("T")
@@ -53,10 +53,12 @@ class Ranks:
         """
         if self.size == 1:
             return list(rollouts), list(texts), list(rewards)
-        fields, tensors = split_draw(Draw(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards)))
+        fields, tensors = split_scored(
+            ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
+        )
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}  # pickle is fast with arrays
         parts = self.gather((fields, arrays))
-        draws = [join_draw(told, {name: torch.from_numpy(a) for name, a in found.items()}) for told, found in parts]
+        draws = [join_scored(told, {name: torch.from_numpy(a) for name, a in found.items()}) for told, found in parts]
         return (
             _interleaved([draw.rollouts for draw in draws], group),
             _interleaved([draw.texts for draw in draws], group),

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isomorph.engine.config import UserError
-from isomorph.engine.serialise import join_draw, split_draw
-from isomorph.engine.types import Draw, RunFailed, RunState
+from isomorph.engine.serialise import join_scored, split_scored
+from isomorph.engine.types import RunFailed, RunState, ScoredRollouts
 
 FORMAT = 2
 REPLACED = ".replaced-"  # prefix of a checkpoint while a new one of the same step is renamed to its name
@@ -44,7 +44,7 @@ def save_checkpoint(
         partial.mkdir()
         _write_tensors(partial / "weights.safetensors", weights)
         _write_tensors(partial / "optimizer.safetensors", learner)
-        fields_of_draws, tensors = _split_draws(state.draws)
+        fields_of_draws, tensors = _split_all(state.draws)
         _write_tensors(partial / "draws.safetensors", tensors)
         fields = dataclasses.asdict(dataclasses.replace(state, draws=()))
         _write_text(partial / "state.json", json.dumps({"format": FORMAT, **fields, "draws": fields_of_draws}))
@@ -79,7 +79,7 @@ def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str
         fields = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         found = fields.pop("format")
         if found == FORMAT:
-            draws = _join_draws(fields.pop("draws"), load_file(folder / "draws.safetensors"))
+            draws = _join_all(fields.pop("draws"), load_file(folder / "draws.safetensors"))
             weights = load_file(folder / "weights.safetensors")
             return RunState(**fields, draws=draws), weights, load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -92,19 +92,19 @@ def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str
     )
 
 
-def _split_draws(draws: Sequence[Draw]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """For state.json the fields of each draw; for the file of tensors their tensors, named by the draw's number."""
-    parts = [split_draw(draw) for draw in draws]
+def _split_all(draws: Sequence[ScoredRollouts]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Returns the fields of each item for state.json, and its tensors, named by its index, for draws.safetensors."""
+    parts = [split_scored(scored) for scored in draws]
     tensors = {f"{i}/{name}": tensor for i, (_, own) in enumerate(parts) for name, tensor in own.items()}
     return [fields for fields, _ in parts], tensors
 
 
-def _join_draws(told: Sequence[dict[str, Any]], tensors: Mapping[str, Tensor]) -> tuple[Draw, ...]:
-    named: list[dict[str, Tensor]] = [{} for _ in told]
+def _join_all(fields_of_draws: Sequence[dict[str, Any]], tensors: Mapping[str, Tensor]) -> tuple[ScoredRollouts, ...]:
+    named: list[dict[str, Tensor]] = [{} for _ in fields_of_draws]
     for key, tensor in tensors.items():
         i, _, name = key.partition("/")
         named[int(i)][name] = tensor
-    return tuple(join_draw(fields, own) for fields, own in zip(told, named, strict=True))
+    return tuple(join_scored(fields, own) for fields, own in zip(fields_of_draws, named, strict=True))
 
 
 def _complete(root: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.engine.update.micro_batches import Update
 from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
-from isomorph.engine.update.round import Round, Seen, Tally
+from isomorph.engine.update.round import BatchLogprobs, Round, Tally
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
 
 
@@ -85,24 +85,24 @@ class Learner:
         """
         work = Round(list(updates), stage, stage_step, self.policy.device, check_drift, num_replaced)
         self.round = work
-        work.reference = self._reference_logprobs([update.batches for update in work.learned], stage)
+        work.reference = self._reference_logprobs([update.batches for update in work.trained], stage)
         if self._interrupted:
             work.load(self._interrupted)
             self._interrupted = {}
             return work
         # the first update computes its own in its forward, unless the loss has another temperature than the sampler
-        num_seen = 1 if stage.loss_temperature == stage.sampling.temperature or stage.objective.is_supervised else 0
-        work.old = [None for _ in work.learned[:num_seen]]
-        for update in work.learned[num_seen:]:
-            seen = [self._seen(batch, stage) for batch in update.batches]
-            work.old.append([logprob for logprob, _ in seen])
-            work.compare(update, seen)
-        if stage.objective.reward_kl_coef and work.learned:
+        num_own = 1 if stage.loss_temperature == stage.sampling.temperature or stage.objective.is_supervised else 0
+        work.old = [None for _ in work.trained[:num_own]]
+        for update in work.trained[num_own:]:
+            logprobs = [self._batch_logprobs(batch, stage) for batch in update.batches]
+            work.old.append([logprob for logprob, _ in logprobs])
+            work.add_mismatch(update, logprobs)
+        if stage.objective.reward_kl_coef and work.trained:
             assert work.reference is not None
             known = [logprobs for logprobs in work.old if logprobs is not None]
-            first = [self._logprob(batch, stage) for batch in work.learned[0].batches]
+            first = [self._logprob(batch, stage) for batch in work.trained[0].batches]
             objective = stage.objective
-            work.advantage = penalised(work.learned, [first, *known], work.reference, objective, self.ranks)
+            work.advantage = penalised(work.trained, [first, *known], work.reference, objective, self.ranks)
         return work
 
     def advance(self, work: Round) -> None:
@@ -133,19 +133,19 @@ class Learner:
         """Accumulates the gradient of the next update, summed over all ranks."""
         assert self.optimizer is not None
         is_first = not work.norms
-        u = len(work.norms) % len(work.learned)
-        update, before = work.learned[u], work.old[u]
+        u = len(work.norms) % len(work.trained)
+        update, before = work.trained[u], work.old[u]
         reference = work.reference[u] if work.reference else None
-        seen = []
+        logprobs = []
         for b, batch in enumerate(update.batches):
             old = before[b] if before else None
             inputs = self._token_inputs(batch, update, work.stage, old, reference[b] if reference else None)
             if work.advantage is not None:
                 inputs = replace(inputs, advantage=work.advantage[u][b])
-            seen.append(self._backward(batch, inputs, work.stage, work.tally))
+            logprobs.append(self._backward(batch, inputs, work.stage, work.tally))
         if before is None:
-            work.old[u] = [logprob for logprob, _ in seen]
-            work.compare(update, seen)
+            work.old[u] = [logprob for logprob, _ in logprobs]
+            work.add_mismatch(update, logprobs)
         if is_first:
             work.check_drift(work.step_drift(self.ranks))
         self.ranks.sum(self.optimizer.gradients())
@@ -231,16 +231,16 @@ class Learner:
             sampler_logprob=batch.sampler_logprob,
         )
 
-    def _backward(self, batch: PackedBatch, inputs: TokenInputs, stage: Stage, tally: Tally) -> Seen:
+    def _backward(self, batch: PackedBatch, inputs: TokenInputs, stage: Stage, tally: Tally) -> BatchLogprobs:
         """Adds the micro-batch's gradient; returns log-probability and entropy of its N tokens, detached."""
         self.on_batch()
-        seen: list[Seen] = []
+        chunks: list[BatchLogprobs] = []
 
         def loss_of(stats: TokenStats, chunk: slice) -> Tensor:
             part = inputs.slice(chunk)
             token = loss_of_tokens(stage.objective, stats, part)
             weighted = part.weight * token.loss
-            seen.append(Seen(stats.logprob.detach(), stats.entropy.detach()))
+            chunks.append(BatchLogprobs(stats.logprob.detach(), stats.entropy.detach()))
             tally.add(len(part.weight), loss=weighted, clipped=token.is_clipped, entropy=stats.entropy, kl=token.kl)
             return weighted.sum()
 
@@ -256,23 +256,23 @@ class Learner:
         loss.backward()
         logprob, entropy = (
             torch.cat(parts)
-            for parts in zip(*(seen or [Seen(hidden_TD.new_empty(0), hidden_TD.new_empty(0))]), strict=True)
+            for parts in zip(*(chunks or [BatchLogprobs(hidden_TD.new_empty(0), hidden_TD.new_empty(0))]), strict=True)
         )
         if not logprob.isfinite().all():
             raise RunFailed(
                 f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy "
                 f"has diverged: lower optim.lr and start again, or resume from an earlier checkpoint"
             )
-        return Seen(logprob, entropy)
+        return BatchLogprobs(logprob, entropy)
 
     def _logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
-        return self._seen(batch, stage).logprob
+        return self._batch_logprobs(batch, stage).logprob
 
     @torch.no_grad()
-    def _seen(self, batch: PackedBatch, stage: Stage) -> Seen:
+    def _batch_logprobs(self, batch: PackedBatch, stage: Stage) -> BatchLogprobs:
         self.on_batch()
         stats = batch_stats(self.policy, batch, temperature=stage.sampling.temperature)
-        return Seen(stats.logprob, stats.entropy)
+        return BatchLogprobs(stats.logprob, stats.entropy)
 
     def _reference_logprobs(self, updates: Sequence[Sequence[PackedBatch]], stage: Stage) -> list[list[Tensor]] | None:
         if not stage.objective.needs_reference:

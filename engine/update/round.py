@@ -38,7 +38,7 @@ class Tally:
         return self.sums[name].item() / self.num_tok if self.num_tok else float("nan")
 
 
-class Seen(NamedTuple):
+class BatchLogprobs(NamedTuple):
     """Log-probability and entropy of N tokens, each [N], nats."""
 
     logprob: Tensor
@@ -58,7 +58,7 @@ class Round:
         num_replaced: int,
     ) -> None:
         self.updates, self.stage, self.stage_step = updates, stage, stage_step
-        self.learned = [update for update in updates if update.batches]
+        self.trained = [update for update in updates if update.batches]
         self.check_drift, self.num_replaced = check_drift, num_replaced
         self.device = device
         self.reference: list[list[Tensor]] | None = None
@@ -70,11 +70,11 @@ class Round:
 
     @property
     def is_done(self) -> bool:
-        return len(self.norms) == self.stage.batch.num_iterations * len(self.learned)
+        return len(self.norms) == self.stage.batch.num_iterations * len(self.trained)
 
-    def compare(self, update: Update, seen: Sequence[Seen]) -> None:
+    def add_mismatch(self, update: Update, logprobs: Sequence[BatchLogprobs]) -> None:
         """Accumulates the trainer-sampler log-probability mismatch on the tokens of ``update``."""
-        for batch, (logprob, entropy) in zip(update.batches, seen, strict=True):
+        for batch, (logprob, entropy) in zip(update.batches, logprobs, strict=True):
             if batch.sampler_logprob is not None:
                 self.drift.add(logprob, batch.sampler_logprob, entropy)
 
@@ -118,5 +118,5 @@ class Round:
     def _of_batches(self, kind: str, tensors: Mapping[str, Tensor]) -> list[list[Tensor]]:
         return [
             [tensors[f"{kind}/{u}/{b}"].to(self.device) for b in range(len(update.batches))]
-            for u, update in enumerate(self.learned)
+            for u, update in enumerate(self.trained)
         ]

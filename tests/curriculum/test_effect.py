@@ -7,6 +7,7 @@ gradient changes; of all others, whether a run reads them.
 import ast
 import copy
 import io
+import itertools
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,10 +194,10 @@ def test_every_key_of_the_schema_is_read_somewhere_outside_the_schema() -> None:
 
 def test_vllms_sampler_reads_the_keys_that_act_beside_it() -> None:
     """And no other; that the built-in one reads its own shows in the run below."""
-    tree = ast.parse((ROOT / "engine" / "rollout" / "vllm.py").read_text())
+    files = [ROOT / "engine" / "rollout" / name for name in ("vllm.py", "vllm_engine.py")]
     read = {
         node.attr
-        for node in ast.walk(tree)
+        for node in itertools.chain.from_iterable(ast.walk(ast.parse(file.read_text())) for file in files)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config"
     }
     config = SamplerConfig(kind="vllm")
