@@ -1,4 +1,4 @@
-"""Shared by the tests of kernels: attention without packing as expected value, and tensors with unusual strides."""
+"""Shared by the tests of kernels: trees, attention without packing as expected value, tensors with unusual strides."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from isomorph.kernels import backend
+
 Lay = Callable[[Tensor], Tensor]
+Sequences = Callable[[Sequence[int], Sequence[int]], list[tuple[Tensor, int]]]
+TreeOf = Callable[[list[tuple[int, int]]], tuple[list[int], list[int]]]
 Unpacked = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], float], Tensor]
 
 
@@ -36,8 +40,14 @@ def _unpacked_attention(
     return out
 
 
+@pytest.fixture(scope="session")
+def sequences() -> Sequences:
+    """``sequences(lens, parents)``: per segment the packed rows of its ancestors and its own, and the number of the
+    ancestors' rows."""
+    return _sequences
+
+
 def _sequences(lens: Sequence[int], parents: Sequence[int]) -> list[tuple[Tensor, int]]:
-    """Rows of each unpacked sequence, and how many of its first rows belong to what it continues."""
     out: list[tuple[Tensor, int]] = []
     start = 0
     for length, parent in zip(lens, parents, strict=True):
@@ -47,7 +57,31 @@ def _sequences(lens: Sequence[int], parents: Sequence[int]) -> list[tuple[Tensor
     return out
 
 
-# -- how a tensor may lie in memory
+@pytest.fixture(scope="session")
+def tree_of() -> TreeOf:
+    """``tree_of(nodes)``: lens and parents from lengths and depths in depth-first order.
+
+    A depth without a parent is reduced to one that has a parent.
+    """
+    return _tree_of
+
+
+def _tree_of(nodes: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    path: list[int] = []
+    parents = []
+    for i, (_, depth) in enumerate(nodes):
+        del path[depth:]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    return [length for length, _ in nodes], parents
+
+
+@pytest.fixture
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
+
+
+# -- tensors with unusual strides
 def _reversed(x: Tensor) -> Tensor:
     axes = tuple(reversed(range(x.ndim)))
     return x.permute(axes).contiguous().permute(axes)
@@ -63,13 +97,13 @@ def _every_second(x: Tensor) -> Tensor:
 
 
 def _amid_poison(x: Tensor) -> Tensor:
-    """Dense in its last dimension alone."""
+    """Unit stride in the last dimension only."""
     whole = _poison(x, tuple(size + 3 for size in x.shape))
     return whole[tuple(slice(1, size + 1) for size in x.shape)].copy_(x)
 
 
 def _off_by_one(x: Tensor) -> Tensor:
-    """Dense, on no boundary of 16 bytes."""
+    """Contiguous, but not aligned to 16 bytes."""
     return _poison(x, (x.numel() + 1,))[1:].view(x.shape).copy_(x)
 
 
@@ -98,5 +132,5 @@ LAYS: tuple[Lay, ...] = (
 
 @pytest.fixture(params=LAYS, ids=lambda lay: lay.__name__.strip("_"))
 def lay(request: pytest.FixtureRequest) -> Lay:
-    """``lay(x)``: a tensor with the values of x (of its first, where they are expanded) that lies otherwise."""
+    """``lay(x)``: a tensor with the values of x (those of its first row or column if expanded) and other strides."""
     return request.param

@@ -10,13 +10,9 @@ from isomorph.kernels.attention_route import Facts, route
 from isomorph.kernels.packed_attention import packed_attention
 from isomorph.kernels.packed_layout import PackedLayout
 
+pytestmark = pytest.mark.usefixtures("no_environment")
 A100, A10, H100, B200, B300, RTX50, T4 = (8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0), (7, 5)
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
 
 
 @pytest.mark.parametrize(

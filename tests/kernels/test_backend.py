@@ -6,12 +6,8 @@ from isomorph.kernels import linear_logprob as linear_logprob_file
 from isomorph.kernels.advantage import group_advantage
 from isomorph.kernels.linear_logprob import linear_logprob
 
+pytestmark = pytest.mark.usefixtures("no_environment")
 needs_native = pytest.mark.skipif(not backend.native_available(), reason=backend.native_reason())
-
-
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
 
 
 def test_the_table_names_a_body_for_every_op() -> None:

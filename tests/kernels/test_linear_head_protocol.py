@@ -118,7 +118,7 @@ def test_vocabularies_of_real_models_with_targets_at_both_ends(body: str, num_vo
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("body", BODIES)
 def test_hostile_logits_are_within_the_budget(body: str, scale: float) -> None:
-    # an identity unembedding hands the hidden rows through as logits
+    # with an identity unembedding the hidden rows are the logits
     logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)) * scale
     logits[1] = -100 - logits[1].abs()
     logits[2], logits[2, 5] = 0.0, 60.0 * max(scale, 1.0)  # one-hot to rounding

@@ -28,7 +28,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 class _Flops(TorchDispatchMode):
-    """Of matrix products. PyTorch's own counter leaves out addmm_."""
+    """FLOP of matrix products. PyTorch's own counter does not count addmm_."""
 
     flops = 0
 
@@ -220,7 +220,7 @@ def test_gradients_err_at_most_twice_as_much_as_pytorch_in_the_same_dtype(dtype:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e4])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_logits_of_any_magnitude_are_exact(scale: float, sign: int) -> None:
-    # an identity unembedding hands the hidden rows through as logits, so float32 logits are known exactly
+    # with an identity unembedding the hidden rows are the logits, so float32 logits are known exactly
     logits = torch.tensor([[0.0, 1.0, 2.0, 4.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 64.0]]) * sign * scale
     hidden = logits.repeat_interleave(4, 0)
     targets = torch.arange(4).repeat(3)

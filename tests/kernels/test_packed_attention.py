@@ -66,14 +66,6 @@ def _tree(groups: Groups) -> tuple[list[int], list[int]]:
 TREES = {**{name: _tree(groups) for name, groups in GROUPS.items()}, **DEEP}
 
 
-def _sequences(lens: list[int], parents: list[int]) -> list[Tensor]:
-    """Rows of each segment after all that it continues."""
-    rows: list[Tensor] = []
-    for (start, end), parent in zip(itertools.pairwise(itertools.accumulate(lens, initial=0)), parents, strict=True):
-        rows.append(torch.cat([rows[parent], torch.arange(start, end)]) if parent >= 0 else torch.arange(start, end))
-    return rows
-
-
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(4, 2, 16, None), (3, 1, 8, 0.2), (2, 2, 5, None)])
 def test_equals_reference_and_unpacked_sequences_in_float64(
@@ -93,21 +85,10 @@ def test_equals_reference_and_unpacked_sequences_in_float64(
         torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-11)
 
 
-def _tree_of(nodes: list[tuple[int, int]]) -> Tree:
-    """From lengths and depths in depth-first order; a depth that has no parent is cut to one that has."""
-    path: list[int] = []
-    parents = []
-    for i, (_, depth) in enumerate(nodes):
-        del path[depth:]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
-    return [length for length, _ in nodes], parents
-
-
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=20))
-def test_equals_reference_for_any_lengths(nodes: list[tuple[int, int]]) -> None:
-    layout = PackedLayout.from_tree(*_tree_of(nodes))
+@given(nodes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=20))
+def test_equals_reference_for_any_lengths(tree_of: Any, nodes: list[tuple[int, int]]) -> None:
+    layout = PackedLayout.from_tree(*tree_of(nodes))
     q, k, v, dout = _qkv(layout.num_tok, 2, 1, 4)
     ours, other = packed_attention(q, k, v, layout), packed_attention_ref(q, k, v, layout)
     torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-12)
@@ -138,7 +119,7 @@ def test_errs_at_most_twice_as_much_as_pytorch_in_the_same_dtype(groups: Groups,
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
-def test_layout_says_where_everything_is(tree: Tree) -> None:
+def test_layout_says_where_everything_is(sequences: Any, tree: Tree) -> None:
     layout = PackedLayout.from_tree(*tree)
     lens, parents = tree
     assert layout.num_tok == sum(lens)
@@ -150,7 +131,7 @@ def test_layout_says_where_everything_is(tree: Tree) -> None:
         list(range(len(layout.prompt_lens)))
     )
     mask = torch.zeros(layout.num_tok, layout.num_tok, dtype=torch.bool)
-    for sequence in _sequences(*tree):
+    for sequence, _ in sequences(*tree):
         assert layout.positions[sequence].tolist() == list(range(len(sequence)))
         for i, row in enumerate(sequence):
             mask[row, sequence[: i + 1]] = True

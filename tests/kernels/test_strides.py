@@ -126,7 +126,7 @@ def _tensors(result: object) -> list[Tensor]:
 
 
 def _run(op: Callable[..., object], operands: list[Tensor], has_gradient: bool, lay: Callable | None) -> list[Tensor]:
-    """What the op returns, and its gradients; their upstream gradients lie as ``lay`` has it, or are one number."""
+    """Results of the op and its gradients, with upstream gradients that are 1 and, if ``lay``, tensors made by it."""
     leaves = [x.detach() for x in operands]
     if not has_gradient:
         return _tensors(op(*leaves))
@@ -146,6 +146,10 @@ def _run(op: Callable[..., object], operands: list[Tensor], has_gradient: bool, 
 def _small_products_take_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_file, "MIN_TERMS", 1)
     monkeypatch.setattr(linear_file, "MIN_WEIGHT", 1)
+
+
+def test_every_op_that_takes_tensors_is_a_case() -> None:
+    assert {name.split()[0] for name in CASES} == set(backend.OPS) - {"assign_groups"}
 
 
 @pytest.mark.parametrize(("name", "body", "dtype"), [*((*pair, torch.float32) for pair in BODIES), *HALF])

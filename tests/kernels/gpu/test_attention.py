@@ -113,21 +113,10 @@ def test_equals_reference_in_bfloat16(heads: int, kv_heads: int, dim: int) -> No
     _assert_close(inputs, layout, lambda q, k, v: packed_attention_ref(q, k, v, layout))
 
 
-def _tree_of(nodes: list[tuple[int, int]]) -> Tree:
-    """From lengths and depths in depth-first order; a depth that has no parent is cut to one that has."""
-    path: list[int] = []
-    parents = []
-    for i, (_, depth) in enumerate(nodes):
-        del path[depth:]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
-    return [length for length, _ in nodes], parents
-
-
 @settings(max_examples=12, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=6))
-def test_equals_reference_for_any_lengths(nodes: list[tuple[int, int]]) -> None:
-    layout = PackedLayout.from_tree(*_tree_of(nodes))
+@given(nodes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=6))
+def test_equals_reference_for_any_lengths(tree_of: Any, nodes: list[tuple[int, int]]) -> None:
+    layout = PackedLayout.from_tree(*tree_of(nodes))
     _assert_close(_qkv(layout.num_tok, 2, 1, 8), layout, lambda q, k, v: packed_attention_ref(q, k, v, layout))
 
 
@@ -217,17 +206,17 @@ def test_scores_of_any_size_are_exact(size: float) -> None:
 # -- the tables
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=12),
-    st.sampled_from([4, 16]),
-    st.sampled_from([4, 8, 32]),
-    st.sampled_from([1, 2, 100]),
+    nodes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=12),
+    block_q=st.sampled_from([4, 16]),
+    block_k=st.sampled_from([4, 8, 32]),
+    pieces=st.sampled_from([1, 2, 100]),
 )
 def test_tables_name_every_visible_pair_once(
-    nodes: list[tuple[int, int]], block_q: int, block_k: int, pieces: int
+    tree_of: Any, nodes: list[tuple[int, int]], block_q: int, block_k: int, pieces: int
 ) -> None:
     from isomorph.kernels.gpu.attention_tiles import key_tiles, query_tiles
 
-    layout = PackedLayout.from_tree(*_tree_of(nodes))
+    layout = PackedLayout.from_tree(*tree_of(nodes))
     token = torch.arange(layout.num_tok)
     causal = token <= token[:, None]
     seen = torch.zeros(layout.num_tok, layout.num_tok, dtype=torch.int64)
