@@ -64,6 +64,7 @@ def train(components: Components, state: RunState) -> RunState:
 
 
 def _all_stages(components: Components, progress: RunProgress) -> RunState:
+    """The first weight sync; then evaluations, steps and checkpoints until the source has no further stage."""
     log, source = components.log, components.source
     progress.state = dataclasses.replace(progress.state, source=source.state_dict())
     stop_if_requested(components)

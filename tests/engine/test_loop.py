@@ -1,191 +1,49 @@
-"""The whole loop with real parts: decoder, built-in sampler, learner, disk; the judge and the questions are toys."""
+"""The training loop with real parts: what is learned, what a run writes, and what ends it."""
 
 import contextlib
 import dataclasses
 import gc
-import io
 import json
 import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from small_world import one_thread  # noqa: F401
 from torch import Tensor
+from toy_run import (
+    WORDS,
+    Questions,
+    console,
+    gold,
+    gold_but_for_one,
+    make_components,
+    make_policy,
+    make_stage,
+    sha,
+    source_of,
+)
 
 from isomorph.engine.components import Components
 from isomorph.engine.config import (
-    BatchConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    RunConfig,
     SamplerConfig,
-    SamplingConfig,
-    Stage,
-    TinyModel,
 )
 from isomorph.engine.loop import train
-from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.record import step_record
-from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
-from isomorph.engine.record.runlog import RunLog, read_steps
+from isomorph.engine.record.checkpoint import load_checkpoint, weights_sha256
+from isomorph.engine.record.runlog import read_steps
 from isomorph.engine.record.telemetry import MIN_GROWTH
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import EvaluationRequest, Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
-from isomorph.engine.update.learner import Learner
+from isomorph.engine.types import Group, Prompt, Publication, Rollout, RunFailed, RunState, Sampling
 from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.kernels import backend
-
-WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
-QUESTIONS = ("one", "two", "three", "four", "five", "six")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-# -- toys
-class Questions:
-    """Asks "ask <number>" over and over; after each stage an exam."""
-
-    def __init__(self, policy: Policy, *stages: Stage, examines: bool = False) -> None:
-        self.policy, self.stages, self.examines = policy, stages, examines
-        self.stage_index = self.steps_done = self.next_id = 0
-        self.graded: list[tuple[str, list[float]]] = []
-        self.observed: list[list[Group]] = []
-
-    def stage(self) -> Stage | None:
-        return self.stages[self.stage_index] if self.stage_index < len(self.stages) else None
-
-    def stage_step(self) -> int:
-        return self.steps_done
-
-    def take(self, num_prompts: int) -> list[Prompt]:
-        prompts = [self._prompt(self.next_id + i) for i in range(num_prompts)]
-        self.next_id += num_prompts
-        return prompts
-
-    def demonstrate(self, prompt: Prompt) -> str | None:
-        return f"{prompt.payload} gold"
-
-    def is_correct(self, prompt: Prompt, reward: float) -> bool:
-        return reward == 1
-
-    def label(self, prompt: Prompt) -> str:
-        return prompt.representation
-
-    def observe(self, groups: Sequence[Group]) -> None:
-        self.observed.append(list(groups))
-        self.steps_done += 1
-        stage = self.stage()
-        assert stage is not None
-        if self.steps_done == stage.steps:
-            self.stage_index, self.steps_done = self.stage_index + 1, 0
-
-    def pending_evaluation(self) -> EvaluationRequest | None:
-        label = self.stages[self.stage_index - 1].name if self.stage_index else "start"
-        if not self.examines or self.steps_done or label in {name for name, _ in self.graded}:
-            return None
-        return EvaluationRequest(label=label, prompts=tuple(self._prompt(-1 - i) for i in range(3)), max_new_tok=4)
-
-    def record_evaluation(
-        self, request: EvaluationRequest, rewards: Sequence[float], found: Sequence[bool] | None
-    ) -> str:
-        self.found = found
-        self.graded.append((request.label, list(rewards)))
-        return f"exam after {request.label}: {sum(rewards)}"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "stage_index": self.stage_index,
-            "steps_done": self.steps_done,
-            "next_id": self.next_id,
-            "graded": list(self.graded),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stage_index, self.steps_done = state["stage_index"], state["steps_done"]
-        self.next_id = state["next_id"]
-        self.graded = [(label, rewards) for label, rewards in state["graded"]]
-
-    def _prompt(self, prompt_id: int) -> Prompt:
-        word = QUESTIONS[prompt_id % len(QUESTIONS)]
-        representation = "graph" if prompt_id % 2 else "natural"
-        ids = self.policy.text.encode_prompt(f"ask {word}")
-        return Prompt(prompt_id=prompt_id, token_ids=ids, task="toy", representation=representation, payload=word)
-
-
-def gold(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    return [float("gold" in text.split()) for text in texts]
-
-
-def make_policy() -> Policy:
-    tiny = TinyModel(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=48, max_model_len=32)
-    return build_tiny(tiny, WORDS, seed=0, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def make_stage(name: str = "words", steps: int = 20, objective: str = "dapo", **choices: Any) -> Stage:
-    is_supervised = objective == "sft"
-    return Stage(
-        name=name,
-        steps=steps,
-        objective=ObjectiveConfig(name=objective, **choices.pop("objective_choices", {})),  # type: ignore[arg-type]
-        optim=OptimConfig(lr=3e-3),
-        batch=BatchConfig(prompts=6, micro_batch_tok=64, refills=choices.pop("refills", 0)),
-        sampling=SamplingConfig(max_new_tok=4, samples_per_prompt=1 if is_supervised else 8),
-        **choices,
-    )
-
-
-def make_components(
-    folder: Path,
-    *stages: Stage,
-    judge: Any = gold,
-    examines: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
-    sampler_of: Callable[[Policy], Any] = lambda policy: BuiltinSampler(policy, SamplerConfig()),
-    **run: Any,
-) -> Components:
-    folder.mkdir(exist_ok=True)
-    policy = make_policy()
-    source = Questions(policy, *stages, examines=examines)
-    return Components(
-        policy=policy,
-        sampler=sampler_of(policy),
-        demonstrations=DemonstrationSampler(policy.text, source.demonstrate, max_model_len=policy.max_model_len),
-        source=source,
-        judge=judge,
-        learner=Learner(policy),
-        log=RunLog(folder, Console(file=io.StringIO())),
-        config=RunConfig(**run),
-        stop_requested=stop_requested,
-    )
-
-
-def sha(components: Components) -> str:
-    return weights_sha256(dict(components.policy.named_parameters()))
-
-
-def source_of(components: Components) -> Questions:
-    assert isinstance(components.source, Questions)
-    return components.source
-
-
-def console(components: Components) -> str:
-    assert isinstance(components.log.console.file, io.StringIO)
-    return components.log.console.file.getvalue()
 
 
 # -- learning
@@ -432,177 +290,6 @@ def test_advantages_over_the_whole_batch_are_those_of_the_groups_that_are_learne
         assert group.advantages == pytest.approx([float(t) for t in truth], rel=1e-5)
 
 
-# -- checkpoints, stopping, resuming
-def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
-    components = make_components(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, examines=True)
-    train(components, RunState())
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000002", "step-00000004", "step-00000005"]
-    state, weights, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000005")
-    assert weights_sha256(weights) == sha(components)
-    assert state.source == json.loads(json.dumps(source_of(components).state_dict()))  # the last exam's result included
-
-
-@pytest.mark.parametrize("asked", [1, 2, 3, 5, 20, 40])
-def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, asked: int) -> None:
-    """``asked``: the request is there from that question on."""
-    questions: list[int] = []
-
-    def stop_requested() -> bool:
-        questions.append(1)
-        return len(questions) >= asked
-
-    components = make_components(tmp_path, make_stage(steps=9), stop_requested=stop_requested, checkpoint_every=100)
-    with pytest.raises(KeyboardInterrupt):
-        train(components, RunState())
-    newest = latest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None
-    state, weights, _ = load_checkpoint(newest)
-    assert state.step == _num_rows(tmp_path) == state.source["steps_done"]
-    assert weights_sha256(weights) == sha(components)
-    assert len(questions) == asked  # nothing is drawn, judged or learned once it was heard
-
-
-STAGES = (
-    make_stage("a", 3, "sft"),
-    make_stage("b", 3, objective_choices=dict(kl_coef=0.05)),
-    make_stage(
-        "c", 3, "grpo", objective_choices=dict(kl_coef=0.05), optimizer_state="carry", reference="previous", refills=2
-    ),
-)
-
-
-def gold_but_for_one(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    """Has groups without variance."""
-    return [0.5 if p.payload == "one" else r for p, r in zip(prompts, gold(prompts, texts), strict=True)]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    components = make_components(tmp_path_factory.mktemp("whole"), *STAGES, judge=gold_but_for_one, examines=True)
-    train(components, RunState())
-    return sha(components)
-
-
-@pytest.mark.parametrize("stop_after", [1, 3, 8, 9])
-def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
-    tmp_path: Path, whole: str, stop_after: int
-) -> None:
-    stop_requested = _after(tmp_path, stop_after)
-    first = make_components(tmp_path, *STAGES, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
-    with pytest.raises(KeyboardInterrupt):
-        train(first, RunState())
-    second = make_components(tmp_path, *STAGES, judge=gold_but_for_one, examines=True)
-    newest = latest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None
-    state, weights, tensors = load_checkpoint(newest)
-    assert state.step == stop_after
-    second.policy.overwrite([weights[name] for name in second.policy.named_parameters()])
-    second.source.load_state_dict(state.source)
-    second.learner.restore(next(s for s in STAGES if s.name == state.stage), tensors)
-    assert train(second, state).step == 9
-    assert sum(row["groups/refilled"] for row in read_steps(tmp_path)[-3:]) > 0
-    assert sha(second) == whole
-    assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, 10))
-    assert all(row["surprise/z"] is not None for row in read_steps(tmp_path)[-3:])
-    assert [label for label, _ in source_of(second).graded] == ["start", "a", "b", "c"]
-
-
-def _after(folder: Path, num_steps: int) -> Callable[[], bool]:
-    return lambda: _num_rows(folder) >= num_steps
-
-
-def _num_rows(folder: Path) -> int:
-    return len(read_steps(folder)) if (folder / "steps.jsonl").exists() else 0
-
-
-# three updates on each draw, twice; of the last stage's flat groups some are drawn anew
-MANY = [
-    stage.model_copy(update={"batch": stage.batch.model_copy(update={"prompts_per_update": 2, "num_iterations": 2})})
-    for stage in (
-        make_stage("a", 1, "sft"),
-        make_stage(
-            "b", 2, objective_choices=dict(kl_coef=0.05, reward_kl_coef=0.05, importance_sampling="token"), refills=2
-        ),
-    )
-]
-
-
-STRIDE = 5  # of about a hundred moments in which a run may be interrupted
-
-
-def run_many(folder: Path, stops_at: int) -> tuple[Components, int]:
-    """Stopped at the question ``stops_at``, resumed where that ends it early; and how many questions there were."""
-    questions: list[int] = []
-
-    def stop_requested() -> bool:
-        questions.append(1)
-        return len(questions) == stops_at
-
-    components = make_components(folder, *MANY, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
-    try:
-        train(components, RunState())
-        return components, len(questions)
-    except KeyboardInterrupt:
-        newest = latest_checkpoint(folder / "checkpoints")
-        assert newest is not None
-        state, weights, tensors = load_checkpoint(newest)
-    components = make_components(folder, *MANY, judge=gold_but_for_one, examines=True)
-    components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
-    components.source.load_state_dict(state.source)
-    if state.stage:
-        components.learner.restore(next(s for s in MANY if s.name == state.stage), tensors)
-    train(components, state)
-    return components, len(questions)
-
-
-def test_a_step_interrupted_anywhere_is_taken_up_bit_for_bit(tmp_path: Path) -> None:
-    def told(folder: Path) -> list[dict[str, Any]]:
-        timeless = ("time/", "mem/", "publish/", "wall_s")
-        return [{k: v for k, v in row.items() if not k.startswith(timeless)} for row in read_steps(folder)]
-
-    whole, num_questions = run_many(tmp_path / "whole", 0)
-    assert num_questions > 90  # every token of a draw and of an exam, every micro-batch, and between them
-    for stops_at in range(1, num_questions, STRIDE):
-        folder = tmp_path / str(stops_at)
-        components, asked = run_many(folder, stops_at)
-        assert asked == stops_at
-        assert sha(components) == sha(whole), stops_at
-        assert told(folder) == told(tmp_path / "whole"), stops_at
-        assert source_of(components).state_dict() == source_of(whole).state_dict()
-
-
-def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path) -> None:
-    class Counting(BuiltinSampler):
-        calls = 0
-
-        def generate(self, *given: Any) -> list[Rollout]:
-            drawn = super().generate(*given)
-            Counting.calls += len(given[0]) > 1  # a probe is one prompt
-            return drawn
-
-    def components_of(is_stopping: bool) -> Components:
-        stage, sampler_of = make_stage(steps=1), lambda policy: Counting(policy, SamplerConfig())
-        return make_components(
-            tmp_path, stage, sampler_of=sampler_of, stop_requested=lambda: is_stopping and Counting.calls > 0
-        )
-
-    with pytest.raises(KeyboardInterrupt):
-        train(components_of(True), RunState())
-    newest = latest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None
-    for is_stopping in (True, False):  # asked to stop at once, again: nothing is lost
-        state, _, tensors = load_checkpoint(newest)
-        assert state.step == 0 and len(state.draws) == 1 and Counting.calls == 1
-        components = components_of(is_stopping)
-        components.source.load_state_dict(state.source)
-        components.learner.restore(make_stage(steps=1), tensors)
-        assert state.stage == "words"
-        with pytest.raises(KeyboardInterrupt) if is_stopping else contextlib.nullcontext():
-            train(components, state)
-    assert Counting.calls == 1
-
-
 # -- memory
 class Forgetful(Questions):
     """Keeps nothing of what it was shown; looks at what lives at the beginning of some steps."""
@@ -768,139 +455,3 @@ def test_a_step_without_any_gradient_moves_nothing_and_publishes_nothing(tmp_pat
     assert [(row["groups/flat"], row["updates"], row["loss"], row["publish/bytes"]) for row in rows] == [
         (6, 0, None, None)
     ] * 2
-
-
-# -- what a run that fails leaves
-def resumed(folder: Path, stage: Stage, **options: Any) -> tuple[Components, RunState]:
-    components = make_components(folder, stage, **options)
-    newest = latest_checkpoint(folder / "checkpoints")
-    assert newest is not None
-    state, weights, tensors = load_checkpoint(newest)
-    components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
-    components.source.load_state_dict(state.source)
-    components.learner.restore(stage, tensors)
-    return components, state
-
-
-class Failing:
-    """Raises ``error`` at its call number ``at``, once; before and afterwards ``function``."""
-
-    def __init__(self, function: Callable[..., Any], at: int, error: Exception) -> None:
-        self.function, self.at, self.error, self.calls = function, at, error, 0
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error
-        return self.function(*given, **named)
-
-
-FEW = make_stage(steps=4, objective="grpo")
-FEW_UPDATES = FEW.model_copy(update={"batch": FEW.batch.model_copy(update={"prompts_per_update": 2})})
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore of it")
-
-
-def failing_in_the_third_step(components: Components, error: Exception) -> Callable[..., list[float]]:
-    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        if len(source_of(components).observed) == 2:
-            raise error
-        return gold(prompts, texts)
-
-    return judge
-
-
-@pytest.mark.parametrize("place", ["generate", "judge", "pack", "third micro-batch", "gradient", "step", "record"])
-def test_a_run_that_fails_goes_on_from_its_last_whole_step_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    """Only while an update is being written into the weights there is nothing to keep."""
-    train(whole := make_components(tmp_path / "whole", FEW_UPDATES, checkpoint_every=100), RunState())
-    error = {"gradient": RunFailed("the gradient's norm is inf")}.get(place, OUT_OF_MEMORY)
-    components = make_components(tmp_path / "run", FEW_UPDATES, checkpoint_every=100)
-    learner, updates_before = components.learner, 2 * 3
-    if place == "judge":
-        components = dataclasses.replace(components, judge=failing_in_the_third_step(components, error))
-    elif place == "generate":
-        monkeypatch.setattr(
-            components.sampler, "generate", Failing(components.sampler.generate, 1 + 3, error)
-        )  # the probe, too
-    elif place == "pack":
-        monkeypatch.setattr("isomorph.engine.loop.pack", Failing(pack, 3, error))
-    elif place == "third micro-batch":
-        batches: list[int] = []
-        backward = learner._backward
-
-        def spy(*given: Any) -> Tensor:
-            batches.append(len(source_of(components).observed))
-            if batches.count(2) == 3:  # in the third step
-                raise error
-            return backward(*given)
-
-        monkeypatch.setattr(learner, "_backward", spy)
-    elif place in ("gradient", "step"):
-        enter = learner.enter
-
-        def enter_and_fail(stage: Stage) -> None:
-            enter(stage)
-            assert learner.optimizer is not None
-            inner: Any = learner.optimizer if place == "gradient" else learner.optimizer.adamw
-            monkeypatch.setattr(inner, "step", Failing(inner.step, updates_before + 2, error))
-
-        monkeypatch.setattr(learner, "enter", enter_and_fail)
-    elif place == "record":
-        monkeypatch.setattr(components.log, "write_step", Failing(components.log.write_step, 3, error))
-    with pytest.raises(RunFailed) as failed:
-        train(components, RunState())
-    told = str(failed.value)
-    if place == "step":
-        assert "no checkpoint was written, because the weights are ahead of the last whole step" in told
-        assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None
-        return
-    assert "has been written" in told and f"isomorph train --resume {tmp_path / 'run'}" in told
-    assert ("out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.)" in told) == (place != "gradient")
-    again, state = resumed(tmp_path / "run", FEW_UPDATES)
-    assert state.step == (3 if place == "record" else 2)
-    assert bool(state.draws) == again.learner.is_within_round == (place in ("gradient", "third micro-batch"))
-    assert train(again, state).step == 4
-    assert sha(again) == sha(whole)
-
-
-def test_a_defect_keeps_its_traceback_and_the_log_says_what_was_kept(tmp_path: Path) -> None:
-    components = make_components(tmp_path, FEW, checkpoint_every=100)
-    components = dataclasses.replace(components, judge=failing_in_the_third_step(components, KeyError("a defect")))
-    with pytest.raises(KeyError, match="a defect"):
-        train(components, RunState())
-    assert "a checkpoint after step 2 has been written" in console(components)
-
-
-def test_weights_that_are_not_finite_do_not_become_the_newest_checkpoint(tmp_path: Path) -> None:
-    components = make_components(tmp_path, FEW, checkpoint_every=2, keep_checkpoints=1)
-
-    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        if len(source_of(components).observed) == 3:
-            with torch.no_grad():
-                components.policy.unembedding[0] = torch.nan
-        return gold(prompts, texts)
-
-    components = dataclasses.replace(components, judge=judge)
-    with pytest.raises(RunFailed, match="holds numbers that are not finite"):
-        train(components, RunState())
-    newest = latest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None and newest.name == "step-00000002"
-
-
-def test_a_stop_does_not_wait_for_the_judge(tmp_path: Path) -> None:
-    asked, may_end = threading.Event(), threading.Event()
-
-    def slow(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        asked.set()
-        may_end.wait(60)
-        return gold(prompts, texts)
-
-    components = make_components(tmp_path, FEW, judge=slow, stop_requested=asked.is_set)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(components, RunState())
-        assert not may_end.is_set() and latest_checkpoint(tmp_path / "checkpoints") is not None
-    finally:
-        may_end.set()
