@@ -23,13 +23,13 @@ from isomorph.engine.types import Prompt, Rollout, RunState
 
 
 def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
-    components = make_components(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, examines=True)
+    components = make_components(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, evaluates=True)
     train(components, RunState())
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000005"]
     state, weights, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000005")
     assert weights_sha256(weights) == sha(components)
-    assert state.source == json.loads(json.dumps(source_of(components).state_dict()))  # the last exam's result included
+    assert state.source == json.loads(json.dumps(source_of(components).state_dict()))  # with the last evaluation
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3, 5, 20, 40])
@@ -63,7 +63,7 @@ STAGES = (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    components = make_components(tmp_path_factory.mktemp("whole"), *STAGES, judge=gold_but_for_one, examines=True)
+    components = make_components(tmp_path_factory.mktemp("whole"), *STAGES, judge=gold_but_for_one, evaluates=True)
     train(components, RunState())
     return sha(components)
 
@@ -73,10 +73,10 @@ def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
     tmp_path: Path, whole: str, stop_after: int
 ) -> None:
     stop_requested = _after(tmp_path, stop_after)
-    first = make_components(tmp_path, *STAGES, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
+    first = make_components(tmp_path, *STAGES, judge=gold_but_for_one, evaluates=True, stop_requested=stop_requested)
     with pytest.raises(KeyboardInterrupt):
         train(first, RunState())
-    second = make_components(tmp_path, *STAGES, judge=gold_but_for_one, examines=True)
+    second = make_components(tmp_path, *STAGES, judge=gold_but_for_one, evaluates=True)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     state, weights, tensors = load_checkpoint(newest)
@@ -123,7 +123,7 @@ def run_many(folder: Path, stops_at: int) -> tuple[Components, int]:
         questions.append(1)
         return len(questions) == stops_at
 
-    components = make_components(folder, *MANY, judge=gold_but_for_one, examines=True, stop_requested=stop_requested)
+    components = make_components(folder, *MANY, judge=gold_but_for_one, evaluates=True, stop_requested=stop_requested)
     try:
         train(components, RunState())
         return components, len(questions)
@@ -131,7 +131,7 @@ def run_many(folder: Path, stops_at: int) -> tuple[Components, int]:
         newest = latest_checkpoint(folder / "checkpoints")
         assert newest is not None
         state, weights, tensors = load_checkpoint(newest)
-    components = make_components(folder, *MANY, judge=gold_but_for_one, examines=True)
+    components = make_components(folder, *MANY, judge=gold_but_for_one, evaluates=True)
     components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
     components.source.load_state_dict(state.source)
     if state.stage:
@@ -146,7 +146,7 @@ def test_a_step_interrupted_anywhere_is_taken_up_bit_for_bit(tmp_path: Path) -> 
         return [{k: v for k, v in row.items() if not k.startswith(timeless)} for row in read_steps(folder)]
 
     whole, num_questions = run_many(tmp_path / "whole", 0)
-    assert num_questions > 90  # every token of a draw and of an exam, every micro-batch, and between them
+    assert num_questions > 90  # every token of a rollout and of an evaluation, every micro-batch, and between them
     for stops_at in range(1, num_questions, STRIDE):
         folder = tmp_path / str(stops_at)
         components, asked = run_many(folder, stops_at)

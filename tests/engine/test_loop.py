@@ -82,7 +82,7 @@ def test_a_run_is_the_same_bit_for_bit_when_run_again(tmp_path: Path) -> None:
             make_stage("a", 3, "sft"),
             make_stage("b", 4, objective_choices=dict(kl_coef=0.01, importance_sampling="token")),
         )
-        components = make_components(tmp_path / name, *stages, examines=True)
+        components = make_components(tmp_path / name, *stages, evaluates=True)
         train(components, RunState())
         rows = [
             {k: v for k, v in row.items() if not k.startswith("mem/") and not k.endswith("_s")}
@@ -94,7 +94,7 @@ def test_a_run_is_the_same_bit_for_bit_when_run_again(tmp_path: Path) -> None:
 
 
 def test_demonstrations_are_learned(tmp_path: Path) -> None:
-    components = make_components(tmp_path, make_stage("warm-up", 30, "sft"), examines=True)
+    components = make_components(tmp_path, make_stage("warm-up", 30, "sft"), evaluates=True)
     train(components, RunState())
     losses = [row["loss"] for row in read_steps(tmp_path)]
     assert losses[-1] < losses[0] / 2
@@ -134,12 +134,12 @@ def test_every_step_leaves_a_row_whose_numbers_fit_together(tmp_path: Path) -> N
     assert [p.name for p in (tmp_path / "completions").iterdir()] == ["step-00000002.jsonl"]
 
 
-def test_a_first_step_or_an_exam_without_any_answer_is_warned_of_once(tmp_path: Path) -> None:
+def test_a_first_step_or_an_evaluation_without_any_answer_is_warned_of_once(tmp_path: Path) -> None:
     stages = make_stage("first", steps=2), make_stage("second", steps=2)
-    components = make_components(tmp_path, *stages, examines=True, completions_every=1)
-    mute = {-1, -2, -3, *range(12)}  # the first exam and the first stage
+    components = make_components(tmp_path, *stages, evaluates=True, completions_every=1)
+    mute = {-1, -2, -3, *range(12)}  # the first evaluation and the first stage
     components = dataclasses.replace(components, finds_answer=lambda prompt, text: prompt.prompt_id not in mute)
-    source_of(components).examines = True
+    source_of(components).evaluates = True
     train(components, RunState())
     assert [row["judge/no_answer"] for row in read_steps(tmp_path)] == [1.0, 1.0, 0.0, 0.0]
     warnings = [line for line in console(components).splitlines() if "no answer was found" in line]
@@ -168,7 +168,7 @@ def test_partial_credit_is_not_a_correct_answer(tmp_path: Path, monkeypatch: pyt
     def graded(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         return [1.0 if "gold" in text.split() else 0.5 if "iron" in text.split() else -1.0 for text in texts]
 
-    components = make_components(tmp_path, make_stage(steps=1), judge=graded, completions_every=1, examines=True)
+    components = make_components(tmp_path, make_stage(steps=1), judge=graded, completions_every=1, evaluates=True)
     counted: list[int] = []
     end = components.log.telemetry.end
     monkeypatch.setattr(
@@ -179,23 +179,23 @@ def test_partial_credit_is_not_a_correct_answer(tmp_path: Path, monkeypatch: pyt
     assert {row["reward"] for row in rows} == {1.0, 0.5, -1.0}
     assert all(row["correct"] is (row["reward"] == 1) for row in rows)
     assert counted == [sum(row["correct"] for row in rows)]
-    exam = [json.loads(line) for line in (tmp_path / "completions" / "exam-words.jsonl").read_text().splitlines()]
-    assert all(row["correct"] is (row["reward"] == 1) for row in exam)
+    evaluation = [json.loads(line) for line in (tmp_path / "completions" / "exam-words.jsonl").read_text().splitlines()]
+    assert all(row["correct"] is (row["reward"] == 1) for row in evaluation)
 
 
-def test_exams_are_sat_before_between_and_after_the_stages_and_graded_once(tmp_path: Path) -> None:
-    components = make_components(tmp_path, make_stage("a", 2), make_stage("b", 1), examines=True)
+def test_evaluations_run_before_between_and_after_the_stages_once(tmp_path: Path) -> None:
+    components = make_components(tmp_path, make_stage("a", 2), make_stage("b", 1), evaluates=True)
     train(components, RunState())
     assert [label for label, _ in source_of(components).graded] == ["start", "a", "b"]
     names = sorted(p.name for p in (tmp_path / "completions").iterdir())
     assert names == ["exam-a.jsonl", "exam-b.jsonl", "exam-start.jsonl"]
-    assert "exam after a: " in console(components)
+    assert "evaluation after a: " in console(components)
 
 
 def test_the_sampler_sleeps_while_the_policy_learns_from_demonstrations_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    components = make_components(tmp_path, make_stage("warm-up", 1, "sft"), examines=True)
+    components = make_components(tmp_path, make_stage("warm-up", 1, "sft"), evaluates=True)
     assert isinstance(components.sampler, BuiltinSampler)
     caches: list[object] = []
     advance = components.learner.advance
@@ -324,14 +324,14 @@ def test_three_hundred_steps_hold_on_to_nothing(tmp_path: Path) -> None:
 
 
 # -- what ends a run
-def test_a_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
+def test_a_reward_function_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
     components = make_components(tmp_path, make_stage(), judge=lambda prompts, texts: gold(prompts, texts)[1:])
     with pytest.raises(RunFailed, match="one reward for each response"):
         train(components, RunState())
 
 
-def test_an_exams_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
-    components = make_components(tmp_path, make_stage(), judge=lambda prompts, texts: [], examines=True)
+def test_an_evaluations_reward_function_that_returns_the_wrong_number_of_rewards_ends_the_run(tmp_path: Path) -> None:
+    components = make_components(tmp_path, make_stage(), judge=lambda prompts, texts: [], evaluates=True)
     with pytest.raises(RunFailed, match="one reward for each response"):
         train(components, RunState())
 

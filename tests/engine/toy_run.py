@@ -33,10 +33,10 @@ QUESTIONS = ("one", "two", "three", "four", "five", "six")
 
 
 class Questions:
-    """Asks "ask <number>" over and over; after each stage an exam."""
+    """Asks "ask <number>" over and over; after each stage an evaluation."""
 
-    def __init__(self, policy: Policy, *stages: Stage, examines: bool = False) -> None:
-        self.policy, self.stages, self.examines = policy, stages, examines
+    def __init__(self, policy: Policy, *stages: Stage, evaluates: bool = False) -> None:
+        self.policy, self.stages, self.evaluates = policy, stages, evaluates
         self.stage_index = self.steps_done = self.next_id = 0
         self.graded: list[tuple[str, list[float]]] = []
         self.observed: list[list[Group]] = []
@@ -71,7 +71,7 @@ class Questions:
 
     def pending_evaluation(self) -> EvaluationRequest | None:
         label = self.stages[self.stage_index - 1].name if self.stage_index else "start"
-        if not self.examines or self.steps_done or label in {name for name, _ in self.graded}:
+        if not self.evaluates or self.steps_done or label in {name for name, _ in self.graded}:
             return None
         return EvaluationRequest(label=label, prompts=tuple(self._prompt(-1 - i) for i in range(3)), max_new_tok=4)
 
@@ -80,7 +80,7 @@ class Questions:
     ) -> str:
         self.found = found
         self.graded.append((request.label, list(rewards)))
-        return f"exam after {request.label}: {sum(rewards)}"
+        return f"evaluation after {request.label}: {sum(rewards)}"
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -128,14 +128,14 @@ def make_components(
     folder: Path,
     *stages: Stage,
     judge: Any = gold,
-    examines: bool = False,
+    evaluates: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
     sampler_of: Callable[[Policy], Any] = lambda policy: BuiltinSampler(policy, SamplerConfig()),
     **run: Any,
 ) -> Components:
     folder.mkdir(exist_ok=True)
     policy = make_policy()
-    source = Questions(policy, *stages, examines=examines)
+    source = Questions(policy, *stages, evaluates=evaluates)
     return Components(
         policy=policy,
         sampler=sampler_of(policy),
