@@ -68,30 +68,30 @@ def run_recipe(
     with contextlib.ExitStack() as stack:
         with log.time("load"):
             before_gib, _ = process_memory_gib()
-            crew, state = stack.enter_context(_crew_at_work(recipe, log, stop_requested, ranks, resume=resume))
+            components, state = stack.enter_context(_open_components(recipe, log, stop_requested, ranks, resume=resume))
             if changes and ranks.is_first:
                 _record_changes(recipe, changes, log, state.step)
             stack.enter_context(log.telemetry.watching())
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
                 log.sinks += stack.enter_context(open_sinks(recipe.log, folder, tables, state.step))
-                log.sinks.append(FirstSteps(recipe, crew.policy, log, before_gib, ranks.size))
+                log.sinks.append(FirstSteps(recipe, components.policy, log, before_gib, ranks.size))
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:
             with lost_ranks_explained():
-                state = train(crew, state)
+                state = train(components, state)
         except BaseException as error:
             with contextlib.suppress(RunFailed):  # on a full disk this fails, too; the first error is raised
                 log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
-        with crew.policy.unsharded():
-            summary = _summary(crew, state)
+        with components.policy.unsharded():
+            summary = _summary(components, state)
             if ranks.is_first:
                 with log.writing("model"):
-                    crew.policy.save(folder / "model")
-                    if crew.policy.adapters is not None:
-                        crew.policy.adapters.save(folder / "adapter")
+                    components.policy.save(folder / "model")
+                    if components.policy.adapters is not None:
+                        components.policy.adapters.save(folder / "adapter")
         if ranks.is_first:
             log.write_json("summary.json", summary)
             write_report([folder], folder / "report")
@@ -100,9 +100,10 @@ def run_recipe(
 
 
 @contextlib.contextmanager
-def _crew_at_work(
+def _open_components(
     recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], ranks: Ranks, *, resume: bool
 ) -> Iterator[tuple[Components, RunState]]:
+    """The components of a run and the state that it begins or resumes with; closes sampler and reward workers."""
     policy = open_policy(recipe)
     _refuse_long_responses(recipe, policy.max_model_len)
     log.telemetry = Telemetry(*find_gpu(policy.device))
@@ -113,7 +114,7 @@ def _crew_at_work(
             log.say(f"warning: {sentence}")
     if resume:
         curriculum.load_state_dict(state.source)
-    with open_sampler(recipe, policy) as sampler, RewardPool() as judges:
+    with open_sampler(recipe, policy) as sampler, RewardPool() as reward_pool:
         # after the sampler, which may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             shard(policy)
@@ -123,7 +124,7 @@ def _crew_at_work(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume and ranks.is_first:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
-        _start_workers(recipe, judges)
+        _start_workers(recipe, reward_pool)
         if short := short_of_disk(recipe, policy, log.folder):
             log.say(f"warning: {short}")
         for short in short_of_memory(recipe, policy, ranks.size):
@@ -132,14 +133,14 @@ def _crew_at_work(
             log.say(f"note: {note}")
         for fallback in fallbacks(policy):
             log.say(f"warning: {fallback}")
-        crew = Components(
+        components = Components(
             policy=policy,
             sampler=sampler,
             demonstrations=DemonstrationSampler(
                 policy.text, curriculum.demonstrate, max_model_len=policy.max_model_len
             ),
             source=curriculum,
-            judge=judges,
+            judge=reward_pool,
             learner=learner,
             log=log,
             config=recipe.run,
@@ -147,7 +148,7 @@ def _crew_at_work(
             ranks=ranks,
             finds_answer=finds_answer,
         )
-        yield crew, state
+        yield components, state
 
 
 def _record_changes(recipe: Recipe, changes: Changes, log: RunLog, step: int) -> None:
@@ -286,25 +287,27 @@ def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
         )
 
 
-def _summary(crew: Components, state: RunState) -> dict[str, Any]:
-    assert isinstance(crew.source, Curriculum) and isinstance(crew.judge, RewardPool)
-    accuracy = crew.source.accuracy()
+def _summary(components: Components, state: RunState) -> dict[str, Any]:
+    assert isinstance(components.source, Curriculum) and isinstance(components.judge, RewardPool)
+    accuracy = components.source.accuracy()
     return {
         "status": "done",
         "steps": state.step,
-        "wall_s": crew.log.wall_s(),
+        "wall_s": components.log.wall_s(),
         "tokens": {key: state.totals.get(key, 0) for key in ("prompt_tok", "response_tok", "forward_tok")},
         "accuracy": {
             when: {name: result["rate"] for name, result in results.items()} for when, results in accuracy.items()
         },
         "intervals": accuracy,
-        "no_answer": {when: exam.get("no_answer", {}) for when, exam in crew.source.boundary_evaluations().items()},
-        "floor": crew.source.sequential_baseline(),
-        "stages": crew.source.finished,
-        "exams": crew.source.evaluations,
-        "judge": count_failures(crew.judge, crew.ranks),
-        "memory_growth_alarms": crew.log.telemetry.growth.num_alarms,
-        "weights_sha256": weights_sha256(crew.policy.weights()),
+        "no_answer": {
+            when: done.get("no_answer", {}) for when, done in components.source.boundary_evaluations().items()
+        },
+        "floor": components.source.sequential_baseline(),
+        "stages": components.source.finished,
+        "exams": components.source.evaluations,
+        "judge": count_failures(components.judge, components.ranks),
+        "memory_growth_alarms": components.log.telemetry.growth.num_alarms,
+        "weights_sha256": weights_sha256(components.policy.weights()),
     }
 
 

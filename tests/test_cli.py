@@ -183,7 +183,7 @@ def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
         ("stage.1.objective.name=ppo", "'grpo'"),
         ("eval.data=nothing", "no [data.nothing]"),
         ("stage.9.steps=1", "must be a number from 0 to 2"),
-        ("stage.1.mixture=[{data='plans',representation='table'}]", "only ever evaluated on"),
+        ("stage.1.mixture=[{data='plans',representation='table'}]", "for evaluation only"),
         ("model.path=somewhere", "exactly one of model.path and model.tiny"),
         ("stage.0.sampling.max_new_tok=10", "a demonstration of"),
         ("stage.1.sampling.max_new_tok=250", "positions for 256"),
