@@ -12,14 +12,13 @@ from rich.console import Console
 from isomorph.curriculum.environment import describe_run, fallbacks
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
 from isomorph.curriculum.inputs import changed_files, describe_files, located
-from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.recipe import JsonlData, Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import Changes
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.stage import Curriculum
-from isomorph.curriculum.tasks.async_plan import vocabulary
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.components import Components
 from isomorph.engine.config import UserError
@@ -200,11 +199,11 @@ def tiny_vocabulary(recipe: Recipe) -> list[str]:
     words: set[str] = set()
     if recipe.model.tiny is not None:
         for name, data in recipe.data.items():
-            if not isinstance(data, GeneratedData):
+            if isinstance(data, JsonlData):
                 raise UserError(
                     f"[model.tiny] has a vocabulary for generated tasks only: [data.{name}] is of another kind"
                 )
-            words |= set(vocabulary(data.difficulty))
+            words |= set(data.vocabulary())
     return sorted(words)
 
 

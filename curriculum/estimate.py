@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from isomorph.curriculum import machine
-from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
-from isomorph.curriculum.tasks.async_plan import draw_tasks, vocabulary
+from isomorph.curriculum.recipe import JsonlData, Recipe, StageRecipe
 from isomorph.engine.config import UserError
 from isomorph.engine.model.load import read_shape, shape_of
 from isomorph.engine.model.policy import Policy
@@ -38,7 +37,7 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
 
     ``card``: a GPU type that the planner knows; None: this machine's CPU, whose memory and cores the ranks share.
     """
-    words = {w for d in recipe.data.values() if isinstance(d, GeneratedData) for w in vocabulary(d.difficulty)}
+    words = {w for data in recipe.data.values() if not isinstance(data, JsonlData) for w in data.vocabulary()}
     shape = read_shape(recipe.model, sorted(words), recipe.lora)
     if card is not None:
         known, ceilings = card_ceilings(card)
@@ -126,11 +125,11 @@ def _prompt_tok(recipe: Recipe, stage: StageRecipe) -> float:
     lengths = []
     for part in stage.mixture:
         data = recipe.data[part.data]
-        if isinstance(data, GeneratedData):
-            tasks = draw_tasks(data.difficulty, part.representation, NUM_SAMPLES, seed=0, split="train")
-            lengths.append(sum(1 + len(re.findall(WORD, task.question)) for task in tasks) / len(tasks))
-        else:
+        if isinstance(data, JsonlData):
             lengths.append(float(data.max_prompt_tok))
+        else:
+            tasks = data.tasks(part.representation, NUM_SAMPLES, seed=0, split="train")
+            lengths.append(sum(1 + len(re.findall(WORD, task.question)) for task in tasks) / len(tasks))
     weights = [part.weight for part in stage.mixture]
     return sum(w * n for w, n in zip(weights, lengths, strict=True)) / sum(weights)
 

@@ -14,7 +14,6 @@ from isomorph.curriculum.recipe import JsonlData, Recipe
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.sources import TaskFiles, as_prompt
 from isomorph.curriculum.study.statistics import Accuracy
-from isomorph.curriculum.tasks.async_plan import draw_tasks
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
@@ -38,7 +37,7 @@ def evaluation_tasks(
     data = recipe.data[wanted.data]
     if isinstance(data, JsonlData):
         return files[wanted.data].held_out[representation][:most]
-    return draw_tasks(data.difficulty, representation, most, seed=wanted.seed, split="eval")
+    return data.tasks(representation, most, seed=wanted.seed, split="eval")
 
 
 def sequential_baseline(tasks: Sequence[Task]) -> float | None:

@@ -5,8 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
-from isomorph.curriculum.tasks.async_plan import make_task
+from isomorph.curriculum.recipe import JsonlData, Recipe, StageRecipe
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
@@ -51,12 +50,11 @@ class LengthLimits:
         for stage in self.recipe.stage:
             for part in stage.mixture:
                 data = self.recipe.data[part.data]
-                if not isinstance(data, GeneratedData):
+                if isinstance(data, JsonlData):
                     continue
-                difficulty = data.difficulty.model_copy(update={"min_steps": data.difficulty.max_steps})
                 for i in range(NUM_SAMPLES):
                     rng, rate = random.Random(f"room:{i}"), part.sequential_rate
-                    task = make_task(rng, difficulty, part.representation, split="train", sequential_rate=rate)
+                    task = data.longest.task(rng, part.representation, split="train", sequential_rate=rate)
                     if why := self._in_stage(task, stage):
                         raise UserError(f"stage {stage.name}, a {part.representation} question of {part.data}: {why}")
 

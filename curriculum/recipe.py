@@ -7,12 +7,21 @@
 [eval]                                             the tasks that are evaluated on between stages
 """
 
+import random
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
-from isomorph.curriculum.tasks.async_plan import HELD_OUT, REPRESENTATIONS, Difficulty
+from isomorph.curriculum.tasks.async_plan import (
+    HELD_OUT,
+    REPRESENTATIONS,
+    Difficulty,
+    draw_tasks,
+    make_task,
+    vocabulary,
+)
+from isomorph.curriculum.tasks.task import Split, Task
 from isomorph.engine.config import EngineConfig, Section, Stage
 from isomorph.engine.effect import KeyPath
 
@@ -38,6 +47,24 @@ class GeneratedData(Section):
     @property
     def representations(self) -> tuple[str, ...]:
         return REPRESENTATIONS
+
+    @property
+    def longest(self) -> "GeneratedData":
+        """The same with the longest questions that the difficulty allows."""
+        difficulty = self.difficulty.model_copy(update={"min_steps": self.difficulty.max_steps})
+        return self.model_copy(update={"difficulty": difficulty})
+
+    def task(self, rng: random.Random, representation: str, *, split: Split, sequential_rate: float = 0.0) -> Task:
+        """A random task of ``split``; its demonstration is sequential with probability ``sequential_rate``."""
+        return make_task(rng, self.difficulty, representation, split=split, sequential_rate=sequential_rate)
+
+    def tasks(self, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
+        """``num_tasks`` tasks; task i is the same procedure in every representation."""
+        return draw_tasks(self.difficulty, representation, num_tasks, seed=seed, split=split)
+
+    def vocabulary(self) -> list[str]:
+        """All words of its tasks, for a tiny model. Raises DataError where they are not a closed set."""
+        return vocabulary(self.difficulty)
 
     @model_validator(mode="after")
     def _reward_reads_its_answers(self) -> "GeneratedData":

@@ -10,9 +10,8 @@ from typing import Any
 
 from isomorph.curriculum.evaluation import evaluation_tasks, scores_by_representation, sequential_baseline
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import START, GeneratedData, Ingredient, Mastery, Plateau, Recipe, StageRecipe
+from isomorph.curriculum.recipe import START, Ingredient, JsonlData, Mastery, Plateau, Recipe, StageRecipe
 from isomorph.curriculum.sources import as_prompt, open_files
-from isomorph.curriculum.tasks.async_plan import make_task
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
@@ -191,10 +190,8 @@ class Curriculum:
 
     def _task(self, part: Ingredient, rng: random.Random) -> Task:
         data = self.recipe.data[part.data]
-        if isinstance(data, GeneratedData):
-            return make_task(
-                rng, data.difficulty, part.representation, split="train", sequential_rate=part.sequential_rate
-            )
+        if not isinstance(data, JsonlData):
+            return data.task(rng, part.representation, split="train", sequential_rate=part.sequential_rate)
         key = f"{part.data}:{part.representation}"
         position = self.positions.get(key, 0)
         self.positions[key] = position + 1
