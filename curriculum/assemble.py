@@ -12,12 +12,13 @@ from rich.console import Console
 from isomorph.curriculum.environment import describe_run, fallbacks
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
 from isomorph.curriculum.inputs import changed_files, describe_files, located
-from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import Changes
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
+from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.components import Components
@@ -192,19 +193,6 @@ def open_policy(recipe: Recipe) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words, seed = tiny_vocabulary(recipe), recipe.run.seed
     return load_policy(recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora, tags=ANSWER_TAGS)
-
-
-def tiny_vocabulary(recipe: Recipe) -> list[str]:
-    """The vocabulary of a tiny model, sorted; [] for other models."""
-    words: set[str] = set()
-    if recipe.model.tiny is not None:
-        for name, data in recipe.data.items():
-            if isinstance(data, JsonlData):
-                raise UserError(
-                    f"[model.tiny] has a vocabulary for generated tasks only: [data.{name}] is of another kind"
-                )
-            words |= set(data.vocabulary())
-    return sorted(words)
 
 
 @contextlib.contextmanager

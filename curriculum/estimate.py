@@ -9,6 +9,7 @@ import torch
 
 from isomorph.curriculum import machine
 from isomorph.curriculum.recipe import JsonlData, Recipe, StageRecipe
+from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.engine.config import UserError
 from isomorph.engine.model.load import read_shape, shape_of
 from isomorph.engine.model.policy import Policy
@@ -37,8 +38,7 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
 
     ``card``: a GPU type that the planner knows; None: this machine's CPU, whose memory and cores the ranks share.
     """
-    words = {w for data in recipe.data.values() if not isinstance(data, JsonlData) for w in data.vocabulary()}
-    shape = read_shape(recipe.model, sorted(words), recipe.lora)
+    shape = read_shape(recipe.model, tiny_vocabulary(recipe), recipe.lora)
     if card is not None:
         known, ceilings = card_ceilings(card)
         device_gib = device_gib or known.gib

@@ -22,6 +22,19 @@ def as_prompt(prompt_id: int, task: Task, text: TextCodec) -> Prompt:
     )
 
 
+def tiny_vocabulary(recipe: Recipe) -> list[str]:
+    """The vocabulary of a tiny model, sorted; [] for other models."""
+    words: set[str] = set()
+    if recipe.model.tiny is not None:
+        for name, data in recipe.data.items():
+            if isinstance(data, JsonlData):
+                raise UserError(
+                    f"[model.tiny] has a vocabulary for generated tasks only: [data.{name}] is of another kind"
+                )
+            words |= set(data.vocabulary())
+    return sorted(words)
+
+
 def open_files(recipe: Recipe, text: TextCodec, limits: LengthLimits | None) -> dict[str, "TaskFiles"]:
     """The ``[data.NAME]`` tables of kind "jsonl", by name. Raises UserError where no row of a file fits."""
     return {
