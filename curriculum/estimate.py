@@ -150,11 +150,11 @@ class FirstSteps:
         self.shape, self.device = shape_of(policy.model), policy.device
         self.ceilings = measure_ceilings(policy.device, policy.dtype)
         run = json.loads((log.folder / "run.json").read_text())
-        self.told: dict[str, Any] = run.get("plan", {})  # stages compared so far, also by the run that this one resumes
+        self.compared: dict[str, Any] = run.get("plan", {})  # by stage; also what a resumed run had compared before
         self.warm: set[str] = set()  # stages that have been updated
 
     def __call__(self, row: Row) -> None:
-        if row["stage"] in self.told or not row["updates"]:
+        if row["stage"] in self.compared or not row["updates"]:
             return
         if row["stage"] not in self.warm:
             self.warm.add(row["stage"])
@@ -163,15 +163,15 @@ class FirstSteps:
         facts = self._facts(row, stage)
         is_gpu = self.device.type == "cuda"
         peak = max(peak_bytes(facts, moment) for moment in MOMENTS) / GIB
-        fact = row["mem/gpu_peak_gib"] if is_gpu else row["mem/peak_rss_gib"]
-        if not is_gpu and self.before_gib is not None and fact is not None:
-            fact -= self.before_gib
+        measured = row["mem/gpu_peak_gib"] if is_gpu else row["mem/peak_rss_gib"]
+        if not is_gpu and self.before_gib is not None and measured is not None:
+            measured -= self.before_gib
         times = seconds(facts, self.ceilings)
-        told = {"peak_gib": [peak, fact], **{f"{p}_s": [times[p], row[f"time/{p}_s"]] for p in times}}
-        self.told[stage.name] = {name: {"plan": planned, "fact": got} for name, (planned, got) in told.items()}
+        compared = {"peak_gib": [peak, measured], **{f"{p}_s": [times[p], row[f"time/{p}_s"]] for p in times}}
+        self.compared[stage.name] = {name: {"plan": planned, "fact": got} for name, (planned, got) in compared.items()}
         run = self.log.folder / "run.json"
-        self.log.write_json("run.json", {**json.loads(run.read_text()), "plan": self.told})
-        pairs = (f"{name} {p:.2f}/{'-' if f is None else format(f, '.2f')}" for name, (p, f) in told.items())
+        self.log.write_json("run.json", {**json.loads(run.read_text()), "plan": self.compared})
+        pairs = (f"{name} {p:.2f}/{'-' if f is None else format(f, '.2f')}" for name, (p, f) in compared.items())
         self.log.say(f"estimated/measured, stage {stage.name}: {'  '.join(pairs)}")
 
     def _facts(self, row: Row, stage: StageRecipe) -> Facts:

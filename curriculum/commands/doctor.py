@@ -52,7 +52,7 @@ def _packages_of_rewards() -> dict[str, tuple[str, ...]]:
 
 
 EXTRAS = {**_packages_of_rewards(), "gguf": ("gguf", "accelerate"), "lora": ("peft",)}
-VLLM_PIN = "0.32.0"  # installed by the extras; the sampler takes every release of 0.32
+VLLM_PIN = "0.32.0"  # installed by the extras; the sampler works with every release of 0.32
 TRIO = ("torchvision", "torchaudio", "torchcodec")
 VARIABLES = {
     "OMP_NUM_THREADS": "threads of PyTorch on the CPU",

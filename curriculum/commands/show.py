@@ -63,11 +63,11 @@ def _right_and_wrong_alternating(rows: Sequence[Row]) -> list[Row]:
 
 def _panel(row: Row) -> Panel:
     """Text is used because it parses no markup; ``printable`` escapes the terminal's control characters."""
-    asked = row["prompt"] if len(row["prompt"]) <= MAX_PROMPT_CHARS else row["prompt"][:MAX_PROMPT_CHARS] + " .."
+    prompt = row["prompt"] if len(row["prompt"]) <= MAX_PROMPT_CHARS else row["prompt"][:MAX_PROMPT_CHARS] + " .."
     facts = [f"reward {row['reward']:g}"]
     facts += [f"advantage {row['advantage']:+.2f}"] if "advantage" in row else []
     facts += ["no answer found"] if row.get("answered") is False else []
     facts += ["cut off at max_new_tok"] if row.get("finish") == "length" else []
     style = "green" if row["correct"] else "red"
-    body = Group(Text(printable(asked), style="dim"), Text(), Text(printable(row["text"])))
+    body = Group(Text(printable(prompt), style="dim"), Text(), Text(printable(row["text"])))
     return Panel(body, title=Text(f"prompt {row['prompt_id']}"), subtitle=Text(", ".join(facts)), border_style=style)

@@ -33,7 +33,7 @@ AGAIN_S = 1.0  # a launcher that passes Ctrl-C on makes one of it two signals, t
 
 
 def train(recipe: Path | None, overrides: Sequence[str], run: Path | None, resume: Path | None, out: Console) -> None:
-    """Trains by ``recipe`` in the folder ``run``, or goes on with the run in ``resume``.
+    """Trains by ``recipe`` in the folder ``run``, or resumes the run in ``resume``.
 
     Exactly one of ``recipe`` and ``resume`` is given; with ``resume``, ``recipe`` may be the first override.
 
@@ -76,7 +76,7 @@ def _what_to_run(
         )
     if resume is not None:
         if run is not None:
-            raise UserError("--resume goes on in the run's own folder: --run cannot be given with it")
+            raise UserError("--run cannot be given with --resume, which continues in the run's own folder")
         loaded, changes = resumed_recipe(read_run_json(resume), overrides, resume)
         return loaded, changes, resume
     assert recipe is not None
@@ -140,7 +140,7 @@ def new_folder(folder: Path, *, is_named: bool) -> Path:
     except FileExistsError:
         if is_named:
             raise UserError(
-                f"{folder} is not empty: name another folder, or go on with it: isomorph train --resume {folder}"
+                f"{folder} is not empty: name another folder, or resume the run in it: isomorph train --resume {folder}"
             ) from None
         return new_folder(folder.with_name(f"{folder.name}-{os.getpid()}"), is_named=True)
     except OSError as error:
@@ -161,7 +161,7 @@ def _say_interrupted(folder: Path, out: Console) -> None:
     if latest_checkpoint(folder / "checkpoints") is None:
         text = "interrupted before the first step: start the run again"
     else:
-        text = f"interrupted; go on with: isomorph train --resume {folder}"
+        text = f"interrupted; resume with: isomorph train --resume {folder}"
     out.print(text, highlight=False, soft_wrap=True)
 
 

@@ -239,7 +239,7 @@ def _accuracy_row(
     first = before.accuracy.get(name) if before else None
     last = latest.accuracy.get(name) if latest else None
     change = f"{100 * (last.rate - first.rate):+.1f} points" if first and last else "-"
-    asked = last or first
+    known = last or first
     newest = latest or before
     missing = newest.no_answer if newest else {}
     return [
@@ -249,7 +249,7 @@ def _accuracy_row(
         change,
         "-" if baseline is None else f"{baseline:.1%}",
         f"{missing[name]:.1%}" if name in missing else "-",
-        "-" if asked is None else str(asked.n),
+        "-" if known is None else str(known.n),
     ]
 
 
@@ -306,8 +306,8 @@ def _samples_of(file: Path) -> Iterable[str]:
     for (representation, _), row in sorted(first.items(), key=lambda item: (item[0][0], not item[0][1])):
         none = ", no answer found" if row.get("answered") is False else ""
         summary = f"{html.escape(representation)}, reward {row['reward']:g}{none}"
-        asked = f"<pre class='prompt'>{_cut(row['prompt'])}</pre>" if "prompt" in row else ""
-        yield f"<details open><summary>{summary}</summary>{asked}<pre>{_cut(row['text'])}</pre></details>"
+        prompt = f"<pre class='prompt'>{_cut(row['prompt'])}</pre>" if "prompt" in row else ""
+        yield f"<details open><summary>{summary}</summary>{prompt}<pre>{_cut(row['text'])}</pre></details>"
 
 
 def _cut(text: str) -> str:

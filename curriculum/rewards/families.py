@@ -65,7 +65,7 @@ PHYSICS = RewardFamily(
         r"[-+]?\d{1,20}(?:\.\d{1,20})?(?:[eE][-+]?\d{1,3})?(?: [A-Za-z%][A-Za-z0-9%^*/]{0,40})?", re.ASCII
     ),
     why_no_paper=(
-        "the paper's function runs the response as Python code, and its tolerance of 100 % takes every number of the "
+        "the paper's function runs the response as Python code, and its tolerance of 100 % accepts every number of the "
         'right sign; use reward = "strict"'
     ),
     packages=("sympy", "pint"),

@@ -74,7 +74,7 @@ def _without_half(text: str) -> str:
 
 
 def _number_of(name: str) -> int:
-    """``forty-five`` is 45; 0 for what is no number, and for a scale by itself, since nothing stands before it."""
+    """``forty-five`` is 45; 0 for what is no number, and for a scale without a number before it."""
     if name in SCALES:
         return 0
     return sum(_COUNTS.get(part, 0) + SCALES.get(part, 0) for part in name.split("-"))
@@ -110,7 +110,7 @@ def _total(text: str) -> tuple[timedelta, timedelta] | None:
     position = 0
     while digits := _DIGITS.search(text, position):
         unit = _UNIT.match(text, digits.end())
-        if unit is None:  # go on within the number: "1.5,000 min" is 5,000 min, "1,0000 min" is 0000 min
+        if unit is None:  # continue within the number: "1.5,000 min" is 5,000 min, "1,0000 min" is 0000 min
             position = digits.start(2) if digits[2] else digits.start(1) + 1 if digits[1] else digits.end()
             continue
         position = unit.end()

@@ -90,7 +90,7 @@ class RewardPool:
             ValueError: not as many prompts as texts; a task with an unknown family or an unreadable answer.
         """
         pairs = [(_question_of(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
-        started = [self._start(asked.family, text, asked.answer, asked.reward) for asked, text in pairs]
+        started = [self._start(task.family, text, task.answer, task.reward) for task, text in pairs]
         return [got if isinstance(got, float) else self._finish(got) for got in started]
 
     def judge(self, family: str, response: str, answer: str | float, *, reward: str = "strict") -> float:
@@ -222,7 +222,7 @@ def _question_of(prompt: HasPayload) -> Question:
 def _score(path: str, stated: str, accepted: str, limit_s: float) -> float | None:
     """The reward by the function at ``path``; None where the libraries failed.
 
-    The worker ends after ``limit_s`` even if nobody is left to kill it.
+    The worker ends after ``limit_s`` even where its parent was killed.
 
     Raises:
         AnswerUnreadable: ``accepted`` cannot be read.
@@ -250,7 +250,7 @@ def _do_nothing() -> None:
 
 
 def _prepare_worker() -> None:
-    """Imports once what scoring needs, so that it takes nothing of a response's seconds."""
+    """Imports what scoring needs, so that imports do not count against a response's deadline."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes the pool
     resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     warnings.simplefilter("ignore")

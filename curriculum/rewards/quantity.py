@@ -184,7 +184,7 @@ def _convert(value: float, unit: str, wanted: str) -> float | None:
         quantity = _registry().Quantity(value, _parse_unit(unit))
         return float(quantity.to(_parse_unit(wanted)).magnitude)
     except (pint.PintError, ArithmeticError, AttributeError, TypeError, ValueError, AssertionError):
-        return None  # no unit that pint knows, or one of another dimension
+        return None  # a unit unknown to pint, or of another dimension
 
 
 def _parse_unit(text: str) -> Any:

@@ -71,11 +71,11 @@ SHORTCUTS: Mapping[str, Callable[[Procedure], int]] = {
 
 def shortcut_rates(procedures: Iterable[Procedure]) -> dict[str, float]:
     """Shortcut -> share of the procedures that it answers rightly. Raises ValueError without procedures."""
-    asked = list(procedures)
-    if not asked:
+    known = list(procedures)
+    if not known:
         raise ValueError("at least one procedure is needed, got none")
-    right = [int(max(finish_times(p.amounts, p.predecessors))) for p in asked]
+    right = [int(max(finish_times(p.amounts, p.predecessors))) for p in known]
     return {
-        name: sum(answer(p) == total for p, total in zip(asked, right, strict=True)) / len(asked)
+        name: sum(answer(p) == total for p, total in zip(known, right, strict=True)) / len(known)
         for name, answer in SHORTCUTS.items()
     }

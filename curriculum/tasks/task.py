@@ -34,7 +34,7 @@ class Task:
     difficulty: dict[str, Any] = field(default_factory=dict)
 
     def is_correct(self, reward: float) -> bool:
-        """Whether a response worth ``reward`` solves the task: full marks, not part of them."""
+        """Whether ``reward`` is that of a right answer: FULL_MARKS, not a part of it."""
         return reward >= FULL_MARKS
 
     def to_json(self) -> str:
