@@ -71,18 +71,18 @@ def test_no_procedure_is_in_both_splits() -> None:
     assert train and held_out and not train & held_out
 
 
-def test_the_seed_of_an_eval_table_draws_its_exam(finished_run: Path) -> None:
+def test_the_seed_of_an_eval_table_generates_its_tasks(finished_run: Path) -> None:
     recipe = check_tables(read_run_json(finished_run)["recipe"], Recipe, where="run.json")
     text = TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[1])
     curriculum = Curriculum(recipe, text)
     curriculum.load_state_dict({**curriculum.state_dict(), "stage_index": len(recipe.stage)})
-    exam = curriculum.pending_evaluation()
-    assert exam is not None
+    request = curriculum.pending_evaluation()
+    assert request is not None
     data = recipe.data[recipe.eval.data]
     assert isinstance(data, GeneratedData)
     num, seed = recipe.eval.prompts, recipe.eval.seed
     drawn = [t for r in REPRESENTATIONS for t in draw_tasks(data.difficulty, r, num, seed=seed, split="eval")]
-    assert [prompt.payload for prompt in exam.prompts] == drawn
+    assert [prompt.payload for prompt in request.prompts] == drawn
 
 
 def test_settings_reach_the_difficulty() -> None:

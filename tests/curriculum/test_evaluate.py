@@ -32,7 +32,7 @@ def unfinished(finished_run: Path, tmp_path: Path) -> Path:
     return run
 
 
-def test_a_run_scores_as_in_its_last_exam(finished_run: Path) -> None:
+def test_a_run_scores_as_in_its_last_evaluation(finished_run: Path) -> None:
     summary = json.loads((finished_run / "summary.json").read_text())
     lines: list[str] = []
     result = evaluate_target(str(finished_run), [], prompts=None, max_new_tok=None, say=lines.append)

@@ -1,4 +1,4 @@
-"""What does not fit is named before the first step: for all stages and exams, files and generated questions."""
+"""What does not fit is named before the first step: for all stages and evaluations, files and generated questions."""
 
 import json
 from pathlib import Path

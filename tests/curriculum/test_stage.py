@@ -1,4 +1,4 @@
-"""Stages, their ends, their exams, and a memory that fits into JSON."""
+"""Stages, their stop conditions and evaluations, and a state that is JSON."""
 
 import json
 import random
@@ -73,11 +73,11 @@ def do_step(source: Curriculum, reward: float = 0.0) -> list[str]:
     return [p.payload.question for p in prompts]
 
 
-def sit(source: Curriculum, reward: float) -> str:
-    exam = source.pending_evaluation()
-    assert exam is not None
-    source.record_evaluation(exam, [reward] * len(exam.prompts), [reward > 0] * len(exam.prompts))
-    return exam.label
+def evaluate(source: Curriculum, reward: float) -> str:
+    request = source.pending_evaluation()
+    assert request is not None
+    source.record_evaluation(request, [reward] * len(request.prompts), [reward > 0] * len(request.prompts))
+    return request.label
 
 
 def test_stages_follow_one_another_and_end_by_steps() -> None:
@@ -147,12 +147,12 @@ def test_an_impossible_end_is_refused(end: dict[str, Any]) -> None:
         curriculum(stage("one", **end))
 
 
-def test_exams_stand_at_the_boundaries_only_once() -> None:
+def test_there_is_one_evaluation_at_each_boundary() -> None:
     source = curriculum(supervised("warm-up"), stage("one"), stage("two"))
     labels = []
     while True:
         if source.pending_evaluation() is not None:
-            labels.append(sit(source, 1.0))
+            labels.append(evaluate(source, 1.0))
             assert source.pending_evaluation() is None
         if source.stage() is None:
             break
@@ -160,12 +160,12 @@ def test_exams_stand_at_the_boundaries_only_once() -> None:
     assert labels == ["warm-up", "one", "two"]
 
 
-def test_without_a_warm_up_the_first_exam_comes_before_everything() -> None:
+def test_without_a_warm_up_the_first_evaluation_comes_before_the_first_step() -> None:
     source = curriculum(stage("one"))
-    assert sit(source, 0.0) == "start"
+    assert evaluate(source, 0.0) == "start"
     for _ in range(3):
         do_step(source)
-    sit(source, 1.0)
+    evaluate(source, 1.0)
     accuracy = source.accuracy()
     assert accuracy["before"]["natural"]["rate"] == 0 and accuracy["after"]["table"]["rate"] == 1
 
@@ -175,11 +175,11 @@ def test_before_means_after_the_last_leading_supervised_stage() -> None:
     for reward in (0.2, 0.4, 1.0):
         for _ in range(3):
             do_step(source)
-        sit(source, float(reward > 0.3))
+        evaluate(source, float(reward > 0.3))
     assert source.accuracy()["before"]["natural"]["rate"] == 1.0  # of "more", not of "warm-up"
 
 
-def test_training_and_exam_never_share_a_procedure() -> None:
+def test_training_and_evaluation_never_share_a_procedure() -> None:
     source = curriculum(stage("one", steps=100))
     trained = set()
     for _ in range(100):
@@ -188,11 +188,11 @@ def test_training_and_exam_never_share_a_procedure() -> None:
         prompts = source.take(present.batch.prompts)
         trained |= {p.payload.key for p in prompts}
         source.observe([group(p, 0.0, 1.0) for p in prompts])
-    exam = source.pending_evaluation()
-    assert exam is not None
-    assert trained.isdisjoint(p.payload.key for p in exam.prompts)
+    request = source.pending_evaluation()
+    assert request is not None
+    assert trained.isdisjoint(p.payload.key for p in request.prompts)
     by_representation: dict[str, list[str]] = {}
-    for prompt in exam.prompts:
+    for prompt in request.prompts:
         by_representation.setdefault(prompt.representation, []).append(prompt.payload.key)
     assert by_representation["natural"] == by_representation["table"]  # the same procedures in every form
 
@@ -201,7 +201,7 @@ def test_a_restored_curriculum_asks_what_the_first_one_would_have_asked() -> Non
     ends = {"mastery": {"pass_rate": 0.9, "window": 2}, "plateau": {"window": 1}, "max_response_tok": 99}
     stages = (stage("one", **ends), stage("two"))
     first, second = curriculum(*stages), curriculum(*stages)
-    sit(first, 0.0)
+    evaluate(first, 0.0)
     do_step(first, 0.4)
     do_step(first, 0.5)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -225,9 +225,9 @@ def test_another_seed_asks_other_questions() -> None:
 
 def test_the_sequential_baseline_counts_chains_whose_answer_is_right() -> None:
     source = curriculum(stage("one"))
-    exam = source.pending_evaluation()
-    assert exam is not None
-    right = [p.payload.sequential_answer == p.payload.answer for p in exam.prompts if p.representation == "natural"]
+    request = source.pending_evaluation()
+    assert request is not None
+    right = [p.payload.sequential_answer == p.payload.answer for p in request.prompts if p.representation == "natural"]
     assert source.sequential_baseline()["natural"] == sum(right) / len(right)
 
 
@@ -251,13 +251,13 @@ def test_the_papers_constants_stand_in_its_recipes() -> None:
         assert (present.objective.kl_estimator, present.objective.kl_coef, present.optim.lr) == ("k3", 0.01, 1e-6)
 
 
-def test_an_exam_counts_what_the_task_calls_correct_not_partial_credit() -> None:
+def test_an_evaluation_counts_right_answers_not_partial_rewards() -> None:
     source = curriculum(stage("one"))
-    exam = source.pending_evaluation()
-    assert exam is not None
-    source.record_evaluation(exam, [1.0 if i % 2 else 0.9 for i in range(len(exam.prompts))], None)
+    request = source.pending_evaluation()
+    assert request is not None
+    source.record_evaluation(request, [1.0 if i % 2 else 0.9 for i in range(len(request.prompts))], None)
     counted = source.evaluations[0]["accuracy"].values()
-    assert sum(result["correct"] for result in counted) == len(exam.prompts) // 2
+    assert sum(result["correct"] for result in counted) == len(request.prompts) // 2
 
 
 def test_a_row_of_a_large_file_is_chosen_as_fast_as_one_of_a_small_file(tmp_path: Path) -> None:
