@@ -182,7 +182,7 @@ def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
         ("sampling.top_p=0.9", "unknown key"),
         ("stage.1.objective.name=ppo", "'grpo'"),
         ("eval.data=nothing", "no [data.nothing]"),
-        ("stage.9.steps=1", "must be a number from 0 to 2"),
+        ("stage.9.steps=1", "must be a stage's number, 0 to 2"),
         ("stage.1.mixture=[{data='plans',representation='table'}]", "for evaluation only"),
         ("model.path=somewhere", "exactly one of model.path and model.tiny"),
         ("stage.0.sampling.max_new_tok=10", "a demonstration of"),
@@ -222,7 +222,7 @@ def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
-    assert "no such recipe" in error_line(isomorph("train", "nowhere.toml", cwd=tmp_path))
+    assert "no such file; the recipe must be" in error_line(isomorph("train", "nowhere.toml", cwd=tmp_path))
 
 
 def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
