@@ -1,8 +1,8 @@
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from small_world import one_thread  # noqa: F401
 from torch.nn import Parameter
 
 from isomorph.engine.config import OptimConfig
@@ -10,14 +10,6 @@ from isomorph.engine.types import RunFailed
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 
 SHAPES = {"a": (5, 3), "b": (7,)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def parameters(dtype: torch.dtype, scale: float = 1.0) -> dict[str, Parameter]:

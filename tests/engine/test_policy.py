@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from small_world import one_thread  # noqa: F401
 from torch import Tensor
 from truth import exact_norms
 
@@ -26,14 +26,6 @@ from isomorph.kernels.packed_attention import PackedLayout
 CPU = torch.device("cpu")
 VOCABULARY = ["<answer>", "</answer>", "stir", "take", "minutes", "in", "total", ":", ",", ".", *map(str, range(31))]
 TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_policy(dtype: torch.dtype = torch.float32) -> Policy:

@@ -9,7 +9,7 @@
   SFT's on the accepted responses, are what they are made of.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from small_world import one_thread  # noqa: F401
 from test_trl_adapter import GROUPS, NUM_VOCAB, WORDS, model_of, trainer_of
 from torch import Tensor
 
@@ -34,14 +35,6 @@ BOUND = 1e-12  # float64
 FLOAT32_BOUND = 1e-6  # SFT's log-probabilities come out of TRL's fused head, which is float32
 MAX_NEW_TOK = 9
 ADVANTAGES = (1.3, -0.7, -1.9, 0.4, 0.8, -1.1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch_of_trl(noise: float = 0.3) -> dict[str, Tensor]:
