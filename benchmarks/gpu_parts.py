@@ -173,7 +173,7 @@ def update(rehearse: bool) -> Rows:
     weights = sum(p.numel() for p in policy.named_parameters().values())
     for micro_batch_tok, recomputes in ((8192, False), (16_384, True)):
         learner = Learner(recomputing(policy) if recomputes else policy)
-        groups, stage = _groups(rehearse, micro_batch_tok)
+        groups, stage = make_groups(rehearse, micro_batch_tok)
         updates = pack(
             groups, micro_batch_tok=micro_batch_tok, prompts_per_update=None, objective=stage.objective, device=DEVICE
         )
@@ -195,11 +195,12 @@ def update(rehearse: bool) -> Rows:
             "unpacked_tok_s": repeated / timing["median_s"],
             "peak_mib": memory.mib(),
         }
+        learner.close()
         del learner, call  # masters and moments
         free_memory()
 
 
-def _groups(rehearse: bool, micro_batch_tok: int) -> tuple[list[Any], Any]:
+def make_groups(rehearse: bool, micro_batch_tok: int) -> tuple[list[Any], Any]:
     """Prompts with random answers, half of them good, and their stage."""
     from isomorph.engine.config import Stage
     from isomorph.engine.types import Group, Rollout

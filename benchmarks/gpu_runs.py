@@ -141,7 +141,7 @@ def step_beside_trl(rehearse: bool) -> Rows:
     if not rehearse:
         sizes = [
             "--steps",
-            "5",
+            "4",
             "--prompts",
             "16",
             "--group",

@@ -5,9 +5,9 @@ from typing import Any
 
 OURS, EAGER, COMPILED = "isomorph", "torch eager", "torch.compile"  # as compare.py, which imports PyTorch, has them
 FORMATS = {
-    "value": "{:.4g}", "bound": "bound {:.2g}", "median_s": "{:.4g} s", "tflops": "{:.1f} TFLOP/s",
-    "mfu_percent": "MFU {:.1f} %", "peak_mib": "{:.0f} MiB", "packed_tok_s": "{:.0f} packed tok/s",
-    "gain": "{:.2f} times", "result": "{}",
+    "value": "{:.4g}", "bound": "bound {:.2g}", "median_s": "{:.4g} s", "percent": "{:.1f} %",
+    "tflops": "{:.1f} TFLOP/s", "mfu_percent": "MFU {:.1f} %", "peak_mib": "{:.0f} MiB",
+    "packed_tok_s": "{:.0f} packed tok/s", "gain": "{:.2f} times", "result": "{}",
 }  # fmt: skip
 
 

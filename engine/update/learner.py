@@ -205,9 +205,14 @@ class Learner:
             [local_shard(shard_like(tensors[name], p)).cpu() for name, p in named.items()] if is_there else None
         )
 
-    def _open_optimizer(self, stage: Stage) -> None:
+    def close(self) -> None:
+        """Releases the policy's parameters, masters and moments: another learner can be made on this policy."""
         if self.optimizer is not None:
             self.optimizer.close()
+            self.optimizer = None
+
+    def _open_optimizer(self, stage: Stage) -> None:
+        self.close()
         self.optimizer = MasterAdamW(self.policy.named_parameters(), stage.optim, on_host=self.optimizer_on_host)
 
     def _token_inputs(

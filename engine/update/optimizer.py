@@ -141,7 +141,10 @@ def _host_master(parameter: Parameter) -> Tensor:
 
 def _accumulator(master: Tensor):  # type: ignore[no-untyped-def]
     def accumulate(parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            raise RuntimeError(
+                "another learner is open on these weights and took their gradient: call its close() first"
+            )
         gradient = parameter.grad.to(master.device, master.dtype)
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None

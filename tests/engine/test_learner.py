@@ -642,6 +642,17 @@ def test_a_reset_optimizer_is_the_only_one_that_collects_bf16_gradients() -> Non
     assert learner.state_tensors()["step/model.norm.weight"] == 1
 
 
+def test_a_second_learner_on_the_same_weights_is_refused_until_the_first_is_closed() -> None:
+    policy, stage, groups = make_policy(torch.bfloat16), make_stage(), make_groups()
+    first, second = Learner(policy), Learner(policy)
+    update(policy, groups, stage, first)
+    with pytest.raises(RuntimeError, match="another learner is open"):
+        update(policy, groups, stage, second)
+    first.close()
+    second.close()
+    update(policy, groups, stage, Learner(policy))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_restored_learner_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     o = ObjectiveConfig(name="grpo", kl_coef=0.1)
