@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python leaves a script's folder out
 
+import table_gpu
 import table_ops
 import table_runs
 from table_rows import NOT_MEASURED, Headline, Row, markdown_table, read_rows
@@ -28,7 +29,7 @@ def section(results: Path = RESULTS) -> str:
     step, update, adapter, sampler, _ = _runs(results)
     rows = [
         *table_runs.headlines(step, update, adapter, sampler),
-        *table_ops.headlines(read_rows(results / "kernels.jsonl")),
+        *table_ops.headlines(_ops(results)),
     ]
     machines: dict[tuple[str, ...], list[Headline]] = {}
     for row in rows:  # the benchmarks name a machine's parts in different orders
@@ -63,18 +64,23 @@ def anchor(title: str) -> str:
 
 def _runs(results: Path) -> tuple[list[Row], ...]:
     names = ("step", "update", "trl_adapter", "sampler", "publish")
-    return tuple(read_rows(results / f"{name}.jsonl") for name in names)
+    step, *others = (read_rows(results / f"{name}.jsonl") for name in names)
+    return (step + table_gpu.step_rows(results), *others)
+
+
+def _ops(results: Path) -> list[Row]:
+    return read_rows(results / "kernels.jsonl") + table_gpu.kernel_rows(results)
 
 
 def full(results: Path = RESULTS) -> str:
     """benchmarks/RESULTS.md: every comparison and every provider, also those that are absent or wrong."""
-    machines = table_ops.by_machine(read_rows(results / "kernels.jsonl"))
+    machines = table_ops.by_machine(_ops(results))
     head = (
         "# Results of the benchmarks\n\nWritten by `python benchmarks/table.py` from `benchmarks/results/`. "
         "What was tried and did not work: [benchmarks/LOG.md](../benchmarks/LOG.md)."
     )
     parts = [
-        *(head, *table_runs.runs(*_runs(results))),
+        *(head, *table_runs.runs(*_runs(results)), *table_gpu.sections(results)),
         *(f"## {table_ops.SUMMARY}", *(table_ops.short_of_machine(name, rows) for name, rows in machines.items())),
         *(f"## {table_ops.ALL}", *(table_ops.full_of_machine(name, rows) for name, rows in machines.items())),
     ]
@@ -83,7 +89,7 @@ def full(results: Path = RESULTS) -> str:
 
 def with_rows(page: str, results: Path = RESULTS) -> str:
     """kernels/README.md with each op's cases between its markers."""
-    machines = table_ops.by_machine(read_rows(results / "kernels.jsonl"))
+    machines = table_ops.by_machine(_ops(results))
 
     def rows(op: str) -> str:
         found = [table_ops.sentences(name, [r for r in rows if r["op"] == op]) for name, rows in machines.items()]

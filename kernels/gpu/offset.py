@@ -11,6 +11,9 @@ so both gradients of the layer are plain products with E: dX = s (E' W) and dW =
 and E' is E with E[y] - S in the target's place. E is unusable only if the target is 69 nats (2^100) less likely than
 all other tokens together; ``rescue_kernel`` recomputes such rows, and rows that are not finite, with the LSE as offset.
 
+In bfloat16 log p comes from the rounded E, so that the gradient of an entropy is exact to about 2^-8 of p, not of
+itself: where p is near 1 it is small beside p. Losses of log-probabilities alone take no logarithm of E.
+
 Partial sums per tile of columns are added in ascending order, without atomics: a row's bits do not depend on the batch.
 The implementation of ``linear_loss`` named "offset"; bfloat16 or float32, D a multiple of 8, no bias.
 """

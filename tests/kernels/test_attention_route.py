@@ -20,7 +20,7 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
     [
         (A100, BF16, 128, False, False, "", "varlen", "has kernels for sm_80"),
         (A10, F16, 64, False, False, "", "varlen", "has kernels for sm_86"),
-        (H100, BF16, 128, False, False, "", "varlen", "has kernels for sm_90"),
+        (H100, BF16, 128, False, False, "", "triton", "measured to be faster .* on sm_90"),
         (B200, BF16, 64, False, False, "", "varlen", "has kernels for sm_100"),
         (B300, BF16, 128, False, False, "", "varlen", "has kernels for sm_103"),
         (RTX50, BF16, 128, False, False, "", "triton", "no kernels for sm_120"),
@@ -77,8 +77,11 @@ def test_facts_of_a_gpu_are_collected_and_a_request_outranks_the_rule(monkeypatc
     monkeypatch.setattr(backend, "triton_reason", lambda: "")
     monkeypatch.setattr(backend, "flash_reason", lambda: "")
     backend._parse.cache_clear()
-    assert attention_route.choose(gpu, BF16, 128, is_tree=False).body == "varlen"
+    assert attention_route.choose(gpu, BF16, 256, is_tree=False).body == "varlen"
+    assert attention_route.choose(gpu, BF16, 128, is_tree=False).body == "triton"
     assert attention_route.choose(gpu, BF16, 128, is_tree=True).body == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: A100)
+    assert attention_route.choose(gpu, BF16, 128, is_tree=False).body == "varlen"
     torch.use_deterministic_algorithms(True)
     try:
         assert attention_route.choose(gpu, BF16, 128, is_tree=False).body == "triton"

@@ -21,9 +21,9 @@ Launch = tuple[Callable[..., object], dict[str, Tensor], set[str]]
 def _row_launches() -> dict[str, Launch]:
     from isomorph.kernels.gpu import advantage, offset, offset_rows, rows, sample
 
-    ids, row = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
+    ids, row = torch.zeros(N, dtype=torch.int64, device=DEVICE), torch.zeros(N, device=DEVICE)
     logits, weight, offsets = torch.zeros(N, V), torch.zeros(V, D), torch.tensor([0, 2, N])
-    stats = offset.Stats(*(torch.ones(N) for _ in range(5)))
+    stats = offset.Stats(*(torch.ones(N, device=DEVICE) for _ in range(5)))
     return {
         "row_stats": (
             lambda logits, target, bias: rows.row_stats(logits, target, bias, 1.0),

@@ -401,6 +401,9 @@ def test_kernels_in_many_blocks_are_exact(file: str, tmp_path: Path) -> None:
     CHECKS[file](_load(file, (FOLDER / f"{file}.py").read_text(encoding="utf-8"), tmp_path))
 
 
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="programs that run at once hide some faults: the interpreter runs them in turn"
+)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file} {mutant.fault}")
 def test_a_mutant_dies(mutant: Mutant, tmp_path: Path) -> None:
     parts = (FOLDER / f"{mutant.file}.py").read_text(encoding="utf-8").split(mutant.old)
