@@ -103,8 +103,8 @@ class Ours:
         with RewardThread(_judge, text.decode, prompts) as scoring:
             rollouts = self.sampler.generate(prompts, sampling, scoring.add)
             marks.append(now())
-            _, rewards = scoring.results()
-        groups = score(prompts, rollouts, rewards, stage.objective)
+            _, scores = scoring.results()
+        groups = score(prompts, rollouts, scores, stage.objective)
         updates = pack(
             groups,
             micro_batch_tok=stage.batch.micro_batch_tok,

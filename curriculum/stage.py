@@ -66,8 +66,8 @@ class Curriculum:
 
     def observe(self, groups: Sequence[Group]) -> None:
         stage = self._present()
-        rewards = [reward for group in groups for reward in group.rewards]
-        self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-stage.reward_window :]
+        if rewards := [reward for group in groups for reward in group.known_rewards]:
+            self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-stage.reward_window :]
         self.response_tok += sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
         self.steps_done += 1
         if reason := self._why_over(stage):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from isomorph.engine.components import Components, RunProgress, StopRequested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import check_ends
-from isomorph.engine.types import Group, Prompt, Rollout, Sampler, Sampling, ScoredRollouts
+from isomorph.engine.types import Group, Prompt, Rollout, Sampler, Sampling, ScoredRollouts, Scores
 from isomorph.engine.update.score import RewardThread, score
 
 
@@ -18,8 +18,8 @@ def sample_and_reward(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     time: Callable[[str], contextlib.AbstractContextManager[None]],
-) -> tuple[list[Rollout], list[str], list[float]]:
-    """Returns rollouts, decoded texts and rewards of all ranks, in the order of ``prompts``, samples ascending.
+) -> tuple[list[Rollout], list[str], Scores]:
+    """Returns rollouts, decoded texts and scores of all ranks, in the order of ``prompts``, samples ascending.
 
     Each rank samples and rewards its share of the prompts; a group's rewards are computed while others are sampled.
     A rank on which a stop is requested drops its rollouts within a few tokens; the others finish theirs first. Then
@@ -36,13 +36,13 @@ def sample_and_reward(
         with time("judge"), RewardThread(components.judge, components.policy.text.decode, own, stop_here) as rewarding:
             with time("generate"), components.policy.unsharded():
                 rollouts = sampler.generate(own, sampling, rewarding.add, stop_here)
-            texts, rewards = rewarding.results()
+            texts, scores = rewarding.results()
     except StopRequested:
         is_stopped = True
     with time("exchange"):
         if components.ranks.any(is_stopped):
             raise StopRequested
-        return components.ranks.exchange(rollouts, texts, rewards, sampling.samples_per_prompt)
+        return components.ranks.exchange(rollouts, texts, scores, sampling.samples_per_prompt)
 
 
 class Collector:
@@ -61,14 +61,14 @@ class Collector:
         self._taken.append(scored)
         self.progress.state = dataclasses.replace(self.progress.state, draws=(*self._taken, *self._left))
         with log.time("judge"):
-            return score(prompts, scored.rollouts, scored.rewards, self.stage.objective), list(scored.texts)
+            return score(prompts, scored.rollouts, scored.scores, self.stage.objective), list(scored.texts)
 
     def _sample(self, prompts: Sequence[Prompt]) -> ScoredRollouts:
         components, sampling = self.components, _training_sampling(self.components, self.stage)
-        rollouts, texts, rewards = sample_and_reward(components, self.sampler, prompts, sampling, components.log.time)
+        rollouts, texts, scores = sample_and_reward(components, self.sampler, prompts, sampling, components.log.time)
         if self.sampler is components.sampler:
             check_ends(rollouts, sampling)
-        return ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
+        return ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), scores=scores)
 
 
 def refill(collector: Collector, groups: list[Group], texts: list[str]) -> tuple[list[Group], list[Group], list[str]]:
@@ -85,9 +85,11 @@ def refill(collector: Collector, groups: list[Group], texts: list[str]) -> tuple
         for i, group in zip(flat, more, strict=True):
             trained[i] = group
         groups, texts = [*groups, *more], [*texts, *more_texts]
-    if stage.objective.scale == "batch" and len(groups) > len(trained):  # statistics are over the groups trained on
-        rollouts, rewards = [r for g in trained for r in g.rollouts], [r for g in trained for r in g.rewards]
-        trained = score([g.prompt for g in trained], rollouts, rewards, stage.objective)
+    scores = Scores.joined([group.scores or Scores(rewards=group.rewards) for group in trained])
+    is_over_step = stage.objective.scale == "batch" or scores.relative is not None
+    if is_over_step and len(groups) > len(trained):  # statistics are over the groups trained on
+        rollouts = [r for g in trained for r in g.rollouts]
+        trained = score([g.prompt for g in trained], rollouts, scores, stage.objective)
     return trained, groups, texts
 
 

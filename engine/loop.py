@@ -175,7 +175,7 @@ def _record(components: Components, state: RunState, result: StepResult) -> None
     log, source = components.log, components.source
     with log.time("record"):
         row = step_row(result, state, source.label)
-    num_correct = sum(source.is_correct(group.prompt, reward) for group in result.groups for reward in group.rewards)
+    num_correct = sum(sum(group.correct(source.is_correct)) for group in result.groups)
     row |= log.end_step(num_tok=result.stats.num_loss_tok, num_correct=num_correct, gather=components.ranks.gather)
     with log.time("record"):
         log.write_step(row, console_line(row))
@@ -217,15 +217,17 @@ def evaluate(components: Components, state: RunState, request: EvaluationRequest
     if components.sampler.policy_version != state.policy_version:
         publish(components, components.sampler, state.policy_version, request.prompts[0])
     sampling = greedy_sampling(components, request.max_new_tok)
-    _, texts, rewards = sample_and_reward(
+    _, texts, scores = sample_and_reward(
         components, components.sampler, request.prompts, sampling, lambda phase: contextlib.nullcontext()
     )
     found = answers_found(components.finds_answer, request.prompts, texts)
-    components.log.say(components.source.record_evaluation(request, rewards, found))
+    correct = scores.correct or [
+        components.source.is_correct(p, r) for p, r in zip(request.prompts, scores.rewards, strict=True)
+    ]
+    graded = scores.rewards if scores.correct is None else [float(is_correct) for is_correct in correct]
+    components.log.say(components.source.record_evaluation(request, graded, found))
     _warn(components, warning_of_no_answer(f"the evaluation after {request.label}", found, texts, None))
-    rows = evaluation_rows(
-        request.prompts, texts, rewards, found, components.policy.text.decode, components.source.is_correct
-    )
+    rows = evaluation_rows(request.prompts, texts, scores.rewards, found, components.policy.text.decode, correct)
     components.log.write_completions(f"exam-{request.label}", rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isomorph.engine.types import Rollout, ScoredRollouts
+from isomorph.engine.types import Rollout, ScoredRollouts, Scores
 
 
 def split_scored(scored: ScoredRollouts) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -29,7 +29,7 @@ def split_scored(scored: ScoredRollouts) -> tuple[dict[str, Any], dict[str, Tens
         ],
         "lens": [len(r.token_ids) for r in scored.rollouts],
         "texts": list(scored.texts),
-        "rewards": list(scored.rewards),
+        "scores": scored.scores.columns(),
     }
     return fields, tensors
 
@@ -43,4 +43,13 @@ def join_scored(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sco
         Rollout(**rollout, token_ids=ids, sampler_logprob=logprob)
         for rollout, ids, logprob in zip(fields["rollouts"], token_ids, logprobs, strict=True)
     )
-    return ScoredRollouts(rollouts=rollouts, texts=tuple(fields["texts"]), rewards=tuple(fields["rewards"]))
+    known = fields["scores"] if "scores" in fields else {"rewards": fields["rewards"]}  # as earlier versions wrote it
+    scores = Scores(**{name: _as_tuples(column) for name, column in known.items()})
+    return ScoredRollouts(rollouts=rollouts, texts=tuple(fields["texts"]), scores=scores)
+
+
+def _as_tuples(column: Any) -> Any:
+    """JSON has lists only."""
+    if isinstance(column, Mapping):
+        return {name: tuple(values) for name, values in column.items()}
+    return None if column is None else tuple(column)

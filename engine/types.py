@@ -9,10 +9,10 @@ Log-probabilities are natural logarithms (nats).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -73,6 +73,69 @@ class Rollout:
         return len(self.token_ids) if self.sampler_logprob is None else int(self.sampler_logprob.isfinite().sum())
 
 
+# of one reward function on one response: a number; "does not apply" (None); or what it is worth 0 for; "absent": the
+# response's data has no reward of that name
+Outcome = Literal["value", "none", "nan", "error", "deadline", "absent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The rewards of S responses, with the parts that they are made of.
+
+    Example: ``Scores(rewards=(1.2, 0.0), parts={"right": (1.0, 0.0), "short": (0.2, 0.0)})``
+    """
+
+    rewards: tuple[float, ...]  # [S]; NaN: no reward applies to the response, which then leaves loss and baseline
+    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # [S] by name; NaN: it does not apply
+    correct: tuple[bool, ...] | None = None  # [S]; None: the prompt source decides by the reward
+    masked: tuple[bool, ...] | None = None  # [S] True: not in the loss, but in the group's baseline; None: no response
+    outcomes: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)  # [S] by name, for each of ``parts``
+    # [S] sum of rewards that were each normalised within their group (GDPO), which takes the place of baseline and
+    # scale of the objective; NaN where these apply; None: everywhere
+    relative: tuple[float, ...] | None = None
+
+    def slice(self, start: int, stop: int) -> Self:
+        """The scores of responses ``start`` to ``stop`` - 1."""
+        return type(self)(**{name: _cut(value, start, stop) for name, value in self.columns().items()})
+
+    def outcome(self, name: str) -> tuple[Outcome, ...]:
+        """[S] of the part ``name``; numbers, where the reward function does not say."""
+        return self.outcomes[name] if name in self.outcomes else tuple("value" for _ in self.rewards)
+
+    def columns(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The scores of several lists of responses as those of one; a part that one of them lacks is absent there."""
+        names = list(dict.fromkeys(name for scores in parts for name in scores.parts))
+
+        def filled(values: Callable[["Scores"], tuple[Any, ...] | None], missing: Any) -> tuple[Any, ...]:
+            found = ((values(scores), len(scores.rewards)) for scores in parts)
+            return tuple(v for value, size in found for v in ((missing,) * size if value is None else value))
+
+        def some(values: Callable[["Scores"], tuple[Any, ...] | None], missing: Any) -> tuple[Any, ...] | None:
+            return None if all(values(scores) is None for scores in parts) else filled(values, missing)
+
+        if any(scores.correct is None for scores in parts) and any(scores.correct is not None for scores in parts):
+            raise ValueError("either all responses must be known to be correct or not, or none")
+        return cls(
+            rewards=filled(lambda scores: scores.rewards, math.nan),
+            parts={name: filled(lambda scores, n=name: scores.parts.get(n), math.nan) for name in names},  # type: ignore[misc]
+            correct=some(lambda scores: scores.correct, False),
+            masked=some(lambda scores: scores.masked, False),
+            outcomes={name: filled(lambda scores, n=name: scores.outcomes.get(n), "absent") for name in names},  # type: ignore[misc]
+            relative=some(lambda scores: scores.relative, math.nan),
+        )
+
+
+def _cut(value: Any, start: int, stop: int) -> Any:
+    if isinstance(value, Mapping):
+        return {name: column[start:stop] for name, column in value.items()}
+    return None if value is None else value[start:stop]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
     """A prompt with its G rollouts, a reward and a group-relative advantage for each of them."""
@@ -81,11 +144,32 @@ class Group:
     rollouts: tuple[Rollout, ...]
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
+    scores: Scores | None = None  # of its responses; None: rewards only
 
     @property
     def has_zero_variance(self) -> bool:
-        """All rewards are equal, so that group-relative advantages are 0."""
-        return len(set(self.rewards)) == 1
+        """All rewards are equal (rewards normalised one by one: each of them), so that advantages are 0."""
+        relative = self.scores and self.scores.relative
+        if relative and not any(math.isnan(value) for value in relative):
+            return not any(relative)
+        return len(set(self.known_rewards)) <= 1
+
+    @property
+    def known_rewards(self) -> list[float]:
+        """The rewards without those of responses to which no reward applies."""
+        return [reward for reward in self.rewards if not math.isnan(reward)]
+
+    def correct(self, is_correct: Callable[[Prompt, float], bool]) -> tuple[bool, ...]:
+        """For each response whether it solves the prompt; ``is_correct`` decides where the scores do not say."""
+        if self.scores and self.scores.correct is not None:
+            return self.scores.correct
+        return tuple(is_correct(self.prompt, reward) for reward in self.rewards)
+
+    @property
+    def is_trained(self) -> tuple[bool, ...]:
+        """For each response whether it may enter the loss: a reward applies to it, and it is not masked."""
+        masked = self.scores and self.scores.masked
+        return tuple(not (math.isnan(r) or (masked and masked[i])) for i, r in enumerate(self.rewards))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -173,7 +257,11 @@ class ScoredRollouts:
 
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...]
-    rewards: tuple[float, ...]
+    scores: Scores
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return self.scores.rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +333,15 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class PartsJudge(Protocol):
+    """A Judge that also says what its rewards are made of; where a judge has ``score``, that is called instead."""
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], rollouts: Sequence[Rollout]) -> Scores:
+        """Returns the scores of the responses, of which those to one prompt stand next to each other, all of them."""
+        ...
+
+
 class PromptSource(Protocol):
     """The curriculum, as the engine sees it: stages, their prompts, and evaluations."""
 
@@ -285,7 +382,8 @@ class PromptSource(Protocol):
     ) -> str:
         """Stores the result of ``request`` and returns it as a console line.
 
-        ``rewards``: one for each prompt. ``found``: whether an answer was found in each response; None: not measured.
+        ``rewards``: one for each prompt; 1 or 0 where the reward function says which are correct. ``found``: whether an
+        answer was found in each response; None: not measured.
         """
         ...
 

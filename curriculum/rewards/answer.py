@@ -1,9 +1,27 @@
 """A response's stated answer, from ``<answer>...</answer>`` or ``\\boxed{...}``, and the accepted answer as text."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 ANSWER_TAGS = _OPEN, _CLOSE = "<answer>", "</answer>"
 _BRACES = re.compile(r"\\boxed\s{0,8}\{|\\.|[{}]", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A response and what is known of its prompt, as a reward function gets it.
+
+    Example: ``def right(answer: Answer) -> float: return float(answer.text.endswith(answer.gold))``
+    """
+
+    prompt: str  # the question, without system prompt and chat template
+    text: str  # the whole response
+    gold: str  # the accepted answer: ``answer`` of the [data.NAME] table
+    row: Mapping[str, Any] = field(default_factory=dict)  # all columns of the row
+    finish: Literal["stop", "length"] = "stop"  # "length": cut off at the length limit
+    num_tok: int = 0  # tokens of the response, its stop token included
 
 
 class AnswerUnreadable(ValueError):

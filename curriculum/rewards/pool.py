@@ -9,15 +9,10 @@ import math
 import os
 import resource
 import signal
-import sys
 import threading
-import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as DeadlineExceeded
-from contextlib import contextmanager
-from multiprocessing.context import SpawnContext, SpawnProcess
-from multiprocessing.popen_spawn_posix import Popen
 from typing import Any, Protocol, Self, runtime_checkable
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -32,6 +27,7 @@ from isomorph.curriculum.rewards.families import (
     missing_packages,
     require_packages,
 )
+from isomorph.curriculum.rewards.spawn import CleanSpawnContext
 
 DEADLINE_S = 5.0
 MAX_ANSWER_CHARS = 2_000  # of an answer that is scored in a worker; longer ones are wrong
@@ -177,7 +173,7 @@ class RewardPool:
         with self._lock:
             if self._pool is None:
                 self._pool = ProcessPool(
-                    max_workers=self.max_workers, initializer=_prepare_worker, context=_CleanSpawnContext()
+                    max_workers=self.max_workers, initializer=_prepare_worker, context=CleanSpawnContext()
                 )
             return self._pool
 
@@ -257,32 +253,3 @@ def _prepare_worker() -> None:
     for family in FAMILIES.values():
         if family.in_worker and not missing_packages(family):
             importlib.import_module(family.function.partition(":")[0])
-
-
-# How workers start.
-
-
-_MAIN_LOCK = threading.Lock()
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """A spawned child imports its parent's main module: torch with it, or a script that has no guard."""
-    with _MAIN_LOCK:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _CleanSpawnProcess(SpawnProcess):
-    @staticmethod
-    def _Popen(process_obj: Any) -> Popen:
-        with _without_main_module():
-            return Popen(process_obj)
-
-
-class _CleanSpawnContext(SpawnContext):
-    Process = _CleanSpawnProcess

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from isomorph.engine.config import UserError
 from isomorph.engine.serialise import join_scored, split_scored
-from isomorph.engine.types import Rollout, ScoredRollouts
+from isomorph.engine.types import Rollout, ScoredRollouts, Scores
 from isomorph.kernels.packing import balanced_bins
 
 T = TypeVar("T")
@@ -45,24 +45,22 @@ class Ranks:
         return list(items[self.rank :: self.size])
 
     def exchange(
-        self, rollouts: Sequence[Rollout], texts: Sequence[str], rewards: Sequence[float], group: int
-    ) -> tuple[list[Rollout], list[str], list[float]]:
-        """Rollouts, texts and rewards of all ranks, in the order of the prompts before ``share``. A collective.
+        self, rollouts: Sequence[Rollout], texts: Sequence[str], scores: Scores, group: int
+    ) -> tuple[list[Rollout], list[str], Scores]:
+        """Rollouts, texts and scores of all ranks, in the order of the prompts before ``share``. A collective.
 
         The arguments are this rank's own, ``group`` for each prompt of its share, in the order of the prompts.
         """
         if self.size == 1:
-            return list(rollouts), list(texts), list(rewards)
-        fields, tensors = split_scored(
-            ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), rewards=tuple(rewards))
-        )
+            return list(rollouts), list(texts), scores
+        fields, tensors = split_scored(ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), scores=scores))
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}  # pickle is fast with arrays
         parts = self.gather((fields, arrays))
         draws = [join_scored(told, {name: torch.from_numpy(a) for name, a in found.items()}) for told, found in parts]
         return (
             _interleaved([draw.rollouts for draw in draws], group),
             _interleaved([draw.texts for draw in draws], group),
-            _interleaved([draw.rewards for draw in draws], group),
+            _joined([draw.scores for draw in draws], group),
         )
 
     def assign(self, cost_tok: Sequence[int]) -> list[list[int]]:
@@ -131,6 +129,12 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
+
+
+def _joined(parts: Sequence[Scores], run: int) -> Scores:
+    """``_interleaved`` for scores."""
+    slices = [[scores.slice(i, i + run) for i in range(0, len(scores.rewards), run)] for scores in parts]
+    return Scores.joined(_interleaved(slices, 1)) if any(slices) else parts[0]
 
 
 def _interleaved(parts: Sequence[Sequence[T]], run: int) -> list[T]:

@@ -5,9 +5,13 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     step  stage  stage_step              number of the step in the run; name of the stage; number of the step in it
     policy_version                       of the weights after the step
     reward/mean  reward/<label>          mean reward of all sampled responses; of those to prompts with that label
+    reward/<name>/mean  reward/<name>/std   of one reward of several: of the responses that it has a number for
+    reward/<name>/none  reward/<name>/nan   share of the responses that it does not apply to; for which it gave NaN
+    reward/<name>/errors  .../deadlines  responses for which it failed, and for which it took too long: both worth 0
     judge/no_answer                      share of the sampled responses in which no answer was found
     groups/all  groups/flat              sampled groups; those whose rewards are all equal
     groups/refilled                      groups that were replaced (batch.refills)
+    response/masked                      sampled responses that may not enter the loss: masked, or without a reward
     response/tok_mean  response/stopped  tokens of a response, mean; share of responses that end with a stop token
     tok/prompt  tok/response             tokens of the prompts, once a group; of the responses
     tok/trunk                            tokens through the decoder in passes with gradient
@@ -27,8 +31,11 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from isomorph.engine.drift import Surprise
 from isomorph.engine.record.runlog import Row
@@ -56,10 +63,10 @@ class StepResult:
 def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], str]) -> Row:
     """The row of a step, without what ``RunLog.end_step`` adds. ``state``: after the step."""
     groups, stats, sync = result.groups, result.stats, result.publication
-    rewards = [r for g in groups for r in g.rewards]
+    rewards = [r for g in groups for r in g.known_rewards]
     by_label: dict[str, list[float]] = {}
     for group in groups:
-        by_label.setdefault(label_of(group.prompt), []).extend(group.rewards)
+        by_label.setdefault(label_of(group.prompt), []).extend(group.known_rewards)
     response_tok = [len(r.token_ids) for g in groups for r in g.rollouts]
     surprise = Surprise.of(state.totals)
     return {
@@ -67,12 +74,14 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         "stage": result.stage,
         "stage_step": result.stage_step + 1,
         "policy_version": state.policy_version,
-        "reward/mean": sum(rewards) / len(rewards),
-        **{f"reward/{label}": sum(values) / len(values) for label, values in by_label.items()},
+        "reward/mean": _mean(rewards),
+        **{f"reward/{label}": _mean(values) for label, values in by_label.items()},
+        **_parts_of_rewards(groups),
         "judge/no_answer": share_without_answer(result.found),
         "groups/flat": sum(g.has_zero_variance for g in groups),
         "groups/all": len(groups),
         "groups/refilled": result.num_replaced,
+        "response/masked": sum(not is_trained for g in groups for is_trained in g.is_trained),
         "response/tok_mean": sum(response_tok) / len(response_tok),
         "response/stopped": sum(r.finish == "stop" for g in groups for r in g.rollouts) / len(response_tok),
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
@@ -103,11 +112,41 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
     }
 
 
+def _parts_of_rewards(groups: Sequence[Group]) -> Row:
+    """The ``reward/<name>/...`` keys of all rewards that any of the groups' data has."""
+    known = [group.scores for group in groups if group.scores is not None]
+    found: Row = {}
+    for name in dict.fromkeys(name for scores in known for name in scores.parts):
+        pairs = [
+            pair
+            for scores in known
+            if name in scores.parts
+            for pair in zip(scores.parts[name], scores.outcome(name), strict=True)
+            if pair[1] != "absent"
+        ]
+        values = torch.tensor([value for value, _ in pairs if not math.isnan(value)], dtype=torch.float64)
+        counts = Counter(outcome for _, outcome in pairs)
+        found |= {
+            f"reward/{name}/mean": _mean(values.tolist()),
+            f"reward/{name}/std": values.std().item() if len(values) > 1 else math.nan,
+            f"reward/{name}/none": counts["none"] / len(pairs) if pairs else math.nan,
+            f"reward/{name}/nan": counts["nan"] / len(pairs) if pairs else math.nan,
+            f"reward/{name}/errors": counts["error"],
+            f"reward/{name}/deadlines": counts["deadline"],
+        }
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
 def console_line(row: Row) -> str:
     """The line of a whole row, with its times."""
     parts = [
         f"step {row['step']:4d} {row['stage']:<10}",
         f"reward {row['reward/mean']:.3f}",
+        *_console_parts(row),
         f"no answer {row['judge/no_answer']:.0%}" if row["judge/no_answer"] > 0 else "",
         f"zero-variance groups {row['groups/flat']}/{row['groups/all']}",
         "no update" if row["updates"] == 0 else f"entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}",
@@ -118,14 +157,30 @@ def console_line(row: Row) -> str:
     return "  ".join(part for part in parts if part)
 
 
+def _console_parts(row: Row) -> list[str]:
+    """Each of several rewards, and how many responses were worth 0 because one failed."""
+    means: dict[str, float] = {}
+    failed = 0
+    for key, value in row.items():
+        room, *path = key.split("/")
+        if room == "reward" and len(path) == 2:
+            means |= {path[0]: value} if path[1] == "mean" else {}
+            failed += value if path[1] in ("errors", "deadlines") else 0
+    found = [f"{name} {value:.3f}" for name, value in means.items()] if len(means) > 1 else []
+    return [*found, f"failed rewards {failed}"] if failed else found
+
+
 def completion_rows(result: StepResult, decode: Decode, is_correct: IsCorrect) -> list[Row]:
     """A row of completions/step-N.jsonl for every response."""
     rows: list[Row] = []
     found: Sequence[bool | None] = result.found or [None] * len(result.texts)
     for group in result.groups:
-        for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True):
-            drawn = {"sample": rollout.sample, "advantage": advantage, "finish": rollout.finish}
-            answer = _of_response(group.prompt, result.texts[len(rows)], found[len(rows)], reward, is_correct)
+        correct = group.correct(is_correct)
+        for i, rollout in enumerate(group.rollouts):
+            drawn = {"sample": rollout.sample, "advantage": group.advantages[i], "finish": rollout.finish}
+            answer = _of_response(result.texts[len(rows)], found[len(rows)], group.rewards[i], correct[i])
+            parts = {n: part[i] for n, part in group.scores.parts.items()} if group.scores else {}
+            answer |= {"rewards": parts} if parts else {}
             rows.append({**_of_prompt(group.prompt, decode), **drawn, **answer})
     return rows
 
@@ -136,18 +191,18 @@ def evaluation_rows(
     rewards: Sequence[float],
     found: Sequence[bool] | None,
     decode: Decode,
-    is_correct: IsCorrect,
+    correct: Sequence[bool],
 ) -> list[Row]:
     """A row of completions/exam-LABEL.jsonl for every prompt, each with one response."""
     known: Sequence[bool | None] = found or [None] * len(texts)
     return [
-        {**_of_prompt(prompt, decode), **_of_response(prompt, text, is_found, reward, is_correct)}
-        for prompt, text, is_found, reward in zip(prompts, texts, known, rewards, strict=True)
+        {**_of_prompt(prompt, decode), **_of_response(text, is_found, reward, is_correct)}
+        for prompt, text, is_found, reward, is_correct in zip(prompts, texts, known, rewards, correct, strict=True)
     ]
 
 
-def _of_response(prompt: Prompt, text: str, is_found: bool | None, reward: float, is_correct: IsCorrect) -> Row:
-    return {"text": text, "answered": is_found, "reward": reward, "correct": is_correct(prompt, reward)}
+def _of_response(text: str, is_found: bool | None, reward: float, is_correct: bool) -> Row:
+    return {"text": text, "answered": is_found, "reward": reward, "correct": is_correct}
 
 
 def _of_prompt(prompt: Prompt, decode: Decode) -> Row:

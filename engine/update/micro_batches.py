@@ -7,6 +7,7 @@ micro-batches, some of them without predicted tokens, so that their collectives 
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,17 +27,17 @@ class Update:
 
     The denominators ``num_loss_tok`` and ``num_seqs`` are global over ranks. They include responses with advantage 0
     that are skipped, because their gradient is zero (with rft they do not), and exclude tokens without a finite
-    sampler log-probability.
+    sampler log-probability and responses that are masked or have no reward (``Group.is_trained``).
     """
 
     batches: tuple[PackedBatch, ...]  # of this rank; the last ones may be without predicted tokens
     num_loss_tok: int
     num_seqs: int  # with at least one token in the loss
     num_dropped_tok: int  # tokens left out because their sampler log-probability is not finite
-    # skipped because their advantage is 0, on all ranks: whole groups, and responses of the other groups
+    # skipped because their advantage is 0 or they are masked, on all ranks: whole groups, and responses of the others
     num_zero_advantage_groups: int = 0
     num_zero_advantage_seqs: int = 0
-    rewards: tuple[tuple[float, ...], ...] = ()  # of each group, on all ranks
+    rewards: tuple[tuple[float, ...], ...] = ()  # of each group, on all ranks; the group's mean where none applies
     response_ids: tuple[Tensor, ...] = ()  # [S] of each batch: index into the flattened ``rewards``
 
 
@@ -72,9 +73,18 @@ def _update(
     own, own_bins = trained[ranks.rank], bins[ranks.rank]
     batches = [pack_parts([own[i] for i in members], device) for members in own_bins]
     num_idle = max(map(len, bins)) - len(own_bins)
-    flat = [sum(_is_left_out(a, objective) for a in group.advantages) for group in groups]
+    trained_of = [group.is_trained for group in groups]
+    flat = [
+        sum(not is_trained or _is_left_out(a, objective) for a, is_trained in zip(g.advantages, trained_G, strict=True))
+        for g, trained_G in zip(groups, trained_of, strict=True)
+    ]
     is_whole = [num == len(group.rollouts) for num, group in zip(flat, groups, strict=True)]
-    counted = [r for g in groups for r, a in zip(g.rollouts, g.advantages, strict=True) if objective.name != "rft" or a]
+    counted = [
+        r
+        for g, trained_G in zip(groups, trained_of, strict=True)
+        for r, a, is_trained in zip(g.rollouts, g.advantages, trained_G, strict=True)
+        if is_trained and (objective.name != "rft" or a)
+    ]
     num_known = [r.num_loss_tok for r in counted]
     return Update(
         batches=(*batches, *[_empty_batch(groups[0], device)] * num_idle),
@@ -83,7 +93,7 @@ def _update(
         num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
         num_zero_advantage_groups=sum(is_whole),
         num_zero_advantage_seqs=sum(num for num, whole in zip(flat, is_whole, strict=True) if not whole),
-        rewards=tuple(group.rewards for group in groups),
+        rewards=tuple(_rewards_with_mean(group) for group in groups),
         response_ids=(
             *[torch.tensor([r for i in members for r in own[i].response_ids]) for members in own_bins],
             *[torch.zeros(1, dtype=torch.int64)] * num_idle,
@@ -98,10 +108,11 @@ def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first
     """
     parts: list[Part] = []
     free = -1  # tokens; -1 opens a part for the first response, even if that adds no token
-    for response_id, (rollout, advantage) in enumerate(zip(group.rollouts, group.advantages, strict=True), first_id):
+    responses = zip(group.rollouts, group.advantages, group.is_trained, strict=True)
+    for response_id, (rollout, advantage, is_trained) in enumerate(responses, first_id):
         if min(len(group.prompt.token_ids), len(rollout.token_ids)) == 0:
             raise ValueError(f"prompt {group.prompt.prompt_id} and its responses must hold at least one token each")
-        if rollout.num_loss_tok == 0 or _is_left_out(advantage, objective):
+        if not is_trained or rollout.num_loss_tok == 0 or _is_left_out(advantage, objective):
             continue
         size = len(rollout.token_ids) - 1
         if size > free:
@@ -118,6 +129,13 @@ def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first
         ids = (*last.response_ids, response_id)
         parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage), ids)
     return parts
+
+
+def _rewards_with_mean(group: Group) -> tuple[float, ...]:
+    """A response without a reward is not trained on; with the mean of the others it does not move their baseline."""
+    known = group.known_rewards
+    mean = sum(known) / len(known) if known else 0.0
+    return tuple(mean if math.isnan(reward) else reward for reward in group.rewards)
 
 
 def _is_left_out(advantage: float, objective: ObjectiveConfig) -> bool:

@@ -1,18 +1,24 @@
-"""Text -> reward -> group-relative advantage. Rewards are computed while other responses are still being sampled."""
+"""Text -> reward -> group-relative advantage. Rewards are computed while other responses are still being sampled.
+
+combine = "normalized"    A = sum over rewards k of w[k] * (r[k] - mean of its group) / (std of its group + EPS),
+                          divided by the standard deviation of all A of the step (GDPO, arXiv 2601.05242)
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Empty, SimpleQueue
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.foreign import shortened
-from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
+from isomorph.engine.types import Group, Judge, PartsJudge, Prompt, Rollout, RunFailed, Scores
 from isomorph.engine.update.advantage import whitened
 from isomorph.kernels.advantage import group_advantage
+from isomorph.kernels.types import EPS
 
 Decode = Callable[[Sequence[int]], str]
 FindsAnswer = Callable[[Prompt, str], bool]  # whether an answer can be found in a response, right or wrong
@@ -32,7 +38,7 @@ class RewardThread:
         """``on_wait`` is called several times a second while ``results`` waits; what it raises ends the wait."""
         self.judge, self.decode, self.prompts, self.on_wait = judge, decode, prompts, on_wait
         self._queue: SimpleQueue[tuple[int, Sequence[Rollout]]] = SimpleQueue()
-        self._done: dict[int, tuple[list[str], list[float]]] = {}
+        self._done: dict[int, tuple[list[str], Scores]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
         self._calls: list[Future[None]] = []
 
@@ -50,8 +56,8 @@ class RewardThread:
         self._queue.put((index, rollouts))
         self._calls.append(self._thread.submit(self._reward_queued))
 
-    def results(self) -> tuple[list[str], list[float]]:
-        """Waits for all rewards; returns text and reward of every response, in the order of the prompts.
+    def results(self) -> tuple[list[str], Scores]:
+        """Waits for all rewards; returns the text of every response and the scores, in the order of the prompts.
 
         Raises what the reward function or ``on_wait`` raises.
         """
@@ -60,33 +66,35 @@ class RewardThread:
                 self.on_wait()
             call.result()
         done = [self._done[i] for i in range(len(self.prompts))]
-        return [text for texts, _ in done for text in texts], [reward for _, rewards in done for reward in rewards]
+        return [text for texts, _ in done for text in texts], Scores.joined([scores for _, scores in done])
 
     def _reward_queued(self) -> None:
-        batch: list[tuple[int, list[str]]] = []
+        batch: list[tuple[int, Sequence[Rollout], list[str]]] = []
         while True:
             try:
                 index, rollouts = self._queue.get_nowait()
             except Empty:
                 break
-            batch.append((index, [self.decode(r.token_ids.tolist()) for r in rollouts]))
+            batch.append((index, rollouts, [self.decode(r.token_ids.tolist()) for r in rollouts]))
         if not batch:  # the call before this one took its group, too
             return
-        prompts = [self.prompts[index] for index, texts in batch for _ in texts]
-        rewards = checked_rewards(self.judge, prompts, [text for _, texts in batch for text in texts])
+        prompts = [self.prompts[index] for index, rollouts, _ in batch for _ in rollouts]
+        texts_of_all = [text for _, _, texts in batch for text in texts]
+        scores = checked_scores(self.judge, prompts, texts_of_all, [r for _, rollouts, _ in batch for r in rollouts])
         start = 0
-        for index, texts in batch:
-            self._done[index] = (texts, rewards[start : start + len(texts)])
+        for index, _, texts in batch:
+            self._done[index] = (texts, scores.slice(start, start + len(texts)))
             start += len(texts)
 
 
 def score(
-    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Sequence[float], objective: ObjectiveConfig
+    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Scores, objective: ObjectiveConfig
 ) -> list[Group]:
     """Returns one Group for each prompt, with rewards and advantages.
 
-    ``rollouts`` and ``rewards``: the same number for each prompt, in the order of the prompts. The KL penalty of
+    ``rollouts`` and ``scores``: the same number for each prompt, in the order of the prompts. The KL penalty of
     ``objective.reward_kl_coef`` is subtracted later, by ``advantage.penalised``, when log-probabilities are known.
+    A response to which no reward applies has no part in the others' advantages; its own is 0.
     Raises ValueError if the rollouts do not match the prompts.
     """
     size, rest = divmod(len(rollouts), len(prompts))
@@ -97,23 +105,60 @@ def score(
     repeated = [prompt for prompt in prompts for _ in range(size)]
     if any(r.prompt_id != prompt.prompt_id for prompt, r in zip(repeated, rollouts, strict=True)):
         raise ValueError("rollouts must be in the order of their prompts, all rollouts of a prompt next to each other")
-    offsets = torch.arange(0, len(rollouts) + 1, size)
-    reward_S = torch.tensor(rewards, dtype=torch.float32)
-    if objective.scale == "batch":  # whitened over the tokens in the loss, as in REINFORCE++
-        relative_S = group_advantage(reward_S, offsets, baseline=objective.baseline, scale="none")
-        (advantage_S,) = whitened([relative_S], [torch.tensor([r.num_loss_tok for r in rollouts])])
-    else:
-        advantage_S = group_advantage(reward_S, offsets, baseline=objective.baseline, scale=objective.scale)
-    advantages = advantage_S.tolist()
+    advantages = _advantages(rollouts, scores, size, objective).tolist()
     return [
         Group(
             prompt=prompt,
             rollouts=tuple(rollouts[i * size : (i + 1) * size]),
-            rewards=tuple(rewards[i * size : (i + 1) * size]),
+            rewards=scores.rewards[i * size : (i + 1) * size],
             advantages=tuple(advantages[i * size : (i + 1) * size]),
+            scores=scores.slice(i * size, (i + 1) * size),
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _advantages(rollouts: Sequence[Rollout], scores: Scores, size: int, objective: ObjectiveConfig) -> Tensor:
+    """[S] float32, for groups of ``size``; without the responses to which no reward applies."""
+    reward_S = torch.tensor(scores.rewards, dtype=torch.float32)
+    relative_S = torch.tensor(scores.relative or [math.nan] * len(reward_S), dtype=torch.float32)
+    advantage_S = torch.zeros_like(reward_S)
+    normalised_S = relative_S.isfinite()
+    if normalised_S.any():
+        # each group's sum of normalised rewards has the mean 0, and so has the step's
+        spread = relative_S[normalised_S].std() if normalised_S.sum() > 1 else torch.zeros(())
+        advantage_S[normalised_S] = relative_S[normalised_S] / (spread + EPS)
+    plain_S = reward_S.isfinite() & ~normalised_S
+    num_G = plain_S.view(-1, size).sum(1)
+    if size > 1 and (objective.baseline != "none" or objective.scale == "std"):
+        plain_S &= (num_G != 1).repeat_interleave(size)  # compared with nothing, such a response has an advantage of 0
+    if plain_S.any():
+        num_G = plain_S.view(-1, size).sum(1)
+        offsets = torch.cat([num_G.new_zeros(1), num_G[num_G > 0].cumsum(0)])
+        scale = "none" if objective.scale == "batch" else objective.scale
+        found_S = group_advantage(reward_S[plain_S], offsets, baseline=objective.baseline, scale=scale)
+        if objective.scale == "batch":  # whitened over the tokens in the loss, as in REINFORCE++
+            num_tok = [r.num_loss_tok for r, is_plain in zip(rollouts, plain_S.tolist(), strict=True) if is_plain]
+            (found_S,) = whitened([found_S], [torch.tensor(num_tok)])
+        advantage_S[plain_S] = found_S
+    return advantage_S
+
+
+def normalised_sum(parts: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
+    """Returns the weighted sum [G] of a group's rewards [G], each normalised within the group (GDPO).
+
+    NaN: that reward does not apply to the response, which has no part in its mean and standard deviation (n - 1). A
+    reward that is equal for all, or applies to one response only, adds 0. NaN where no reward applies.
+    """
+    part_KG = torch.tensor([list(part) for part in parts.values()], dtype=torch.float64)
+    known_KG = ~part_KG.isnan()
+    total_G = torch.zeros(part_KG.shape[1], dtype=torch.float64)
+    for name, part_G, known_G in zip(parts, part_KG, known_KG, strict=True):
+        values = part_G[known_G]
+        if len(values) > 1 and not bool((values == values[0]).all()):
+            total_G[known_G] += weights[name] * (values - values.mean()) / (values.std() + EPS)
+    total_G[~known_KG.any(0)] = math.nan
+    return [float(value) for value in total_G]
 
 
 def answers_found(
@@ -148,18 +193,37 @@ def warning_of_no_answer(where: str, found: Sequence[bool] | None, texts: Sequen
     )
 
 
-def checked_rewards(judge: Judge, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    """Calls the reward function. Raises RunFailed unless it returns one finite reward for each (prompt, text) pair."""
-    rewards = judge(prompts, texts)
-    if len(rewards) != len(texts):
-        raise RunFailed(
-            f"the reward function must return one reward for each response, got {len(rewards)} rewards for "
-            f"{len(texts)} responses"
-        )
-    bad = (~torch.tensor(rewards, dtype=torch.float32).isfinite()).nonzero()
-    if len(bad):
-        first = int(bad[0])
-        raise RunFailed(
-            f"rewards must be finite in float32, got {rewards[first]} for the response {shortened(texts[first])!r}"
-        )
-    return rewards
+def checked_scores(
+    judge: Judge, prompts: Sequence[Prompt], texts: Sequence[str], rollouts: Sequence[Rollout]
+) -> Scores:
+    """Calls the reward function: its ``score`` where it has one (``PartsJudge``).
+
+    Raises RunFailed unless it returns one finite reward for each response; or NaN, where ``score`` says by its parts
+    that no reward applies.
+    """
+    if isinstance(judge, PartsJudge):
+        scores = judge.score(prompts, texts, rollouts)
+    else:
+        scores = Scores(rewards=tuple(judge(prompts, texts)))
+    for name, column in _flat_columns(scores):
+        if len(column) != len(texts):
+            raise RunFailed(
+                f"the reward function must return one {name} for each response, got {len(column)} for "
+                f"{len(texts)} responses"
+            )
+    bad_S = ~torch.tensor(scores.rewards, dtype=torch.float32).isfinite()
+    for i in bad_S.nonzero().flatten().tolist():
+        applies = not scores.parts or any(not math.isnan(part[i]) for part in scores.parts.values())
+        if applies or not math.isnan(scores.rewards[i]):
+            raise RunFailed(
+                f"rewards must be finite in float32, got {scores.rewards[i]} for the response {shortened(texts[i])!r}"
+            )
+    return scores
+
+
+def _flat_columns(scores: Scores) -> list[tuple[str, Sequence[Any]]]:
+    found: list[tuple[str, Sequence[Any]]] = []
+    for field, value in scores.columns().items():
+        found += [(f"{field} of {name}", v) for name, v in value.items()] if isinstance(value, Mapping) else []
+        found += [(field.removesuffix("s"), value)] if isinstance(value, tuple) else []
+    return found

@@ -684,7 +684,7 @@ def test_mathematics_is_judged_while_further_responses_are_drawn() -> None:
             rewarding.add(1, [drawn(1, 4), drawn(1, 6)])
             assert is_judged.wait(60)  # by workers that the judge's thread has started
             rewarding.add(0, [drawn(0, 6), drawn(0, 5)])
-            assert rewarding.results()[1] == [1.0, 0.0, 0.0, 1.0]
+            assert rewarding.results()[1].rewards == (1.0, 0.0, 0.0, 1.0)
         assert pool.num_timeouts == 1
 
 

@@ -29,7 +29,7 @@ from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.types import Group, Rollout, StepStats
+from isomorph.engine.types import Group, Rollout, Scores, StepStats
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import pack
 
@@ -284,10 +284,17 @@ def test_a_restored_learner_goes_on_bit_for_bit(crowd: Crowd, kind: str, dtype: 
 
 
 # -- collectives
-def exchange(ranks: Ranks, groups: list[Group]) -> tuple[list[Rollout], list[str], list[float]]:
-    """Texts and rewards that each rank derives from the ids of its own responses."""
+def exchange(ranks: Ranks, groups: list[Group]) -> tuple[list[Rollout], list[str], Scores]:
+    """Texts and scores that each rank derives from the ids of its own responses."""
     own = [r for group in ranks.share(groups) for r in group.rollouts]
-    return ranks.exchange(own, [f"{r.prompt_id}.{r.sample}" for r in own], [r.prompt_id + r.sample / 8 for r in own], 3)
+    rewards = tuple(r.prompt_id + r.sample / 8 for r in own)
+    scores = Scores(
+        rewards=rewards,
+        parts={"right": rewards, "short": tuple(reward / 2 for reward in rewards)},
+        correct=tuple(reward > 1 for reward in rewards),
+        outcomes={name: ("value",) * len(own) for name in ("right", "short")},
+    )
+    return ranks.exchange(own, [f"{r.prompt_id}.{r.sample}" for r in own], scores, 3)
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 5])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isomorph.engine.config import ObjectiveConfig
-from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed
+from isomorph.engine.types import Group, Judge, Prompt, Rollout, RunFailed, Scores
 from isomorph.engine.update.score import RewardThread, answers_found, score, share_without_answer, warning_of_no_answer
 
 
@@ -62,8 +62,8 @@ def judge_and_score(judge: Judge, objective: ObjectiveConfig) -> tuple[list[Grou
     with RewardThread(judge, decode, PROMPTS) as rewarding:
         rewarding.add(1, ROLLOUTS[3:])
         rewarding.add(0, ROLLOUTS[:3])
-        texts, rewards = rewarding.results()
-    return score(PROMPTS, ROLLOUTS, rewards, objective), texts
+        texts, scores = rewarding.results()
+    return score(PROMPTS, ROLLOUTS, scores, objective), texts
 
 
 PROMPTS = [prompt(4), prompt(2)]
@@ -108,20 +108,20 @@ def test_a_group_without_variance_has_advantage_zero_exactly() -> None:
 def test_a_group_of_one_is_refused_where_responses_are_compared() -> None:
     alone = [rollout(4, 0), rollout(2, 0)]
     with pytest.raises(ValueError, match="one response"):
-        score(PROMPTS, alone, [1, 0], ObjectiveConfig(name="grpo"))
-    groups = score(PROMPTS, alone, [1, 0], ObjectiveConfig(name="rft"))
+        score(PROMPTS, alone, Scores(rewards=(1, 0)), ObjectiveConfig(name="grpo"))
+    groups = score(PROMPTS, alone, Scores(rewards=(1, 0)), ObjectiveConfig(name="rft"))
     assert [g.advantages for g in groups] == [(1,), (0,)]
 
 
 @pytest.mark.parametrize("rollouts", [ROLLOUTS[:5], []])
 def test_prompts_with_different_numbers_of_rollouts_are_refused(rollouts: list[Rollout]) -> None:
     with pytest.raises(ValueError, match="same number of rollouts"):
-        score(PROMPTS, rollouts, [0] * len(rollouts), ObjectiveConfig())
+        score(PROMPTS, rollouts, Scores(rewards=(0,) * len(rollouts)), ObjectiveConfig())
 
 
 def test_rollouts_in_another_order_than_their_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="order"):
-        score(PROMPTS, ROLLOUTS[3:] + ROLLOUTS[:3], [0] * 6, ObjectiveConfig())
+        score(PROMPTS, ROLLOUTS[3:] + ROLLOUTS[:3], Scores(rewards=(0,) * 6), ObjectiveConfig())
 
 
 @pytest.mark.parametrize("rewards", [(1, 0), (1, 0, 0, 0), ()])
@@ -179,5 +179,5 @@ def test_what_gathers_during_a_call_of_the_judge_is_judged_in_one_call() -> None
         for i in (4, 0, 2, 1):
             rewarding.add(i, [rollout(i, 0)])
         may_go.set()
-        assert rewarding.results()[1] == [0, 1, 2, 3, 4]
+        assert rewarding.results()[1].rewards == (0, 1, 2, 3, 4)
     assert calls == [1, 4]
