@@ -18,6 +18,7 @@ from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import Changes
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
+from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import Task
@@ -109,8 +110,8 @@ def _open_components(
     log.telemetry = Telemetry(*find_gpu(policy.device))
     state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
     curriculum = Curriculum(recipe, policy.text, policy.max_model_len)
-    for files in curriculum.files.values():
-        for sentence in files.left_out:
+    for source in curriculum.sources.values():
+        for sentence in source.left_out:
             log.say(f"warning: {sentence}")
     if resume:
         curriculum.load_state_dict(state.source)
@@ -237,7 +238,11 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
 
 def _start_workers(recipe: Recipe, pool: RewardPool) -> None:
     """Starts reward workers before the first response comes. Raises UserError where a package is missing."""
-    for family, reward in sorted({(data.family, data.reward) for data in recipe.data.values()}):
+    for name, data in recipe.data.items():
+        if isinstance(data, RowsData):
+            raise UserError(f"data.{name}: rows cannot be scored yet")
+    known = [data for data in recipe.data.values() if not isinstance(data, RowsData)]
+    for family, reward in sorted({(data.family, data.reward) for data in known}):
         try:
             pool.start_worker(family, reward)
         except ImportError as error:
@@ -292,6 +297,7 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
         "floor": components.source.sequential_baseline(),
         "stages": components.source.finished,
         "exams": components.source.evaluations,
+        "rows": {name: source.summary() for name, source in components.source.sources.items()},
         "judge": count_failures(components.judge, components.ranks),
         "memory_growth_alarms": components.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(components.policy.weights()),

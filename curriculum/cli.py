@@ -190,16 +190,40 @@ def make_data(
 
 @data.command("inspect")
 def inspect_data(
-    file: Annotated[Path, typer.Argument(help="JSON Lines with the keys question and answer")],
-    family: Annotated[str, typer.Option("--family", help=f"Reward family: {', '.join(FAMILIES)}")],
-    representation: Annotated[
-        str, typer.Option("--representation", help="Form of the questions: natural, graph, code, ...")
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_ROWS", help="Recipe (TOML), or a file, a folder or hub:NAME as data.NAME.path of one"
+        ),
     ],
+    name: Annotated[str | None, typer.Option("--data", help="Of a recipe: one [data.NAME]; default: all")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Of rows: a column, or a template over columns")
+    ] = None,
+    answer: Annotated[str | None, typer.Option("--answer", help="Of rows: the column of the accepted answer")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Of a folder or a hub dataset")] = None,
+    subset: Annotated[str | None, typer.Option("--subset", help="Of a hub dataset")] = None,
+    family: Annotated[
+        str | None,
+        typer.Option("--family", help=f"Of a file of kind jsonl: its reward family, {', '.join(FAMILIES)}"),
+    ] = None,
+    representation: Annotated[
+        str | None,
+        typer.Option("--representation", help="With --family: form of the questions: natural, graph, code, ..."),
+    ] = None,
 ) -> None:
-    """Check a file of tasks: broken rows, lengths, duplicates, answers that the solver does not confirm."""
-    from isomorph.curriculum.commands.data import inspect
+    """Check data: columns, the first prompt, lengths, duplicates, broken rows, and what would be left out."""
+    keys = {k: v for k, v in (("prompt", prompt), ("answer", answer), ("split", split), ("subset", subset)) if v}
+    if family is not None or representation is not None:
+        if family is None or representation is None or keys or name is not None:
+            raise UserError("--family and --representation are given together, and without the other options")
+        from isomorph.curriculum.commands.data import inspect
 
-    inspect(file, family, representation, console)
+        inspect(Path(target), family, representation, console)
+        return
+    from isomorph.curriculum.commands.inspect import inspect_rows
+
+    inspect_rows(target, name, keys, console)
 
 
 @app.command()

@@ -69,7 +69,8 @@ def describe_run(
             "stop": {i: policy.text.tokenizer.convert_ids_to_tokens(i) for i in policy.text.stop_ids},
             "mended": list(policy.notes),
         },
-        "rows_left_out": {name: files.num_too_long for name, files in curriculum.files.items()},
+        "rows_left_out": {name: source.num_too_long for name, source in curriculum.sources.items()},
+        "rows": {name: source.summary() for name, source in curriculum.sources.items()},
     }
 
 

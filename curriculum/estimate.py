@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from isomorph.curriculum import machine
-from isomorph.curriculum.recipe import JsonlData, Recipe, StageRecipe
+from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
 from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.engine.config import UserError
 from isomorph.engine.model.load import read_shape, shape_of
@@ -125,11 +125,11 @@ def _prompt_tok(recipe: Recipe, stage: StageRecipe) -> float:
     lengths = []
     for part in stage.mixture:
         data = recipe.data[part.data]
-        if isinstance(data, JsonlData):
-            lengths.append(float(data.max_prompt_tok))
-        else:
+        if isinstance(data, GeneratedData):
             tasks = data.tasks(part.representation, NUM_SAMPLES, seed=0, split="train")
             lengths.append(sum(1 + len(re.findall(WORD, task.question)) for task in tasks) / len(tasks))
+        else:
+            lengths.append(float(data.max_prompt_tok))
     weights = [part.weight for part in stage.mixture]
     return sum(w * n for w, n in zip(weights, lengths, strict=True)) / sum(weights)
 

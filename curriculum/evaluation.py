@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from isomorph.curriculum.judge import judge
-from isomorph.curriculum.lengths import at_most
-from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.lengths import at_most_in_prompt
+from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
-from isomorph.curriculum.sources import TaskFiles, as_prompt
+from isomorph.curriculum.sources import Source, as_prompt
 from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import SamplerConfig, UserError
@@ -26,18 +26,18 @@ MAX_UNKNOWN_SHARE = 0.01  # of the questions' tokens: with more the model cannot
 
 
 def evaluation_tasks(
-    recipe: Recipe, files: Mapping[str, TaskFiles], representation: str, num_prompts: int | None = None
+    recipe: Recipe, sources: Mapping[str, Source], representation: str, num_prompts: int | None = None
 ) -> list[Task]:
     """The tasks of the recipe's [eval] in one representation, always the same ones.
 
-    ``files``: of the recipe's tables of kind "jsonl". ``num_prompts``: in place of ``eval.prompts``.
+    ``sources``: of the recipe's tables, but for generated tasks. ``num_prompts``: in place of ``eval.prompts``.
     """
     wanted = recipe.eval
     most = num_prompts or wanted.prompts
     data = recipe.data[wanted.data]
-    if isinstance(data, JsonlData):
-        return files[wanted.data].held_out[representation][:most]
-    return data.tasks(representation, most, seed=wanted.seed, split="eval")
+    if isinstance(data, GeneratedData):
+        return data.tasks(representation, most, seed=wanted.seed, split="eval")
+    return sources[wanted.data].held_out_tasks(representation, most)
 
 
 def sequential_baseline(tasks: Sequence[Task]) -> float | None:
@@ -141,7 +141,7 @@ def refuse_long(policy: Policy, tasks: Sequence[Task], max_new_tok: int, noun: s
     ``noun``: what the tasks are numbered as, "row" of a file or "question".
     """
     for i, task in enumerate(tasks):
-        num_tok = at_most(policy.text, task.question, policy.max_model_len - max_new_tok, is_prompt=True)
+        num_tok = at_most_in_prompt(policy.text, task, policy.max_model_len - max_new_tok)
         if num_tok + max_new_tok > policy.max_model_len:
             raise UserError(
                 f"{task.representation}, {noun} {i + 1}: a prompt of {num_tok} tokens and {max_new_tok} new ones make "

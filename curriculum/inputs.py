@@ -1,12 +1,14 @@
 """The files that a run reads: their absolute paths, and whether they changed since the run began."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.paths import resolve
+from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.rows.spec import RowsData
+from isomorph.curriculum.rows.table import files_of
 from isomorph.engine.config import UserError
 
 # of a model folder: what determines tokenisation; the weights are in the checkpoints
@@ -23,29 +25,43 @@ MODEL_FILES = (
 
 
 def located(recipe: Recipe) -> Recipe:
-    """``recipe`` with absolute paths: those of data files, and of a model that is not a hub name.
+    """``recipe`` with absolute paths: those of its data, and of a model that is not a hub name.
 
-    Variables of the environment and ``~`` are replaced. Raises UserError where one is not set.
+    Paths of data are relative to the recipe's folder, that of a model to the working folder. Variables of the
+    environment and ``~`` are replaced. Raises UserError where one is not set.
     """
     tables = recipe.model_dump()
     for name, data in recipe.data.items():
-        if isinstance(data, JsonlData):
-            tables["data"][name]["files"] = {form: _absolute(path) for form, path in data.files.items()}
+        if not isinstance(data, GeneratedData):
+            tables["data"][name] |= data.located(recipe.folder)
     path = recipe.model.path
     if path is not None and Path(path).expanduser().exists():
-        tables["model"]["path"] = _absolute(path)
-    return Recipe.model_validate(tables)
+        tables["model"]["path"] = resolve(path, Path())
+    return Recipe.model_validate(tables, context={"folder": recipe.folder})
 
 
 def input_files(recipe: Recipe) -> dict[str, Path]:
     """Place in the recipe -> file: data files, and the model's configuration and tokenizer."""
     found: dict[str, Path] = {}
     for name, data in recipe.data.items():
-        if isinstance(data, JsonlData):
+        if isinstance(data, RowsData):
+            found |= {f"data.{name}.{place}": file for place, file in _files_of_rows(data).items()}
+        elif not isinstance(data, GeneratedData):
             found |= {f"data.{name}.files.{form}": Path(path) for form, path in data.files.items()}
     if recipe.model.path is not None:
         folder = Path(recipe.model.path)
         found |= {f"model.path/{name}": folder / name for name in MODEL_FILES if (folder / name).is_file()}
+    return found
+
+
+def _files_of_rows(data: RowsData) -> dict[str, Path]:
+    found = {"chat_template": Path(data.chat_template)} if data.chat_template else {}
+    wanted = {"path": (data.path, data.split)}
+    if data.has_eval_rows:
+        wanted["eval_path"] = (data.eval_path or data.path, data.eval_split)
+    for place, (path, split) in wanted.items():
+        files = files_of(path, split)
+        found |= {place: files[0]} if files == [Path(path)] else {f"{place}/{f.relative_to(path)}": f for f in files}
     return found
 
 
@@ -65,13 +81,6 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> 
         elif _sha256(found[place]) != recorded[place]["sha256"]:
             sentences.append(f"{found[place]} has changed since the run began")
     return sentences
-
-
-def _absolute(path: str) -> str:
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    if "$" in expanded:
-        raise UserError(f"data file {path!r}: set the environment variable it names to the folder that holds the file")
-    return os.path.abspath(expanded)
 
 
 def _sha256(path: Path) -> str:

@@ -5,10 +5,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from isomorph.curriculum.recipe import JsonlData, Recipe, StageRecipe
+from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
-from isomorph.engine.model.text import TextCodec
+from isomorph.engine.model.text import TextCodec, content_text
 
 NUM_SAMPLES = 32  # questions generated for each part of a stage's mixture, of the largest number of steps
 
@@ -50,7 +50,7 @@ class LengthLimits:
         for stage in self.recipe.stage:
             for part in stage.mixture:
                 data = self.recipe.data[part.data]
-                if isinstance(data, JsonlData):
+                if not isinstance(data, GeneratedData):
                     continue
                 for i in range(NUM_SAMPLES):
                     rng, rate = random.Random(f"room:{i}"), part.sequential_rate
@@ -77,7 +77,7 @@ class LengthLimits:
         if stage.objective.is_supervised:
             if task.demonstration is None:
                 return f"has no demonstration, and stage {stage.name} is supervised"
-            num_tok = at_most(self.text, task.demonstration, most)
+            num_tok = at_most_in_response(self.text, task.demonstration, most)
             if num_tok > most:
                 return f"a demonstration of {num_tok} tokens, sampling.max_new_tok must be at least that, got {most}"
             response = f"a demonstration of {num_tok}"
@@ -101,28 +101,37 @@ class LengthLimits:
         return [(longest, f"vLLM is started for sampler.max_model_len={longest}")]
 
     def _over(self, task: Task, num_tok: int, response: str, limit: int, why: str) -> str | None:
-        prompt_tok = at_most(self.text, task.question, limit - num_tok, is_prompt=True)
+        prompt_tok = at_most_in_prompt(self.text, task, limit - num_tok)
         if prompt_tok + num_tok <= limit:
             return None
         return f"a prompt of {prompt_tok} tokens and {response} make {prompt_tok + num_tok}, {why}"
 
 
-def at_most(text: TextCodec, words: str, limit: int, *, is_prompt: bool = False) -> int:
-    """Number of tokens of ``words``, as a prompt or as a response; or an upper bound, where that is within ``limit``.
+def at_most_in_response(text: TextCodec, words: str, limit: int) -> int:
+    """Number of tokens of a response; or an upper bound, where that is within ``limit``.
 
     A token of ASCII text is at least one character, so that texts that are short enough need not be tokenised.
     """
-    if words.isascii():
-        bound = len(words) + (len(_around(text)) if is_prompt else 1)
+    bound = len(words) + 1
+    return bound if words.isascii() and bound <= limit else len(text.encode_response(words))
+
+
+def at_most_in_prompt(text: TextCodec, task: Task, limit: int) -> int:
+    """Number of tokens of the task's prompt; or an upper bound, where that is within ``limit``."""
+    messages = task.messages or ({"role": "user", "content": task.question},)
+    said = [content_text(message["content"]) for message in messages]
+    if all(words.isascii() for words in said):
+        roles = tuple(message["role"] for message in messages)
+        bound = sum(map(len, said)) + _around(text, roles, task.data if task.data in text.formats else "")
         if bound <= limit:
             return bound
-    return len(text.encode_prompt(words) if is_prompt else text.encode_response(words))
+    return len(text.encode_messages(messages, task.data))
 
 
-@functools.lru_cache(maxsize=8)
-def _around(text: TextCodec) -> tuple[int, ...]:
-    """Token ids of a one-letter prompt: the chat template's own tokens, and one."""
-    return text.encode_prompt("a")
+@functools.lru_cache(maxsize=64)
+def _around(text: TextCodec, roles: tuple[str, ...], format: str) -> int:
+    """Number of tokens of a chat of these roles in which each says one letter: the template's own, and those."""
+    return len(text.encode_messages([{"role": role, "content": "a"} for role in roles], format))
 
 
 def left_out(path: str, total: int, reasons: dict[int, str]) -> str:

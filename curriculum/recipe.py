@@ -8,11 +8,14 @@
 """
 
 import random
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
+from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.tasks.async_plan import (
     HELD_OUT,
     REPRESENTATIONS,
@@ -82,7 +85,7 @@ class JsonlData(Section):
     kind: Literal["jsonl"]
     family: Family
     reward: Reward = "strict"  # or "paper": the reward of arXiv 2602.03542, for comparisons with it
-    files: dict[str, str] = Field(min_length=1)  # representation -> path; $NAME is taken from the environment
+    files: dict[str, str] = Field(min_length=1)  # representation -> path, relative to the recipe's folder
     eval_share: float = Field(0.1, gt=0, lt=1)  # share of the procedures that is kept for evaluation
     split_seed: int = 0
     max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
@@ -90,6 +93,10 @@ class JsonlData(Section):
     @property
     def representations(self) -> tuple[str, ...]:
         return tuple(self.files)
+
+    def located(self, folder: Path) -> dict[str, Any]:
+        """The keys that name files, as absolute paths; ``folder``: of the recipe."""
+        return {"files": {form: resolve(path, folder) for form, path in self.files.items()}}
 
     @model_validator(mode="after")
     def _family_has_the_reward(self) -> "JsonlData":
@@ -103,7 +110,7 @@ class Ingredient(Section):
     renamed = {"naive_rate": "sequential_rate"}
 
     data: str
-    representation: str
+    representation: str = "natural"
     weight: float = Field(1.0, gt=0)
     sequential_rate: float = Field(0.0, ge=0, le=1)  # share of demonstrations that give the sequential answer
 
@@ -163,9 +170,19 @@ START = "start"  # the label of the evaluation before the first stage; the other
 class Recipe(EngineConfig):
     """A whole recipe: the engine's tables, data, stages and evaluation."""
 
-    data: dict[str, Annotated[GeneratedData | JsonlData, Field(discriminator="kind")]] = Field(min_length=1)
+    data: dict[str, Annotated[GeneratedData | JsonlData | RowsData, Field(discriminator="kind")]] = Field(min_length=1)
     stage: tuple[StageRecipe, ...] = Field(min_length=1)
     eval: EvalConfig
+    _folder: Path = PrivateAttr(Path())
+
+    def model_post_init(self, context: Any) -> None:
+        """Takes the recipe's folder from ``context``, as ``load_recipe`` gives it."""
+        self._folder = (context or {}).get("folder", Path())
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe's file, which paths of data are relative to; without a file the working folder."""
+        return self._folder
 
     def idle(self) -> dict[KeyPath, str]:
         keys = super().idle()
@@ -173,14 +190,14 @@ class Recipe(EngineConfig):
         keys |= {("data", name): "no stage and no [eval] uses it" for name in self.data if name not in used}
         for i, stage in enumerate(self.stage):
             for j, part in enumerate(stage.mixture):
-                if isinstance(self.data[part.data], JsonlData):
-                    keys[("stage", i, "mixture", j, "sequential_rate")] = (
-                        "the demonstrations of files are not generated"
-                    )
-        if isinstance(self.data[self.eval.data], JsonlData):
+                if not isinstance(self.data[part.data], GeneratedData):
+                    keys[("stage", i, "mixture", j, "sequential_rate")] = "its demonstrations are not generated"
+        if not isinstance(self.data[self.eval.data], GeneratedData):
             keys[("eval", "seed")] = (
-                "the questions of files are not generated; data.NAME.split_seed chooses the held-out ones"
+                "its questions are not generated; data.NAME.split_seed chooses the held-out ones of files"
             )
+        if self.model.tiny is not None and all(isinstance(data, GeneratedData) for data in self.data.values()):
+            keys[("model", "tiny", "max_words")] = "the words of generated tasks are a closed set"
         supervised = {part.data for stage in self.stage if stage.objective.is_supervised for part in stage.mixture}
         for name, data in self.data.items():
             if isinstance(data, GeneratedData) and name not in supervised and data.difficulty.form != "terse":
@@ -229,7 +246,7 @@ class Recipe(EngineConfig):
         if data not in self.data:
             raise ValueError(f"{where}: no [data.{data}]; there is {', '.join(sorted(self.data))}")
         known = self.data[data].representations
-        if representation not in known:
+        if known is not None and representation not in known:
             raise ValueError(
                 f"{where}: data {data!r} has no representation {representation!r}, only {', '.join(known)}"
             )

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     *("run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_every"),
     *("run.max_mean_drift", "run.profile*", "log.*"),
     *("model.gradient_checkpointing_every", "model.compile", "model.path", "data.*.files.*"),
+    *("data.*.path", "data.*.eval_path", "data.*.chat_template"),
 )
 IN_WORDS = (
     "a stage's steps and other ends, optim and batch.micro_batch_tok; the sampler's kv_tok, max_seqs, memory_frac and "

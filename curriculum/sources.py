@@ -1,21 +1,60 @@
-"""Tasks from the files of a recipe's ``[data.NAME]`` tables, split into training and held-out, and tasks as prompts."""
+"""Where a recipe's tasks come from: a ``Source`` for each ``[data.NAME]`` but the generated ones; tasks as prompts."""
 
+import itertools
 import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
-from isomorph.curriculum.lengths import LengthLimits, Misfit, at_most, left_out
-from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.lengths import LengthLimits, Misfit, at_most_in_prompt, left_out
+from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
+from isomorph.curriculum.rewards.answer import ANSWER_TAGS
+from isomorph.curriculum.rows.dataset import Dataset
+from isomorph.curriculum.rows.source import RowsSource
+from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
-from isomorph.engine.model.text import TextCodec
+from isomorph.engine.model.text import WORD, TextCodec
 from isomorph.engine.types import Prompt
 
 
+class Source(Protocol):
+    """Tasks of one [data.NAME], for training and for evaluation."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each file of which rows were found too long before the first step."""
+        ...
+
+    @property
+    def num_too_long(self) -> Mapping[str, int]:
+        """Rows found too long so far, by representation."""
+        ...
+
+    def draw(self, representation: str, position: int, seed: int) -> tuple[Task, int]:
+        """The next training task from ``position`` on, in a stream without end, and the position after it."""
+        ...
+
+    def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
+        """At most ``num_tasks`` tasks for evaluation, always the same ones."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What run.json and summary.json say of it."""
+        ...
+
+
 def as_prompt(prompt_id: int, task: Task, text: TextCodec) -> Prompt:
-    """The task's question, tokenised; its payload is the task."""
+    """The task's question or chat, tokenised in the chat format of its data; its payload is the task."""
     return Prompt(
         prompt_id=prompt_id,
-        token_ids=text.encode_prompt(task.question),
+        token_ids=(
+            text.encode_messages(task.messages, task.data)
+            if task.messages is not None
+            else text.encode_prompt(task.question, task.data)
+        ),
         task=task.family,
         representation=task.representation,
         payload=task,
@@ -23,23 +62,63 @@ def as_prompt(prompt_id: int, task: Task, text: TextCodec) -> Prompt:
 
 
 def tiny_vocabulary(recipe: Recipe) -> list[str]:
-    """The vocabulary of a tiny model, sorted; [] for other models."""
+    """The vocabulary of a tiny model that reads words; [] for other models.
+
+    All words of generated tasks; of files the most frequent ones of their training rows, ``model.tiny.max_words`` in
+    all. Sorted where all tasks are generated, else by how often they occur.
+    """
+    tiny = recipe.model.tiny
+    if tiny is None or tiny.tokenizer == "bytes":
+        return []
     words: set[str] = set()
-    if recipe.model.tiny is not None:
-        for name, data in recipe.data.items():
-            if isinstance(data, JsonlData):
-                raise UserError(
-                    f"[model.tiny] has a vocabulary for generated tasks only: [data.{name}] is of another kind"
-                )
+    counts: Counter[str] = Counter()
+    for name, data in recipe.data.items():
+        if isinstance(data, GeneratedData):
             words |= set(data.vocabulary())
-    return sorted(words)
+        else:
+            for text in _texts(data, name):
+                counts.update(re.findall(WORD, text))
+    if not counts:
+        return sorted(words)
+    words |= set(ANSWER_TAGS)
+    frequent = sorted(counts.keys() - words, key=lambda word: (-counts[word], word))
+    return sorted(words) + frequent[: max(0, tiny.max_words - len(words))]
 
 
-def open_files(recipe: Recipe, text: TextCodec, limits: LengthLimits | None) -> dict[str, "TaskFiles"]:
-    """The ``[data.NAME]`` tables of kind "jsonl", by name. Raises UserError where no row of a file fits."""
-    return {
-        name: TaskFiles(data, text, name, limits) for name, data in recipe.data.items() if isinstance(data, JsonlData)
+def _texts(data: JsonlData | RowsData, name: str) -> Iterator[str]:
+    """What a model reads and writes in training on ``data``."""
+    if isinstance(data, RowsData):
+        yield from Dataset(data, name).texts()
+        return
+    training, _ = split_rows(_rows(data), eval_share=data.eval_share, seed=data.split_seed)
+    for task in itertools.chain.from_iterable(training.values()):
+        yield from (task.question, task.answer, task.demonstration or "")
+
+
+def _rows(data: JsonlData) -> dict[str, list[Task]]:
+    return {form: read_rows(path, data.family, form, reward=data.reward) for form, path in data.files.items()}
+
+
+def open_sources(recipe: Recipe, text: TextCodec, limits: LengthLimits | None) -> dict[str, Source]:
+    """The source of each ``[data.NAME]`` whose tasks are not generated.
+
+    Raises UserError and DataError, also where no row of one fits or has the label that a stage trains on.
+    """
+    sources = {
+        name: open_source(data, text, name, limits)
+        for name, data in recipe.data.items()
+        if not isinstance(data, GeneratedData)
     }
+    for part in (part for stage in recipe.stage for part in stage.mixture if part.data in sources):
+        sources[part.data].draw(part.representation, 0, recipe.run.seed)
+    return sources
+
+
+def open_source(data: JsonlData | RowsData, text: TextCodec, name: str, limits: LengthLimits | None) -> Source:
+    """The tasks of ``[data.NAME]``. Raises UserError and DataError."""
+    if isinstance(data, RowsData):
+        return RowsSource(data, text, name, limits)
+    return TaskFiles(data, text, name, limits)
 
 
 class TaskFiles:
@@ -50,7 +129,7 @@ class TaskFiles:
     """
 
     def __init__(self, data: JsonlData, text: TextCodec, name: str = "", limits: LengthLimits | None = None) -> None:
-        rows = {form: read_rows(path, data.family, form, reward=data.reward) for form, path in data.files.items()}
+        rows = _rows(data)
         train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
         self.num_too_long: dict[str, int] = {}
         self.left_out: list[str] = []
@@ -80,7 +159,7 @@ class TaskFiles:
         """The tasks that fit; ``reasons`` gets the row numbers of the others."""
         most, kept = self._data.max_prompt_tok, []
         for task in tasks:
-            num_tok = at_most(self._text, task.question, most, is_prompt=True)
+            num_tok = at_most_in_prompt(self._text, task, most)
             why = misfit(task)
             if num_tok > most:
                 why = f"a prompt of {num_tok} tokens, max_prompt_tok={most}"
@@ -90,8 +169,16 @@ class TaskFiles:
                 kept.append(task)
         return kept
 
-    def training_task(self, representation: str, position: int, seed: int) -> Task:
-        """Row ``position`` of an infinite stream of epochs.
+    def summary(self) -> dict[str, Any]:
+        """Rows that are left out, by representation."""
+        return {"left_out": self.num_too_long}
+
+    def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
+        """The first ``num_tasks`` held-out tasks."""
+        return self.held_out[representation][:num_tasks]
+
+    def draw(self, representation: str, position: int, seed: int) -> tuple[Task, int]:
+        """Row ``position`` of an infinite stream of epochs, and the next position.
 
         Each epoch is a permutation of the training rows, seeded with (seed, representation, epoch).
         """
@@ -101,7 +188,7 @@ class TaskFiles:
         if known is None or known[0] != (seed, epoch):  # kept: a permutation for each row would cost the file's length
             order = random.Random(f"{seed}:{representation}:{epoch}").sample(range(len(tasks)), len(tasks))
             known = self._epochs[representation] = (seed, epoch), order
-        return tasks[known[1][index]]
+        return tasks[known[1][index]], position + 1
 
 
 def _always_fits(task: Task) -> str | None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from isomorph.curriculum.evaluation import evaluation_tasks, scores_by_representation, sequential_baseline
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import START, Ingredient, JsonlData, Mastery, Plateau, Recipe, StageRecipe
-from isomorph.curriculum.sources import as_prompt, open_files
+from isomorph.curriculum.recipe import START, GeneratedData, Ingredient, Mastery, Plateau, Recipe, StageRecipe
+from isomorph.curriculum.sources import as_prompt, open_sources
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
@@ -29,13 +29,13 @@ class Curriculum:
         self.recipe = recipe
         self.text = text
         limits = None if max_model_len is None else LengthLimits(recipe=recipe, text=text, max_model_len=max_model_len)
-        self.files = open_files(recipe, text, limits)
+        self.sources = open_sources(recipe, text, limits)
         self.stage_index = 0
         self.steps_done = 0  # of the present stage
         self.next_prompt_id = 0
         self.recent_rewards: list[float] = []  # mean of each of the last steps, for mastery and plateau
         self.response_tok = 0  # of the present stage
-        self.positions: dict[str, int] = {}  # of each file: rows taken so far
+        self.positions: dict[str, int] = {}  # of each source and representation: rows taken or skipped so far
         self.evaluations: list[dict[str, Any]] = []  # results so far
         self.finished: list[dict[str, Any]] = []  # name, steps and end of the stages that are over
         self._evaluation_prompts: tuple[Prompt, ...] | None = None
@@ -190,12 +190,13 @@ class Curriculum:
 
     def _task(self, part: Ingredient, rng: random.Random) -> Task:
         data = self.recipe.data[part.data]
-        if not isinstance(data, JsonlData):
+        if isinstance(data, GeneratedData):
             return data.task(rng, part.representation, split="train", sequential_rate=part.sequential_rate)
         key = f"{part.data}:{part.representation}"
-        position = self.positions.get(key, 0)
-        self.positions[key] = position + 1
-        return self.files[part.data].training_task(part.representation, position, self.recipe.run.seed)
+        task, self.positions[key] = self.sources[part.data].draw(
+            part.representation, self.positions.get(key, 0), self.recipe.run.seed
+        )
+        return task
 
     def _prompts_of_evaluation(self) -> tuple[Prompt, ...]:
         """The same ones in every evaluation; their ids are negative, those of training are not."""
@@ -206,4 +207,4 @@ class Curriculum:
 
     def _evaluation_tasks(self) -> list[Task]:
         names = self.recipe.eval.representations
-        return [task for name in names for task in evaluation_tasks(self.recipe, self.files, name)]
+        return [task for name in names for task in evaluation_tasks(self.recipe, self.sources, name)]

@@ -66,7 +66,7 @@ def _scalars_in(annotation: Any) -> set[type]:
 
 
 class TinyModel(Section):
-    """A Llama decoder with random weights and a word-level tokenizer, built at the start of the run: no download."""
+    """A Llama decoder with random weights and a tokenizer of its own, built at the start of the run: no download."""
 
     renamed = {"max_tok": "max_model_len"}
 
@@ -76,6 +76,12 @@ class TinyModel(Section):
     num_kv_heads: int = Field(2, ge=1)
     intermediate_size: int = Field(384, ge=8)
     max_model_len: int = Field(512, ge=16)  # longest sequence, prompt and response
+    # words: one token for each word of the training data; bytes: one for each byte of UTF-8, which reads any text
+    tokenizer: Literal["words", "bytes"] = "words"
+    max_words: int = Field(8192, ge=16)  # words: the most frequent ones of files; others are read as [UNK]
+
+    def idle(self) -> dict[KeyPath, str]:
+        return {("max_words",): 'model.tiny.tokenizer is "bytes"'} if self.tokenizer == "bytes" else {}
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TinyModel":

@@ -25,7 +25,7 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
 
     ``extends = "other.toml"`` takes another recipe as base: tables are merged, all other values are replaced. A key
     that the recipe or an override sets must have an effect; one that only the base sets may have none, because other
-    recipes share the base.
+    recipes share the base. Validators get the recipe's folder as ``context["folder"]``.
     """
     base, own = _read_toml(path)
     tables = _merged(base, own)
@@ -58,7 +58,7 @@ def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C]
 def _loaded(tables: dict[str, Any], schema: type[C], path: Path) -> C:
     for name, section in STAGE_TABLES.items():  # so that a defect is reported once and not for each stage
         check_tables(tables.get(name, {}), section, where=str(path), inside=name)
-    return check_tables(_stages_resolved(tables), schema, where=str(path))
+    return check_tables(_stages_resolved(tables), schema, where=str(path), folder=path.parent)
 
 
 def _idle_in(tables: dict[str, Any], given: Iterable[KeyPath], loaded: Section) -> list[str]:
@@ -103,13 +103,16 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**under, **both}
 
 
-def check_tables(tables: dict[str, Any], schema: type[C], *, where: str, inside: str = "") -> C:
+def check_tables(
+    tables: dict[str, Any], schema: type[C], *, where: str, inside: str = "", folder: Path | None = None
+) -> C:
     """Returns ``tables`` as ``schema``. Raises one UserError with all defects.
 
-    ``where``: file, for the message. ``inside``: name of the table that ``tables`` are the content of.
+    ``where``: file, for the message. ``inside``: name of the table that ``tables`` are the content of. ``folder``: what
+    validators get as ``context["folder"]``; None: the working folder.
     """
     try:
-        return schema.model_validate(tables)
+        return schema.model_validate(tables, context={"folder": folder or Path()})
     except ValidationError as error:
         defects = error.errors(include_url=False)
         causes = [d for d in defects if not any(_is_around(d["loc"], other["loc"]) for other in defects)]

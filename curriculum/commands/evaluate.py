@@ -19,11 +19,11 @@ from isomorph.curriculum.environment import check_backends
 from isomorph.curriculum.evaluation import evaluate_tasks, evaluation_tasks, refuse_long
 from isomorph.curriculum.inputs import changed_files
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report.run_record import read_run_json, read_summary
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, FAMILIES
-from isomorph.curriculum.sources import TaskFiles
+from isomorph.curriculum.sources import open_source
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import Task
@@ -219,7 +219,7 @@ def _wanted_tasks(candidate: Candidate, text: str, prompts: int | None) -> list[
         return read_rows(file, family, representation)[: prompts or MODEL_PROMPTS]
     if candidate.recipe is not None:
         data = candidate.recipe.data[candidate.recipe.eval.data]
-        if family == data.family and representation in data.representations:
+        if family == data.family and representation in (data.representations or (representation,)):
             return _tasks_of_run(candidate, candidate.recipe, representation, prompts)
     if family != ASYNC_PLAN.name:
         raise UserError(f"--data {text}: only {ASYNC_PLAN.name} tasks can be generated; name a file: {text}=FILE")
@@ -238,5 +238,5 @@ def _tasks_of_run(candidate: Candidate, recipe: Recipe, representation: str, pro
     limits = LengthLimits(recipe=recipe, text=text, max_model_len=candidate.policy.max_model_len)
     name = recipe.eval.data
     data = recipe.data[name]
-    files = {name: TaskFiles(data, text, name, limits)} if isinstance(data, JsonlData) else {}
-    return evaluation_tasks(recipe, files, representation, prompts)
+    sources = {} if isinstance(data, GeneratedData) else {name: open_source(data, text, name, limits)}
+    return evaluation_tasks(recipe, sources, representation, prompts)

@@ -23,15 +23,18 @@ class Task:
     answer="12 min", key="9f0c...")``
     """
 
-    family: str  # of rewards.families.FAMILIES: by which function a response is scored
-    representation: str  # "natural" | "graph" | "code" | a held-out form
-    question: str  # the whole user prompt
+    family: str  # of rewards.families.FAMILIES, or "rows": the rewards of its [data.NAME] table
+    representation: str  # "natural" | "graph" | "code" | a held-out form; of rows a label
+    question: str  # the whole user prompt, or what the last of ``messages`` says
     answer: str
     reward: str = "strict"  # "strict" | "paper": which of the family's functions
     key: str  # identity of the underlying procedure: the same in all of its representations
     demonstration: str | None = None  # a worked response, ends in <answer>..</answer>
     sequential_answer: str | None = None  # what doing one step after the other would give
     difficulty: dict[str, Any] = field(default_factory=dict)
+    data: str = ""  # NAME of its [data.NAME]
+    row: dict[str, Any] = field(default_factory=dict)  # all columns of its row, JSON-able; {} for generated tasks
+    messages: tuple[dict[str, Any], ...] | None = None  # a chat up to the user's turn; None: ``question`` is that turn
 
     def is_correct(self, reward: float) -> bool:
         """Whether ``reward`` is that of a right answer: FULL_MARKS, not a part of it."""
@@ -53,10 +56,12 @@ class Task:
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"a task must be one JSON object, got {text[:80]!r}: {error}") from error
         _check_record(record)
-        return cls(**record)
+        messages = record.pop("messages")
+        return cls(**record, messages=None if messages is None else tuple(messages))
 
 
-_OPTIONAL_TEXT = ("demonstration", "sequential_answer")
+_OPTIONAL = ("demonstration", "sequential_answer", "messages")
+_KINDS = {"difficulty": dict, "row": dict, "messages": list}  # the others are text
 
 
 def _check_record(record: Any) -> None:
@@ -67,6 +72,6 @@ def _check_record(record: Any) -> None:
         missing, unknown = sorted(names - record.keys()), sorted(record.keys() - names)
         raise DataError(f"a task has the keys {sorted(names)}; missing: {missing}, unknown: {unknown}")
     for name, value in record.items():
-        expected = dict if name == "difficulty" else str
-        if not isinstance(value, expected) and not (value is None and name in _OPTIONAL_TEXT):
+        expected = _KINDS.get(name, str)
+        if not isinstance(value, expected) and not (value is None and name in _OPTIONAL):
             raise DataError(f"a task's {name} must be {expected.__name__}, got {type(value).__name__}")

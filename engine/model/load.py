@@ -20,7 +20,7 @@ from isomorph.engine.model.check import end_ids, limit_to_window, repair_generat
 from isomorph.engine.model.families import normalises_heads, refuse_unsupported
 from isomorph.engine.model.lora import attach, require_peft
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.model.text import TextCodec, open_text, word_tokenizer
+from isomorph.engine.model.text import TextCodec, byte_tokenizer, open_text, word_tokenizer
 from isomorph.engine.planner import ModelShape
 
 # a folder with a tokenizer has at least one of these
@@ -153,6 +153,18 @@ def read_shape(config: ModelConfig, vocabulary: Sequence[str], lora: LoraConfig 
     return shape_of(model)
 
 
+def read_text(config: ModelConfig, vocabulary: Sequence[str]) -> tuple[TextCodec, int]:
+    """The codec of the recipe's model and its number of positions, without reading weights. Raises UserError."""
+    model = _weightless_model(config, vocabulary)
+    if config.tiny is not None:
+        tokenizer: Any = _tiny_tokenizer(config.tiny, vocabulary)
+    else:
+        assert config.path is not None
+        folder, gguf = _locate(config.path)
+        tokenizer = _loaded_tokenizer(config.path, folder, gguf)
+    return _opened_text(model, tokenizer, config, tags=()), model.config.max_position_embeddings
+
+
 def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
     if config.tiny is not None:
         return _tiny_model(config.tiny, vocabulary, seed=0, dtype=torch.float32)[0]
@@ -192,15 +204,19 @@ def build_tiny(
 ) -> Policy:
     """A Llama decoder of these sizes with random weights, without chat template.
 
-    One token for each word of ``vocabulary``, see ``word_tokenizer``.
+    One token for each word of ``vocabulary``, see ``word_tokenizer``, or for each byte.
     """
     model, tokenizer = _tiny_model(tiny, vocabulary, seed=seed, dtype=dtype)
     return Policy(model.to(device), _opened_text(model, tokenizer, ModelConfig(tiny=tiny), tags=()))
 
 
+def _tiny_tokenizer(tiny: TinyModel, vocabulary: Sequence[str]) -> Any:
+    return byte_tokenizer() if tiny.tokenizer == "bytes" else word_tokenizer(vocabulary)
+
+
 def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype: torch.dtype) -> tuple[Any, Any]:
     """Of type Llama: when a saved Qwen2 is loaded, transformers replaces the tokenizer's splitting by Qwen's own."""
-    tokenizer = word_tokenizer(vocabulary)
+    tokenizer = _tiny_tokenizer(tiny, vocabulary)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=tiny.hidden_size,

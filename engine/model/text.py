@@ -1,14 +1,15 @@
 """Converts between text and token ids, and checks tokenizer and chat template when the model is loaded.
 
 ``open_text`` repairs what it can and puts a sentence for each repair into ``TextCodec.notes``; everything else raises
-UserError before the first step. ``word_tokenizer`` is the tokenizer of tiny models.
+UserError before the first step. ``word_tokenizer`` and ``byte_tokenizer`` are the tokenizers of tiny models.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from isomorph.engine.config import UserError
@@ -22,8 +23,20 @@ WORD = r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]"  # a tag, a word, a number or a
 SPECIAL = PAD, EOS, BOS, UNK = "[PAD]", "[EOS]", "[BOS]", "[UNK]"
 
 
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How the chats of one source of prompts are written: its chat template and the values it is rendered with."""
+
+    template: str | None = None  # Jinja; None: the tokenizer's own
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # such as enable_thinking
+
+
 class TextCodec:
-    """Encodes prompts (through the chat template) and responses, and decodes without special tokens."""
+    """Encodes prompts (through the chat template) and responses, and decodes without special tokens.
+
+    ``formats`` holds the ``ChatFormat`` of prompts that do not use the tokenizer's chat template as it is, by the name
+    of their source; ``add_format`` checks and adds one.
+    """
 
     def __init__(
         self,
@@ -43,6 +56,7 @@ class TextCodec:
         self.uses_chat_template = chat_template and tokenizer.chat_template is not None
         self.stop_ids = tuple(stop_ids)
         self.notes: tuple[str, ...] = ()  # what ``open_text`` repaired, one sentence each
+        self.formats: dict[str, ChatFormat] = {}
         self._tag_ids = frozenset(tag_ids)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special.update(tokenizer.all_special_ids)
@@ -50,17 +64,70 @@ class TextCodec:
         self._dropped_ids = special - self._tag_ids if special & self._tag_ids else None
         self._num_rows = num_rows
 
-    def encode_prompt(self, question: str) -> tuple[int, ...]:
+    def encode_prompt(self, question: str, format: str = "") -> tuple[int, ...]:
         """Token ids of a prompt whose only turn is ``question``, up to where the response begins.
 
-        Raises UserError if tokenizer or template fails on it, or if a token has no row in the embedding.
+        ``format``: a name in ``formats``; others mean the tokenizer's chat template. Raises UserError if tokenizer or
+        template fails on it, or if a token has no row in the embedding.
         """
-        with foreign(f"{self._encoder()} fails on '{shortened(question)}'"):
-            if self.uses_chat_template:
-                ids = self.tokenizer.apply_chat_template(_user(question), add_generation_prompt=True, return_dict=False)
+        return self.encode_messages(_user(question), format)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], format: str = "") -> tuple[int, ...]:
+        """Token ids of a chat, up to where the response begins; messages have a ``role`` and a ``content``.
+
+        Without a chat template the contents are joined by blank lines. Otherwise as ``encode_prompt``.
+        """
+        known = self.formats.get(format, ChatFormat())
+        is_chat = self.uses_chat_template or known.template is not None
+        said = "\n\n".join(content_text(message["content"]) for message in messages)
+        with foreign(f"{'the chat template' if is_chat else 'the tokenizer'} fails on '{shortened(said)}'"):
+            if is_chat:
+                ids = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=known.template,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                    **known.arguments,
+                )
             else:
-                ids = self.tokenizer(question)["input_ids"]
-        return self._known(_without_extra_ends(ids, self.tokenizer, self.uses_chat_template), question)
+                ids = self.tokenizer(said)["input_ids"]
+        return self._known(_without_extra_ends(ids, self.tokenizer, is_chat), said)
+
+    def add_format(self, name: str, format: ChatFormat) -> None:
+        """Makes ``format`` known as ``name``, after a chat was rendered with it.
+
+        Raises UserError where the template fails, drops the user's turn, or ends a turn with a token that would not
+        end a response; and where there are arguments and no template.
+        """
+        template = format.template or (self.tokenizer.chat_template if self.uses_chat_template else None)
+        if template is None:
+            if format.arguments:
+                raise UserError("chat_arguments are for a chat template, and the model's tokenizer has none in use")
+            return
+
+        def rendered(turns: list[dict[str, str]], ends_open: bool) -> str:
+            return self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=format.template,
+                add_generation_prompt=ends_open,
+                tokenize=False,
+                **format.arguments,
+            )
+
+        with foreign("the chat template refuses a single turn of a user"):
+            prompt = rendered(_user(PROBE), True)
+        if PROBE not in prompt:
+            raise UserError(f"the chat template drops or changes the user's turn: it renders '{shortened(prompt)}'")
+        with foreign("the chat template refuses an assistant's turn"):
+            whole = rendered([*_user(PROBE), {"role": "assistant", "content": ANSWER}], False)
+        end = _end_after_answer(self.tokenizer, whole)
+        if end is not None and end not in self.stop_ids:
+            token = self.tokenizer.convert_ids_to_tokens(end)
+            raise UserError(
+                f"the chat template ends a turn with {token!r}, which does not end a response of this model: add it to "
+                f'the recipe: [model] stop = ["{token}"]'
+            )
+        self.formats[name] = format
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         """Token ids of a demonstration, with the first stop token at the end, which is trained as well."""
@@ -75,9 +142,6 @@ class TextCodec:
         if self._dropped_ids is None:
             return self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return self.tokenizer.decode([i for i in token_ids if i not in self._dropped_ids], skip_special_tokens=False)
-
-    def _encoder(self) -> str:
-        return "the tokenizer's chat template" if self.uses_chat_template else "the tokenizer"
 
     def _known(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
         if self._num_rows is not None and max(ids, default=0) >= self._num_rows:
@@ -155,6 +219,10 @@ def _end_of_turn(tokenizer: Any, notes: list[str]) -> int | None:
             f"the chat template fails on an assistant's turn, so its end of turn is unknown: {cause_of(error)}"
         )
         return None
+    return _end_after_answer(tokenizer, rendered)
+
+
+def _end_after_answer(tokenizer: Any, rendered: str) -> int | None:
     _, found, after = rendered.rpartition(ANSWER)
     ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if found else []
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
@@ -247,6 +315,11 @@ def _without_extra_ends(ids: Sequence[int], tokenizer: Any, uses_chat_template: 
     return ids
 
 
+def content_text(content: Any) -> str:
+    """The text of a message's content: a string, or a list of parts of which each has a ``text``."""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
+
+
 def _user(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
@@ -269,4 +342,17 @@ def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     inner.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])])
     # no decoder: tokens are then joined with spaces
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNK)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each byte of UTF-8 text, which reads and writes any text.
+
+    Ids 0 to 3 are [PAD] [EOS] [BOS] [UNK], then the 256 bytes. Prompts begin with [BOS].
+    """
+    table = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    inner = Tokenizer(models.BPE(vocab=table, merges=[], unk_token=UNK))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])])
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=EOS, bos_token=BOS, unk_token=UNK)

@@ -7,7 +7,14 @@ import pytest
 from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.recipe import Recipe
 from isomorph.engine.config import UserError
-from isomorph.engine.recipe_file import check_tables
+from isomorph.engine.recipe_file import check_tables, load_recipe
+
+RECIPE = """
+model.tiny.num_layers = 1
+data.rows = { kind = "jsonl", family = "math", files = { text = "a.jsonl" } }
+stage = [{ name = "only", steps = 1, mixture = [{ data = "rows", representation = "text" }] }]
+eval = { data = "rows", representations = ["text"] }
+"""
 
 
 def recipe_of(path: str, model: str = "") -> Recipe:
@@ -29,6 +36,12 @@ def test_paths_become_absolute_and_a_hub_name_stays(tmp_path: Path, monkeypatch:
         assert recipe.data["rows"].files == {"text": str(tmp_path / "below" / "a.jsonl")}  # type: ignore[union-attr]
     assert (local.model.path, hub.model.path) == (str(tmp_path / "model"), "someone/model")
     assert located(local) == local
+    for name in ("in a folder", "elsewhere"):  # a recipe's data lies beside it, wherever the command starts
+        (tmp_path / name).mkdir()
+    (tmp_path / "in a folder" / "run.toml").write_text(RECIPE)
+    beside = located(load_recipe(tmp_path / "in a folder" / "run.toml", [], Recipe))
+    assert beside.data["rows"].files == {"text": str(tmp_path / "in a folder" / "a.jsonl")}  # type: ignore[union-attr]
+    assert located(beside) == beside
     monkeypatch.delenv("ROWS")
     with pytest.raises(UserError, match="environment variable"):
         located(recipe_of("$ROWS/a.jsonl"))

@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 
-from isomorph.curriculum.lengths import at_most
+from isomorph.curriculum.lengths import at_most_in_prompt, at_most_in_response
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.stage import Curriculum
+from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.recipe_file import check_tables
 
 TEXT = TextCodec(word_tokenizer(["a", "b"]), chat_template=False, stop_ids=[1])  # [BOS], then a token a word
+
+
+def task(words: str) -> Task:
+    return Task(family="math", representation="natural", question=words, answer="1", key="0")
 
 
 def row(words: int, key: int, demonstration: int | None = 1) -> str:
@@ -42,7 +47,7 @@ SFT = {"objective": {"name": "sft"}, "sampling": {"max_new_tok": 8, "samples_per
 
 
 def kept(source: Curriculum) -> int:
-    files = source.files["rows"]
+    files = source.sources["rows"]
     return len(files.training["natural"]) + len(files.held_out["natural"])
 
 
@@ -50,9 +55,9 @@ def test_a_row_that_fits_exactly_stays_and_one_token_more_is_left_out_by_number(
     rows = [row(3 + n, n) for n in range(6)]
     fits = 64 - 8 - 1  # [BOS]
     source = curriculum(tmp_path, [*rows, row(fits, 6), row(fits - 1, 7)], SHORT)
-    assert source.files["rows"].left_out == [] and kept(source) == 8
+    assert source.sources["rows"].left_out == [] and kept(source) == 8
     source = curriculum(tmp_path, [*rows, row(fits + 1, 6), row(fits - 1, 7)], SHORT)
-    (told,) = source.files["rows"].left_out
+    (told,) = source.sources["rows"].left_out
     assert f"{tmp_path}/rows.jsonl: 1 of 8 rows are left out: row 7: a prompt of 57 tokens" in told
     assert "make 65, the model has positions for 64" in told and kept(source) == 7
 
@@ -61,12 +66,12 @@ def test_the_strictest_stage_decides_and_demonstrations_count(tmp_path: Path) ->
     """Whichever half a row is in: in the other one nobody asks for its demonstration."""
     rows = [row(3 + n, n, demonstration=40 if n % 2 else 2) for n in range(8)]
     plain = curriculum(tmp_path, rows, SHORT)
-    assert plain.files["rows"].left_out == []
+    assert plain.sources["rows"].left_out == []
     source = curriculum(tmp_path, rows, SHORT, SFT)
-    held_out = len(source.files["rows"].held_out["natural"])
-    assert held_out == 4 and 0 < len(source.files["rows"].training["natural"]) < 4
+    held_out = len(source.sources["rows"].held_out["natural"])
+    assert held_out == 4 and 0 < len(source.sources["rows"].training["natural"]) < 4
     assert "a demonstration of 41 tokens, sampling.max_new_tok must be at least that, got 8" in str(
-        source.files["rows"].left_out
+        source.sources["rows"].left_out
     )
     with pytest.raises(UserError, match="no natural row fits.*has no demonstration, and stage s1 is supervised"):
         curriculum(tmp_path, [row(3 + n, n, None) for n in range(8)], SHORT, SFT)
@@ -99,5 +104,8 @@ def test_generated_questions_are_drawn_before_the_first_step(max_model_len: int)
 def test_the_bound_on_the_number_of_tokens_is_one(words: str) -> None:
     for is_prompt in (True, False):
         exact = len(TEXT.encode_prompt(words) if is_prompt else TEXT.encode_response(words))
-        assert exact <= at_most(TEXT, words, 1000, is_prompt=is_prompt)
-        assert exact == at_most(TEXT, words, 0, is_prompt=is_prompt)
+        for limit in (0, 1000):
+            bound = (
+                at_most_in_prompt(TEXT, task(words), limit) if is_prompt else at_most_in_response(TEXT, words, limit)
+            )
+            assert exact == bound if limit == 0 else exact <= bound

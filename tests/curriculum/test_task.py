@@ -15,6 +15,9 @@ TASK = Task(
     demonstration=None,
     sequential_answer="5 min",
     difficulty={"units": ["min"], "max_steps": 5},
+    data="plans",
+    row={"question": "½", "extra": {"n": [1, None]}},
+    messages=({"role": "user", "content": "½"},),
 )
 
 
@@ -34,6 +37,8 @@ def test_json_gives_back_an_equal_task() -> None:
         (json.dumps({**json.loads(TASK.to_json()), "extra": 1}), "extra"),
         (json.dumps({**json.loads(TASK.to_json()), "answer": None}), "answer"),
         (json.dumps({**json.loads(TASK.to_json()), "key": 7}), "key"),
+        (json.dumps({**json.loads(TASK.to_json()), "row": []}), "row"),
+        (json.dumps({**json.loads(TASK.to_json()), "messages": "hi"}), "messages"),
     ],
 )
 def test_what_is_not_a_task_is_refused_by_name(text: str, named: str) -> None:

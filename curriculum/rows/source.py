@@ -1,0 +1,142 @@
+"""The tasks of a [data.NAME] of kind "rows", drawn one at a time.
+
+Lengths: of at most CHECKED_AT_ONCE rows every one is measured before the first step. Of more rows each is measured when
+it is drawn, because tokenising a million takes minutes before the first step; a row that does not fit is replaced by
+the next one, and counted. Either way the same rows are trained on, in the same order.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from isomorph.curriculum.lengths import LengthLimits, Misfit, at_most_in_prompt, left_out
+from isomorph.curriculum.rows.dataset import Dataset, Side, epoch_seed
+from isomorph.curriculum.rows.order import shuffled
+from isomorph.curriculum.rows.render import refuse_unknown_label
+from isomorph.curriculum.rows.spec import RowsData
+from isomorph.curriculum.tasks.task import Task
+from isomorph.engine.config import UserError
+from isomorph.engine.model.text import ChatFormat, TextCodec
+
+CHECKED_AT_ONCE = 20_000
+NUM_NAMED = 20  # rows that did not fit, as the summary lists them
+
+
+class RowsSource:
+    """Training tasks of each label in an infinite stream of epochs, and the tasks for evaluation."""
+
+    def __init__(self, data: RowsData, text: TextCodec, name: str, limits: LengthLimits | None = None) -> None:
+        """Adds the data's chat format to ``text``. Raises UserError and DataError."""
+        text.add_format(name, _format(data, name))
+        self.dataset = Dataset(data, name)
+        self._data, self._text, self._name, self._limits = data, text, name, limits
+        self.left_out: list[str] = []  # a sentence for the rows of which some are too long
+        self.misfits: dict[str, dict[int, str]] = {}  # label -> number of the row -> why it is left out
+        # of the rows of either side, by whether it is training: 0 not measured, 1 fits, 2 does not
+        self._measured = {True: _unmeasured(self.dataset.side), False: _unmeasured(self.dataset.eval_side)}
+        self._orders: dict[str, tuple[tuple[int, int], np.ndarray]] = {}  # label -> (seed, epoch), its order
+        if data.has_eval_rows and self.dataset.num_in_both:
+            self.left_out.append(
+                f"{data.eval_path or data.path}: {self.dataset.num_in_both} of its {len(self.dataset.eval_side.rows)} "
+                "prompts for evaluation are training prompts, too"
+            )
+        if len(self.dataset.side.rows) <= CHECKED_AT_ONCE:
+            self._check_all()
+
+    @property
+    def num_too_long(self) -> dict[str, int]:
+        """Rows found not to fit so far, by label."""
+        return {label: len(rows) for label, rows in self.misfits.items()}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.dataset.training, *self.dataset.held_out)))
+
+    def draw(self, representation: str, position: int, seed: int) -> tuple[Task, int]:
+        """The next task of an infinite stream of epochs, from ``position`` on, and the position after it.
+
+        Each epoch is a permutation of the training rows, seeded with (seed, representation, epoch).
+        """
+        refuse_unknown_label(representation, tuple(self.dataset.training), self._name)
+        rows = self.dataset.training[representation]
+        for at in range(position, position + len(rows) + 1):
+            epoch, inside = divmod(at, len(rows))
+            index = int(rows[self._order(representation, len(rows), seed, epoch)[inside]])
+            if self._has_room(index, representation, is_training=True):
+                return self.dataset.side.task(index), at + 1
+        raise UserError(self._none_fits(representation, len(rows)))
+
+    def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
+        """The first ``num_tasks`` tasks for evaluation that fit, always the same ones."""
+        refuse_unknown_label(representation, tuple(self.dataset.held_out), self._name)
+        found: list[Task] = []
+        for index in map(int, self.dataset.held_out[representation]):
+            if len(found) == num_tasks:
+                break
+            if self._has_room(index, representation, is_training=False):
+                found.append(self.dataset.eval_side.task(index))
+        if not found:
+            raise UserError(self._none_fits(representation, len(self.dataset.held_out[representation])))
+        return found
+
+    def summary(self) -> dict[str, object]:
+        """Which rows were shown as examples, and which were found not to fit: for run.json and summary.json."""
+        number = self.dataset.side.rows.number
+        rows = {label: sorted(found)[:NUM_NAMED] for label, found in self.misfits.items()}
+        return {
+            "left_out": self.num_too_long,
+            "left_out_rows": rows,
+            "examples": [number(i) for i in self.dataset.examples],
+        }
+
+    def _order(self, label: str, count: int, seed: int, epoch: int) -> np.ndarray:
+        known = self._orders.get(label)
+        if known is None or known[0] != (seed, epoch):
+            known = self._orders[label] = (seed, epoch), shuffled(count, epoch_seed(seed, label, epoch))
+        return known[1]
+
+    def _check_all(self) -> None:
+        for label, rows in self.dataset.training.items():
+            if not sum(self._has_room(int(i), label, is_training=True) for i in rows):
+                raise UserError(self._none_fits(label, len(rows)))
+        if self.misfits:
+            reasons = {row: why for found in self.misfits.values() for row, why in found.items()}
+            self.left_out.append(left_out(self._data.path, len(self.dataset.side.rows), reasons))
+
+    def _has_room(self, index: int, label: str, *, is_training: bool) -> bool:
+        measured = self._measured[is_training]
+        if not measured[index]:
+            side = self.dataset.side if is_training else self.dataset.eval_side
+            why = self._why_too_long(side.task(index), self._misfit(label, is_training=is_training))
+            if why:
+                self.misfits.setdefault(label, {})[side.rows.number(index)] = why
+            measured[index] = 2 if why else 1
+        return bool(measured[index] == 1)
+
+    def _why_too_long(self, task: Task, misfit: Misfit) -> str | None:
+        most = self._data.max_prompt_tok
+        num_tok = at_most_in_prompt(self._text, task, most)
+        return f"a prompt of {num_tok} tokens, max_prompt_tok={most}" if num_tok > most else misfit(task)
+
+    def _misfit(self, label: str, *, is_training: bool) -> Misfit:
+        if self._limits is None:
+            return lambda task: None
+        of = self._limits.misfit_of_training if is_training else self._limits.misfit_of_evaluation
+        return of(self._name, label)
+
+    def _none_fits(self, label: str, count: int) -> str:
+        return f"no {label} row fits: {left_out(self._data.path, count, self.misfits.get(label, {}))}"
+
+
+def _unmeasured(side: Side) -> np.ndarray:
+    return np.zeros(len(side.rows), np.uint8)
+
+
+def _format(data: RowsData, name: str) -> ChatFormat:
+    if data.chat_template is None:
+        return ChatFormat(arguments=data.chat_arguments)
+    try:
+        template = Path(data.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.{name}.chat_template: must be a readable file: {error}") from error
+    return ChatFormat(template=template, arguments=data.chat_arguments)
