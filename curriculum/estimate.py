@@ -189,7 +189,7 @@ class FirstSteps:
             facts,
             prompts=-(-row["groups/all"] // self.num_ranks),
             prompt_tok=row["tok/prompt"] / row["groups/all"],
-            response_tok=row["tok/response"] / num_responses,
+            response_tok=(row["tok/response"] + row["tok/context"]) / num_responses,
         )
         own_tok = row["tok/trunk"] / row["updates"] / self.num_ranks
         return dataclasses.replace(facts, micro_tok=min(stage.batch.micro_batch_tok, own_tok))

@@ -20,7 +20,7 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Sampling
-from isomorph.engine.update.score import share_without_answer, warning_of_no_answer
+from isomorph.engine.update.score import response_text, share_without_answer, warning_of_no_answer
 
 MAX_UNKNOWN_SHARE = 0.01  # of the questions' tokens: with more the model cannot read the questions
 
@@ -117,7 +117,7 @@ def evaluate_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) ->
     started = time.perf_counter()
     rollouts = BuiltinSampler(policy, SamplerConfig()).generate(prompts, sampling)
     seconds = time.perf_counter() - started
-    texts = [policy.text.decode(rollout.token_ids.tolist()) for rollout in rollouts]
+    texts = [response_text(policy.text.decode, rollout) for rollout in rollouts]
     with RewardPool() as score:
         rewards = score(prompts, texts)
     stopped = sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts)
@@ -130,7 +130,7 @@ def evaluate_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) ->
         baseline=sequential_baseline(tasks),
         warning=warning_of_no_answer(f"{family}:{representation}", found, texts, 1 - stopped),
         stopped=stopped,
-        num_tok=sum(len(rollout.token_ids) for rollout in rollouts),
+        num_tok=sum(rollout.num_model_tok for rollout in rollouts),
         seconds=seconds,
     )
 

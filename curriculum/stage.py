@@ -68,7 +68,7 @@ class Curriculum:
         stage = self._present()
         if rewards := [reward for group in groups for reward in group.known_rewards]:
             self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-stage.reward_window :]
-        self.response_tok += sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
+        self.response_tok += sum(rollout.num_model_tok for group in groups for rollout in group.rollouts)
         self.steps_done += 1
         if reason := self._why_over(stage):
             self.finished.append({"name": stage.name, "steps": self.steps_done, "ended_by": reason})

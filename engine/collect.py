@@ -35,7 +35,8 @@ def sample_and_reward(
         # phase "judge": the part of the reward computation that does not overlap with sampling
         with time("judge"), RewardThread(components.judge, components.policy.text.decode, own, stop_here) as rewarding:
             with time("generate"), components.policy.unsharded():
-                rollouts = sampler.generate(own, sampling, rewarding.add, stop_here)
+                dialogue = components.dialogue if sampler is components.sampler else None
+                rollouts = sampler.generate(own, sampling, rewarding.add, stop_here, dialogue)
             texts, scores = rewarding.results()
     except StopRequested:
         is_stopped = True

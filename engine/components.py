@@ -7,7 +7,7 @@ from isomorph.engine.config import RunConfig
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.runlog import RunLog
-from isomorph.engine.types import Judge, PromptSource, RunState, Sampler
+from isomorph.engine.types import Dialogue, Judge, PromptSource, RunState, Sampler
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.score import FindsAnswer
 
@@ -27,6 +27,7 @@ class Components:
     stop_requested: Callable[[], bool]  # polled every few decoded tokens, before each micro-batch, and between phases
     ranks: Ranks = ALONE
     finds_answer: FindsAnswer | None = None  # None: judge/no_answer is not measured
+    dialogue: Dialogue | None = None  # None: every rollout has one turn
 
 
 class StopRequested(Exception):

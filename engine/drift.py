@@ -293,8 +293,15 @@ def check_ends(rollouts: Sequence[Rollout], sampling: Sampling) -> None:
     """Raises RunFailed if a response does not end as its ``finish`` says: a stop token was dropped or ignored."""
     stops = torch.tensor(sampling.stop_ids, dtype=torch.int64)
     for rollout in rollouts:
-        at = torch.isin(rollout.token_ids, stops).nonzero().flatten().tolist()
-        last, n = len(rollout.token_ids) - 1, len(rollout.token_ids)
+        *earlier, turn = rollout.turns
+        for ended in earlier:
+            if torch.isin(ended, stops).nonzero().flatten().tolist() != [len(ended) - 1]:
+                raise RunFailed(
+                    f"response {rollout.sample} to prompt {rollout.prompt_id}: every turn before the last must end "
+                    "with its stop token, and hold no other: the sampler drops stop tokens, or ignores them"
+                )
+        at = torch.isin(turn, stops).nonzero().flatten().tolist()
+        last, n = len(turn) - 1, len(rollout.token_ids)
         if rollout.finish == "stop":
             wanted, is_right = "its stop token last, and no other", at == [last]
         else:

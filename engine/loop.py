@@ -260,7 +260,7 @@ def _advanced(
     """The state after the step. ``source``: the source's state after ``observe``."""
     added = {
         "prompt_tok": sum(len(g.prompt.token_ids) for g in groups),
-        "response_tok": sum(len(r.token_ids) for g in groups for r in g.rollouts),
+        "response_tok": sum(r.num_model_tok for g in groups for r in g.rollouts),
         "forward_tok": stats.num_forward_tok,
     }
     return dataclasses.replace(

@@ -29,7 +29,10 @@ class Part:
 
 
 def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
-    """Returns ``parts`` concatenated, on ``device``. Tokens without a finite sampler log-probability are not targets.
+    """Returns ``parts`` concatenated, on ``device``.
+
+    Tokens of an environment are in the sequence, attended to, and no targets; tokens without a finite sampler
+    log-probability neither.
 
     Raises ValueError if some rollouts have sampler log-probabilities and others do not.
     """
@@ -55,9 +58,10 @@ def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
         [len(part.prompt.token_ids) for part in parts],
         [[len(r.token_ids) - 1 for r in part.rollouts] for part in parts],
     ).to(device)
+    is_target = torch.cat([_is_target(r) for r in rollouts])
+    rows, targets, seq_id = (x[is_target] for x in (rows, targets, seq_id))
     if sampler_logprob is not None:
-        is_finite = sampler_logprob.isfinite()
-        rows, targets, seq_id, sampler_logprob = (x[is_finite] for x in (rows, targets, seq_id, sampler_logprob))
+        sampler_logprob = sampler_logprob[is_target]
     return PackedBatch(
         token_ids=torch.cat(token_ids).to(device),
         positions=layout.positions,
@@ -77,3 +81,8 @@ def _sampler_logprob(rollouts: Sequence[Rollout]) -> Tensor | None:
             "either all rollouts of a micro-batch must have sampler_logprob or none, got some with and some without"
         )
     return torch.cat(known) if known else None
+
+
+def _is_target(rollout: Rollout) -> Tensor:
+    found = rollout.is_target
+    return torch.ones(len(rollout.token_ids), dtype=torch.bool) if found is None else found

@@ -12,21 +12,23 @@ from torch import Tensor
 
 from isomorph.engine.types import Rollout, ScoredRollouts, Scores
 
+_PLAIN = ("prompt_id", "sample", "finish", "policy_version", "environment_reward", "num_turns")  # a rollout's JSON
+
 
 def split_scored(scored: ScoredRollouts) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns fields for JSON, and tensors on the CPU; ``join_scored`` reads both.
 
-    Tensors: ``token_ids`` [sum of lengths] int64 and, unless the rollouts have none (demonstrations, greedy
-    responses), ``sampler_logprob`` [sum of lengths] float32, in nats.
+    Tensors: ``token_ids`` [sum of lengths] int64; unless the rollouts have none (demonstrations, greedy responses),
+    ``sampler_logprob`` [sum of lengths] float32, in nats; where a rollout has one, ``context_mask`` [sum of lengths]
+    bool.
     """
     tensors = {"token_ids": torch.cat([torch.empty(0, dtype=torch.int64), *(r.token_ids for r in scored.rollouts)])}
     if known := [r.sampler_logprob for r in scored.rollouts if r.sampler_logprob is not None]:
         tensors["sampler_logprob"] = torch.cat(known)
+    if any(r.context_mask is not None for r in scored.rollouts):
+        tensors["context_mask"] = torch.cat([_context_mask(r) for r in scored.rollouts])
     fields = {
-        "rollouts": [
-            {"prompt_id": r.prompt_id, "sample": r.sample, "finish": r.finish, "policy_version": r.policy_version}
-            for r in scored.rollouts
-        ],
+        "rollouts": [{name: getattr(r, name) for name in _PLAIN} for r in scored.rollouts],
         "lens": [len(r.token_ids) for r in scored.rollouts],
         "texts": list(scored.texts),
         "scores": scored.scores.columns(),
@@ -39,9 +41,16 @@ def join_scored(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sco
     token_ids = tensors["token_ids"].split(fields["lens"])
     joined = tensors.get("sampler_logprob")
     logprobs = [None] * len(token_ids) if joined is None else joined.split(fields["lens"])
+    joined = tensors.get("context_mask")
+    masks = [None] * len(token_ids) if joined is None else joined.split(fields["lens"])
     rollouts = tuple(
-        Rollout(**rollout, token_ids=ids, sampler_logprob=logprob)
-        for rollout, ids, logprob in zip(fields["rollouts"], token_ids, logprobs, strict=True)
+        Rollout(
+            **rollout,
+            token_ids=ids,
+            sampler_logprob=logprob,
+            context_mask=None if mask is None or not mask.any() else mask,
+        )
+        for rollout, ids, logprob, mask in zip(fields["rollouts"], token_ids, logprobs, masks, strict=True)
     )
     known = fields["scores"] if "scores" in fields else {"rewards": fields["rewards"]}  # as earlier versions wrote it
     scores = Scores(**{name: _as_tuples(column) for name, column in known.items()})
@@ -53,3 +62,8 @@ def _as_tuples(column: Any) -> Any:
     if isinstance(column, Mapping):
         return {name: tuple(values) for name, values in column.items()}
     return None if column is None else tuple(column)
+
+
+def _context_mask(rollout: Rollout) -> Tensor:
+    known = rollout.context_mask
+    return torch.zeros(len(rollout.token_ids), dtype=torch.bool) if known is None else known

@@ -10,6 +10,7 @@ Log-probabilities are natural logarithms (nats).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, runtime_checkable
@@ -56,21 +57,52 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
-    """One response. It includes its stop token, which is trained on; a response cut off by its length has none."""
+    """One response. It includes its stop token, which is trained on; a response cut off by its length has none.
+
+    A response of several turns holds the model's turns, each with its stop token, and between them what the environment
+    added. It begins and ends with a token of the model.
+    """
 
     prompt_id: int
     sample: int  # 0 .. G-1
     token_ids: Tensor  # [n] int64, on the CPU, n >= 1
-    sampler_logprob: (
-        Tensor | None
-    )  # [n] float32, at the sampling temperature; None for a demonstration or a greedy response
+    # [n] float32, at the sampling temperature, NaN for a token of the environment; None for a demonstration or a greedy
+    # response
+    sampler_logprob: Tensor | None
     finish: Finish
     policy_version: int  # of the weights that it was sampled from
+    context_mask: Tensor | None = None  # [n] bool, on the CPU; True: of the environment, never a target; None: no such
+    environment_reward: float | None = None  # None: no environment gave one
+    num_turns: int = 1  # of the model
+
+    @property
+    def num_model_tok(self) -> int:
+        """Number of tokens that the model wrote."""
+        return len(self.token_ids) - (0 if self.context_mask is None else int(self.context_mask.sum()))
 
     @property
     def num_loss_tok(self) -> int:
-        """Number of tokens that enter the loss: those without a finite sampler log-probability are dropped."""
-        return len(self.token_ids) if self.sampler_logprob is None else int(self.sampler_logprob.isfinite().sum())
+        """Number of tokens that enter the loss: the model's, but for those without a finite sampler log-probability."""
+        is_target = self.is_target
+        return len(self.token_ids) if is_target is None else int(is_target.sum())
+
+    @property
+    def is_target(self) -> Tensor | None:
+        """[n] bool: which tokens enter the loss; None: all of them."""
+        own = None if self.context_mask is None else ~self.context_mask
+        if self.sampler_logprob is None:
+            return own
+        is_finite = self.sampler_logprob.isfinite()
+        return is_finite if own is None else is_finite & own
+
+    @property
+    def turns(self) -> list[Tensor]:
+        """The model's tokens, one tensor int64 for each of its turns."""
+        if self.context_mask is None:
+            return [self.token_ids]
+        is_first = self.context_mask.diff(prepend=self.context_mask[:1]).nonzero().flatten().tolist()
+        pieces = self.token_ids.tensor_split(is_first)
+        return list(pieces[::2])
 
 
 # of one reward function on one response: a number; "does not apply" (None); or what it is worth 0 for; "absent": the
@@ -284,6 +316,34 @@ OnGroup = Callable[[int, Sequence[Rollout]], None]
 OnStep = Callable[[], None]  # called after every few decoded tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What an environment says to one turn of the model. Without ``token_ids`` the rollout ends there."""
+
+    token_ids: tuple[int, ...] = ()  # what follows the turn's stop token, up to where the model's next turn begins
+    reward: float | None = None  # of the rollout, where this ends it
+
+
+class Dialogue(Protocol):
+    """The environments of rollouts of several turns. The sampler calls it; every call must return at once."""
+
+    def begin(self, prompt: Prompt, sample: int) -> None:
+        """A rollout has been admitted: its environment may start."""
+        ...
+
+    def turn(self, prompt: Prompt, sample: int, token_ids: Sequence[int], start: int) -> Future[Reply]:
+        """Returns the reply to the turn that the rollout has just ended with a stop token, once it is known.
+
+        ``token_ids``: of the rollout so far, its environment's included; the turn is ``token_ids[start:]``. What the
+        future raises ends ``generate``.
+        """
+        ...
+
+    def end(self, prompt: Prompt, sample: int) -> None:
+        """The rollout is over, by the reply, by a limit or because sampling stopped; it has no further turn."""
+        ...
+
+
 class Sampler(Protocol):
     """Generates rollouts from the policy: the built-in decoder, vLLM, or demonstrations."""
 
@@ -295,8 +355,12 @@ class Sampler(Protocol):
         sampling: Sampling,
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
+        dialogue: Dialogue | None = None,
     ) -> list[Rollout]:
         """Returns ``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
+
+        With ``dialogue`` a response that ends with a stop token goes on with what its environment replies, until that
+        is nothing or leaves no room for a further token: ``max_new_tok`` counts the tokens of both sides.
 
         ``on_group`` is called once for each prompt, as soon as all of its rollouts are finished, while others may still
         be decoding. ``on_step`` is called every few tokens. Both must return at once; an exception in either of them

@@ -38,10 +38,10 @@ def trainer_stats(
     """``batch_stats`` of every token of ``rollouts``, concatenated in their order: [sum of lengths] each, no gradient.
 
     ``rollouts``: G for each prompt, in the order in which ``Sampler.generate`` returns them for ``prompts``. Tokens
-    without a finite sampler log-probability are scored, too.
+    without a finite sampler log-probability and tokens of an environment are scored, too.
     """
     size = len(rollouts) // len(prompts)
-    unscored = [dataclasses.replace(r, sampler_logprob=None) for r in rollouts]  # so that every token is a target
+    unscored = [dataclasses.replace(r, sampler_logprob=None, context_mask=None) for r in rollouts]  # all are targets
     parts = [
         Part(prompt, tuple(unscored[i * size : (i + 1) * size]), (0.0,) * size) for i, prompt in enumerate(prompts)
     ]

@@ -13,7 +13,9 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     groups/refilled                      groups that were replaced (batch.refills)
     response/masked                      sampled responses that may not enter the loss: masked, or without a reward
     response/tok_mean  response/stopped  tokens of a response, mean; share of responses that end with a stop token
-    tok/prompt  tok/response             tokens of the prompts, once a group; of the responses
+    response/turns                       turns of a response, mean
+    tok/prompt  tok/response             tokens of the prompts, once a group; of the responses, written by the model
+    tok/context                          tokens of the responses that environments added
     tok/trunk                            tokens through the decoder in passes with gradient
     tok/loss  tok/dropped                tokens in the loss; left out: their sampler log-probability is not finite
     loss  grad_norm  lr                  mean over the step's updates; norm before clipping, likewise; learning rate
@@ -67,7 +69,8 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
     by_label: dict[str, list[float]] = {}
     for group in groups:
         by_label.setdefault(label_of(group.prompt), []).extend(group.known_rewards)
-    response_tok = [len(r.token_ids) for g in groups for r in g.rollouts]
+    rollouts = [r for g in groups for r in g.rollouts]
+    response_tok = [r.num_model_tok for r in rollouts]
     surprise = Surprise.of(state.totals)
     return {
         "step": state.step,
@@ -83,9 +86,11 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         "groups/refilled": result.num_replaced,
         "response/masked": sum(not is_trained for g in groups for is_trained in g.is_trained),
         "response/tok_mean": sum(response_tok) / len(response_tok),
-        "response/stopped": sum(r.finish == "stop" for g in groups for r in g.rollouts) / len(response_tok),
+        "response/stopped": sum(r.finish == "stop" for r in rollouts) / len(rollouts),
+        "response/turns": sum(r.num_turns for r in rollouts) / len(rollouts),
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
         "tok/response": sum(response_tok),
+        "tok/context": sum(len(r.token_ids) for r in rollouts) - sum(response_tok),
         "tok/trunk": stats.num_forward_tok,
         "tok/loss": stats.num_loss_tok,
         "tok/dropped": stats.num_dropped_tok,
@@ -171,13 +176,17 @@ def _console_parts(row: Row) -> list[str]:
 
 
 def completion_rows(result: StepResult, decode: Decode, is_correct: IsCorrect) -> list[Row]:
-    """A row of completions/step-N.jsonl for every response."""
+    """A row of completions/step-N.jsonl for every response; ``conversation`` is its text with what was added to it."""
     rows: list[Row] = []
     found: Sequence[bool | None] = result.found or [None] * len(result.texts)
     for group in result.groups:
         correct = group.correct(is_correct)
         for i, rollout in enumerate(group.rollouts):
-            drawn = {"sample": rollout.sample, "advantage": group.advantages[i], "finish": rollout.finish}
+            drawn: Row = {"sample": rollout.sample, "advantage": group.advantages[i], "finish": rollout.finish}
+            if rollout.context_mask is not None:
+                drawn |= {"turns": rollout.num_turns, "conversation": decode(rollout.token_ids.tolist())}
+            if rollout.environment_reward is not None:
+                drawn["environment_reward"] = rollout.environment_reward
             answer = _of_response(result.texts[len(rows)], found[len(rows)], group.rewards[i], correct[i])
             parts = {n: part[i] for n, part in group.scores.parts.items()} if group.scores else {}
             answer |= {"rewards": parts} if parts else {}

@@ -1,7 +1,8 @@
 """The built-in sampler: decodes with the trainer's own modules, so there is no second copy of the weights.
 
 Continuous batching: up to ``max_seqs`` responses are decoded at once, each in a slot; when one ends, its slot goes to
-the next, of the same prompt or of another. A prompt is prefilled when its first response is admitted, and its KV cache
+the next, of the same prompt or of another. A response that waits for its environment keeps its slot, with its keys and
+values, and is not decoded. A prompt is prefilled when its first response is admitted, and its KV cache
 is freed when its last response has ended.
 
 Sampling noise is seeded for each request by (seed, prompt_id, sample). The other requests of a batch therefore change a
@@ -12,13 +13,16 @@ import contextlib
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.decoder import Decoder, DecoderSpec
-from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
+from isomorph.engine.rollout.turns import Conversation, Conversations
+from isomorph.engine.types import Dialogue, OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
 # decoding steps between two checks for ended responses: each check waits for the GPU's stream
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
@@ -43,6 +47,7 @@ class BuiltinSampler:
         sampling: Sampling,
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
+        dialogue: Dialogue | None = None,
     ) -> list[Rollout]:
         """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
 
@@ -52,11 +57,16 @@ class BuiltinSampler:
         self._refuse_what_cannot_fit(prompts, sampling)
         if not prompts:
             return []
-        batch = _Batch(self._decoder_for(prompts, sampling), prompts, sampling, self.policy_version)
-        with self.policy.prepacked():
-            for index, rollouts in batch.run(on_step or (lambda: None)):
-                if on_group is not None:
-                    on_group(index, rollouts)
+        is_timed = self.policy.device.type == "cpu"
+        conversations = Conversations(dialogue, sampling.max_new_tok, is_timed=is_timed)
+        batch = _Batch(self._decoder_for(prompts, sampling), prompts, sampling, self.policy_version, conversations)
+        try:
+            with self.policy.prepacked():
+                for index, rollouts in batch.run(on_step or (lambda: None)):
+                    if on_group is not None:
+                        on_group(index, rollouts)
+        finally:
+            conversations.close()
         return [rollout for group in batch.groups for rollout in group]
 
     @contextlib.contextmanager
@@ -126,11 +136,20 @@ def plan_decoder(prompt_lens: Sequence[int], sampling: Sampling, max_seqs: int, 
 class _Batch:
     """The requests of one ``generate``: those that wait, those that run and in which slot, those that are finished."""
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        policy_version: int,
+        conversations: Conversations,
+    ) -> None:
         self.decoder, self.prompts, self.sampling, self.policy_version = decoder, prompts, sampling, policy_version
+        self.conversations = conversations
         size = sampling.samples_per_prompt
         self.waiting = deque((index, sample) for index in range(len(prompts)) for sample in range(size))
-        self.running: dict[int, tuple[int, int]] = {}  # slot -> (index of the prompt, sample)
+        self.requests: dict[int, _Request] = {}  # by slot: decoded, or waiting for their environment
+        self.running: set[int] = set()  # slots that are decoded
         self.free_slots = list(range(decoder.spec.seqs))
         self.free_prompt_slots = list(range(decoder.spec.prompts))
         self.prompt_slots: dict[int, int] = {}  # index of a prompt with unfinished responses -> its slot
@@ -143,16 +162,17 @@ class _Batch:
     def run(self, on_step: OnStep) -> Iterator[tuple[int, list[Rollout]]]:
         """Yields (index of the prompt, its rollouts), samples ascending, as soon as a group's last response ends."""
         num_steps = STEPS_BETWEEN_CHECKS[self.decoder.policy.device.type]
-        while self.waiting or self.running:
+        while self.waiting or self.requests:
             while self._admit():
                 yield from self._collect()  # a response may end with its first token
                 on_step()
             if self.running:
                 # responses of one prompt are neighbours: decode_attention then reads the prompt's keys once for all
-                slots = sorted(self.running, key=lambda slot: (self.prompt_slots[self.running[slot][0]], slot))
+                slots = sorted(self.running, key=lambda slot: (self.prompt_slots[self.requests[slot].index], slot))
                 self.decoder.advance(slots, num_steps)
                 yield from self._collect()
                 on_step()
+            yield from self._continue(on_step)
 
     def _admit(self) -> bool:
         """Admits waiting requests into free slots; False if none was admitted."""
@@ -167,42 +187,76 @@ class _Batch:
                 new_prompts.append(index)
             self.waiting.popleft()
             slots.append(self.free_slots.pop())
-            self.running[slots[-1]] = index, sample
+            conversation = self.conversations.begin(self.prompts[index], sample)
+            self.requests[slots[-1]] = _Request(index, sample, conversation)
         if new_prompts:
             self.decoder.prefill([self.prompts[i] for i in new_prompts], [self.prompt_slots[i] for i in new_prompts])
         if not slots:
             return False
-        requests = [self.running[slot] for slot in slots]
+        self.running.update(slots)
+        requests = [self.requests[slot] for slot in slots]
         self.decoder.admit(
             slots,
-            [self.prompt_slots[index] for index, _ in requests],
-            [len(self.prompts[index].token_ids) for index, _ in requests],
-            [rng_key(self.sampling.seed, self.prompts[index].prompt_id, sample) for index, sample in requests],
+            [self.prompt_slots[r.index] for r in requests],
+            [len(self.prompts[r.index].token_ids) for r in requests],
+            [rng_key(self.sampling.seed, self.prompts[r.index].prompt_id, r.sample) for r in requests],
         )
         return True
 
     def _collect(self) -> Iterator[tuple[int, list[Rollout]]]:
+        """Takes the responses that have ended out of ``running``; those whose environment is asked keep their slots."""
         lengths = self.decoder.ended_lengths()
-        ended = [slot for slot in self.running if lengths[slot]]
+        ended = [slot for slot in self.requests if slot in self.running and lengths[slot]]
         if not ended:
             return
         token_ids, logprob = self.decoder.responses(ended)
         for i, slot in enumerate(ended):
-            index, sample = self.running.pop(slot)
-            self.free_slots.append(slot)
-            n = lengths[slot]
-            is_stop = int(token_ids[i, n - 1]) in self.sampling.stop_ids
-            self.finished[index][sample] = Rollout(
-                prompt_id=self.prompts[index].prompt_id,
-                sample=sample,
-                token_ids=token_ids[i, :n].clone(),
-                sampler_logprob=None if self.sampling.temperature == 0 else logprob[i, :n].clone(),
-                finish="stop" if is_stop else "length",
-                policy_version=self.policy_version,
-            )
-            if len(self.finished[index]) == self.sampling.samples_per_prompt:
-                self.free_prompt_slots.append(self.prompt_slots.pop(index))
-                yield index, [self.finished[index][s] for s in range(self.sampling.samples_per_prompt)]
+            self.running.discard(slot)
+            ids, conversation = token_ids[i, : lengths[slot]], self.requests[slot].conversation
+            is_stop = int(ids[-1]) in self.sampling.stop_ids
+            if not is_stop or self.conversations.is_over(slot, conversation, ids.tolist()):
+                yield from self._finish(slot, ids, logprob[i, : lengths[slot]])
+
+    def _continue(self, on_step: OnStep) -> Iterator[tuple[int, list[Rollout]]]:
+        """Appends what environments have replied, or finishes the response."""
+        replies = self.conversations.replies(is_idle=not self.running, on_step=on_step)
+        more = {waiting.key: added for waiting, added in replies if added}
+        over = [waiting.key for waiting, added in replies if not added]
+        if over:
+            lengths = self.decoder.ended_lengths()
+            token_ids, logprob = self.decoder.responses(over)
+            for i, slot in enumerate(over):
+                yield from self._finish(slot, token_ids[i, : lengths[slot]], logprob[i, : lengths[slot]])
+        if more:
+            self.running.update(more)
+            self.decoder.append(list(more), list(more.values()))
+            yield from self._collect()
+            on_step()
+
+    def _finish(self, slot: int, token_ids: Tensor, logprob: Tensor) -> Iterator[tuple[int, list[Rollout]]]:
+        request = self.requests.pop(slot)
+        self.free_slots.append(slot)
+        self.conversations.end(request.conversation)
+        index, sample = request.index, request.sample
+        self.finished[index][sample] = Rollout(
+            prompt_id=self.prompts[index].prompt_id,
+            sample=sample,
+            token_ids=token_ids.clone(),
+            sampler_logprob=None if self.sampling.temperature == 0 else logprob.clone(),
+            finish="stop" if int(token_ids[-1]) in self.sampling.stop_ids else "length",
+            policy_version=self.policy_version,
+            **request.conversation.facts(len(token_ids)),
+        )
+        if len(self.finished[index]) == self.sampling.samples_per_prompt:
+            self.free_prompt_slots.append(self.prompt_slots.pop(index))
+            yield index, [self.finished[index][s] for s in range(self.sampling.samples_per_prompt)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    index: int  # of the prompt
+    sample: int
+    conversation: Conversation
 
 
 def rng_key(seed: int, prompt_id: int, sample: int) -> int:

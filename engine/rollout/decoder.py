@@ -6,6 +6,8 @@ response slot holds those of its own tokens. The state of a response is on the d
     prompt_slot, prompt_len, rng_key    fixed when the response is admitted
     length, token_ids, logprob, ended   updated by every step
 
+Between two turns a response keeps its slot: ``append`` adds the environment's tokens to it, many tokens in one pass.
+
 A step therefore needs from the host only the list of slots. On a GPU it is recorded as a CUDA graph, once for each
 captured batch size; smaller batches are padded with a dummy slot.
 """
@@ -57,7 +59,8 @@ class Decoder:
         # hidden state of the last prompt token, which predicts the first token of every response
         self.prompt_hidden = self._empty(spec.prompts, policy.config.hidden_size)
         self.prompt_slot, self.prompt_len, self.rng_key = (_zeros(device, num_slots) for _ in range(3))
-        self.length = torch.ones(num_slots, dtype=torch.int64, device=device)  # tokens sampled so far
+        # tokens so far, sampled or appended
+        self.length = torch.ones(num_slots, dtype=torch.int64, device=device)
         self.ended = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.token_ids = _zeros(device, num_slots, spec.max_new_tok)
         self.logprob = torch.zeros(num_slots, spec.max_new_tok, dtype=torch.float32, device=device)
@@ -120,6 +123,46 @@ class Decoder:
         for part_B in self._parts(slot_B):
             self._sample(part_B, self.prompt_hidden[self.prompt_slot[part_B]])
 
+    # -- turns
+    def append(self, slots: Sequence[int], added: Sequence[Sequence[int]]) -> None:
+        """Adds tokens that were not sampled to responses that have ended, and samples the next token of each.
+
+        ``added[i]``, at least one token, follows the last token of ``slots[i]``; the keys and values of all before that
+        one are in the slot already. PREFILL_TOK tokens in one pass. Their log-probability is NaN.
+        """
+        rows: list[tuple[int, int, int]] = []  # slot, place in the slot, 1 for the last row of a response
+        for slot, ids in zip(slots, added, strict=True):
+            n, m = int(self.length[slot]), len(ids)
+            self.token_ids[slot, n : n + m] = torch.tensor(ids, device=self.policy.device)
+            self.logprob[slot, n : n + m] = torch.nan
+            self.length[slot], self.ended[slot] = n + m, False
+            # the token that ended the turn has been sampled, but never been an input
+            rows += [(slot, place, place == n + m - 1) for place in range(n - 1, n + m)]
+        size = 1 if self.is_row_by_row else PREFILL_TOK
+        for start in range(0, len(rows), size):
+            slot_R, place_R, is_last_R = torch.tensor(rows[start : start + size], device=self.policy.device).T
+            hidden_RD = self._hidden(slot_R, place_R)
+            ends_R = is_last_R.nonzero().flatten()
+            if len(ends_R):
+                self._sample(slot_R[ends_R], hidden_RD[ends_R])
+
+    def _hidden(self, slot_R: Tensor, place_R: Tensor) -> Tensor:
+        """The hidden row [D] of each token at ``place_R`` of ``slot_R`` [R], its keys and values written on the way.
+
+        The tokens of one slot are in their order; what is before them is in the cache, or among them.
+        """
+        prompt_slot_R, prompt_len_R, seen_R = self.prompt_slot[slot_R], self.prompt_len[slot_R], place_R + 1
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            for cache_SKLd, new_RK1d in zip(self.response_kv[layer], (k, v), strict=True):
+                cache_SKLd[slot_R, :, place_R] = new_RK1d[:, :, 0]
+            prompt = CachedKV(self.prompt_kv[layer, 0], self.prompt_kv[layer, 1], prompt_slot_R, prompt_len_R)
+            own = CachedKV(self.response_kv[layer, 0], self.response_kv[layer, 1], slot_R, seen_R)
+            return decode_attention(q[:, :, 0], prompt, own, scale=scale)[:, None]
+
+        token_R, position_R = self.token_ids[slot_R, place_R], prompt_len_R + place_R
+        return self.policy.backbone(token_R[:, None], position_R[:, None], attend)[:, 0]
+
     # -- the step
     def advance(self, slots: Sequence[int], num_steps: int) -> None:
         """Samples up to ``num_steps`` more tokens for each of ``slots``; a response that ends stays as it is."""
@@ -153,18 +196,7 @@ class Decoder:
 
     def _advance(self, slot_B: Tensor) -> None:
         """One token more for the responses in ``slot_B`` [B]. Shapes depend on B alone; nothing is read on the host."""
-        length_B, prompt_slot_B = self.length[slot_B], self.prompt_slot[slot_B]
-        prompt_len_B, last_B = self.prompt_len[slot_B], length_B - 1
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            for cache_SKLd, new_BK1d in zip(self.response_kv[layer], (k, v), strict=True):
-                cache_SKLd[slot_B, :, last_B] = new_BK1d[:, :, 0]
-            prompt = CachedKV(self.prompt_kv[layer, 0], self.prompt_kv[layer, 1], prompt_slot_B, prompt_len_B)
-            own = CachedKV(self.response_kv[layer, 0], self.response_kv[layer, 1], slot_B, length_B)
-            return decode_attention(q[:, :, 0], prompt, own, scale=scale)[:, None]
-
-        token_B, position_B = self.token_ids[slot_B, last_B], prompt_len_B + last_B
-        self._sample(slot_B, self.policy.backbone(token_B[:, None], position_B[:, None], attend)[:, 0])
+        self._sample(slot_B, self._hidden(slot_B, self.length[slot_B] - 1))
 
     def _sample(self, slot_B: Tensor, hidden_BD: Tensor) -> None:
         """Samples a token from each of ``hidden_BD`` [B, D]; written only where the response has not ended."""

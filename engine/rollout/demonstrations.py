@@ -10,7 +10,7 @@ import torch
 
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
-from isomorph.engine.types import OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
+from isomorph.engine.types import Dialogue, OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
 
 class DemonstrationSampler:
@@ -31,8 +31,12 @@ class DemonstrationSampler:
         sampling: Sampling,
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
+        dialogue: Dialogue | None = None,
     ) -> list[Rollout]:
-        """One rollout for each prompt, in order. Raises UserError where a demonstration is missing or too long."""
+        """One rollout for each prompt, in order. Raises UserError where a demonstration is missing or too long.
+
+        A demonstration has one turn: ``dialogue`` is not asked.
+        """
         if sampling.samples_per_prompt != 1:
             raise UserError(
                 f"a supervised stage has one demonstration for each prompt: sampling.samples_per_prompt must be 1, "

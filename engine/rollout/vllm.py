@@ -23,6 +23,7 @@ import torch
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.rollout.turns import Conversations
 from isomorph.engine.rollout.vllm_engine import (
     check_setup,
     clean_up,
@@ -31,8 +32,9 @@ from isomorph.engine.rollout.vllm_engine import (
     sampling_params,
     start_engine,
 )
+from isomorph.engine.rollout.vllm_turns import VllmTurns
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
-from isomorph.engine.types import Finish, OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
+from isomorph.engine.types import Dialogue, Finish, OnGroup, OnStep, Prompt, Publication, Rollout, RunFailed, Sampling
 
 LEAST_TEMPERATURE = 0.01  # vLLM silently raises a lower one to this
 
@@ -75,6 +77,7 @@ class VllmSampler:
         sampling: Sampling,
         on_group: OnGroup | None = None,
         on_step: OnStep | None = None,
+        dialogue: Dialogue | None = None,
     ) -> list[Rollout]:
         """``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
 
@@ -87,9 +90,18 @@ class VllmSampler:
         self._clear_prefix_cache()  # so that results do not depend on earlier calls
         # vLLM uses the global generator as well
         with torch.random.fork_rng(devices=_cuda_devices(self.policy.device)):
+            is_timed = self.policy.device.type == "cpu"
+            conversations = Conversations(dialogue, sampling.max_new_tok, is_timed=is_timed)
             try:
-                return self._sample(prompts, sampling, on_group, on_step)
+                if dialogue is None:
+                    return self._sample(prompts, sampling, on_group, on_step)
+                turns = VllmTurns(self.llm, prompts, sampling, self.policy_version, conversations)
+                for index, rollouts in turns.run(on_step or (lambda: None)):
+                    if on_group is not None:
+                        on_group(index, rollouts)
+                return [rollout for group in turns.groups for rollout in group]
             finally:
+                conversations.close()
                 self._empty()
 
     @contextlib.contextmanager

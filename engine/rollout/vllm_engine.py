@@ -187,10 +187,22 @@ def model_of(llm: Any) -> Any:
 
 def sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
     """vLLM's parameters for all samples of ``prompt``, seeded by (seed, prompt_id)."""
+    # vLLM adds the sample's number to the seed
+    seed = _seed_of(f"{sampling.seed}:{prompt.prompt_id}")
+    return _params(sampling, sampling.max_new_tok, sampling.samples_per_prompt, seed)
+
+
+def turn_params(prompt: Prompt, sampling: Sampling, *, sample: int, start: int) -> Any:
+    """vLLM's parameters for one turn of a rollout that has ``start`` tokens already, seeded by all of these."""
+    seed = _seed_of(f"{sampling.seed}:{prompt.prompt_id}:{sample}:{start}")
+    return _params(sampling, sampling.max_new_tok - start, 1, seed)
+
+
+def _params(sampling: Sampling, max_tokens: int, num_samples: int, seed: int) -> Any:
     from vllm import SamplingParams
 
     always: dict[str, Any] = {
-        "max_tokens": sampling.max_new_tok,
+        "max_tokens": max_tokens,
         "stop_token_ids": list(sampling.stop_ids),
         "ignore_eos": True,  # the model's end-of-sequence token ends a response only if it is in stop_ids
         "detokenize": False,
@@ -199,16 +211,16 @@ def sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
         return SamplingParams(temperature=0.0, **always)
     return SamplingParams(
         temperature=sampling.temperature,
-        n=sampling.samples_per_prompt,
-        seed=_seed_of(sampling.seed, prompt.prompt_id),  # vLLM adds the sample's number
+        n=num_samples,
+        seed=seed,
         logprobs=0,  # of the sampled token alone
         flat_logprobs=True,  # no Python object a token
         **always,
     )
 
 
-def _seed_of(seed: int, prompt_id: int) -> int:
-    digest = hashlib.blake2b(f"{seed}:{prompt_id}".encode(), digest_size=8).digest()
+def _seed_of(request: str) -> int:
+    digest = hashlib.blake2b(request.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
 

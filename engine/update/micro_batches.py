@@ -26,8 +26,8 @@ class Update:
     """Micro-batches and denominators of one optimizer step.
 
     The denominators ``num_loss_tok`` and ``num_seqs`` are global over ranks. They include responses with advantage 0
-    that are skipped, because their gradient is zero (with rft they do not), and exclude tokens without a finite
-    sampler log-probability and responses that are masked or have no reward (``Group.is_trained``).
+    that are skipped, because their gradient is zero (with rft they do not). They exclude tokens of an environment or
+    without a finite sampler log-probability, and responses that are masked or have no reward (``Group.is_trained``).
     """
 
     batches: tuple[PackedBatch, ...]  # of this rank; the last ones may be without predicted tokens
@@ -90,7 +90,7 @@ def _update(
         batches=(*batches, *[_empty_batch(groups[0], device)] * num_idle),
         num_loss_tok=sum(num_known),
         num_seqs=sum(num > 0 for num in num_known),
-        num_dropped_tok=sum(len(r.token_ids) for r in counted) - sum(num_known),
+        num_dropped_tok=sum(r.num_model_tok for r in counted) - sum(num_known),
         num_zero_advantage_groups=sum(is_whole),
         num_zero_advantage_seqs=sum(num for num, whole in zip(flat, is_whole, strict=True) if not whole),
         rewards=tuple(_rewards_with_mean(group) for group in groups),
@@ -146,5 +146,6 @@ def _empty_batch(group: Group, device: torch.device) -> PackedBatch:
     """A micro-batch of one prompt token without predicted tokens: its gradient is zero."""
     prompt = dataclasses.replace(group.prompt, token_ids=group.prompt.token_ids[:1])
     unknown = torch.full((1,), torch.nan)
-    rollout = dataclasses.replace(group.rollouts[0], token_ids=group.rollouts[0].token_ids[:1], sampler_logprob=unknown)
+    first = group.rollouts[0]
+    rollout = dataclasses.replace(first, token_ids=first.token_ids[:1], sampler_logprob=unknown, context_mask=None)
     return pack_parts([Part(prompt, (rollout,), (0.0,))], device)

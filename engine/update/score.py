@@ -75,7 +75,7 @@ class RewardThread:
                 index, rollouts = self._queue.get_nowait()
             except Empty:
                 break
-            batch.append((index, rollouts, [self.decode(r.token_ids.tolist()) for r in rollouts]))
+            batch.append((index, rollouts, [response_text(self.decode, r) for r in rollouts]))
         if not batch:  # the call before this one took its group, too
             return
         prompts = [self.prompts[index] for index, rollouts, _ in batch for _ in rollouts]
@@ -85,6 +85,11 @@ class RewardThread:
         for index, _, texts in batch:
             self._done[index] = (texts, scores.slice(start, start + len(texts)))
             start += len(texts)
+
+
+def response_text(decode: Decode, rollout: Rollout) -> str:
+    """What the model wrote: the text of its turns, one after the other, without what an environment added."""
+    return "\n".join(decode(turn.tolist()) for turn in rollout.turns)
 
 
 def score(

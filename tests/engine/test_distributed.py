@@ -304,6 +304,10 @@ def test_responses_arrive_as_they_were_sent_in_the_order_of_all_prompts(crowd: C
         dataclasses.replace(g, rollouts=tuple(dataclasses.replace(r, sampler_logprob=None) for r in g.rollouts))
         for g in groups
     ]
+    for group in groups[::2]:  # some with an environment, others without
+        about = dict(context_mask=torch.tensor([False, True, True, False]), environment_reward=0.5, num_turns=2)
+        rollouts = (*group.rollouts[:2], dataclasses.replace(group.rollouts[2], **about))
+        groups[group.prompt.prompt_id] = dataclasses.replace(group, rollouts=rollouts)
     for sent in (groups, unscored):
         wanted = exchange(ALONE, sent)
         assert [text for text in wanted[1]] == [f"{p}.{s}" for p in range(num) for s in range(3)]
@@ -314,8 +318,10 @@ def test_responses_arrive_as_they_were_sent_in_the_order_of_all_prompts(crowd: C
 
 def as_lists(rollout: Rollout) -> tuple[Any, ...]:
     logprob = None if rollout.sampler_logprob is None else rollout.sampler_logprob.tolist()
+    context = None if rollout.context_mask is None else rollout.context_mask.tolist()
     about = (rollout.prompt_id, rollout.sample, rollout.finish, rollout.policy_version)
-    return (*about, rollout.token_ids.tolist(), rollout.token_ids.dtype, logprob)
+    turns = (context, rollout.environment_reward, rollout.num_turns)
+    return (*about, *turns, rollout.token_ids.tolist(), rollout.token_ids.dtype, logprob)
 
 
 def ask_the_first(ranks: Ranks, is_refused: bool) -> str:

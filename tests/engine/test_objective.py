@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -331,7 +331,8 @@ def moved(weights: list[Tensor], seed: int) -> list[Tensor]:
 
 
 def random_groups(sampled: bool = True) -> list[Group]:
-    """Three prompts, the last of one token; one flat group; one token that the sampler gave no number."""
+    """Three prompts, the last of one token; one flat group; one token that the sampler gave no number; two responses of
+    several turns."""
     generator = torch.Generator().manual_seed(3)
     groups = []
     for prompt_id, (prompt_len, response_lens) in enumerate([(5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3))]):
@@ -354,6 +355,11 @@ def random_groups(sampled: bool = True) -> list[Group]:
         sampler_logprob = groups[0].rollouts[2].sampler_logprob
         assert sampler_logprob is not None
         sampler_logprob[3] = math.nan
+    for group, places in ((groups[0], [2, 5]), (groups[2], [1])):
+        context = torch.zeros(len(group.rollouts[2].token_ids), dtype=torch.bool)
+        context[places] = True
+        rollouts = (*group.rollouts[:2], replace(group.rollouts[2], context_mask=context))
+        groups[group.prompt.prompt_id] = replace(group, rollouts=rollouts)
     return groups
 
 
@@ -405,6 +411,8 @@ def world() -> World:
     for i, (rollout, advantage) in enumerate(rollouts):
         assert rollout.sampler_logprob is not None
         is_known = rollout.sampler_logprob.isfinite()
+        if rollout.context_mask is not None:
+            is_known &= ~rollout.context_mask
         sequences.append(
             Known(
                 logprob=stats[i][0][is_known],
