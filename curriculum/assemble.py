@@ -18,7 +18,7 @@ from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import Changes
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
-from isomorph.curriculum.rows.spec import RowsData
+from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import Task
@@ -239,9 +239,9 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
 def _start_workers(recipe: Recipe, pool: RewardPool) -> None:
     """Starts reward workers before the first response comes. Raises UserError where a package is missing."""
     for name, data in recipe.data.items():
-        if isinstance(data, RowsData):
+        if isinstance(data, RewardTable):
             raise UserError(f"data.{name}: rows cannot be scored yet")
-    known = [data for data in recipe.data.values() if not isinstance(data, RowsData)]
+    known = [data for data in recipe.data.values() if not isinstance(data, RewardTable)]
     for family, reward in sorted({(data.family, data.reward) for data in known}):
         try:
             pool.start_worker(family, reward)

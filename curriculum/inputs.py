@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from isomorph.curriculum.paths import resolve
-from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.recipe import JsonlData, Recipe
+from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.rows.table import files_of
 from isomorph.engine.config import UserError
@@ -32,7 +33,7 @@ def located(recipe: Recipe) -> Recipe:
     """
     tables = recipe.model_dump()
     for name, data in recipe.data.items():
-        if not isinstance(data, GeneratedData):
+        if hasattr(data, "located"):
             tables["data"][name] |= data.located(recipe.folder)
     path = recipe.model.path
     if path is not None and Path(path).expanduser().exists():
@@ -46,7 +47,10 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
     for name, data in recipe.data.items():
         if isinstance(data, RowsData):
             found |= {f"data.{name}.{place}": file for place, file in _files_of_rows(data).items()}
-        elif not isinstance(data, GeneratedData):
+        if isinstance(data, RewardTable):
+            files = [entry.function.rpartition(":")[0] for entry in data.rewards if entry.is_file]
+            found |= {f"data.{name}.rewards/{Path(file).name}": Path(file) for file in files}
+        if isinstance(data, JsonlData):
             found |= {f"data.{name}.files.{form}": Path(path) for form, path in data.files.items()}
     if recipe.model.path is not None:
         folder = Path(recipe.model.path)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
+from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.tasks.async_plan import (
     HELD_OUT,
@@ -104,6 +105,9 @@ class JsonlData(Section):
         return self
 
 
+Data = GeneratedData | JsonlData | RowsData | ReasoningGymData
+
+
 class Ingredient(Section):
     """One part of a stage's mixture."""
 
@@ -170,7 +174,7 @@ START = "start"  # the label of the evaluation before the first stage; the other
 class Recipe(EngineConfig):
     """A whole recipe: the engine's tables, data, stages and evaluation."""
 
-    data: dict[str, Annotated[GeneratedData | JsonlData | RowsData, Field(discriminator="kind")]] = Field(min_length=1)
+    data: dict[str, Annotated[Data, Field(discriminator="kind")]] = Field(min_length=1)
     stage: tuple[StageRecipe, ...] = Field(min_length=1)
     eval: EvalConfig
     _folder: Path = PrivateAttr(Path())

@@ -11,6 +11,8 @@ from isomorph.curriculum.lengths import LengthLimits, Misfit, at_most_in_prompt,
 from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rows.dataset import Dataset
+from isomorph.curriculum.rows.gym import GymSource
+from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
@@ -22,6 +24,11 @@ from isomorph.engine.types import Prompt
 
 class Source(Protocol):
     """Tasks of one [data.NAME], for training and for evaluation."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what a task's ``row`` holds."""
+        ...
 
     @property
     def left_out(self) -> list[str]:
@@ -85,11 +92,15 @@ def tiny_vocabulary(recipe: Recipe) -> list[str]:
     return sorted(words) + frequent[: max(0, tiny.max_words - len(words))]
 
 
-def _texts(data: JsonlData | RowsData, name: str) -> Iterator[str]:
+def _texts(data: JsonlData | RowsData | ReasoningGymData, name: str) -> Iterator[str]:
     """What a model reads and writes in training on ``data``."""
     if isinstance(data, RowsData):
         yield from Dataset(data, name).texts()
         return
+    if isinstance(data, ReasoningGymData):
+        raise UserError(
+            f'the words of data.{name} are not known before they are generated: set model.tiny.tokenizer = "bytes"'
+        )
     training, _ = split_rows(_rows(data), eval_share=data.eval_share, seed=data.split_seed)
     for task in itertools.chain.from_iterable(training.values()):
         yield from (task.question, task.answer, task.demonstration or "")
@@ -114,10 +125,14 @@ def open_sources(recipe: Recipe, text: TextCodec, limits: LengthLimits | None) -
     return sources
 
 
-def open_source(data: JsonlData | RowsData, text: TextCodec, name: str, limits: LengthLimits | None) -> Source:
+def open_source(
+    data: JsonlData | RowsData | ReasoningGymData, text: TextCodec, name: str, limits: LengthLimits | None
+) -> Source:
     """The tasks of ``[data.NAME]``. Raises UserError and DataError."""
     if isinstance(data, RowsData):
         return RowsSource(data, text, name, limits)
+    if isinstance(data, ReasoningGymData):
+        return GymSource(data, text, name, limits)
     return TaskFiles(data, text, name, limits)
 
 
@@ -131,6 +146,7 @@ class TaskFiles:
     def __init__(self, data: JsonlData, text: TextCodec, name: str = "", limits: LengthLimits | None = None) -> None:
         rows = _rows(data)
         train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
+        self.columns: tuple[str, ...] = ()  # tasks of a reward family have no row
         self.num_too_long: dict[str, int] = {}
         self.left_out: list[str] = []
         self.training: dict[str, list[Task]] = {}

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
+from isomorph.curriculum.recipe import Data, GeneratedData, Recipe
 from isomorph.curriculum.rows.dataset import Dataset, Side
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
@@ -69,16 +69,15 @@ def _inspect_recipe(path: Path, name: str | None, console: Console) -> None:
             _show_source(data, text, key, limits, console)
 
 
-def _show_source(
-    data: JsonlData | RowsData, text: TextCodec, name: str, limits: LengthLimits, console: Console
-) -> None:
+def _show_source(data: Data, text: TextCodec, name: str, limits: LengthLimits, console: Console) -> None:
+    assert not isinstance(data, GeneratedData)
     source = open_source(data, text, name, limits)
     if isinstance(source, RowsSource):
         _show_rows(source.dataset.side.rows, console)
         _show_dataset(source.dataset, text, console)
     else:
-        task, _ = source.draw(data.representations[0], 0, 0)  # type: ignore[index]
-        _show_task(task, text, console)
+        for representation in data.representations or ():
+            _show_task(source.draw(representation, 0, 0)[0], text, console)
     for sentence in source.left_out or ["no row is left out"]:
         console.print(Text(printable(sentence)), soft_wrap=True)
 

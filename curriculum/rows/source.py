@@ -30,6 +30,7 @@ class RowsSource:
         text.add_format(name, _format(data, name))
         self.dataset = Dataset(data, name)
         self._data, self._text, self._name, self._limits = data, text, name, limits
+        self.columns = self.dataset.side.rows.columns
         self.left_out: list[str] = []  # a sentence for the rows of which some are too long
         self.misfits: dict[str, dict[int, str]] = {}  # label -> number of the row -> why it is left out
         # of the rows of either side, by whether it is training: 0 not measured, 1 fits, 2 does not

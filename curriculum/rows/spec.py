@@ -1,12 +1,13 @@
 """``[data.NAME]`` of kind "rows": anyone's rows, as prompts."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from isomorph.curriculum.paths import resolve
-from isomorph.engine.config import Section
+from isomorph.curriculum.rewards.spec import RewardEntry, RewardTable
 from isomorph.engine.effect import KeyPath
 
 HUB = "hub:"  # before the name of a dataset on the Hugging Face hub
@@ -14,7 +15,17 @@ ROWS = "rows"  # the family of tasks whose rewards their [data.NAME] names
 SHARE = 0.1  # kept for evaluation where the recipe does not say what is
 
 
-class RowsData(Section):
+def located_rewards(rewards: Iterable[RewardEntry], folder: Path) -> list[dict[str, Any]]:
+    """The entries with an absolute path where their function stands in a file; ``folder``: of the recipe."""
+    found = []
+    for entry in rewards:
+        where, _, name = entry.function.rpartition(":")
+        function = f"{resolve(where, folder)}:{name}" if entry.is_file else entry.function
+        found.append({**entry.model_dump(), "function": function})
+    return found
+
+
+class RowsData(RewardTable):
     """Rows of a file, a folder or a dataset of the hub.
 
     A column is named by its name, what lies inside one by a dotted name (``reward_model.ground_truth``). A text with
@@ -59,7 +70,7 @@ class RowsData(Section):
         return self.eval_path is not None or self.eval_split is not None
 
     def idle(self) -> dict[KeyPath, str]:
-        keys: dict[KeyPath, str] = {}
+        keys = super().idle()
         if self.representation_column:
             keys[("representation",)] = "representation_column gives the labels"
         if self.has_eval_rows and not self.examples:
@@ -69,7 +80,8 @@ class RowsData(Section):
     def located(self, folder: Path) -> dict[str, Any]:
         """The keys that name files, as absolute paths; ``folder``: of the recipe."""
         found = {key: getattr(self, key) for key in ("path", "eval_path", "chat_template")}
-        return {k: v if v is None or v.startswith(HUB) else resolve(v, folder) for k, v in found.items()}
+        paths = {k: v if v is None or v.startswith(HUB) else resolve(v, folder) for k, v in found.items()}
+        return {**paths, "rewards": located_rewards(self.rewards, folder)}
 
     @model_validator(mode="after")
     def _one_source_of_evaluation(self) -> "RowsData":
