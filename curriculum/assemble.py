@@ -30,6 +30,7 @@ from isomorph.engine.distributed.ranks import Ranks
 from isomorph.engine.loop import train
 from isomorph.engine.model.load import load_policy, silence_loaders
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.record.best import BEST, read_best, save_model
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import QuietLog, RunLog
 from isomorph.engine.record.sinks import check_sinks, open_sinks
@@ -72,6 +73,8 @@ def run_recipe(
             components, state = stack.enter_context(_open_components(recipe, log, stop_requested, ranks, resume=resume))
             if changes and ranks.is_first:
                 _record_changes(recipe, changes, log, state.step)
+            assert isinstance(components.source, Curriculum)
+            log.exam_keys = components.source.evaluation_row_keys()
             stack.enter_context(log.telemetry.watching())
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
@@ -90,9 +93,7 @@ def run_recipe(
             summary = _summary(components, state)
             if ranks.is_first:
                 with log.writing("model"):
-                    components.policy.save(folder / "model")
-                    if components.policy.adapters is not None:
-                        components.policy.adapters.save(folder / "adapter")
+                    save_model(components.policy, folder)
         if ranks.is_first:
             log.write_json("summary.json", summary)
             write_report([folder], folder / "report")
@@ -255,13 +256,14 @@ def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
     moments = 8 * sum(p.numel() for p in trained)
     masters = 4 * sum(p.numel() for p in trained if p.dtype.itemsize < 4)
     each = moments + masters + sum(p.nbytes for p in trained)
-    needed, free = each * (recipe.run.keep_checkpoints + 1), shutil.disk_usage(folder).free
+    kept = recipe.run.keep_checkpoints + len(recipe.stage) + (recipe.eval.keep_best is not None)
+    needed, free = each * (kept + 1), shutil.disk_usage(folder).free
     if needed <= free:
         return None
     return (
-        f"the run keeps {recipe.run.keep_checkpoints} checkpoints of {each / 2**30:.1f} GiB and writes one more, "
-        f"{needed / 2**30:.1f} GiB in all; {folder} has {free / 2**30:.1f} GiB free: free some, or lower "
-        "run.keep_checkpoints"
+        f"the run keeps up to {kept} checkpoints of {each / 2**30:.1f} GiB (run.keep_checkpoints, one of each stage's "
+        f"end, the best one) and writes one more, {needed / 2**30:.1f} GiB in all; {folder} has {free / 2**30:.1f} GiB "
+        "free: free some, or lower run.keep_checkpoints"
     )
 
 
@@ -282,6 +284,7 @@ def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
 def _summary(components: Components, state: RunState) -> dict[str, Any]:
     assert isinstance(components.source, Curriculum) and isinstance(components.judge, RewardPool)
     accuracy = components.source.accuracy()
+    best = read_best(components.log.folder) if components.source.recipe.eval.keep_best else None
     return {
         "status": "done",
         "steps": state.step,
@@ -298,6 +301,7 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
         "stages": components.source.finished,
         "exams": components.source.evaluations,
         "rows": {name: source.summary() for name, source in components.source.sources.items()},
+        "best": best and {**best, "folder": str(components.log.folder / BEST)},
         "judge": count_failures(components.judge, components.ranks),
         "memory_growth_alarms": components.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(components.policy.weights()),

@@ -154,7 +154,7 @@ class FirstSteps:
         self.warm: set[str] = set()  # stages that have been updated
 
     def __call__(self, row: Row) -> None:
-        if row["stage"] in self.compared or not row["updates"]:
+        if not row.get("updates") or row["stage"] in self.compared:  # an evaluation has none
             return
         if row["stage"] not in self.warm:
             self.warm.add(row["stage"])

@@ -8,36 +8,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isomorph.curriculum.evaluation_results import Result
+from isomorph.curriculum.evaluation_spec import EvalSet
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.lengths import at_most_in_prompt
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.sources import Source, as_prompt
-from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Prompt, Sampling
-from isomorph.engine.update.score import response_text, share_without_answer, warning_of_no_answer
+from isomorph.engine.types import Answers, Prompt, Sampling
+from isomorph.engine.update.score import response_text, warning_of_no_answer
 
 MAX_UNKNOWN_SHARE = 0.01  # of the questions' tokens: with more the model cannot read the questions
 
 
 def evaluation_tasks(
-    recipe: Recipe, sources: Mapping[str, Source], representation: str, num_prompts: int | None = None
+    recipe: Recipe, sources: Mapping[str, Source], one: EvalSet, representation: str, num_prompts: int | None = None
 ) -> list[Task]:
-    """The tasks of the recipe's [eval] in one representation, always the same ones.
+    """The tasks of one set of the recipe's [eval] in one representation, always the same ones.
 
-    ``sources``: of the recipe's tables, but for generated tasks. ``num_prompts``: in place of ``eval.prompts``.
+    ``sources``: of the recipe's tables, but for generated tasks. ``num_prompts``: in place of the set's ``prompts``.
     """
-    wanted = recipe.eval
-    most = num_prompts or wanted.prompts
-    data = recipe.data[wanted.data]
+    most = num_prompts or one.prompts
+    data = recipe.data[one.data]
     if isinstance(data, GeneratedData):
-        return data.tasks(representation, most, seed=wanted.seed, split="eval")
-    return sources[wanted.data].held_out_tasks(representation, most)
+        return data.tasks(representation, most, seed=recipe.eval.seed, split="eval")
+    return sources[one.data].held_out_tasks(representation, most)
+
+
+def evaluation_keys(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, tuple[EvalSet, str]]:
+    """What results are listed under -> set of [eval] and representation, in order."""
+    sets = [
+        one
+        if one.representations is not None
+        else one.model_copy(update={"representations": sources[one.data].held_out_labels})
+        for one in recipe.evaluation_sets
+    ]
+    return {one.key(form, len(sets)): (one, form) for one in sets for form in one.representations or ()}
 
 
 def sequential_baseline(tasks: Sequence[Task]) -> float | None:
@@ -53,40 +64,12 @@ def sequential_baseline(tasks: Sequence[Task]) -> float | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """The result on one representation."""
-
-    accuracy: Accuracy
-    no_answer: float | None  # share of responses that state no answer, which count as wrong; None: not measured
-
-    def __str__(self) -> str:
-        missing = f" (no answer {self.no_answer:.0%})" if self.no_answer else ""
-        return f"{self.accuracy}{missing}"
-
-
-def scores_by_representation(
-    tasks: Sequence[Task], rewards: Sequence[float], found: Sequence[bool] | None
-) -> dict[str, Scores]:
-    """Accuracy on each representation, in order of first appearance. Partial rewards count as wrong.
-
-    ``rewards``, and ``found`` unless it is not known: one for each task; whether its response states an answer.
-    """
-    results = {}
-    for name in dict.fromkeys(task.representation for task in tasks):
-        at = [i for i, task in enumerate(tasks) if task.representation == name]
-        correct = sum(tasks[i].is_correct(rewards[i]) for i in at)
-        no_answer = None if found is None else share_without_answer([found[i] for i in at])
-        results[name] = Scores(accuracy=Accuracy.of(correct, len(at)), no_answer=no_answer)
-    return results
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelScore:
     """What a model reaches on one family and representation."""
 
     family: str
     representation: str
-    scores: Scores
+    result: Result
     baseline: float | None  # accuracy of the sequential baseline; None where it is not known
     warning: str  # with an example, where none of the responses states an answer; else ""
     stopped: float  # share of responses that ended before the length limit
@@ -98,9 +81,10 @@ class ModelScore:
         return {
             "family": self.family,
             "representation": self.representation,
-            **self.scores.accuracy.to_dict(),
+            **self.result.accuracy.to_dict(),
             "floor": self.baseline,
-            "no_answer": self.scores.no_answer,
+            "reward": self.result.reward,
+            "no_answer": self.result.no_answer,
             "stopped": self.stopped,
             "tokens": self.num_tok,
             "generate_s": self.seconds,
@@ -122,11 +106,13 @@ def evaluate_tasks(policy: Policy, tasks: Sequence[Task], sampling: Sampling) ->
         rewards = score(prompts, texts)
     stopped = sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts)
     found = [answer_found(task.family, text) for task, text in zip(tasks, texts, strict=True)]
+    correct = tuple(task.is_correct(reward) for task, reward in zip(tasks, rewards, strict=True))
+    answers = Answers(texts=tuple(texts), rewards=tuple(rewards), correct=correct, found=tuple(found))
     family, representation = tasks[0].family, tasks[0].representation
     return ModelScore(
         family=family,
         representation=representation,
-        scores=scores_by_representation(tasks, rewards, found)[representation],
+        result=Result.of(range(len(tasks)), answers, None),
         baseline=sequential_baseline(tasks),
         warning=warning_of_no_answer(f"{family}:{representation}", found, texts, 1 - stopped),
         stopped=stopped,

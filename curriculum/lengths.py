@@ -38,8 +38,10 @@ class LengthLimits:
 
     def misfit_of_evaluation(self, data: str, representation: str) -> Misfit:
         """Checks a task against [eval] where it uses ``data``; else all tasks fit."""
-        wanted = self.recipe.eval
-        is_used = wanted.data == data and representation in wanted.representations
+        is_used = any(
+            one.data == data and (one.representations is None or representation in one.representations)
+            for one in self.recipe.evaluation_sets
+        )
         return self._in_evaluation if is_used else lambda task: None
 
     def refuse_generated(self) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from isomorph.curriculum.evaluation_spec import START, EvalConfig, EvalSet, step_of
 from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
 from isomorph.curriculum.rows.gym_spec import ReasoningGymData
@@ -158,19 +159,6 @@ class StageRecipe(Stage):
         return max(self.mastery.window if self.mastery else 1, 2 * self.plateau.window if self.plateau else 1)
 
 
-class EvalConfig(Section):
-    """Greedy accuracy on all ``representations``: before the first RL stage, between stages and at the end."""
-
-    data: str
-    representations: tuple[str, ...] = Field(min_length=1)
-    prompts: int = Field(300, ge=1)  # per representation; of files at most what eval_share keeps
-    max_new_tok: int = Field(72, ge=1)
-    seed: int = 999
-
-
-START = "start"  # the label of the evaluation before the first stage; the others have their stage's name
-
-
 class Recipe(EngineConfig):
     """A whole recipe: the engine's tables, data, stages and evaluation."""
 
@@ -190,13 +178,14 @@ class Recipe(EngineConfig):
 
     def idle(self) -> dict[KeyPath, str]:
         keys = super().idle()
-        used = {part.data for stage in self.stage for part in stage.mixture} | {self.eval.data}
+        used = {part.data for stage in self.stage for part in stage.mixture} | {one.data for one in self.eval.all_sets}
         keys |= {("data", name): "no stage and no [eval] uses it" for name in self.data if name not in used}
         for i, stage in enumerate(self.stage):
             for j, part in enumerate(stage.mixture):
                 if not isinstance(self.data[part.data], GeneratedData):
                     keys[("stage", i, "mixture", j, "sequential_rate")] = "its demonstrations are not generated"
-        if not isinstance(self.data[self.eval.data], GeneratedData):
+        is_drawn = any(isinstance(self.data[one.data], GeneratedData) for one in self.eval.all_sets)
+        if not is_drawn and not self.eval.samples:
             keys[("eval", "seed")] = (
                 "its questions are not generated; data.NAME.split_seed chooses the held-out ones of files"
             )
@@ -207,6 +196,14 @@ class Recipe(EngineConfig):
             if isinstance(data, GeneratedData) and name not in supervised and data.difficulty.form != "terse":
                 keys[("data", name, "difficulty", "demonstration")] = "no supervised stage uses it"
         return {**keys, **self._idle_between_stages()}
+
+    @property
+    def evaluation_sets(self) -> tuple[EvalSet, ...]:
+        """The sets of [eval], each with its name and all its representations, None where only the rows tell."""
+        return tuple(
+            one.model_copy(update={"representations": one.representations or self.data[one.data].representations})
+            for one in self.eval.all_sets
+        )
 
     @property
     def warm_up_label(self) -> str:
@@ -237,20 +234,24 @@ class Recipe(EngineConfig):
         names = [stage.name for stage in self.stage]
         if len(set(names)) != len(names):
             raise ValueError(f"stages must have different names, got {', '.join(names)}")
+        for name in names:
+            if name == START or step_of(name) is not None:
+                raise ValueError(f"a stage must not be called {name!r}, as evaluations are: give it another name")
         for stage in self.stage:
             for part in stage.mixture:
                 self._check_source(part.data, part.representation, f"stage {stage.name!r}")
                 if part.representation in HELD_OUT:
                     raise ValueError(f"stage {stage.name!r}: {part.representation!r} is for evaluation only")
-        for representation in self.eval.representations:
-            self._check_source(self.eval.data, representation, "eval")
+        for one in self.eval.all_sets:
+            for representation in one.representations or (None,):
+                self._check_source(one.data, representation, "eval")
         return self
 
-    def _check_source(self, data: str, representation: str, where: str) -> None:
+    def _check_source(self, data: str, representation: str | None, where: str) -> None:
         if data not in self.data:
             raise ValueError(f"{where}: no [data.{data}]; there is {', '.join(sorted(self.data))}")
         known = self.data[data].representations
-        if known is not None and representation not in known:
+        if known is not None and representation is not None and representation not in known:
             raise ValueError(
                 f"{where}: data {data!r} has no representation {representation!r}, only {', '.join(known)}"
             )

@@ -19,14 +19,14 @@ MAY_CHANGE = (
     *("stage.*.optim.*", "stage.*.batch.micro_batch_tok"),
     *("sampler.kv_tok", "sampler.max_seqs", "sampler.memory_frac", "sampler.max_model_len"),
     *("run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_every"),
-    *("run.max_mean_drift", "run.profile*", "log.*"),
+    *("run.max_mean_drift", "run.profile*", "log.*", "eval.every", "eval.samples", "eval.temperature"),
     *("model.gradient_checkpointing_every", "model.compile", "model.path", "data.*.files.*"),
     *("data.*.path", "data.*.eval_path", "data.*.chat_template"),
 )
 IN_WORDS = (
     "a stage's steps and other ends, optim and batch.micro_batch_tok; the sampler's kv_tok, max_seqs, memory_frac and "
-    "max_model_len; run, but for its seed; log; model.gradient_checkpointing_every, model.compile; paths to files of "
-    "the same content"
+    "max_model_len; run, but for its seed; log; eval.every, samples and temperature; "
+    "model.gradient_checkpointing_every, model.compile; paths to files of the same content"
 )
 
 Changes = dict[str, list[Any]]  # key -> before, after

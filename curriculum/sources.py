@@ -44,6 +44,11 @@ class Source(Protocol):
         """The next training task from ``position`` on, in a stream without end, and the position after it."""
         ...
 
+    @property
+    def held_out_labels(self) -> tuple[str, ...]:
+        """The representations of its tasks for evaluation."""
+        ...
+
     def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
         """At most ``num_tasks`` tasks for evaluation, always the same ones."""
         ...
@@ -188,6 +193,11 @@ class TaskFiles:
     def summary(self) -> dict[str, Any]:
         """Rows that are left out, by representation."""
         return {"left_out": self.num_too_long}
+
+    @property
+    def held_out_labels(self) -> tuple[str, ...]:
+        """The representations, in the order of the recipe."""
+        return tuple(self.held_out)
 
     def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
         """The first ``num_tasks`` held-out tasks."""

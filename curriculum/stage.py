@@ -4,18 +4,22 @@ Satisfies the engine's ``PromptSource``. Its state is one small JSON object: eve
 seeded with (run seed, prompt number), so that a resumed run gets the prompts of the uninterrupted one.
 """
 
+import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
 
-from isomorph.curriculum.evaluation import evaluation_tasks, scores_by_representation, sequential_baseline
+from isomorph.curriculum.evaluation import evaluation_keys, evaluation_tasks, sequential_baseline
+from isomorph.curriculum.evaluation_results import results_by_key, results_record, row_keys, row_values
+from isomorph.curriculum.evaluation_spec import START, label_of
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import START, GeneratedData, Ingredient, Mastery, Plateau, Recipe, StageRecipe
+from isomorph.curriculum.recipe import GeneratedData, Ingredient, Mastery, Plateau, Recipe, StageRecipe
 from isomorph.curriculum.sources import as_prompt, open_sources
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
-from isomorph.engine.types import EvaluationRequest, Group, Prompt
+from isomorph.engine.types import Answers, EvaluationRecord, EvaluationRequest, Group, Prompt
 
 
 class Curriculum:
@@ -38,10 +42,12 @@ class Curriculum:
         self.positions: dict[str, int] = {}  # of each source and representation: rows taken or skipped so far
         self.evaluations: list[dict[str, Any]] = []  # results so far
         self.finished: list[dict[str, Any]] = []  # name, steps and end of the stages that are over
+        self._evaluation_keys = evaluation_keys(recipe, self.sources)
         self._evaluation_prompts: tuple[Prompt, ...] | None = None
+        self._baseline: dict[str, float | None] | None = None
         if limits is not None:
             limits.refuse_generated()
-            limits.refuse_evaluation(self._evaluation_tasks())
+            limits.refuse_evaluation([task for _, task in self._evaluation_tasks()])
 
     def stage(self) -> StageRecipe | None:
         stages = self.recipe.stage
@@ -77,38 +83,60 @@ class Curriculum:
             self.recent_rewards = []
 
     def pending_evaluation(self) -> EvaluationRequest | None:
-        """The evaluation that is due: one after each stage, and one before the first unless that is supervised."""
-        label = self.recipe.stage[self.stage_index - 1].name if self.stage_index else START
-        is_due = self.steps_done == 0 and label not in {done["label"] for done in self.evaluations}
-        if not is_due or (label == START and self.recipe.stage[0].objective.is_supervised):
+        """The evaluation that is due, once.
+
+        One after each stage, one before the first unless that is supervised, and one every ``eval.every`` steps.
+        """
+        label, wanted = self._evaluation_label(), self.recipe.eval
+        if label is None or label in {done["label"] for done in self.evaluations}:
             return None
         return EvaluationRequest(
-            label=label, prompts=self._prompts_of_evaluation(), max_new_tok=self.recipe.eval.max_new_tok
+            label=label,
+            prompts=self._prompts_of_evaluation(),
+            max_new_tok=wanted.max_new_tok,
+            samples=wanted.samples,
+            temperature=wanted.temperature,
+            seed=wanted.seed,
         )
 
     def record_evaluation(
-        self, request: EvaluationRequest, rewards: Sequence[float], found: Sequence[bool] | None
-    ) -> str:
-        """Records accuracy, share without an answer and baseline by representation; returns a line for the console."""
-        results = scores_by_representation([prompt.payload for prompt in request.prompts], rewards, found)
+        self, request: EvaluationRequest, greedy: Answers, sampled: Answers | None
+    ) -> EvaluationRecord:
+        """Records results and baseline; ``best_by`` and ``score`` are of the set that ``eval.keep_best`` names."""
+        keys = [prompt.representation for prompt in request.prompts]
+        results = results_by_key(keys, greedy, sampled)
+        of_sets = results_by_key([self._evaluation_keys[key][0].name for key in keys], greedy, sampled)
         self.evaluations.append(
             {
                 "label": request.label,
+                "step": self._num_steps(),
                 "after_prompts": self.next_prompt_id,
-                "accuracy": {name: result.accuracy.to_dict() for name, result in results.items()},
-                "no_answer": {n: result.no_answer for n, result in results.items() if result.no_answer is not None},
+                **results_record(results),
+                "sets": {name: result.accuracy.to_dict() for name, result in of_sets.items()},
                 "floor": self.sequential_baseline(),
             }
         )
-        return f"eval after {request.label}: " + "  ".join(f"{name} {result}" for name, result in results.items())
+        best_by = self.recipe.eval.keep_best
+        return EvaluationRecord(
+            line=f"eval after {request.label}: " + "  ".join(f"{key} {result}" for key, result in results.items()),
+            values=row_values(self._evaluation_keys, results, of_sets),
+            best_by=best_by or "",
+            score=of_sets[best_by].accuracy.rate if best_by else math.nan,
+        )
+
+    def evaluation_row_keys(self) -> tuple[str, ...]:
+        """The keys of an evaluation in steps.jsonl."""
+        return row_keys(self._evaluation_keys, self.recipe.eval.samples)
 
     def sequential_baseline(self) -> dict[str, float | None]:
-        """Accuracy of the sequential baseline per representation of [eval]; None where it is not known."""
-        tasks: list[Task] = [prompt.payload for prompt in self._prompts_of_evaluation()]
-        return {
-            name: sequential_baseline([task for task in tasks if task.representation == name])
-            for name in self.recipe.eval.representations
-        }
+        """Accuracy of the sequential baseline by what results are listed under; None where it is not known."""
+        if self._baseline is None:
+            asked = self._prompts_of_evaluation()
+            self._baseline = {
+                key: sequential_baseline([prompt.payload for prompt in asked if prompt.representation == key])
+                for key in self._evaluation_keys
+            }
+        return dict(self._baseline)
 
     def accuracy(self) -> dict[str, dict[str, Any]]:
         """Results by representation, of ``boundary_evaluations``."""
@@ -198,13 +226,35 @@ class Curriculum:
         )
         return task
 
+    def _num_steps(self) -> int:
+        """Completed steps of the run."""
+        return self.steps_done + sum(stage["steps"] for stage in self.finished)
+
+    def _evaluation_label(self) -> str | None:
+        """The label of the evaluation that belongs to this moment; None if there is none."""
+        if self.steps_done:
+            every, step = self.recipe.eval.every, self._num_steps()
+            return label_of(step) if every and step % every == 0 else None
+        if self.stage_index:
+            return self.recipe.stage[self.stage_index - 1].name
+        return None if self.recipe.stage[0].objective.is_supervised else START
+
     def _prompts_of_evaluation(self) -> tuple[Prompt, ...]:
-        """The same ones in every evaluation; their ids are negative, those of training are not."""
+        """The same ones in every evaluation; their ids are negative, those of training are not.
+
+        ``representation`` of such a prompt is what its result is listed under.
+        """
         if self._evaluation_prompts is None:
-            tasks = self._evaluation_tasks()
-            self._evaluation_prompts = tuple(as_prompt(-1 - i, task, self.text) for i, task in enumerate(tasks))
+            self._evaluation_prompts = tuple(
+                dataclasses.replace(as_prompt(-1 - i, task, self.text), representation=key)
+                for i, (key, task) in enumerate(self._evaluation_tasks())
+            )
         return self._evaluation_prompts
 
-    def _evaluation_tasks(self) -> list[Task]:
-        names = self.recipe.eval.representations
-        return [task for name in names for task in evaluation_tasks(self.recipe, self.sources, name)]
+    def _evaluation_tasks(self) -> list[tuple[str, Task]]:
+        """Each with what its result is listed under."""
+        return [
+            (key, task)
+            for key, (one, form) in self._evaluation_keys.items()
+            for task in evaluation_tasks(self.recipe, self.sources, one, form)
+        ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from isomorph.engine.components import Components, RunProgress, StopRequested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import check_ends
-from isomorph.engine.types import Group, Prompt, Rollout, Sampler, Sampling, ScoredRollouts, Scores
+from isomorph.engine.types import EvaluationRequest, Group, Prompt, Rollout, Sampler, Sampling, ScoredRollouts, Scores
 from isomorph.engine.update.score import RewardThread, score
 
 
@@ -104,12 +104,12 @@ def _training_sampling(components: Components, stage: Stage) -> Sampling:
     )
 
 
-def greedy_sampling(components: Components, max_new_tok: int) -> Sampling:
-    """One greedy response a prompt, for evaluation."""
+def evaluation_sampling(components: Components, request: EvaluationRequest, *, is_greedy: bool) -> Sampling:
+    """One greedy response a prompt, or the samples that ``request`` asks for."""
     return Sampling(
-        temperature=0.0,
-        max_new_tok=max_new_tok,
-        samples_per_prompt=1,
+        temperature=0.0 if is_greedy else request.temperature,
+        max_new_tok=request.max_new_tok,
+        samples_per_prompt=1 if is_greedy else request.samples,
         stop_ids=components.policy.text.stop_ids,
-        seed=components.config.seed,
+        seed=request.seed,
     )

@@ -16,16 +16,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from isomorph.engine.collect import Collector, greedy_sampling, refill, sample_and_reward
+from isomorph.engine.collect import Collector, evaluation_sampling, refill, sample_and_reward
 from isomorph.engine.components import Components, RunProgress, StopRequested, stop_if_requested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import Surprise, check_step
-from isomorph.engine.record.checkpoint import save_checkpoint
+from isomorph.engine.record.best import BEST, is_better, write_best
+from isomorph.engine.record.checkpoint import checkpoint_path, discard, keep_copy, save_checkpoint
 from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.step_record import StepResult, completion_rows, console_line, evaluation_rows, step_row
-from isomorph.engine.rescue import rescue
+from isomorph.engine.rescue import KEEP_ALL, rescue
 from isomorph.engine.rollout.tripwire import check_publication
 from isomorph.engine.types import (
+    Answers,
+    EvaluationRecord,
     EvaluationRequest,
     Group,
     Prompt,
@@ -70,16 +73,19 @@ def _all_stages(components: Components, progress: RunProgress) -> RunState:
     stop_if_requested(components)
     with log.time("publish"):
         publish(components, components.sampler, progress.state.policy_version, _any_prompt(components))
+    is_new = False  # whether the present state is of a step or an evaluation that no checkpoint holds
     while True:
         stop_if_requested(components)
+        best: dict[str, Any] | None = None
         with log.time("exam"):
             if request := source.pending_evaluation():
-                evaluate(components, progress.state, request)
-                progress.state = dataclasses.replace(progress.state, source=source.state_dict())
+                best, is_new = _evaluate(components, progress, request), True
                 stop_if_requested(components)
         stage = source.stage()
+        with log.time("checkpoint"):
+            _save_where_due(components, progress.state, stage, best, is_new=is_new)
+        is_new = False
         if stage is None:
-            save(components, progress.state)
             return progress.state
         if stage.name != progress.state.stage:
             with log.time("enter"):
@@ -88,10 +94,7 @@ def _all_stages(components: Components, progress: RunProgress) -> RunState:
         profiled_steps = components.config.profile if components.ranks.is_first else None
         with profiled(log.folder, progress.state.step + 1, profiled_steps):
             step(components, progress, stage)
-        stop_if_requested(components)
-        if progress.state.step % components.config.checkpoint_every == 0:
-            with log.time("checkpoint"):
-                save(components, progress.state)
+        is_new = True
 
 
 def step(components: Components, progress: RunProgress, stage: Stage) -> None:
@@ -212,23 +215,55 @@ def publish(components: Components, sampler: Sampler, version: int, probe: Promp
     return publication
 
 
-def evaluate(components: Components, state: RunState, request: EvaluationRequest) -> None:
-    """Samples greedy responses to the request's prompts, has the source record the rewards, and writes completions."""
+def _evaluate(components: Components, progress: RunProgress, request: EvaluationRequest) -> dict[str, Any] | None:
+    """Evaluates. Returns what is told of the model, if it is the best so far. A collective: all ranks must call it."""
+    log = components.log
+    record = evaluate(components, progress.state, request)
+    progress.state = dataclasses.replace(progress.state, source=components.source.state_dict())
+    if not record.best_by or not components.ranks.from_first(lambda: is_better(log.folder, record.score)):
+        return None
+    return {"set": record.best_by, "label": request.label, "step": progress.state.step, "score": record.score}
+
+
+def evaluate(components: Components, state: RunState, request: EvaluationRequest) -> EvaluationRecord:
+    """Samples and rewards responses to the request's prompts, has the source record them, and writes all of it.
+
+    Nothing that training reads changes, but for what the source records: prompts, seeds and weights stay the same.
+    """
     if components.sampler.policy_version != state.policy_version:
         publish(components, components.sampler, state.policy_version, request.prompts[0])
-    sampling = greedy_sampling(components, request.max_new_tok)
+    log, source = components.log, components.source
+    greedy = _answers(components, request, is_greedy=True)
+    sampled = _answers(components, request, is_greedy=False) if request.samples else None
+    record = source.record_evaluation(request, greedy, sampled)
+    log.say(record.line)
+    _warn(components, warning_of_no_answer(f"the evaluation after {request.label}", greedy.found, greedy.texts, None))
+    decode = components.policy.text.decode
+    rows = evaluation_rows(request.prompts, greedy, decode, is_greedy=True)
+    if sampled is not None:
+        rows += evaluation_rows(request.prompts, sampled, decode, is_greedy=False)
+    log.write_completions(f"exam-{request.label}", rows)
+    log.write_evaluation(state.step, record.values)
+    return record
+
+
+def _answers(components: Components, request: EvaluationRequest, *, is_greedy: bool) -> Answers:
+    """Responses of all ranks to the request's prompts, with their rewards."""
+    sampling = evaluation_sampling(components, request, is_greedy=is_greedy)
     _, texts, scores = sample_and_reward(
         components, components.sampler, request.prompts, sampling, lambda phase: contextlib.nullcontext()
     )
     found = answers_found(components.finds_answer, request.prompts, texts)
+    asked = [prompt for prompt in request.prompts for _ in range(sampling.samples_per_prompt)]
     correct = scores.correct or [
-        components.source.is_correct(p, r) for p, r in zip(request.prompts, scores.rewards, strict=True)
+        components.source.is_correct(prompt, reward) for prompt, reward in zip(asked, scores.rewards, strict=True)
     ]
-    graded = scores.rewards if scores.correct is None else [float(is_correct) for is_correct in correct]
-    components.log.say(components.source.record_evaluation(request, graded, found))
-    _warn(components, warning_of_no_answer(f"the evaluation after {request.label}", found, texts, None))
-    rows = evaluation_rows(request.prompts, texts, scores.rewards, found, components.policy.text.decode, correct)
-    components.log.write_completions(f"exam-{request.label}", rows)
+    return Answers(
+        texts=tuple(texts),
+        rewards=tuple(scores.rewards),
+        correct=tuple(correct),
+        found=None if found is None else tuple(found),
+    )
 
 
 def save(components: Components, state: RunState, keep: int | None = None) -> None:
@@ -246,6 +281,37 @@ def save(components: Components, state: RunState, keep: int | None = None) -> No
             weights = {name: p.detach() for name, p in components.policy.named_parameters().items()}
             save_checkpoint(root, state, weights, tensors, keep=keep or components.config.keep_checkpoints)
     components.ranks.wait()  # a rank that goes on may rely on the checkpoint
+
+
+def _save_where_due(
+    components: Components, state: RunState, stage: Stage | None, best: dict[str, Any] | None, *, is_new: bool
+) -> None:
+    """Writes a checkpoint every so many steps and at the end; keeps the best one, and those of the ends of stages.
+
+    ``stage``: the next step's; None: the run is over. ``best``: what is told of this model, if it is the best so far.
+    ``is_new``: no checkpoint holds ``state`` yet. A collective: all ranks must call it.
+    """
+    has_ended = state.stage not in ("", "" if stage is None else stage.name)
+    is_due = state.step > 0 and state.step % components.config.checkpoint_every == 0
+    is_kept = not is_new or is_due or stage is None  # as one of the newest, which the others do not push out
+    if stage is None or (is_new and is_due):
+        save(components, state)
+    if best is None and not has_ended:
+        return
+    if not is_kept:
+        save(components, state, KEEP_ALL)
+    with components.policy.unsharded():
+        if components.ranks.is_first:
+            checkpoint = checkpoint_path(components.log.folder / "checkpoints", state.step)
+            if has_ended:
+                keep_copy(checkpoint, checkpoint.with_name(f"stage-{state.stage}"))
+            if best is not None:
+                write_best(components.log.folder, checkpoint, components.policy, best)
+                where = components.log.folder / BEST
+                components.log.say(f"best so far by {best['set']}: {best['score']:.1%}, kept in {where}")
+            if not is_kept:
+                discard(checkpoint)
+    components.ranks.wait()
 
 
 def _any_prompt(components: Components) -> Prompt:

@@ -379,11 +379,34 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationRequest:
-    """Prompts of an evaluation that is to run now, with greedy decoding."""
+    """Prompts of an evaluation that is to run now: one greedy response to each, and ``samples`` further ones."""
 
-    label: str  # name of the stage that it follows; "start" before the first stage
+    label: str  # name of the stage that it follows; "start" before the first stage; else of the step
     prompts: tuple[Prompt, ...]
     max_new_tok: int
+    samples: int = 0
+    temperature: float = 1.0  # of these
+    seed: int = 0  # of these
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answers:
+    """Responses to the prompts of an evaluation, in the prompts' order, the same number to each."""
+
+    texts: tuple[str, ...]
+    rewards: tuple[float, ...]
+    correct: tuple[bool, ...]  # whether it solves its prompt; partial credit does not
+    found: tuple[bool, ...] | None  # whether an answer was found in it; None: not measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecord:
+    """What an evaluation is told as."""
+
+    line: str  # for the console
+    values: dict[str, float | None]  # for the row of its step, and for the sinks; None: not measured
+    best_by: str = ""  # what ``score`` is of; "": no best model is kept
+    score: float = math.nan  # a higher one than all before makes this model the best so far
 
 
 class Judge(Protocol):
@@ -442,13 +465,9 @@ class PromptSource(Protocol):
         ...
 
     def record_evaluation(
-        self, request: EvaluationRequest, rewards: Sequence[float], found: Sequence[bool] | None
-    ) -> str:
-        """Stores the result of ``request`` and returns it as a console line.
-
-        ``rewards``: one for each prompt; 1 or 0 where the reward function says which are correct. ``found``: whether an
-        answer was found in each response; None: not measured.
-        """
+        self, request: EvaluationRequest, greedy: Answers, sampled: Answers | None
+    ) -> EvaluationRecord:
+        """Stores the result of ``request`` and returns what is written of it. ``sampled``: None without samples."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,9 +64,10 @@ def train(seed: int, condition: str) -> Row:
 def floors() -> dict[str, float]:
     """Accuracy of each shortcut on the evaluation's tasks."""
     recipe = load_recipe(ROOT / RECIPE, [], Recipe)
-    data = recipe.data[recipe.eval.data]
+    (asked,) = recipe.eval.all_sets
+    data = recipe.data[asked.data]
     assert isinstance(data, GeneratedData)
-    rngs = (random.Random(f"{recipe.eval.seed}:{i}") for i in range(recipe.eval.prompts))
+    rngs = (random.Random(f"{recipe.eval.seed}:{i}") for i in range(asked.prompts))
     return shortcut_rates(draw(rng, data.difficulty, split="eval") for rng in rngs)
 
 

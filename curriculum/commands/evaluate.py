@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import check_base, open_policy
 from isomorph.curriculum.environment import check_backends
-from isomorph.curriculum.evaluation import evaluate_tasks, evaluation_tasks, refuse_long
+from isomorph.curriculum.evaluation import evaluate_tasks, evaluation_keys, evaluation_tasks, refuse_long
 from isomorph.curriculum.inputs import changed_files
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json, read_summary
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, FAMILIES
-from isomorph.curriculum.sources import open_source
+from isomorph.curriculum.sources import Source, open_sources
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import Task
@@ -103,7 +103,7 @@ def evaluate_target(
         refuse_long(candidate.policy, tasks, sampling.max_new_tok, "row" if "=" in name else "question")
     for tasks in lists:
         scores.append(evaluate_tasks(candidate.policy, tasks, sampling))
-        say(f"{scores[-1].family}:{scores[-1].representation} {scores[-1].scores.accuracy}")
+        say(f"{scores[-1].family}:{scores[-1].representation} {scores[-1].result.accuracy}")
         if scores[-1].warning:
             say(scores[-1].warning)
     return {
@@ -198,7 +198,9 @@ def _task_lists(candidate: Candidate, wanted: Sequence[str], prompts: int | None
     if wanted:
         return [_wanted_tasks(candidate, text, prompts) for text in wanted]
     if recipe is not None:
-        return [_tasks_of_run(candidate, recipe, name, prompts) for name in recipe.eval.representations]
+        sources = _sources(candidate, recipe)
+        keys = evaluation_keys(recipe, sources).values()
+        return [evaluation_tasks(recipe, sources, one, form, prompts) for one, form in keys]
     return [_drawn(name, prompts) for name in REPRESENTATIONS]
 
 
@@ -218,9 +220,10 @@ def _wanted_tasks(candidate: Candidate, text: str, prompts: int | None) -> list[
     if file is not None:
         return read_rows(file, family, representation)[: prompts or MODEL_PROMPTS]
     if candidate.recipe is not None:
-        data = candidate.recipe.data[candidate.recipe.eval.data]
-        if family == data.family and representation in (data.representations or (representation,)):
-            return _tasks_of_run(candidate, candidate.recipe, representation, prompts)
+        sources = _sources(candidate, candidate.recipe)
+        for one, form in evaluation_keys(candidate.recipe, sources).values():
+            if (family, representation) == (candidate.recipe.data[one.data].family, form):
+                return evaluation_tasks(candidate.recipe, sources, one, form, prompts)
     if family != ASYNC_PLAN.name:
         raise UserError(f"--data {text}: only {ASYNC_PLAN.name} tasks can be generated; name a file: {text}=FILE")
     if representation not in REPRESENTATIONS:
@@ -232,11 +235,9 @@ def _drawn(representation: str, prompts: int | None) -> list[Task]:
     return draw_tasks(Difficulty(), representation, prompts or MODEL_PROMPTS, seed=MODEL_SEED, split="eval")
 
 
-def _tasks_of_run(candidate: Candidate, recipe: Recipe, representation: str, prompts: int | None) -> list[Task]:
-    """The tasks of the run's own evaluations, without the rows that are too long for it."""
+def _sources(candidate: Candidate, recipe: Recipe) -> dict[str, Source]:
+    """Without the rows that are too long for the run."""
     text = candidate.policy.text
-    limits = LengthLimits(recipe=recipe, text=text, max_model_len=candidate.policy.max_model_len)
-    name = recipe.eval.data
-    data = recipe.data[name]
-    sources = {} if isinstance(data, GeneratedData) else {name: open_source(data, text, name, limits)}
-    return evaluation_tasks(recipe, sources, representation, prompts)
+    return open_sources(
+        recipe, text, LengthLimits(recipe=recipe, text=text, max_model_len=candidate.policy.max_model_len)
+    )

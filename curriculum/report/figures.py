@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from isomorph.curriculum.recipe import START
+from isomorph.curriculum.evaluation_spec import START
 from isomorph.curriculum.report.drawing import (
     dot,
     dress,
@@ -105,7 +105,7 @@ def evaluation_accuracy(record: RunRecord) -> Figure:
     figure = new_figure(3.8)
     ax = figure.subplots()
     names = list(dict.fromkeys(name for done in record.evaluations for name in done.accuracy))
-    colour_of = colours(record.representations)
+    colour_of = colours((*record.representations, *names))
     for i, name in enumerate(names):
         shift = 0.06 * (i - (len(names) - 1) / 2)
         at = [(x + shift, done.accuracy[name]) for x, done in enumerate(record.evaluations) if name in done.accuracy]
@@ -117,6 +117,34 @@ def evaluation_accuracy(record: RunRecord) -> Figure:
     percent(ax)
     legend(figure)
     return figure
+
+
+def accuracy_over_steps(record: RunRecord) -> Figure:
+    """Accuracy per representation over the steps, greedy with intervals, avg@k and pass@k as lines beside it."""
+    figure = new_figure(4.2)
+    ax = figure.subplots()
+    names = list(dict.fromkeys(name for done in record.evaluations for name in done.accuracy))
+    colour_of = colours((*record.representations, *names))
+    start = record.spans[0].first - 0.5  # where the axis begins, and the evaluation before the first step stands
+    for name in names:
+        shown = [done for done in record.evaluations if name in done.accuracy]
+        greedy = [(max(start, done.step), done.accuracy[name]) for done in shown]
+        errorbars(ax, greedy, color=colour_of[name], label=name, lw=1.5)
+        drawn = [(max(start, done.step), done.sampled[name]) for done in shown if name in done.sampled]
+        for what, line in zip(_first_and_last(drawn[-1][1].means()) if drawn else (), ("--", ":"), strict=False):
+            at = [(step, sampled.means()[what].rate) for step, sampled in drawn if what in sampled.means()]
+            ax.plot(*zip(*at, strict=True), color=colour_of[name], ls=line, lw=1.2, label=f"{name}, {what}")
+    _baselines(ax, {name: value for name, value in record.baseline.items() if value is not None}, colour_of)
+    dress(ax, "accuracy at each evaluation; greedy with 95 % intervals", "accuracy")
+    mark_stages(ax, record.spans)
+    percent(ax)
+    legend(figure)
+    return figure
+
+
+def _first_and_last(names: Mapping[str, Any]) -> tuple[str, ...]:
+    """avg@k, and the pass@k of the largest k."""
+    return tuple(dict.fromkeys((list(names)[0], list(names)[-1])))
 
 
 def _baselines(ax: Axes, baseline: Mapping[str, float], colour_of: Mapping[str, str]) -> None:
@@ -263,7 +291,8 @@ def _accuracy_over_steps(ax: Axes, record: RunRecord, representation: str, name:
 
 def _rl_steps_before(record: RunRecord, step: int) -> int:
     """Number of RL steps up to and including ``step``, so that runs with different warm-ups start at 0."""
-    return sum(len(s.rows) for s in record.spans if s.last <= step and not s.stage.objective.is_supervised)
+    rows = (row for span in record.spans if not span.stage.objective.is_supervised for row in span.rows)
+    return sum(row["step"] <= step for row in rows)
 
 
 def _run_style(i: int) -> dict[str, Any]:

@@ -116,9 +116,9 @@ def _matrix_of_runs(records: Sequence[RunRecord], names: Sequence[str]) -> Trans
     conditions: dict[str, str] = {}  # recipe without its seed -> label of the row
     measurements: list[Measurement] = []
     for record, name in zip(records, names, strict=True):
-        if not record.evaluations:
+        if not record.boundaries:
             continue
-        last = record.evaluations[-1]
+        last = record.boundaries[-1]
         label = trained_on([span.stage for span in record.spans if span.last <= last.step])
         unique = f"{label} ({name})" if label in conditions.values() else label
         label = conditions.setdefault(f"{_condition(record)} {last.label}", unique)
@@ -134,7 +134,7 @@ def _matrix_of_evaluations(record: RunRecord) -> TransferMatrix:
     """A row per evaluation of one run, labelled with what it had been trained on by then."""
     return transfer_matrix(
         measured
-        for done in record.evaluations
+        for done in record.boundaries
         for measured in _measurements(trained_on([s.stage for s in record.spans if s.last <= done.step]), done)
     )
 
@@ -155,9 +155,13 @@ def _section(record: RunRecord, name: str, album: _Album, *, prefix: str) -> str
     parts = [title, _status(record), *map(_note, record.notes), _facts(record)]
     parts += ["<h3>Accuracy</h3>", _accuracy_table(record)]
     if record.evaluations:
-        caption = "Greedy accuracy on held-out questions at each boundary between stages."
-        parts.append(album.add(f"{prefix}evaluations", figures.evaluation_accuracy(record), caption))
-    if len(record.evaluations) > 1:
+        if len(record.evaluations) > len(record.boundaries):
+            caption = "Accuracy on held-out questions over the steps; dashed lines are boundaries between stages."
+            parts.append(album.add(f"{prefix}evaluations", figures.accuracy_over_steps(record), caption))
+        else:
+            caption = "Greedy accuracy on held-out questions at each boundary between stages."
+            parts.append(album.add(f"{prefix}evaluations", figures.evaluation_accuracy(record), caption))
+    if len(record.boundaries) > 1:
         matrix = _matrix_of_evaluations(record)
         parts.append("<h4>Transfer: accuracy by what the run had been trained on so far</h4>" + _matrix_table(matrix))
         caption = "Accuracy by what this run had been trained on (rows) and evaluated on (columns)."
@@ -226,7 +230,26 @@ def _accuracy_table(record: RunRecord) -> str:
         "Intervals are 95 % (Wilson). Sequential baseline: accuracy of answering with the sum of all durations. "
         "No answer: share of responses of the latest evaluation that state none; they count as wrong."
     )
-    return _table(head, rows) + _note(note)
+    return _table(head, rows) + _note(note) + _best(record) + _sampled_table(record)
+
+
+def _best(record: RunRecord) -> str:
+    best = (record.summary or {}).get("best")
+    if not best:
+        return ""
+    where = f"step {best['step']}" if best["step"] else "the start"
+    return _note(f"The best model by {best['set']} is that of {where}, with {best['score']:.1%}: {best['folder']}.")
+
+
+def _sampled_table(record: RunRecord) -> str:
+    """avg@k and pass@k of the latest evaluation; "" without samples."""
+    latest = record.evaluations[-1]
+    if not latest.sampled:
+        return ""
+    names = next(iter(latest.sampled.values())).means()
+    rows = [[key, *map(str, sampled.means().values())] for key, sampled in latest.sampled.items()]
+    note = "Of sampled responses, in the latest evaluation; intervals are 95 %, over questions."
+    return _table(["representation", *names], rows) + _note(note)
 
 
 def _column(title: str, done: EvaluationResult | None) -> str:

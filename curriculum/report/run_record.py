@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from isomorph.curriculum.recipe import START, Recipe, StageRecipe
+from isomorph.curriculum.evaluation_results import Sampled
+from isomorph.curriculum.evaluation_spec import START, step_of
+from isomorph.curriculum.recipe import Recipe, StageRecipe
 from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.engine.config import UserError
 from isomorph.engine.recipe_file import check_tables
@@ -18,12 +20,13 @@ from isomorph.engine.record.runlog import Row, read_steps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationResult:
-    """Greedy accuracy of one evaluation."""
+    """Accuracy in one evaluation."""
 
-    label: str  # the stage it follows; "start" before the first
+    label: str  # the stage it follows; "start" before the first; step-NNNNNNNN within a stage
     step: int  # completed steps by then
     accuracy: dict[str, Accuracy]  # representation -> result
     no_answer: dict[str, float]  # representation -> share of responses without any answer; {} where not measured
+    sampled: dict[str, Sampled]  # representation -> avg@k and pass@k; {} where there were no samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,11 @@ class RunRecord:
         return self.status == "done"
 
     @property
+    def boundaries(self) -> tuple[EvaluationResult, ...]:
+        """The evaluations at the start and at the ends of stages, without those of ``eval.every``."""
+        return tuple(done for done in self.evaluations if step_of(done.label) is None)
+
+    @property
     def before(self) -> EvaluationResult | None:
         """The evaluation before the first RL step: after the supervised warm-up, or at the start without one."""
         return next((done for done in self.evaluations if done.label == self.recipe.warm_up_label), None)
@@ -73,7 +81,8 @@ class RunRecord:
     def representations(self) -> tuple[str, ...]:
         """All that the recipe trains or evaluates on."""
         trained = (part.representation for stage in self.recipe.stage for part in stage.mixture)
-        return tuple(dict.fromkeys((*self.recipe.eval.representations, *trained)))
+        evaluated = (form for one in self.recipe.evaluation_sets for form in one.representations or ())
+        return tuple(dict.fromkeys((*evaluated, *trained)))
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -174,8 +183,10 @@ def _spans(recipe: Recipe, rows: Sequence[Row], folder: Path) -> tuple[Span, ...
 
 def _evaluations(folder: Path, spans: Sequence[Span]) -> tuple[tuple[EvaluationResult, ...], list[str]]:
     ends = {START: spans[0].first - 1, **{span.stage.name: span.last for span in spans}}
+    files = (folder / "completions").glob("exam-step-*.jsonl")
+    within = {label: step for file in files if (step := step_of(label := file.stem.removeprefix("exam-"))) is not None}
     found, notes = [], []
-    for label, step in ends.items():
+    for label, step in sorted((ends | within).items(), key=lambda item: item[1]):
         file = folder / "completions" / f"exam-{label}.jsonl"
         if not file.is_file():
             continue
@@ -183,9 +194,14 @@ def _evaluations(folder: Path, spans: Sequence[Span]) -> tuple[tuple[EvaluationR
         if answers is None:
             notes.append(f"completions/{file.name} is incomplete and left out")
         else:
+            greedy = [row for row in answers if row.get("sample") is None]
             found.append(
                 EvaluationResult(
-                    label=label, step=step, accuracy=_accuracy(answers), no_answer=_without_answer(answers)
+                    label=label,
+                    step=step,
+                    accuracy=_accuracy(greedy),
+                    no_answer=_without_answer(greedy),
+                    sampled=_sampled(answers),
                 )
             )
     return tuple(found), notes
@@ -210,6 +226,16 @@ def _accuracy(answers: Sequence[Row]) -> dict[str, Accuracy]:
     for row in answers:
         correct.setdefault(row["representation"], []).append(row["correct"])
     return {name: Accuracy.of(sum(got), len(got)) for name, got in correct.items()}
+
+
+def _sampled(answers: Sequence[Row]) -> dict[str, Sampled]:
+    correct: dict[str, list[bool]] = {}
+    samples = 0
+    for row in answers:
+        if row.get("sample") is not None:
+            correct.setdefault(row["representation"], []).append(row["correct"])
+            samples = max(samples, row["sample"] + 1)
+    return {name: Sampled.of(got, samples) for name, got in correct.items()}
 
 
 def _without_answer(answers: Sequence[Row]) -> dict[str, float]:

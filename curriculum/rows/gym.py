@@ -39,6 +39,11 @@ class GymSource:
         """The next training task from entry ``position`` on, and the position after it."""
         return self._next(representation, position, is_training=True)
 
+    @property
+    def held_out_labels(self) -> tuple[str, ...]:
+        """The names of its tasks."""
+        return self._data.representations
+
     def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
         """``num_tasks`` tasks for evaluation, always the same ones."""
         found, position = [], 0

@@ -67,6 +67,11 @@ class RowsSource:
                 return self.dataset.side.task(index), at + 1
         raise UserError(self._none_fits(representation, len(rows)))
 
+    @property
+    def held_out_labels(self) -> tuple[str, ...]:
+        """The labels of the rows for evaluation."""
+        return tuple(self.dataset.held_out)
+
     def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
         """The first ``num_tasks`` tasks for evaluation that fit, always the same ones."""
         refuse_unknown_label(representation, tuple(self.dataset.held_out), self._name)

@@ -5,6 +5,7 @@ checkpoints/step-00000050/
     weights.safetensors      trained weights: Policy.named_parameters()
     optimizer.safetensors    Learner.state_tensors(): masters, moments, KL reference, the round of an interrupted step
     draws.safetensors        token ids and log-probabilities of an interrupted step's rollouts; else empty
+checkpoints/stage-NAME/      the same at the end of a stage; never deleted, and not what a run resumes from
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ def save_checkpoint(
 
     Raises RunFailed if the disk refuses; earlier checkpoints are left as they were.
     """
-    final = root / f"step-{state.step:08d}"
+    final = checkpoint_path(root, state.step)
     partial = root / f".partial-{state.step:08d}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -48,13 +49,13 @@ def save_checkpoint(
         _write_tensors(partial / "draws.safetensors", tensors)
         fields = dataclasses.asdict(dataclasses.replace(state, draws=()))
         _write_text(partial / "state.json", json.dumps({"format": FORMAT, **fields, "draws": fields_of_draws}))
-        _sync(partial)
+        sync(partial)
         if final.exists():
             replaced = root / f"{REPLACED}{final.name}"
             shutil.rmtree(replaced, ignore_errors=True)  # left by a process that was killed here
             final.rename(replaced)
         partial.rename(final)
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         earlier = latest_checkpoint(root)
@@ -63,8 +64,54 @@ def save_checkpoint(
             f"checkpoint of step {state.step} could not be written under {root}: {error}; {kept}"
         ) from error
     for old in (*_complete(root)[:-keep], *root.glob(f"{REPLACED}*")):
-        _discard(old)
+        discard(old)
     return final
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after ``step``."""
+    return root / f"step-{step:08d}"
+
+
+def keep_copy(checkpoint: Path, target: Path) -> None:
+    """Keeps a complete checkpoint as ``target``, too, whatever becomes of it. Raises RunFailed if the disk refuses.
+
+    By hard links, which take no space, where the file system has them: files of a checkpoint are never written again.
+    """
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(checkpoint, partial, copy_function=_link)
+        sync(partial)
+        replace_folder(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFailed(f"{checkpoint} could not be kept as {target}: {error}") from error
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Renames ``new`` to ``final``. A process that is killed here leaves one of the two: see ``restore_replaced``."""
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    new.rename(final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(final: Path) -> None:
+    """Undoes a ``replace_folder`` that was killed between its two renames."""
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if replaced.is_dir() and not final.exists():
+        replaced.rename(final)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -114,7 +161,7 @@ def _complete(root: Path) -> list[Path]:
     return [by_name[name] for name in sorted(by_name)]
 
 
-def _discard(folder: Path) -> None:
+def discard(folder: Path) -> None:
     """Deletes a checkpoint, after renaming it, so that it never looks complete while partly deleted."""
     gone = folder.with_name(f".partial-{folder.name}")
     folder.rename(gone)
@@ -129,15 +176,16 @@ def _remove_partial(root: Path) -> None:
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes contiguous copies, because safetensors refuses tensors that share storage."""
     save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, file)
-    _sync(file)
+    sync(file)
 
 
 def _write_text(file: Path, text: str) -> None:
     file.write_text(text)
-    _sync(file)
+    sync(file)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

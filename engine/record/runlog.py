@@ -12,6 +12,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from isomorph.engine.config import UserError
 from isomorph.engine.record.telemetry import NUM_GROWING, WINDOW, Gather, Telemetry
 from isomorph.engine.types import RunFailed
 
+STEP_FILE = re.compile(r"(?:exam-)?step-(\d+)")  # under completions/: a step's responses, an evaluation's after it
+LAST_ROW_BYTES = 1 << 16  # read from the end of steps.jsonl, at first
 LINE_S = 10.0  # longest time without a console line, as long as steps end
 
 Row = dict[str, Any]
@@ -43,6 +46,7 @@ class RunLog:
         self.every = every
         self.telemetry = Telemetry()
         self.sinks: list[Sink] = []
+        self.exam_keys: tuple[str, ...] = ()  # of evaluations: null in a row until ``write_evaluation``
         self.times: dict[str, float] = {}
         self.seconds_before = 0.0  # wall time up to the checkpoint that this run resumes
         self._between: dict[str, float] = {}  # seconds of phases between the previous step and this one
@@ -99,7 +103,7 @@ class RunLog:
 
     def write_step(self, row: Row, line: str) -> None:
         """Appends a row to steps.jsonl and prints ``line`` if one is due. Raises RunFailed if the disk refuses."""
-        row = _jsonable(row)
+        row = _jsonable({**row, **dict.fromkeys(self.exam_keys)})
         with self.writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._is_due(row):
@@ -114,6 +118,17 @@ class RunLog:
             sink(row)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], description=row["stage"])
+
+    def write_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Puts the numbers of an evaluation into the row of ``step``, which must be the last, and sends them to sinks.
+
+        Before the first step there is no row, and only the sinks get them. Raises RunFailed if the disk refuses.
+        """
+        row: Row = _jsonable(dict(values))
+        with self.writing("steps.jsonl"):
+            _add_to_last(self.folder / "steps.jsonl", step, row)
+        for sink in self.sinks:
+            sink({"step": step, **row})
 
     def _is_due(self, row: Row) -> bool:
         now = time.perf_counter()
@@ -173,9 +188,29 @@ class RunLog:
             with self.writing("steps.jsonl"):
                 partial.write_text("".join(line + "\n" for line in kept))
                 os.replace(partial, file)
-        for path in (self.folder / "completions").glob("step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) > step:
+        for path in (self.folder / "completions").glob("*step-*.jsonl"):
+            if (found := STEP_FILE.fullmatch(path.stem)) and int(found[1]) > step:
                 path.unlink()
+
+
+def _add_to_last(file: Path, step: int, values: Row) -> None:
+    """Replaces the last row, if it is that of ``step``, by one write in place, so that a kill loses no other row."""
+    if not file.exists():
+        return
+    with file.open("r+b") as rows:
+        end = rows.seek(0, os.SEEK_END)
+        size = 0
+        while (size := min(end, size + LAST_ROW_BYTES)) < end:
+            rows.seek(end - size)
+            if rows.read(size).count(b"\n") > 1:
+                break
+        rows.seek(end - size)
+        line = rows.read(size).rstrip(b"\n").rpartition(b"\n")[2]
+        row = json.loads(line) if line else {}
+        if row.get("step") == step:
+            new = json.dumps({**row, **values}).encode()
+            rows.seek(end - len(line) - 1)
+            rows.write(new.ljust(len(line)) + b"\n")  # spaces after a value are JSON
 
 
 LOCK = ".lock"  # file in the run folder; holds the process that writes there
@@ -214,6 +249,9 @@ class QuietLog(RunLog):
     """The log of all ranks but the first: measures time and writes nothing."""
 
     def write_step(self, row: Row, line: str) -> None:
+        pass
+
+    def write_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
         pass
 
     def write_completions(self, name: str, rows: Sequence[Row]) -> None:

@@ -29,7 +29,11 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     publish/move_s  publish/fingerprint_s  publish/probe_s   seconds for copying, hashing, comparing log-probabilities
     wall_s                               seconds since the run began, evaluations and checkpoints included
 
-``RunLog.end_step`` adds ``time/...``, and ``engine.record.telemetry`` adds ``mem/...``, ``gpu/...``, ``energy/...``.
+    exam/SET/accuracy  exam/SET/reward   an evaluation after this step: greedy accuracy on a set of [eval]; mean reward
+    exam/SET/LABEL/...                   the same by representation or label; also no_answer, avg@K, pass@K
+
+The curriculum names the ``exam/`` keys, which ``RunLog.write_evaluation`` fills in. ``RunLog.end_step`` adds
+``time/...``, and ``engine.record.telemetry`` adds ``mem/...``, ``gpu/...``, ``energy/...``.
 """
 
 import math
@@ -41,7 +45,7 @@ import torch
 
 from isomorph.engine.drift import Surprise
 from isomorph.engine.record.runlog import Row
-from isomorph.engine.types import Group, Prompt, Publication, RunState, StepStats
+from isomorph.engine.types import Answers, Group, Prompt, Publication, RunState, StepStats
 from isomorph.engine.update.score import share_without_answer
 
 Decode = Callable[[Sequence[int]], str]
@@ -194,19 +198,18 @@ def completion_rows(result: StepResult, decode: Decode, is_correct: IsCorrect) -
     return rows
 
 
-def evaluation_rows(
-    prompts: Sequence[Prompt],
-    texts: Sequence[str],
-    rewards: Sequence[float],
-    found: Sequence[bool] | None,
-    decode: Decode,
-    correct: Sequence[bool],
-) -> list[Row]:
-    """A row of completions/exam-LABEL.jsonl for every prompt, each with one response."""
-    known: Sequence[bool | None] = found or [None] * len(texts)
+def evaluation_rows(prompts: Sequence[Prompt], answers: Answers, decode: Decode, *, is_greedy: bool) -> list[Row]:
+    """A row of completions/exam-LABEL.jsonl for every response; ``sample`` is null for a greedy one."""
+    size = len(answers.texts) // len(prompts)
+    known: Sequence[bool | None] = answers.found or [None] * len(answers.texts)
+    of_responses = zip(answers.texts, known, answers.rewards, answers.correct, strict=True)
     return [
-        {**_of_prompt(prompt, decode), **_of_response(text, is_found, reward, is_correct)}
-        for prompt, text, is_found, reward, is_correct in zip(prompts, texts, known, rewards, correct, strict=True)
+        {
+            **_of_prompt(prompts[i // size], decode),
+            "sample": None if is_greedy else i % size,
+            **_of_response(text, is_found, reward, is_correct),
+        }
+        for i, (text, is_found, reward, is_correct) in enumerate(of_responses)
     ]
 
 

@@ -78,9 +78,10 @@ def test_the_seed_of_an_eval_table_generates_its_tasks(finished_run: Path) -> No
     curriculum.load_state_dict({**curriculum.state_dict(), "stage_index": len(recipe.stage)})
     request = curriculum.pending_evaluation()
     assert request is not None
-    data = recipe.data[recipe.eval.data]
+    (asked,) = recipe.eval.all_sets
+    data = recipe.data[asked.data]
     assert isinstance(data, GeneratedData)
-    num, seed = recipe.eval.prompts, recipe.eval.seed
+    num, seed = asked.prompts, recipe.eval.seed
     drawn = [t for r in REPRESENTATIONS for t in draw_tasks(data.difficulty, r, num, seed=seed, split="eval")]
     assert [prompt.payload for prompt in request.prompts] == drawn
 

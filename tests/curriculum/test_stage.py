@@ -15,7 +15,7 @@ from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.recipe_file import check_tables, load_recipe
-from isomorph.engine.types import Group, Prompt, Rollout
+from isomorph.engine.types import Answers, EvaluationRecord, EvaluationRequest, Group, Prompt, Rollout
 
 RECIPES = Path(__file__).parents[2] / "curriculum" / "recipes"
 PLANS = {"kind": "async_plan", "difficulty": {"form": "terse", "demonstration": "compact"}}
@@ -76,8 +76,22 @@ def do_step(source: Curriculum, reward: float = 0.0) -> list[str]:
 def evaluate(source: Curriculum, reward: float) -> str:
     request = source.pending_evaluation()
     assert request is not None
-    source.record_evaluation(request, [reward] * len(request.prompts), [reward > 0] * len(request.prompts))
+    record(source, request, [reward] * len(request.prompts))
     return request.label
+
+
+def record(source: Curriculum, request: EvaluationRequest, rewards: list[float]) -> EvaluationRecord:
+    return source.record_evaluation(request, answers(source, request, rewards), None)
+
+
+def answers(source: Curriculum, request: EvaluationRequest, rewards: list[float]) -> Answers:
+    size = len(rewards) // len(request.prompts)
+    return Answers(
+        texts=("",) * len(rewards),
+        rewards=tuple(rewards),
+        correct=tuple(source.is_correct(request.prompts[i // size], reward) for i, reward in enumerate(rewards)),
+        found=tuple(reward > 0 for reward in rewards),
+    )
 
 
 def test_stages_follow_one_another_and_end_by_steps() -> None:
@@ -255,7 +269,7 @@ def test_an_evaluation_counts_right_answers_not_partial_rewards() -> None:
     source = curriculum(stage("one"))
     request = source.pending_evaluation()
     assert request is not None
-    source.record_evaluation(request, [1.0 if i % 2 else 0.9 for i in range(len(request.prompts))], None)
+    record(source, request, [1.0 if i % 2 else 0.9 for i in range(len(request.prompts))])
     counted = source.evaluations[0]["accuracy"].values()
     assert sum(result["correct"] for result in counted) == len(request.prompts) // 2
 

@@ -160,14 +160,14 @@ def test_a_failed_first_write_says_that_there_is_none(tmp_path: Path, monkeypatc
 
 def _refuse_to_sync(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What a dying disk does: the bytes went in, and do not arrive."""
-    real = checkpoint._sync
+    real = checkpoint.sync
 
     def sync(path: Path) -> None:
         if path.name == name:
             raise OSError(5, "Input/output error", str(path))
         real(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(checkpoint, "sync", sync)
 
 
 FILL = """

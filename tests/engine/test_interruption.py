@@ -26,7 +26,7 @@ def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -
     components = make_components(tmp_path, make_stage(steps=5), checkpoint_every=2, keep_checkpoints=9, evaluates=True)
     train(components, RunState())
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000002", "step-00000004", "step-00000005"]
+    assert names == ["stage-words", "step-00000002", "step-00000004", "step-00000005"]
     state, weights, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000005")
     assert weights_sha256(weights) == sha(components)
     assert state.source == json.loads(json.dumps(source_of(components).state_dict()))  # with the last evaluation

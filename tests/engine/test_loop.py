@@ -146,7 +146,7 @@ def test_a_first_step_or_an_evaluation_without_any_answer_is_warned_of_once(tmp_
     assert ["step 1, the first of stage first" in line for line in warnings].count(True) == 1
     assert not any("of step 2" in line or "of step 3" in line for line in warnings)
     assert any("the evaluation after start" in line for line in warnings)
-    assert source_of(components).found == [False] * 3
+    assert source_of(components).found == (False,) * 3
     assert "no answer 100%" in console(components)
     answers = [json.loads(x) for x in (tmp_path / "completions" / "step-00000003.jsonl").read_text().splitlines()]
     assert all(row["answered"] is True for row in answers)

@@ -25,7 +25,7 @@ from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint
 from isomorph.engine.record.runlog import RunLog
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.types import EvaluationRequest, Group, Prompt, RunState
+from isomorph.engine.types import Answers, EvaluationRecord, EvaluationRequest, Group, Prompt, RunState
 from isomorph.engine.update.learner import Learner
 
 WORDS = ["ask", "gold", "lead", "iron", "tin", "zinc", "one", "two", "three", "four", "five", "six"]
@@ -76,11 +76,12 @@ class Questions:
         return EvaluationRequest(label=label, prompts=tuple(self._prompt(-1 - i) for i in range(3)), max_new_tok=4)
 
     def record_evaluation(
-        self, request: EvaluationRequest, rewards: Sequence[float], found: Sequence[bool] | None
-    ) -> str:
-        self.found = found
-        self.graded.append((request.label, list(rewards)))
-        return f"evaluation after {request.label}: {sum(rewards)}"
+        self, request: EvaluationRequest, greedy: Answers, sampled: Answers | None
+    ) -> EvaluationRecord:
+        self.found = greedy.found
+        self.graded.append((request.label, list(greedy.rewards)))
+        line = f"evaluation after {request.label}: {sum(greedy.rewards)}"
+        return EvaluationRecord(line=line, values={"exam/toy/reward": sum(greedy.rewards) / len(greedy.rewards)})
 
     def state_dict(self) -> dict[str, Any]:
         return {
