@@ -20,6 +20,7 @@ from compare import DEVICE, measure
 
 FILES = {
     "linear": "bench_linear",
+    "layer": "bench_layer",
     "linear_loss": "bench_linear_loss",
     "linear_logprob": "bench_linear_logprob",
     "token_logprob": "bench_token_logprob",

@@ -27,11 +27,11 @@ def make_policy(shape: tuple[int, ...], vocab: int, dtype: torch.dtype | None = 
         return build_tiny(tiny, [f"w{i}" for i in range(vocab)], seed=0, dtype=dtype, device=DEVICE)
 
 
-def recomputing(policy: Any) -> Any:
-    """The same model, every layer run again in the backward."""
+def changed(policy: Any, *, recomputes: bool = False, compiles: bool = False) -> Any:
+    """The same model; ``recomputes``: every layer runs again in the backward."""
     from isomorph.engine.model.policy import Policy
 
-    return Policy(policy.model, policy.text, gradient_checkpointing_every=1)
+    return Policy(policy.model, policy.text, gradient_checkpointing_every=1 if recomputes else None, compiles=compiles)
 
 
 def make_tokens(rng: random.Random, num: int, vocab: int) -> tuple[int, ...]:

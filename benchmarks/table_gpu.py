@@ -74,7 +74,7 @@ def _section(machine: str, rows: list[Row]) -> str:
         "benchmarks/gpu_suite.py --out FOLDER`; every row: `benchmarks/results/gpu/`. Medians; where a model is named: "
         f"random weights, bfloat16.\n\n{markdown_table(('Part', 'What', 'Figures'), lines)}\n\n"
         f"{len(checks) - len(broken)} of {len(checks)} checks held. What did not, and what became of it "
-        f"([LOG.md](LOG.md)):\n\n{kept}"
+        f"([benchmarks/LOG.md](../benchmarks/LOG.md)):\n\n{kept}"
     )
 
 

@@ -188,7 +188,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
 def activation_bytes_per_tok(facts: Facts) -> float:
     """Bytes a token: activations saved for backward, and those of the layer that is being computed."""
     shape, size = facts.shape, facts.weight_bytes
-    layer = layer_bytes_per_tok(shape, size)
+    layer = layer_bytes_per_tok(shape, size, is_fused=facts.is_gpu)
     every = facts.gradient_checkpointing_every
     num_recomputed = 0 if every is None else -(-shape.num_layers // every)
     kept = (shape.num_layers - num_recomputed) * layer + num_recomputed * shape.width * size
@@ -197,18 +197,20 @@ def activation_bytes_per_tok(facts: Facts) -> float:
     return kept + run_again + at_work + 3 * size * shape.width
 
 
-def layer_bytes_per_tok(shape: ModelShape, size: int) -> float:
+def layer_bytes_per_tok(shape: ModelShape, size: int, *, is_fused: bool = False) -> float:
     """Bytes a token that autograd saves of one decoder layer; ``size``: bytes of a weight.
 
     RMSNorm saves its input in float32, the normalised rows and its output. With adapters norms are frozen and the
-    normalised rows are not saved; but the product with each A is.
+    normalised rows are not saved; but the product with each A is. ``is_fused``: with the kernels of
+    engine/model/layers.py a norm saves its input and its output, and SwiGLU no SiLU.
     """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    of_norm = 4 + (1 if shape.has_adapters else 2) * size
+    of_norm = 2 * size if is_fused else 4 + (1 if shape.has_adapters else 2) * size
     norms = 2 * shape.width * of_norm
-    head_norms = (queries + keys) * of_norm if shape.normalises_heads else 0
+    of_head_norm = size if is_fused else of_norm  # the output is rotated, and not saved
+    head_norms = (queries + keys) * of_head_norm if shape.normalises_heads else 0
     attention = size * (2 * queries + 2 * keys) + 4 * shape.num_heads  # q, out, k, v; LSE
-    mlp = size * 4 * shape.inner  # gate, silu(gate), up, their product
+    mlp = size * (3 if is_fused else 4) * shape.inner  # gate, silu(gate), up, their product
     return norms + head_norms + attention + mlp + size * shape.adapter_rows
 
 
@@ -296,7 +298,8 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
     share_again = 0.0 if facts.gradient_checkpointing_every is None else 1 / facts.gradient_checkpointing_every
     num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights have no gradient
     num_passes += facts.has_reference + facts.is_repeated
-    moved = UPDATE_TRAFFIC * facts.forward_tok * shape.num_layers * layer_bytes_per_tok(shape, facts.weight_bytes)
+    of_layer = layer_bytes_per_tok(shape, facts.weight_bytes, is_fused=facts.is_gpu)
+    moved = UPDATE_TRAFFIC * facts.forward_tok * shape.num_layers * of_layer
     stepped = OPTIMIZER_TRAFFIC * shape.num_trained / facts.num_shards * facts.num_updates
     step_bandwidth = HOST_BANDWIDTH if facts.is_gpu and facts.optimizer_on_host else ceilings.bandwidth
     update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth + stepped / step_bandwidth

@@ -31,10 +31,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from isomorph.kernels.gpu import advantage, attention, decode, offset, rows, sample
+from isomorph.kernels.gpu import advantage, attention, decode, layer, offset, rows, sample
 from isomorph.kernels.gpu.variant import ARCHS, SHARED_LIMIT, Variant
 
-FILES = (rows, offset, advantage, attention, decode, sample)
+FILES = (rows, offset, advantage, attention, decode, sample, layer)
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
 # Triton 3.6 keeps a convergence barrier of some loops on the stack: 8 bytes a thread, one store and one load.

@@ -60,6 +60,9 @@ ENVIRONMENT = "ISOMORPH_BACKEND"
 BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "linear": ("torch",),
+        "rms_norm": ("torch",),  # the specification; named, so that Triton is interpreted only where a test requests it
+        "swiglu": ("torch",),
+        "rotary": ("torch",),
         "token_logprob": ("native", "torch"),
         "linear_logprob": ("native", "torch"),
         "linear_loss": ("native", "torch"),
@@ -73,6 +76,9 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
         "bit_hash": ("native",),
     },
     "cuda": {
+        "rms_norm": ("triton",),
+        "swiglu": ("triton",),
+        "rotary": ("triton",),
         "token_logprob": ("triton", "torch", "cuda"),
         "linear_logprob": ("triton", "torch", "cuda"),
         "linear_loss": ("triton", "torch", "offset", "cuda"),

@@ -335,7 +335,7 @@ def test_the_recomputed_update_runs_every_layer_twice() -> None:
     for layer in policy.model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     num_layers = len(policy.model.model.layers)
-    for once_more, expected in ((policy, num_layers), (gpu_models.recomputing(policy), 2 * num_layers)):
+    for once_more, expected in ((policy, num_layers), (gpu_models.changed(policy, recomputes=True), 2 * num_layers)):
         runs.clear()
         gpu_parts._through(once_more, [gpu_models.make_batch(layout)])
         assert len(runs) == expected

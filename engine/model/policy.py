@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isomorph.engine.model.attention import Attend, attend_packed
 from isomorph.engine.model.families import refuse_unsupported, sliding_window
+from isomorph.engine.model.layers import fuse_layers
 from isomorph.engine.model.lora import Adapters, is_adapter
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.types import PackedBatch
@@ -92,6 +93,7 @@ class Policy:
         for module in model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = _Linear
+        fuse_layers(model)
         self.model.run = MethodType(_run, model)  # FSDP can hook methods of the module only
         self.config = model.config
         self.text = text

@@ -28,6 +28,7 @@ from isomorph.engine.planner import (
     seconds,
 )
 from isomorph.engine.types import Prompt, Rollout
+from isomorph.kernels import backend
 
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
 
@@ -155,10 +156,11 @@ def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
     assert seven_b(kv_limit_tok=1000).kv_tok == 1000
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["transformers' layers", "fused layers"])
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=8)], ids=["every weight", "adapters"])
 @pytest.mark.parametrize("gradient_checkpointing_every", [None, 1, 2])
 def test_a_layers_bytes_are_those_that_autograd_keeps(
-    gradient_checkpointing_every: int | None, lora: LoraConfig | None
+    gradient_checkpointing_every: int | None, lora: LoraConfig | None, is_fused: bool
 ) -> None:
     """Counted by hooks on a real packed pass: the difference that two layers make, so that all else cancels."""
     facts_by_layers = {}
@@ -169,11 +171,12 @@ def test_a_layers_bytes_are_those_that_autograd_keeps(
         policy = type(policy)(
             policy.model, policy.text, gradient_checkpointing_every=gradient_checkpointing_every, adapters=adapters
         )
-        num_tok, kept = _kept_bytes(policy)
+        with backend.using("rms_norm=triton,swiglu=triton,rotary=triton" if is_fused else ""):
+            num_tok, kept = _kept_bytes(policy)
         facts_by_layers[num_layers] = kept / num_tok
         shape = shape_of(policy.model)
     measured = (facts_by_layers[4] - facts_by_layers[2]) / 2
-    whole, light = layer_bytes_per_tok(shape, 4), 4 * shape.width
+    whole, light = layer_bytes_per_tok(shape, 4, is_fused=is_fused), 4 * shape.width
     expected = {None: whole, 1: light, 2: (whole + light) / 2}[gradient_checkpointing_every]
     assert measured == pytest.approx(expected, rel=0.05)
 

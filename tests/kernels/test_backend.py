@@ -78,7 +78,7 @@ def test_single_ops_are_chosen_by_name_and_the_block_outranks_the_environment(
     ("request_", "message"),
     [
         ("fastest", "must name one of triton, offset, varlen, native, cuda, torch, reference, got 'fastest'"),
-        ("attention=torch", "names an unknown op 'attention'; ops: linear, token_logprob"),
+        ("attention=torch", "names an unknown op 'attention'; ops: linear, rms_norm, swiglu"),
         ("gae=torch", "requests gae=torch, but gae on cpu has:"),
     ],
 )

@@ -1,0 +1,98 @@
+"""Decoder layers of transformers' models with fused kernels where the device has them: norms, SwiGLU, rotary embedding.
+
+The modules, their parameters and names stay transformers' own. ``fuse_layers`` replaces their classes, in place, by
+subclasses whose ``forward`` calls the kernels; where those are not selected (on the CPU, in float64, inside
+torch.compile, which fuses by itself) the class's own ``forward`` runs.
+
+On an H200 the kernels of an update that were neither products nor attention took 35 % of its time, and for 13 % the
+device had nothing to run (benchmarks/results/gpu/2026-11-27-h200-2.jsonl).
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isomorph.engine.model.attention import Attend
+from isomorph.kernels.rms_norm import add_rms_norm, rms_norm, takes_triton
+from isomorph.kernels.rotary import rotary
+from isomorph.kernels.swiglu import swiglu
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines [B, T, d]
+
+
+def fuse_layers(model: Any) -> None:
+    """Replaces the classes of the decoder layers and of the last norm of transformers' ``model``, in place."""
+    for layer in model.model.layers:
+        layer.__class__ = _fused_layer(_own_class(layer))
+    model.model.norm.__class__ = _fused_norm(_own_class(model.model.norm))
+
+
+def _own_class(module: Any) -> type:
+    """transformers' class, also of a module that is fused already."""
+    kind = type(module)
+    return kind.__mro__[1] if getattr(kind, "runs_fused", False) else kind
+
+
+@functools.cache
+def _fused_layer(own: type) -> type:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: Rotary | None = None,
+        attend: Attend | None = None,
+        **others: Any,
+    ) -> Tensor:
+        norm = self.input_layernorm
+        fits = attend is not None and not others and _runs_fused(hidden_states, norm.weight)
+        if fits and attend is not None and position_embeddings is not None:
+            return _decoded(self, hidden_states, position_embeddings, attend)
+        if attend is not None:
+            others["attend"] = attend
+        result: Tensor = own.forward(self, hidden_states, position_embeddings=position_embeddings, **others)  # type: ignore[attr-defined]
+        return result
+
+    return type(own.__name__, (own,), {"forward": forward, "runs_fused": True})
+
+
+@functools.cache
+def _fused_norm(own: type) -> type:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if _runs_fused(hidden_states, self.weight):
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        result: Tensor = own.forward(self, hidden_states)  # type: ignore[attr-defined]
+        return result
+
+    return type(own.__name__, (own,), {"forward": forward, "runs_fused": True})
+
+
+def _runs_fused(hidden: Tensor, weight_D: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and takes_triton(hidden, weight_D)
+
+
+def _decoded(layer: Any, hidden_BTD: Tensor, cos_sin: Rotary, attend: Attend) -> Tensor:
+    """The layer's output [B, T, D]: llama, mistral, qwen2, and qwen3, which also normalises queries and keys."""
+    norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
+    normal_BTD = rms_norm(hidden_BTD, norm.weight, norm.variance_epsilon)
+    num_batch, num_tok = hidden_BTD.shape[:2]
+    q, k, v = (
+        project(normal_BTD).view(num_batch * num_tok, -1, attention.head_dim)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = _head_norm(q, attention, "q_norm"), _head_norm(k, attention, "k_norm")
+    # [1, T, d] where all rows of a batch have the same positions
+    cos, sin = (x.expand(num_batch, -1, -1).reshape(num_batch * num_tok, -1) for x in cos_sin)
+    q, k = rotary(q, k, cos, sin)
+    q_BHTd, k_BKTd, v_BKTd = (x.view(num_batch, num_tok, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    out_BTHd = attend(attention.layer_idx, q_BHTd, k_BKTd, v_BKTd, attention.scaling)
+    out_BTD = attention.o_proj(out_BTHd.reshape(num_batch, num_tok, -1))
+    norm = layer.post_attention_layernorm
+    normal_BTD, hidden_BTD = add_rms_norm(out_BTD, hidden_BTD, norm.weight, norm.variance_epsilon)
+    return hidden_BTD + mlp.down_proj(swiglu(mlp.gate_proj(normal_BTD), mlp.up_proj(normal_BTD)))
+
+
+def _head_norm(x_NHd: Tensor, attention: Any, name: str) -> Tensor:
+    norm: nn.Module | None = getattr(attention, name, None)
+    return x_NHd if norm is None else rms_norm(x_NHd, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+"""Root mean square norm (Zhang and Sennrich, arXiv 1910.07467), with the residual addition before it.
+
+    s = residual + x                            rounded to the dtype of x; s = x without a residual
+    y = weight * round(s / sqrt(mean(s^2) + eps))
+
+The mean is over the last dimension. Roundings are those of transformers' RMSNorm modules: the normalised value is
+rounded to the dtype of x before it is multiplied. Sums are float32 (float64 for float64).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from isomorph.kernels import backend
+from isomorph.kernels.types import stats_dtype
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TRITON_DIM = 16_384  # a row is kept in registers
+
+
+# -- reference: the specification
+def rms_norm_ref(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The specification of ``rms_norm``."""
+    wide = x.to(stats_dtype(x.dtype))
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight_D * normal.to(x.dtype)
+
+
+def add_rms_norm_ref(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The specification of ``add_rms_norm``."""
+    total = residual + x
+    return rms_norm_ref(total, weight_D, eps), total
+
+
+# -- Triton
+class _RMSNorm(torch.autograd.Function):
+    """Keeps s and one number for each row; everything else is computed again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, residual_ND: Tensor | None, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        from isomorph.kernels.gpu import layer
+
+        y_ND, total_ND, rstd_N = layer.rms_norm(x_ND, residual_ND, weight_D, eps)
+        ctx.save_for_backward(x_ND if total_ND is None else total_ND, weight_D, rstd_N)
+        ctx.has_residual = residual_ND is not None
+        return y_ND, total_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor, dtotal_ND: Tensor | None) -> tuple[Tensor | None, ...]:
+        from isomorph.kernels.gpu import layer
+
+        total_ND, weight_D, rstd_N = ctx.saved_tensors
+        dtotal_ND = None if dtotal_ND is None else dtotal_ND.contiguous()
+        dx_ND, dweight_D = layer.rms_norm_gradient(total_ND, weight_D, rstd_N, dy_ND.contiguous(), dtotal_ND)
+        return dx_ND, dx_ND if ctx.has_residual else None, dweight_D, None
+
+
+def takes_triton(x: Tensor, weight_D: Tensor) -> bool:
+    """Whether the Triton kernels are selected and support these operands; else the specification runs."""
+    return (
+        backend.choose("rms_norm", x.device) == "triton"
+        and x.dtype in TRITON_DTYPES
+        and weight_D.dtype == x.dtype
+        and x.shape[-1] <= MAX_TRITON_DIM
+    )
+
+
+def _check(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -> None:
+    if weight_D.ndim != 1 or x.ndim == 0 or x.shape[-1] != len(weight_D):
+        raise ValueError(
+            f"x must be [..., D] and weight [D] of one width, got {tuple(x.shape)} and {tuple(weight_D.shape)}"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
+            f"got {tuple(residual.shape)} {residual.dtype}"
+        )
+
+
+# -- public ops
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The norm of x [..., D] over its last dimension, times weight [D]; the dtype of x. Differentiable once.
+
+    Triton on CUDA for float32, bfloat16 and float16; a row's bits do not depend on the others. Elsewhere the
+    specification. Raises ValueError for widths that do not agree.
+    """
+    _check(x, weight_D)
+    if not takes_triton(x, weight_D):
+        return rms_norm_ref(x, weight_D, eps)
+    y_ND, _ = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight_D, eps)
+    return y_ND.view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of residual + x, and residual + x itself, both [..., D] in the dtype of x. Otherwise as ``rms_norm``."""
+    _check(x, weight_D, residual)
+    if not takes_triton(x, weight_D):
+        return add_rms_norm_ref(x, residual, weight_D, eps)
+    flat, flat_residual = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, residual))
+    y_ND, total_ND = _RMSNorm.apply(flat, flat_residual, weight_D, eps)
+    return y_ND.view(x.shape), total_ND.view(x.shape)

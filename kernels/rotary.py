@@ -1,0 +1,71 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) of queries and keys, in the half-split form of Llama.
+
+    out[:d/2] = x[:d/2] cos[:d/2] - x[d/2:] sin[:d/2]
+    out[d/2:] = x[d/2:] cos[d/2:] + x[:d/2] sin[d/2:]
+
+cos and sin of a token are the same for all of its heads, and constants: they get no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from isomorph.kernels import backend
+from isomorph.kernels.strides import unit_stride
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# -- reference: the specification
+def rotary_ref(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tuple[Tensor, Tensor]:
+    """The specification of ``rotary``. Each product is rounded to the dtype, as in transformers' models."""
+    return _rotated(q_NHd, cos_Nd, sin_Nd), _rotated(k_NKd, cos_Nd, sin_Nd)
+
+
+def _rotated(x_NHd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> Tensor:
+    first, second = x_NHd.chunk(2, -1)
+    return x_NHd * cos_Nd[:, None] + torch.cat((-second, first), -1) * sin_Nd[:, None]
+
+
+# -- Triton
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tuple[Tensor, Tensor]:
+        from isomorph.kernels.gpu import layer
+
+        ctx.save_for_backward(cos_Nd, sin_Nd)
+        return layer.rotary(q_NHd, k_NKd, cos_Nd, sin_Nd, transposed=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_NHd: Tensor, dk_NKd: Tensor) -> tuple[Tensor | None, ...]:
+        from isomorph.kernels.gpu import layer
+
+        cos_Nd, sin_Nd = ctx.saved_tensors
+        grads = (unit_stride(dq_NHd), unit_stride(dk_NKd))
+        return (*layer.rotary(*grads, cos_Nd, sin_Nd, transposed=True), None, None)
+
+
+# -- public op
+def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated queries [N, H, d] and keys [N, K, d] of N tokens; cos and sin [N, d]. Differentiable once in q and k.
+
+    One dtype, d even. Triton on CUDA for float32, bfloat16 and float16, rounded once; elsewhere the specification.
+    Raises ValueError for shapes or dtypes that do not agree.
+    """
+    num, dim = cos_Nd.shape
+    for name, x in (("q", q_NHd), ("k", k_NKd)):
+        if x.ndim != 3 or x.shape[0] != num or x.shape[2] != dim or x.dtype != cos_Nd.dtype:
+            raise ValueError(
+                f"{name} must be [{num}, heads, {dim}] of {cos_Nd.dtype}, as cos, got {tuple(x.shape)} {x.dtype}"
+            )
+    if sin_Nd.shape != cos_Nd.shape or sin_Nd.dtype != cos_Nd.dtype or dim % 2:
+        raise ValueError(
+            f"cos and sin must be [N, d] of one dtype, d even, got {tuple(cos_Nd.shape)} {cos_Nd.dtype} and "
+            f"{tuple(sin_Nd.shape)} {sin_Nd.dtype}"
+        )
+    if backend.choose("rotary", q_NHd.device) != "triton" or cos_Nd.dtype not in TRITON_DTYPES:
+        return rotary_ref(q_NHd, k_NKd, cos_Nd, sin_Nd)
+    return _Rotary.apply(unit_stride(q_NHd), unit_stride(k_NKd), cos_Nd.contiguous(), sin_Nd.contiguous())
