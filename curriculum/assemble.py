@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from isomorph.curriculum.environment import describe_run, fallbacks
+from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
 from isomorph.curriculum.inputs import changed_files, describe_files, located
 from isomorph.curriculum.recipe import Recipe
@@ -70,7 +71,10 @@ def run_recipe(
     with contextlib.ExitStack() as stack:
         with log.time("load"):
             before_gib, _ = process_memory_gib()
-            components, state = stack.enter_context(_open_components(recipe, log, stop_requested, ranks, resume=resume))
+            environments = stack.enter_context(Environments(recipe, log=log.folder / "environments.log", say=log.say))
+            components, state = stack.enter_context(
+                _open_components(recipe, log, stop_requested, ranks, environments, resume=resume)
+            )
             if changes and ranks.is_first:
                 _record_changes(recipe, changes, log, state.step)
             assert isinstance(components.source, Curriculum)
@@ -103,14 +107,21 @@ def run_recipe(
 
 @contextlib.contextmanager
 def _open_components(
-    recipe: Recipe, log: RunLog, stop_requested: Callable[[], bool], ranks: Ranks, *, resume: bool
+    recipe: Recipe,
+    log: RunLog,
+    stop_requested: Callable[[], bool],
+    ranks: Ranks,
+    environments: Environments,
+    *,
+    resume: bool,
 ) -> Iterator[tuple[Components, RunState]]:
     """The components of a run and the state that it begins or resumes with; closes sampler and reward workers."""
     policy = open_policy(recipe)
     _refuse_long_responses(recipe, policy.max_model_len)
     log.telemetry = Telemetry(*find_gpu(policy.device))
     state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
-    curriculum = Curriculum(recipe, policy.text, policy.max_model_len)
+    environments.load(policy.text)
+    curriculum = Curriculum(recipe, policy.text, policy.max_model_len, environments)
     for source in curriculum.sources.values():
         for sentence in source.left_out:
             log.say(f"warning: {sentence}")
@@ -149,6 +160,7 @@ def _open_components(
             stop_requested=stop_requested,
             ranks=ranks,
             finds_answer=finds_answer,
+            dialogue=environments.dialogue(),
         )
         yield components, state
 
@@ -303,6 +315,7 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
         "rows": {name: source.summary() for name, source in components.source.sources.items()},
         "best": best and {**best, "folder": str(components.log.folder / BEST)},
         "judge": count_failures(components.judge, components.ranks),
+        "environments": count_environments(components.source.environments, components.ranks),
         "memory_growth_alarms": components.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(components.policy.weights()),
     }
@@ -313,6 +326,14 @@ def count_failures(pool: RewardPool, ranks: Ranks) -> dict[str, int]:
     own = {"timeouts": pool.num_timeouts, "crashes": pool.num_crashes, "errors": pool.num_errors}
     counted = ranks.gather(own)
     return {name: sum(counts[name] for counts in counted) for name in own}
+
+
+def count_environments(environments: Environments | None, ranks: Ranks) -> dict[str, int]:
+    """``Environments.counts`` over all ranks; of a resumed run since it resumed. {}: no data has an environment."""
+    if environments is None or not environments.tables:
+        return {}
+    counted = ranks.gather(environments.counts())
+    return {name: sum(counts[name] for counts in counted) for name in counted[0]}
 
 
 def _status(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.recipe import JsonlData, Recipe
 from isomorph.curriculum.rewards.spec import RewardTable
@@ -50,6 +51,8 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
         if isinstance(data, RewardTable):
             files = [entry.function.rpartition(":")[0] for entry in data.rewards if entry.is_file]
             found |= {f"data.{name}.rewards/{Path(file).name}": Path(file) for file in files}
+        if isinstance(data, EnvironmentTable):
+            found |= {f"data.{name}.environment/{file.name}": file for file in data.files_of_code()}
         if isinstance(data, JsonlData):
             found |= {f"data.{name}.files.{form}": Path(path) for form, path in data.files.items()}
     if recipe.model.path is not None:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.evaluation import evaluation_keys, evaluation_tasks, sequential_baseline
 from isomorph.curriculum.evaluation_results import results_by_key, results_record, row_keys, row_values
 from isomorph.curriculum.evaluation_spec import START, label_of
@@ -25,15 +26,25 @@ from isomorph.engine.types import Answers, EvaluationRecord, EvaluationRequest, 
 class Curriculum:
     """The stages in order; ``text`` tokenises their questions."""
 
-    def __init__(self, recipe: Recipe, text: TextCodec, max_model_len: int | None = None) -> None:
-        """``max_model_len``: the model's positions; None: lengths are not checked.
+    def __init__(
+        self,
+        recipe: Recipe,
+        text: TextCodec,
+        max_model_len: int | None = None,
+        environments: Environments | None = None,
+    ) -> None:
+        """``max_model_len``: the model's positions; None: lengths are not checked. ``environments``: of the recipe,
+        loaded; None: prompts are the rows' own.
 
         Raises UserError where generated questions do not fit, or no row of a file does; other rows are left out.
         """
         self.recipe = recipe
         self.text = text
         limits = None if max_model_len is None else LengthLimits(recipe=recipe, text=text, max_model_len=max_model_len)
+        self.environments, self.limits = environments, limits
         self.sources = open_sources(recipe, text, limits)
+        if environments is not None:
+            environments.start()
         self.stage_index = 0
         self.steps_done = 0  # of the present stage
         self.next_prompt_id = 0
@@ -214,7 +225,18 @@ class Curriculum:
         rng = random.Random(f"{self.recipe.run.seed}:{prompt_id}")
         mixture = self._present().mixture
         part = rng.choices(mixture, [p.weight for p in mixture])[0]
-        return as_prompt(prompt_id, self._task(part, rng), self.text)
+        while True:
+            task = self._begun(self._task(part, rng))
+            if task is not None:
+                return as_prompt(prompt_id, task, self.text)
+
+    def _begun(self, task: Task, *, is_evaluation: bool = False) -> Task | None:
+        """``task`` as its environment begins it; None where that fails, or makes too long a prompt."""
+        begun = task if self.environments is None else self.environments.begun(task)
+        if begun is task or begun is None or self.limits is None:
+            return begun
+        of = self.limits.misfit_of_evaluation if is_evaluation else self.limits.misfit_of_training
+        return None if of(task.data, task.representation)(begun) else begun
 
     def _task(self, part: Ingredient, rng: random.Random) -> Task:
         data = self.recipe.data[part.data]
@@ -245,9 +267,11 @@ class Curriculum:
         ``representation`` of such a prompt is what its result is listed under.
         """
         if self._evaluation_prompts is None:
+            begun = [(key, self._begun(task, is_evaluation=True)) for key, task in self._evaluation_tasks()]
             self._evaluation_prompts = tuple(
                 dataclasses.replace(as_prompt(-1 - i, task, self.text), representation=key)
-                for i, (key, task) in enumerate(self._evaluation_tasks())
+                for i, (key, task) in enumerate(begun)
+                if task is not None
             )
         return self._evaluation_prompts
 

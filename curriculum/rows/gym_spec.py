@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.rewards.spec import RewardEntry, RewardTable
 from isomorph.curriculum.rows.spec import ROWS, located_rewards
 
@@ -12,7 +13,7 @@ SCORER = RewardEntry(function="isomorph.curriculum.rows.gym:Scorer", name="reaso
 PROMPT = "{question}\nGive the final answer between <answer> and </answer>."
 
 
-class ReasoningGymData(RewardTable):
+class ReasoningGymData(RewardTable, EnvironmentTable):
     """Tasks of reasoning-gym by name; a name is the representation of its tasks. No question is in both splits."""
 
     kind: Literal["reasoning_gym"]
@@ -33,7 +34,7 @@ class ReasoningGymData(RewardTable):
 
     def located(self, folder: Path) -> dict[str, Any]:
         """The keys that name files, as absolute paths; ``folder``: of the recipe."""
-        return {"rewards": located_rewards(self.rewards, folder)}
+        return {"rewards": located_rewards(self.rewards, folder), **self.located_code(folder)}
 
     @field_validator("tasks")
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.rewards.spec import RewardEntry, RewardTable
 from isomorph.engine.effect import KeyPath
@@ -25,7 +26,7 @@ def located_rewards(rewards: Iterable[RewardEntry], folder: Path) -> list[dict[s
     return found
 
 
-class RowsData(RewardTable):
+class RowsData(RewardTable, EnvironmentTable):
     """Rows of a file, a folder or a dataset of the hub.
 
     A column is named by its name, what lies inside one by a dotted name (``reward_model.ground_truth``). A text with
@@ -81,7 +82,7 @@ class RowsData(RewardTable):
         """The keys that name files, as absolute paths; ``folder``: of the recipe."""
         found = {key: getattr(self, key) for key in ("path", "eval_path", "chat_template")}
         paths = {k: v if v is None or v.startswith(HUB) else resolve(v, folder) for k, v in found.items()}
-        return {**paths, "rewards": located_rewards(self.rewards, folder)}
+        return {**paths, "rewards": located_rewards(self.rewards, folder), **self.located_code(folder)}
 
     @model_validator(mode="after")
     def _one_source_of_evaluation(self) -> "RowsData":

@@ -57,6 +57,8 @@ class TextCodec:
         self.stop_ids = tuple(stop_ids)
         self.notes: tuple[str, ...] = ()  # what ``open_text`` repaired, one sentence each
         self.formats: dict[str, ChatFormat] = {}
+        # JSON schemas of the tools that a source's chats tell the model of, by the name of the source
+        self.tools: dict[str, list[dict[str, Any]]] = {}
         self._tag_ids = frozenset(tag_ids)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special.update(tokenizer.all_special_ids)
@@ -87,11 +89,20 @@ class TextCodec:
                     chat_template=known.template,
                     add_generation_prompt=True,
                     return_dict=False,
-                    **known.arguments,
+                    **self.chat_arguments(format),
                 )
             else:
                 ids = self.tokenizer(said)["input_ids"]
         return self._known(_without_extra_ends(ids, self.tokenizer, is_chat), said)
+
+    def chat_arguments(self, name: str) -> dict[str, Any]:
+        """What the chats of the source ``name`` are rendered with, its tools included."""
+        tools = {"tools": self.tools[name]} if self.tools.get(name) else {}
+        return {**self.formats.get(name, ChatFormat()).arguments, **tools}
+
+    def known_ids(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
+        """``ids``, which are those of ``text``. Raises UserError if a token has no row in the embedding."""
+        return self._known(ids, text)
 
     def add_format(self, name: str, format: ChatFormat) -> None:
         """Makes ``format`` known as ``name``, after a chat was rendered with it.

@@ -1,0 +1,212 @@
+"""What runs in a worker process: environments and tools of the user's, one object for each open rollout.
+
+An ``Outcome`` never raises: what the user's code raises becomes a sentence that names its file and line. A call that is
+not over at its deadline is interrupted by a signal, which ends Python code and system calls; the pool kills a worker
+that does not react, and with it the other environments in it, which are then rebuilt from what was said so far.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from isomorph.curriculum.environments.calls import CallFormat, called
+from isomorph.curriculum.environments.done import Done, Message
+from isomorph.curriculum.rewards.worker import DeadlineAlarm, load
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentSpec:
+    """What a worker needs to make an environment; paths are absolute."""
+
+    environment: str | None
+    tools: tuple[str, ...]
+    arguments: dict[str, Any] = field(hash=False)
+    deadline_s: float
+    calls: CallFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of a call: exactly one of the fields is set, or ``is_lost``."""
+
+    messages: tuple[Message, ...] = ()
+    done: Done | None = None
+    failed: str = ""  # what went wrong, with file and line
+    is_late: bool = False  # with ``failed``: the deadline was over
+    is_crash: bool = False  # with ``failed``: the worker has died
+    is_lost: bool = False  # this worker does not hold the environment: it has to be built again
+
+
+@dataclass(slots=True)
+class _Open:
+    environment: Any  # None: tools alone
+    num_steps: int = 0
+
+
+_open: dict[int, _Open] = {}
+
+
+def reset(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> Outcome:
+    """The messages that a rollout on ``row`` begins with; nothing stays open."""
+    return _guarded(spec.deadline_s, lambda: Outcome(messages=_begin(spec, row, seed)[1]))
+
+
+def step(
+    spec: EnvironmentSpec,
+    key: int,
+    row: dict[str, Any],
+    seed: int,
+    first: tuple[Message, ...],
+    said: tuple[str, ...],
+    is_new: bool,
+) -> Outcome:
+    """The environment's answer to ``said[-1]``; ``said`` are all turns of the model in rollout ``key``.
+
+    ``first``: the messages of its prompt, the last of which are the environment's; () where it does not make them.
+    ``is_new``: builds the environment, and says all earlier turns to it again, which are not timed one by one.
+    """
+    if key not in _open and not is_new:
+        return Outcome(is_lost=True)
+
+    def run() -> Outcome:
+        if key not in _open:
+            environment, messages = _begin(spec, row, seed)
+            if messages and messages != first[-len(messages) :]:
+                raise ValueError(
+                    "reset must return the same messages for all rollouts of a prompt, got other ones for the same "
+                    "row and seed: draw random numbers from its argument seed"
+                )
+            state = _Open(environment)
+            for text in said[:-1]:
+                _answer(spec, state, text, seed)
+            _open[key] = state
+        return _answer(spec, _open[key], said[-1], seed)
+
+    outcome = _guarded(spec.deadline_s * (len(said) if is_new else 1), run)
+    if outcome.failed or outcome.done is not None:
+        close(key)
+    return outcome
+
+
+def close(key: int) -> None:
+    """Forgets the environment of rollout ``key``; calls its ``close`` where it has one."""
+    state = _open.pop(key, None)
+    if state is not None and hasattr(state.environment, "close"):
+        _guarded(1.0, lambda: state.environment.close() or Outcome())
+
+
+def describe(spec: EnvironmentSpec) -> tuple[str, list[dict[str, Any]]]:
+    """("", the JSON schemas of the tools that the model is told of), or (what is wrong with one of them, [])."""
+    schemas: list[dict[str, Any]] = []
+
+    def run() -> Outcome:
+        if spec.environment is not None:
+            made = located_object(spec.environment)
+            for name in ("reset", "step"):
+                if inspect.isclass(made) and not callable(getattr(made, name, None)):
+                    raise TypeError(f"an environment has reset(row) and step(text): {spec.environment} has no {name}")
+        tools = [located_object(tool) for tool in spec.tools]
+        if spec.calls.is_json:
+            from isomorph.engine.model.tool_schema import tool_schema  # it takes seconds to import
+
+            schemas.extend(map(tool_schema, tools))
+        return Outcome()
+
+    outcome = _guarded(max(60.0, spec.deadline_s), run)  # imports may take longer than any call
+    return outcome.failed, schemas
+
+
+located_object = functools.cache(load)
+
+
+def _guarded(deadline_s: float, run: Any) -> Outcome:
+    try:
+        with _limited(deadline_s):
+            found: Outcome = run()
+            return found
+    except DeadlineAlarm as error:
+        return Outcome(failed=f"not over after {deadline_s:g} s{_place(error)}", is_late=True)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is the rollout's end, and counted
+        return Outcome(failed=f"{type(error).__name__}: {error}{_place(error)}")
+
+
+@contextlib.contextmanager
+def _limited(deadline_s: float) -> Iterator[None]:
+    signal.setitimer(signal.ITIMER_REAL, deadline_s, 0.1)  # again, where a "finally" or a bare "except" went on
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's files ``error`` was raised, as " (file:line)"; "" where it was in none of them."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _begin(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> tuple[Any, tuple[Message, ...]]:
+    _seed(f"{seed}")
+    if spec.environment is None:
+        return None, ()
+    environment = located_object(spec.environment)(**spec.arguments)
+    takes_seed = "seed" in inspect.signature(environment.reset).parameters
+    said = environment.reset(row, seed=seed) if takes_seed else environment.reset(row)
+    return environment, () if said is None else _messages(said, "reset")
+
+
+def _answer(spec: EnvironmentSpec, state: _Open, text: str, seed: int) -> Outcome:
+    _seed(f"{seed}:{state.num_steps}")
+    state.num_steps += 1
+    tools = {tool.rpartition(":")[2]: located_object(tool) for tool in spec.tools}
+    if tools and (results := called(spec.calls, text, tools)):
+        return Outcome(messages=tuple(results))
+    if state.environment is None:
+        return Outcome(done=Done())
+    said = state.environment.step(text)
+    if isinstance(said, Done):
+        return Outcome(done=Done(_reward(said.reward)))
+    return Outcome(messages=_messages(said, "step"))
+
+
+def _reward(reward: Any) -> float | None:
+    if reward is None:
+        return None
+    if isinstance(reward, str) or not math.isfinite(float(reward)):
+        raise ValueError(f"the reward in Done must be a finite number or None, got {reward!r}")
+    return float(reward)
+
+
+def _messages(said: Any, function: str) -> tuple[Message, ...]:
+    """What ``reset`` or ``step`` returned, as messages. Raises TypeError or ValueError for anything else."""
+    if isinstance(said, str):
+        said = [{"role": "user", "content": said}]
+    what = 'messages such as [{"role": "user", "content": "..."}] or a text' + (
+        " or Done" if function == "step" else ""
+    )
+    if not isinstance(said, (list, tuple)) or not all(isinstance(m, dict) for m in said):
+        raise TypeError(f"{function} must return {what}, got {said!r:.200}")
+    for m in said:
+        if not (isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise TypeError(f"{function} must return {what}, got the message {m!r:.200}")
+        if function == "step" and m["role"] == "assistant":
+            raise ValueError("step must not return a message of the assistant, which is the model's")
+    if not said or not any(m["content"].strip() for m in said):
+        raise ValueError(f"{function} must return {what}, got nothing to say")
+    return tuple(said)
+
+
+def _seed(seed: str) -> None:
+    """Global random numbers become a function of the prompt and the number of the turn."""
+    rng = random.Random(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(rng.getrandbits(32))
