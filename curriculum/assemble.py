@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from rich.console import Console
 from isomorph.curriculum.environment import describe_run, fallbacks
 from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
-from isomorph.curriculum.inputs import changed_files, describe_files, located
+from isomorph.curriculum.inputs import changed_files, changed_rewards, describe_files, located
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import Changes
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
+from isomorph.curriculum.rewards.signature import Progress
 from isomorph.curriculum.rewards.spec import RewardTable
+from isomorph.curriculum.rewards.table_judge import TableJudge, rewarded_sources
+from isomorph.curriculum.rows.spec import ROWS
 from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import Task
@@ -64,7 +68,7 @@ def run_recipe(
         torch.set_num_threads(recipe.run.threads)
     check_sinks(recipe.log)
     if resume:
-        ranks.from_first(lambda: _refuse_changed_files(recipe, folder))
+        ranks.from_first(lambda: _refuse_changed_files(recipe, folder, partial(console.print, highlight=False)))
     else:
         recipe = located(recipe)
     log = (RunLog if ranks.is_first else QuietLog)(folder, console, every=recipe.log.every)
@@ -127,7 +131,11 @@ def _open_components(
             log.say(f"warning: {sentence}")
     if resume:
         curriculum.load_state_dict(state.source)
-    with open_sampler(recipe, policy) as sampler, RewardPool() as reward_pool:
+    with (
+        open_sampler(recipe, policy) as sampler,
+        RewardPool() as pool,
+        _open_judge(recipe, curriculum, pool, log) as judge,
+    ):
         # after the sampler, which may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             shard(policy)
@@ -137,15 +145,9 @@ def _open_components(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume and ranks.is_first:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
-        _start_workers(recipe, reward_pool)
-        if short := short_of_disk(recipe, policy, log.folder):
-            log.say(f"warning: {short}")
-        for short in short_of_memory(recipe, policy, ranks.size):
-            log.say(f"warning: {short}")
-        for note in policy.notes:
-            log.say(f"note: {note}")
-        for fallback in fallbacks(policy):
-            log.say(f"warning: {fallback}")
+        _start_workers(recipe, pool)
+        judge.start()
+        _say_what_to_know(recipe, policy, log, ranks)
         components = Components(
             policy=policy,
             sampler=sampler,
@@ -153,16 +155,28 @@ def _open_components(
                 policy.text, curriculum.demonstrate, max_model_len=policy.max_model_len
             ),
             source=curriculum,
-            judge=reward_pool,
+            judge=judge,
             learner=learner,
             log=log,
             config=recipe.run,
             stop_requested=stop_requested,
             ranks=ranks,
-            finds_answer=finds_answer,
+            finds_answer=finds_answer if len(judge.sources) < len(recipe.data) else None,
             dialogue=environments.dialogue(),
         )
         yield components, state
+
+
+def _say_what_to_know(recipe: Recipe, policy: Policy, log: RunLog, ranks: Ranks) -> None:
+    """Prints what is short, what was mended and what runs slower than it could."""
+    if short := short_of_disk(recipe, policy, log.folder):
+        log.say(f"warning: {short}")
+    for short in short_of_memory(recipe, policy, ranks.size):
+        log.say(f"warning: {short}")
+    for note in policy.notes:
+        log.say(f"note: {note}")
+    for fallback in fallbacks(policy):
+        log.say(f"warning: {fallback}")
 
 
 def _record_changes(recipe: Recipe, changes: Changes, log: RunLog, step: int) -> None:
@@ -177,7 +191,7 @@ def _record_changes(recipe: Recipe, changes: Changes, log: RunLog, step: int) ->
         log.say(f"changed: {key} was {before}, is {after} from here on")
 
 
-def _refuse_changed_files(recipe: Recipe, folder: Path) -> None:
+def _refuse_changed_files(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
     """Raises UserError where a data file changed: rows would come in another order, held-out ones into training."""
     recorded = read_run_json(folder).get("files", {})  # runs of older versions have none
     if changed := changed_files(recorded, recipe):
@@ -185,12 +199,14 @@ def _refuse_changed_files(recipe: Recipe, folder: Path) -> None:
             f"{'; '.join(changed)}: the run cannot be resumed with other questions; restore the files, or start a new "
             "run"
         )
+    for sentence in changed_rewards(recorded, recipe):
+        say(f"warning: {sentence}")
 
 
 def finds_answer(prompt: Prompt, text: str) -> bool:
     """Whether ``text`` states an answer."""
     task: Task = prompt.payload
-    return answer_found(task.family, text)
+    return task.family == ROWS or answer_found(task.family, text)  # what an answer to a row is, its rewards know
 
 
 def _refuse_long_responses(recipe: Recipe, max_model_len: int) -> None:
@@ -251,15 +267,27 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
 
 def _start_workers(recipe: Recipe, pool: RewardPool) -> None:
     """Starts reward workers before the first response comes. Raises UserError where a package is missing."""
-    for name, data in recipe.data.items():
-        if isinstance(data, RewardTable):
-            raise UserError(f"data.{name}: rows cannot be scored yet")
     known = [data for data in recipe.data.values() if not isinstance(data, RewardTable)]
     for family, reward in sorted({(data.family, data.reward) for data in known}):
         try:
             pool.start_worker(family, reward)
         except ImportError as error:
             raise UserError(str(error)) from error
+
+
+def _open_judge(recipe: Recipe, curriculum: Curriculum, pool: RewardPool, log: RunLog) -> TableJudge:
+    """The reward function of a run; what users' functions print goes to rewards.log."""
+    total = sum(stage.steps for stage in recipe.stage)
+    columns = {name: source.columns for name, source in curriculum.sources.items()}
+    return TableJudge(
+        rewarded_sources(recipe.data, columns),
+        pool,
+        log=log.folder / "rewards.log",
+        say=log.say,
+        seed=recipe.run.seed,
+        max_new_tok=lambda: (curriculum.stage() or recipe.stage[-1]).sampling.max_new_tok,
+        progress=lambda: Progress(step=curriculum.total_steps(), max_steps=total),
+    )
 
 
 def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
@@ -294,7 +322,7 @@ def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
 
 
 def _summary(components: Components, state: RunState) -> dict[str, Any]:
-    assert isinstance(components.source, Curriculum) and isinstance(components.judge, RewardPool)
+    assert isinstance(components.source, Curriculum) and isinstance(components.judge, TableJudge)
     accuracy = components.source.accuracy()
     best = read_best(components.log.folder) if components.source.recipe.eval.keep_best else None
     return {
@@ -321,11 +349,17 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
     }
 
 
-def count_failures(pool: RewardPool, ranks: Ranks) -> dict[str, int]:
-    """Responses with a reward of 0.0 because scoring them failed, over all ranks; of a resumed run since it resumed."""
+def count_failures(judge: TableJudge, ranks: Ranks) -> dict[str, int]:
+    """Responses with a reward of 0.0 because scoring them failed, over all ranks; of a resumed run since it resumed.
+
+    Those of a [data.NAME]'s rewards by name and kind, as ``right/deadline``.
+    """
+    pool = judge.pool
     own = {"timeouts": pool.num_timeouts, "crashes": pool.num_crashes, "errors": pool.num_errors}
+    own |= {f"{name}/{kind}": num for name, kinds in judge.counts.by_name.items() for kind, num in kinds.items()}
     counted = ranks.gather(own)
-    return {name: sum(counts[name] for counts in counted) for name in own}
+    names = dict.fromkeys(name for counts in counted for name in counts)
+    return {name: sum(counts.get(name, 0) for counts in counted) for name in names}
 
 
 def count_environments(environments: Environments | None, ranks: Ranks) -> dict[str, int]:

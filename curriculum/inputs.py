@@ -25,6 +25,8 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 
+REWARDS = ".rewards/"  # in the place of a file of reward functions
+
 
 def located(recipe: Recipe) -> Recipe:
     """``recipe`` with absolute paths: those of its data, and of a model that is not a hub name.
@@ -50,7 +52,7 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
             found |= {f"data.{name}.{place}": file for place, file in _files_of_rows(data).items()}
         if isinstance(data, RewardTable):
             files = [entry.function.rpartition(":")[0] for entry in data.rewards if entry.is_file]
-            found |= {f"data.{name}.rewards/{Path(file).name}": Path(file) for file in files}
+            found |= {f"data.{name}{REWARDS}{Path(file).name}": Path(file) for file in files}
         if isinstance(data, EnvironmentTable):
             found |= {f"data.{name}.environment/{file.name}": file for file in data.files_of_code()}
         if isinstance(data, JsonlData):
@@ -81,6 +83,8 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> 
     """A sentence for each file whose content differs from what ``describe_files`` recorded when the run began."""
     found, sentences = input_files(recipe), []
     for place in sorted({*recorded, *(found if recorded else ())}):
+        if REWARDS in place:
+            continue
         if place not in recorded:
             sentences.append(f"{found[place]} did not exist when the run began")
         elif place not in found or not found[place].is_file():
@@ -88,6 +92,16 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> 
         elif _sha256(found[place]) != recorded[place]["sha256"]:
             sentences.append(f"{found[place]} has changed since the run began")
     return sentences
+
+
+def changed_rewards(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> list[str]:
+    """A sentence for each file of reward functions that differs from what the run began with: it may be mended."""
+    found = {place: path for place, path in input_files(recipe).items() if REWARDS in place}
+    return [
+        f"{path} has changed since the run began: rewards are not those of the steps before"
+        for place, path in sorted(found.items())
+        if place in recorded and _sha256(path) != recorded[place]["sha256"]
+    ]
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 from isomorph.curriculum.evaluation_spec import START, EvalConfig, EvalSet, step_of
 from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
+from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.tasks.async_plan import (
@@ -240,11 +241,18 @@ class Recipe(EngineConfig):
         for stage in self.stage:
             for part in stage.mixture:
                 self._check_source(part.data, part.representation, f"stage {stage.name!r}")
+                data = self.data[part.data]
+                if isinstance(data, RewardTable) and not stage.objective.is_supervised:
+                    data.refuse_unrewarded(part.data, f"stage {stage.name!r}")
+                    data.refuse_objective(stage.objective)
                 if part.representation in HELD_OUT:
                     raise ValueError(f"stage {stage.name!r}: {part.representation!r} is for evaluation only")
         for one in self.eval.all_sets:
             for representation in one.representations or (None,):
                 self._check_source(one.data, representation, "eval")
+            data = self.data[one.data]
+            if isinstance(data, RewardTable):
+                data.refuse_unrewarded(one.data, "[eval]")
         return self
 
     def _check_source(self, data: str, representation: str | None, where: str) -> None:

@@ -67,6 +67,10 @@ class Curriculum:
     def stage_step(self) -> int:
         return self.steps_done
 
+    def total_steps(self) -> int:
+        """Completed steps of all stages."""
+        return self.steps_done + sum(done["steps"] for done in self.finished)
+
     def take(self, num_prompts: int) -> list[Prompt]:
         return [self._next_prompt() for _ in range(num_prompts)]
 

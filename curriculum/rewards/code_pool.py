@@ -5,7 +5,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from isomorph.curriculum.rewards.signature import GroupInput, Progress
 from isomorph.curriculum.rewards.spawn import CleanSpawnContext
-from isomorph.curriculum.rewards.worker import Call, Fault, Found, Place, Result, describe, prepare, run_job
+from isomorph.curriculum.rewards.worker import Call, Fault, Found, Place, Result, describe, do_nothing, prepare, run_job
 
 IMPORT_S = 120.0  # of one file or package, once in each worker
 MAX_GROUPS_PER_JOB = 32
@@ -45,15 +45,23 @@ class CodePool:
         self._lock = threading.Lock()
 
     def describe(self, columns: Sequence[frozenset[str]]) -> list[Found | Fault]:
-        """What each function is, or why it cannot be used. ``columns``: of the rows that it is for."""
-        limit_s = IMPORT_S * (len(self.places) + 1)
-        try:
-            found: list[Found | Fault] = self._workers().schedule(describe, args=(columns,)).result(timeout=limit_s)
-            return found
-        except (DeadlineExceeded, ProcessExpired, BrokenProcessPool) as error:
-            self.close()
-            why = f"within {limit_s:g} s" if isinstance(error, DeadlineExceeded) else "without ending the process"
-            return [Fault("error", f"{place.function}: it must be imported {why}") for place in self.places]
+        """What each function is, or why it cannot be used; then starts the workers that call them.
+
+        ``columns``: of the rows that each is for. Each is imported in a process that may end or be killed by that.
+        """
+        found: list[Found | Fault] = []
+        with _pool((), self.log, 1) as trying:
+            for place, known in zip(self.places, columns, strict=True):
+                future = trying.schedule(describe, args=(place, known, IMPORT_S), timeout=IMPORT_S + 5)
+                try:
+                    found.append(future.result())
+                except DeadlineExceeded:
+                    found.append(Fault("deadline", f"{place.function}: must be imported within {IMPORT_S:g} s"))
+                except ProcessExpired:
+                    found.append(Fault("error", f"{place.function}: must be imported without ending its process"))
+        if not any(isinstance(told, Fault) for told in found):
+            self._workers().schedule(do_nothing)
+        return found
 
     def run(
         self, groups: Sequence[GroupInput], calls: Sequence[Call], progress: Progress, deadline_s: float
@@ -115,19 +123,26 @@ class CodePool:
     def _workers(self) -> ProcessPool:
         with self._lock:
             if self._pool is None:
-                log = None if self.log is None else str(self.log)
-                self._pool = ProcessPool(
-                    max_workers=self.max_workers,
-                    initializer=prepare,
-                    initargs=(self.places, log, _worker_bytes(self.max_workers), IMPORT_S),
-                    context=CleanSpawnContext(),
-                )
+                self._pool = _new_pool(self.places, self.log, self.max_workers)
             return self._pool
+
+
+def _new_pool(places: tuple[Place, ...], log: Path | None, max_workers: int) -> ProcessPool:
+    arguments = (places, None if log is None else str(log), _worker_bytes(max_workers), IMPORT_S)
+    return ProcessPool(max_workers=max_workers, initializer=prepare, initargs=arguments, context=CleanSpawnContext())
+
+
+@contextlib.contextmanager
+def _pool(places: tuple[Place, ...], log: Path | None, max_workers: int) -> Iterator[ProcessPool]:
+    pool = _new_pool(places, log, max_workers)
+    try:
+        yield pool
+    finally:
+        pool.stop()
+        pool.join()
 
 
 def _worker_bytes(num_workers: int) -> int:
     """How much memory a worker may allocate: half of the machine's, shared by the workers."""
-    with contextlib.suppress(OSError, ValueError):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return max(MIN_WORKER_BYTES, total // (2 * num_workers))
-    return MIN_WORKER_BYTES
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(MIN_WORKER_BYTES, total // (2 * num_workers))

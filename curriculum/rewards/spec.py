@@ -101,6 +101,14 @@ class RewardTable(Section):
                 )
         return self
 
+    def refuse_unrewarded(self, name: str, where: str) -> None:
+        """Raises ValueError where responses to this table, [data.``name``], would have no reward at all."""
+        if not self.rewards and getattr(self, "environment", None) is None:
+            raise ValueError(
+                f'{where} needs rewards for data {name!r}: rewards = [{{ function = "rewards.py:right" }}] in '
+                f"[data.{name}], or one of {', '.join(BUILTINS)}"
+            )
+
     def refuse_objective(self, objective: ObjectiveConfig) -> None:
         """Raises ValueError where the rewards cannot be combined this way for ``objective``."""
         if self.combine != "normalized" or objective.is_supervised:

@@ -97,6 +97,7 @@ def prepare(places: Sequence[Place], log: str | None, max_bytes: int, import_s: 
     resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
     warnings.simplefilter("ignore")
     _PID[:] = [os.getpid()]
+    os._exit = _exit_as_failure  # type: ignore[assignment]
     os.register_at_fork(after_in_child=_die_with_parent)
     _redirect(log)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -148,12 +149,14 @@ def load(where: str) -> Any:
 
 
 # -- jobs
-def describe(columns: Sequence[frozenset[str]]) -> list[Found | Fault]:
-    """What the parent needs to know of each function. ``columns``: of the rows that it is for."""
-    return [
-        f if isinstance(f, Fault) else Found(f.is_for_group, f.is_async, f.wants_token_ids, f.missing(known))
-        for f, known in zip(_FUNCTIONS, columns, strict=True)
-    ]
+def describe(place: Place, columns: frozenset[str], import_s: float) -> Found | Fault:
+    """Imports a function; returns what the parent needs to know of it. ``columns``: of the rows that it is for."""
+    f = _loaded(place, import_s)
+    return f if isinstance(f, Fault) else Found(f.is_for_group, f.is_async, f.wants_token_ids, f.missing(columns))
+
+
+def do_nothing() -> None:
+    """Its answer says that the worker has started."""
 
 
 def run_job(
@@ -193,7 +196,7 @@ def called(
         return [Fault("error", _described(error, _file_of(function)))] * size
     finally:
         if deadline_s is not None and os.getpid() != _PID[0]:  # a process that the function has forked
-            os._exit(0)
+            _really_exit(0)
     return _results(function, value, size)
 
 
@@ -310,6 +313,14 @@ def _seed(seed: int) -> None:
         numpy.random.seed(seed % 2**32)
 
 
+_really_exit = os._exit
+
+
+def _exit_as_failure(status: int) -> None:
+    """A worker that ends with status 0 looks to the pool like one that has done its work, and its job never ends."""
+    _really_exit(status or (1 if os.getpid() == _PID[0] else 0))
+
+
 def _die_with_parent() -> None:
     """A process that a function forks ends with its worker."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -318,7 +329,7 @@ def _die_with_parent() -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_PERIOD_S)
-    os._exit(1)
+    _really_exit(1)
 
 
 def _redirect(log: str | None) -> None:

@@ -73,7 +73,7 @@ def _update(
     own, own_bins = trained[ranks.rank], bins[ranks.rank]
     batches = [pack_parts([own[i] for i in members], device) for members in own_bins]
     num_idle = max(map(len, bins)) - len(own_bins)
-    trained_of = [group.is_trained for group in groups]
+    trained_of = [_is_trained(group, objective) for group in groups]
     flat = [
         sum(not is_trained or _is_left_out(a, objective) for a, is_trained in zip(g.advantages, trained_G, strict=True))
         for g, trained_G in zip(groups, trained_of, strict=True)
@@ -108,7 +108,7 @@ def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first
     """
     parts: list[Part] = []
     free = -1  # tokens; -1 opens a part for the first response, even if that adds no token
-    responses = zip(group.rollouts, group.advantages, group.is_trained, strict=True)
+    responses = zip(group.rollouts, group.advantages, _is_trained(group, objective), strict=True)
     for response_id, (rollout, advantage, is_trained) in enumerate(responses, first_id):
         if min(len(group.prompt.token_ids), len(rollout.token_ids)) == 0:
             raise ValueError(f"prompt {group.prompt.prompt_id} and its responses must hold at least one token each")
@@ -129,6 +129,11 @@ def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first
         ids = (*last.response_ids, response_id)
         parts[-1] = Part(last.prompt, (*last.rollouts, rollout), (*last.advantages, advantage), ids)
     return parts
+
+
+def _is_trained(group: Group, objective: ObjectiveConfig) -> tuple[bool, ...]:
+    """Which responses may enter the loss: of demonstrations all, whatever their rewards."""
+    return (True,) * len(group.rollouts) if objective.is_supervised else group.is_trained
 
 
 def _rewards_with_mean(group: Group) -> tuple[float, ...]:

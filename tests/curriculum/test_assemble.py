@@ -18,6 +18,7 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import resumed_recipe
 from isomorph.curriculum.rewards.pool import RewardPool
+from isomorph.curriculum.rewards.table_judge import TableJudge
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.recipe_file import check_tables, load_recipe
@@ -61,11 +62,14 @@ def test_a_gpu_without_triton_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_could_not_be_judged_is_summed_over_the_ranks() -> None:
     class Two(Ranks):
         def gather(self, own: Any) -> list[Any]:
-            return [own, {"timeouts": 1, "crashes": 0, "errors": 4}]
+            return [own, {"timeouts": 1, "crashes": 0, "errors": 4, "right/deadline": 2, "short/nan": 1}]
 
     with RewardPool() as judges:
         judges.num_timeouts, judges.num_crashes = 2, 3
-        assert assemble.count_failures(judges, Two(0, 2)) == {"timeouts": 3, "crashes": 3, "errors": 4}
+        judge = TableJudge({}, judges)
+        judge.counts.add("right", "deadline")
+        found = assemble.count_failures(judge, Two(0, 2))
+    assert found == {"timeouts": 3, "crashes": 3, "errors": 4, "right/deadline": 3, "short/nan": 1}
 
 
 # -- a run of adapters

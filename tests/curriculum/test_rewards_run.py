@@ -1,0 +1,183 @@
+"""Whole runs of a tiny model over rows, rewarded by files of TRL's, verl's and our form."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from isomorph.curriculum.assemble import run_recipe
+from isomorph.curriculum.inputs import changed_rewards, located
+from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.report.run_record import read_run_json
+from isomorph.curriculum.resume import resumed_recipe
+from isomorph.engine.config import UserError
+from isomorph.engine.distributed.ranks import ALONE
+from isomorph.engine.recipe_file import load_recipe
+from isomorph.engine.record.runlog import read_steps
+
+RECIPE = """
+[model.tiny]
+hidden_size = 16
+num_layers = 1
+num_heads = 2
+num_kv_heads = 1
+intermediate_size = 16
+max_model_len = 128
+[data.gsm]
+kind = "rows"
+path = "rows.jsonl"
+prompt = "{question}"
+answer = "{answer}"
+eval_share = 0.2
+rewards = [REWARDS]
+[sampling]
+max_new_tok = 6
+samples_per_prompt = 4
+[[stage]]
+name = "rl"
+steps = 3
+batch = { prompts = 4 }
+optim = { lr = 1e-2 }
+mixture = [{ data = "gsm" }]
+[eval]
+data = "gsm"
+representations = ["natural"]
+prompts = 2
+max_new_tok = 4
+[run]
+threads = 1
+checkpoint_every = 2
+completions_every = 1
+"""
+FILES = {
+    "trl": "def reward(prompts, completions, answer, **kwargs):\n"
+    "    return [len(set(text.split()) & set(gold.split())) / 4 for text, gold in zip(completions, answer)]\n",
+    "verl": "def reward(data_source, solution_str, ground_truth, extra_info):\n"
+    "    return {'score': len(solution_str) % 5 / 4 + (ground_truth.split()[-1] in solution_str)}\n",
+    "ours": "from isomorph.curriculum.rewards import Answer\n\n\ndef reward(answer: Answer) -> float:\n"
+    "    return answer.num_tok / 10 + len(answer.text) % 3 + (answer.finish == 'stop')\n",
+}
+
+
+def write(folder: Path, rewards: str, files: dict[str, str] = FILES) -> Path:
+    """The recipe, its rows in GSM8K's form, and the files of reward functions, beside it."""
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {"question": f"{a} plus {b} is", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+        for a in range(5)
+        for b in range(4)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    (folder / "recipe.toml").write_text(RECIPE.replace("REWARDS", rewards))
+    return folder / "recipe.toml"
+
+
+def run(recipe: Path, name: str, *overrides: str, resume: bool = False) -> tuple[Path, str]:
+    """The run folder, and what was printed."""
+    folder = recipe.parent / name
+    folder.mkdir(exist_ok=True)
+    out = Console(file=io.StringIO(), width=200)
+    loaded = load_recipe(recipe, list(overrides), Recipe)
+    if resume:
+        loaded, _ = resumed_recipe(read_run_json(folder), list(overrides), folder)
+    run_recipe(loaded, folder, out, lambda: False, ALONE, resume=resume)
+    return folder, out.file.getvalue()  # type: ignore[attr-defined]
+
+
+ALL = ", ".join(f'{{ function = "{name}.py:reward", name = "{name}" }}' for name in FILES)
+
+
+def completions(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "completions").glob("step-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def by_hand(name: str, row: dict[str, Any], question: str, gold: str) -> float:
+    names: dict[str, Any] = {}
+    exec(FILES[name], names)
+    if name == "trl":
+        return float(names["reward"]([question], [row["text"]], [gold])[0])
+    if name == "verl":
+        return float(names["reward"]("gsm", row["text"], gold, {})["score"])
+    num_tok = round(10 * (row["rewards"]["ours"] % 1))  # the one thing that completions do not say
+    answer = names["Answer"](
+        prompt=question, text=row["text"], gold=gold, row={}, finish=row["finish"], num_tok=num_tok
+    )
+    return float(names["reward"](answer))
+
+
+def test_files_of_each_form_train_and_give_what_they_give_when_called_by_hand(tmp_path: Path) -> None:
+    recipe = write(tmp_path, ALL)
+    folder, printed = run(recipe, "run")
+    gold = {r["question"]: r["answer"] for r in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    rows = completions(folder)
+    assert len(rows) == 3 * 4 * 4
+    for row in rows:
+        question = next(q for q in gold if q in row["prompt"])
+        for name in FILES:
+            assert row["rewards"][name] == pytest.approx(by_hand(name, row, question, gold[question]))
+        assert row["reward"] == pytest.approx(sum(row["rewards"].values()))
+        assert row["correct"] == (row["rewards"]["trl"] >= 1)
+    steps = read_steps(folder)
+    assert [step["updates"] for step in steps] == [1, 1, 1]
+    for name in FILES:
+        of_step = [row["rewards"][name] for row in rows[:16]]
+        assert steps[0][f"reward/{name}/mean"] == pytest.approx(sum(of_step) / 16)
+        assert steps[0][f"reward/{name}/errors"] == steps[0][f"reward/{name}/none"] == 0
+        assert f"{name} " in printed
+
+
+def test_a_resumed_run_with_rewards_is_bit_equal(tmp_path: Path) -> None:
+    draws = 'import random\n\n\ndef reward(answer):\n    print("called")\n    return random.random()\n'
+    recipe = write(tmp_path, '{ function = "draws.py:reward" }', {"draws": draws})
+    whole, _ = run(recipe, "whole")
+    (resumed, _) = run(recipe, "resumed")
+    newest = max((resumed / "checkpoints").iterdir())
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()  # as if it had been killed within step 3
+    (tmp_path / "draws.py").write_text(draws + "# mended\n")
+    _, printed = run(recipe, "resumed", resume=True)
+    assert "draws.py has changed since the run began" in printed and "resuming after step 2" in printed
+    sha = [json.loads((f / "summary.json").read_text())["weights_sha256"] for f in (whole, resumed)]
+    assert sha[0] == sha[1]
+    assert (whole / "rewards.log").read_text().count("called") >= 3 * 16
+    assert changed_rewards(read_run_json(whole)["files"], located(load_recipe(recipe, [], Recipe)))
+
+
+def train(recipe: Path) -> subprocess.CompletedProcess[str]:
+    command = "from isomorph.curriculum.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-P", "-c", command, "train", str(recipe), "--run", str(recipe.parent / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+
+
+def test_a_failing_reward_ends_the_run_with_a_checkpoint_where_the_recipe_says_so(tmp_path: Path) -> None:
+    fails = (
+        "def reward(completions, trainer_state):\n    if trainer_state.global_step == 1:\n"
+        "        raise KeyError('row 41')\n    return [len(text) for text in completions]\n"
+    )
+    recipe = write(tmp_path, '{ function = "fails.py:reward" }', {"fails": fails})
+    recipe.write_text(recipe.read_text().replace("[sampling]", 'on_error = "stop"\n[sampling]', 1))
+    done = train(recipe)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "fails.py, line 3, in reward: KeyError: 'row 41'" in done.stderr
+    assert 'because data.gsm.on_error is "stop"' in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_rows_without_rewards_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="stage 'rl' needs rewards for data 'gsm'"):
+        load_recipe(write(tmp_path, ""), [], Recipe)
