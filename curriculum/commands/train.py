@@ -20,6 +20,7 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
 from isomorph.curriculum.report.run_record import read_run, read_run_json
 from isomorph.curriculum.resume import Changes, resumed_recipe
+from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.launch import open_ranks
 from isomorph.engine.distributed.ranks import Ranks
@@ -38,7 +39,8 @@ def train(recipe: Path | None, overrides: Sequence[str], run: Path | None, resum
     Exactly one of ``recipe`` and ``resume`` is given; with ``resume``, ``recipe`` may be the first override.
 
     Raises:
-        UserError: the input is wrong. KeyboardInterrupt: the run was stopped, with a checkpoint where there was one.
+        UserError, DataError: the input is wrong.
+        KeyboardInterrupt: the run was stopped, with a checkpoint where there was one.
     """
     loaded, changes, folder = _what_to_run(recipe, list(overrides), run, resume)
     check_backends()
@@ -53,7 +55,7 @@ def train(recipe: Path | None, overrides: Sequence[str], run: Path | None, resum
         except KeyboardInterrupt:
             _say_interrupted(folder, out)
             raise
-        except UserError:
+        except (UserError, DataError):
             if resume is None:
                 _remove_if_empty(folder, ranks)
             raise

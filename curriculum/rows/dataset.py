@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from isomorph.curriculum.rows.order import mixed, shuffled
-from isomorph.curriculum.rows.render import Renderer, identity
+from isomorph.curriculum.rows.render import Renderer
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.rows.table import Rows, evaluation_rows, training_rows
 from isomorph.curriculum.tasks.task import DataError, Task
@@ -22,18 +22,19 @@ class Side:
         """Reads every row, so that a broken one is known before the first step. Raises UserError and DataError."""
         self.rows, self.render = rows, Renderer(data, rows.columns, name)
         self.labels: list[str] = []
-        self.keys = np.empty(len(rows), np.uint64)  # equal for equal prompts
+        self.keys = np.empty(len(rows), np.int64)  # equal for equal prompts
         self.label_of = np.empty(len(rows), np.int16)
         known: dict[str, int] = {}
         for i, row in enumerate(rows.each(self.render.tops)):
             try:
-                self.keys[i] = identity(*self.render.prompt(row))
-                label, _, _ = self.render.label(row), self.render.answer(row), self.render.demonstration(row)
+                self.keys[i], label = self.render.scan(row)
             except DataError as error:
                 raise DataError(f"{rows.place(i)}: {error}") from error
-            self.label_of[i] = known.setdefault(label, len(known))
-            if len(known) > np.iinfo(np.int16).max:
-                raise UserError(f"data.{name}.representation_column: more than {len(known) - 1} labels")
+            if label not in known:
+                known[label] = len(known)
+                if len(known) > np.iinfo(np.int16).max:
+                    raise UserError(f"data.{name}.representation_column: more than {len(known) - 1} labels")
+            self.label_of[i] = known[label]
         self.labels = list(known)
         # the first row with the same prompt: a task's key
         _, first, group = np.unique(self.keys, return_index=True, return_inverse=True)

@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face hub, through ``datasets``."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,8 +29,12 @@ def read_hub(name: str, subset: str | None, split: str | None) -> ArrowRows:
         try:
             found = datasets.load_dataset(name, subset, split=split)
         except Exception as error:  # datasets raises nearly anything for what it cannot load
-            why = f"; the hub cannot be reached: {unreachable}" if unreachable else ""
-            raise UserError(f"hub:{name}: cannot be loaded: {cause_of(error)}{why}") from None
+            if unreachable:
+                raise UserError(
+                    f"hub:{name}: the hub cannot be reached ({unreachable}), and the dataset is not in the cache of "
+                    "datasets: connect this machine, or name a file"
+                ) from None
+            raise UserError(f"hub:{name}: cannot be loaded: {cause_of(error)}") from None
     if isinstance(found, dict):
         if len(found) > 1:
             raise UserError(f"hub:{name}: name a split: it has {', '.join(found)}")
@@ -39,27 +44,41 @@ def read_hub(name: str, subset: str | None, split: str | None) -> ArrowRows:
 
 def _refuse_unknown(name: str) -> str | None:
     """None where the hub has the dataset; the reason where it cannot be reached. Raises UserError where it has not."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    try:
-        HfApi().dataset_info(name, timeout=PATIENCE_S)
-    except GatedRepoError:
+    error = _error_of_hub(name)
+    if isinstance(error, GatedRepoError):
         raise UserError(
             f"hub:{name}: the dataset asks for its conditions to be accepted: accept them on its page, then log in: "
             "hf auth login"
-        ) from None
-    except RepositoryNotFoundError:
+        )
+    if isinstance(error, RepositoryNotFoundError):
         raise UserError(
             f"hub:{name}: the hub has no such dataset, or it is private: correct the name, or log in: hf auth login"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        return shortened(cause_of(error))
-    except Exception as error:  # of the HTTP library, which differs between versions
-        return shortened(cause_of(error))
-    return None
+        )
+    return None if error is None else shortened(cause_of(error))
+
+
+def _error_of_hub(name: str) -> Exception | None:
+    """What the hub's client raises for the dataset. In a thread, because a search for its address has no time limit."""
+    from huggingface_hub import HfApi
+
+    raised: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(name, timeout=PATIENCE_S)
+            raised.append(None)
+        except Exception as error:  # of the client or of its HTTP library
+            raised.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
+    return raised[0] if raised else TimeoutError(f"no answer within {PATIENCE_S} s")
 
 
 @contextlib.contextmanager

@@ -19,9 +19,13 @@ from isomorph.curriculum.tasks.task import DataError
 BLOCK = 1 << 25  # bytes searched for line ends at a time
 MAPPED_FROM = 1 << 28  # bytes; a larger file is mapped, a smaller one read: a mapped file must not be cut short
 NUM_FIRST = 100  # rows whose keys together are the columns
+ROWS_AT_ONCE = 1 << 14
 _BOM = b"\xef\xbb\xbf"
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one character
+
+
+_scan = json.JSONDecoder().scan_once  # json.loads without what it does around it
 
 
 class LineRows:
@@ -51,20 +55,28 @@ class LineRows:
 
     def row(self, index: int) -> dict[str, Any]:
         """Row ``index``, from 0. Raises DataError for a broken one."""
+        return self._parsed(self._bytes[self._starts[index] : self._stops[index]], index)
+
+    def each(self, columns: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+        """All rows in order, whole; ``columns`` are those that will be read."""
+        for at in range(0, len(self), ROWS_AT_ONCE):  # as Python's numbers, which index faster than numpy's
+            ends = (array[at : at + ROWS_AT_ONCE].tolist() for array in (self._starts, self._stops))
+            for index, (start, stop) in enumerate(zip(*ends, strict=True), at):
+                yield self._parsed(self._bytes[start:stop], index)
+
+    def _parsed(self, line: bytes, index: int) -> dict[str, Any]:
         try:
-            text = bytes(self._bytes[self._starts[index] : self._stops[index]]).decode()
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.place(index)}: must be a JSON object in UTF-8: {error}") from error
+            text = line.decode()
+            found, end = _scan(text, 0) if text[0] == "{" else (json.loads(text), len(text))
+            if end != len(text) and not text[end:].isspace():
+                json.loads(text)  # raises, and says where
+        except (ValueError, RecursionError, StopIteration) as error:
+            raise DataError(f"{self.place(index)}: must be a JSON object in UTF-8: {_why(line, error)}") from error
         if not isinstance(found, dict):
             raise DataError(f"{self.place(index)}: must be a JSON object, is {type(found).__name__}: {text[:80]!r}")
         if "\\u" in text and _ESCAPED.search(text) and _SURROGATE.search(json.dumps(found, ensure_ascii=False)):
             raise DataError(f"{self.place(index)}: holds half a surrogate pair, which is no Unicode text")
         return found
-
-    def each(self, columns: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-        """All rows in order, whole; ``columns`` are those that will be read."""
-        return map(self.row, range(len(self)))
 
     def place(self, index: int) -> str:
         """Where row ``index`` stands, for messages."""
@@ -73,6 +85,16 @@ class LineRows:
     def number(self, index: int) -> int:
         """The number of row ``index`` in its file, from 1."""
         return int(self._numbers[index])
+
+
+def _why(line: bytes, error: Exception) -> Exception:
+    """The sentence of json for a line that its scanner stopped in."""
+    if isinstance(error, StopIteration):
+        try:
+            json.loads(line.decode())
+        except ValueError as found:
+            return found
+    return error
 
 
 def _content(path: Path) -> bytes | mmap.mmap:

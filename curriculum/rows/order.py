@@ -13,11 +13,6 @@ def mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def mixed_one(number: int, seed: int = 0) -> int:
-    """``mixed`` of one number below 2^64."""
-    return int(mixed(np.array([number], np.uint64), seed)[0])
-
-
 def shuffled(count: int, seed: int) -> np.ndarray:
     """A permutation of 0..count-1, [count] int64, for this seed. Costs 16 bytes a number."""
     return np.argsort(mixed(mixed(np.arange(count), seed), seed + 1), kind="stable")

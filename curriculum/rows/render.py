@@ -1,6 +1,5 @@
 """A row as a task: prompt or chat, accepted answer, label and demonstration."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +83,21 @@ class Renderer:
         """The accepted answer; "" where the recipe names none."""
         return "" if self._answer is None else self._answer.text(row)
 
+    def scan(self, row: dict[str, Any]) -> tuple[int, str]:
+        """A hash that is equal for equal prompts, in this process, and the label. Raises DataError for a broken row."""
+        value = self._prompt.value(row)
+        if isinstance(value, str) and not value.isspace() and value:
+            key = hash(value)
+        else:
+            question, messages = self.prompt(row)
+            turns = messages and tuple((turn["role"], as_text(turn["content"])) for turn in messages)
+            key = hash(turns or question)
+        if self._answer is not None:
+            self._answer.text(row)
+        if self._demonstration is not None:
+            self.demonstration(row)
+        return key, self.label(row)
+
     def label(self, row: dict[str, Any]) -> str:
         return self._data.representation if self._label is None else self._label.text(row)
 
@@ -112,15 +126,6 @@ class Renderer:
             if isinstance(content, list) and any("text" not in part for part in content):
                 raise DataError(f"{name} must be messages of text, has {str(content)[:80]!r}")
         return value
-
-
-def identity(question: str, messages: Sequence[Message] | None) -> int:
-    """64 bits that are equal for equal prompts. Raises DataError for text that is no Unicode."""
-    text = question if messages is None else "\x00".join(f"{m['role']}\x01{as_text(m['content'])}" for m in messages)
-    try:
-        return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
-    except UnicodeEncodeError as error:
-        raise DataError(f"the prompt holds half a surrogate pair, which is no Unicode text: {error}") from error
 
 
 def refuse_unknown_label(wanted: str, known: Sequence[str], name: str) -> None:

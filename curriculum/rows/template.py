@@ -22,7 +22,9 @@ class Column:
 
     def value(self, row: dict[str, Any]) -> Any:
         """The value in ``row``; None where it is null. Raises DataError where the row has none."""
-        found: Any = row
+        if (found := row.get(self.name)) is not None:
+            return found
+        found = row
         for key in self.keys:
             if isinstance(found, dict) and key in found:
                 found = found[key]
@@ -54,7 +56,7 @@ class Template:
         self.tops = tuple(part.top for part in self.parts if isinstance(part, Column))
 
     def value(self, row: dict[str, Any]) -> str:
-        return "".join(part if isinstance(part, str) else _required_text(part, row) for part in self.parts)
+        return "".join([part if isinstance(part, str) else _required_text(part, row) for part in self.parts])
 
 
 class Source:

@@ -1,10 +1,13 @@
 """Anyone's rows: their files, prompts, divisions and orders."""
 
+import http.server
 import json
 import random
 import re
-import subprocess
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isomorph.curriculum.cli import main
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.rows.dataset import Dataset
@@ -20,10 +24,12 @@ from isomorph.curriculum.rows.order import mixed, shuffled
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.rows.table import training_rows
+from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import DataError, Task
-from isomorph.engine.config import UserError
-from isomorph.engine.model.text import TextCodec, byte_tokenizer
+from isomorph.engine.config import TinyModel, UserError
+from isomorph.engine.model.load import read_text
+from isomorph.engine.model.text import WORD, TextCodec, byte_tokenizer
 from isomorph.engine.recipe_file import load_recipe
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if thinking %}think{% endif %}"
@@ -336,6 +342,43 @@ def test_a_broken_line_in_the_middle_names_its_line(tmp_path: Path) -> None:
         source(tmp_path / "none.jsonl")
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does: of a private or missing dataset with 401, of a gated one with 403; or not at all."""
+
+    def do_GET(self) -> None:
+        if "slow" in self.path:
+            time.sleep(8)
+            return
+        code, name = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
+        self.send_response(code)
+        self.send_header("X-Error-Code", name)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_the_hub_says_within_five_seconds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets  # noqa: F401  (its import takes seconds, which are not the hub's)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    for name, said in (
+        ("a/private", "the hub has no such dataset, or it is private"),
+        ("a/gated", "the dataset asks for its conditions to be accepted"),
+        ("a/slow", r"the hub cannot be reached \(TimeoutError: no answer within 4.0 s\), and the dataset is not"),
+    ):
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"hub:{name}: {said}"):
+            source(f"hub:{name}")
+        assert time.monotonic() - started < 5
+    server.shutdown()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        source("hub:a/none")
+
+
 RECIPE = """
 [model.tiny]
 tokenizer = "bytes"
@@ -354,23 +397,29 @@ representations = ["natural"]
 """
 
 
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [("none.jsonl", "no such file or folder"), ("hub:someone/no-such-dataset-7f3a", "hub:someone/no-such-dataset")],
-)
-def test_the_command_says_one_sentence_before_the_first_step(tmp_path: Path, path: str, said: str) -> None:
-    (tmp_path / "run.toml").write_text(RECIPE.format(path=path))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-P", "-c", "from isomorph.curriculum.cli import main; main()"),
-            *("train", str(tmp_path / "run.toml"), "--run", str(tmp_path / "run")),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and said in done.stderr
-    assert len(re.findall("^error: .*$", done.stderr, re.MULTILINE)) == 1 and "Traceback" not in done.stderr
+def test_the_command_says_one_sentence_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines(tmp_path, gsm8k(20))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "run.toml").write_text(RECIPE.format(path="rows.jsonl"))
+    for override, said in (
+        ("path=none.jsonl", f"{tmp_path}/none.jsonl: there is no such file or folder"),
+        ("path=empty.jsonl", "empty.jsonl: must hold at least one row"),
+        ("prompt=problem", "there is no column 'problem'; the columns are question, answer"),
+        ("prompt={question} {hint}", "there is no column 'hint'"),
+        ("representation_column=kind", "there is no column 'kind'"),
+        ("max_prompt_tok=3", "no natural row fits"),
+        ("promt=question", "unknown key; did you mean 'prompt'?"),
+    ):
+        argv = ["isomorph", "train", str(tmp_path / "run.toml"), f"data.gsm8k.{override}"]
+        monkeypatch.setattr(sys, "argv", [*argv, "--run", str(tmp_path / "run")])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and said in error
+        assert re.findall("^error: .*$", error, re.MULTILINE) == error.splitlines()
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_finds_its_rows_beside_itself(tmp_path: Path) -> None:
@@ -386,3 +435,29 @@ def test_a_recipe_finds_its_rows_beside_itself(tmp_path: Path) -> None:
     other = Curriculum(recipe, codec(), 512)
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert one.take(40) == other.take(40)  # an interrupted run goes on with the rows of the uninterrupted one
+
+
+def test_a_tiny_model_reads_the_words_of_its_training_rows_or_bytes(tmp_path: Path) -> None:
+    lines(tmp_path, gsm8k(20))
+    (tmp_path / "run.toml").write_text(RECIPE.format(path="rows.jsonl"))
+    settings = ["model.tiny.tokenizer=words", "model.tiny.max_words=30"]
+    recipe = located(load_recipe(tmp_path / "run.toml", settings, Recipe))
+    words = tiny_vocabulary(recipe)
+    assert len(words) == 30 and words[:2] == ["</answer>", "<answer>"]
+    data = recipe.data["gsm8k"]
+    assert isinstance(data, RowsData)
+    parts = Dataset(data, "gsm8k")
+    counts: Counter[str] = Counter()
+    for i in parts.training["natural"]:
+        row = parts.side.rows.row(int(i))
+        counts.update(re.findall(WORD, f"{row['question']} Then ####. {row['answer']}"))
+    assert sorted(counts.values(), reverse=True)[:28] == [counts[word] for word in words[2:]]
+    text, positions = read_text(recipe.model, words)
+    assert positions == recipe.model.tiny.max_model_len  # type: ignore[union-attr]
+    unknown = {word for word in counts if word not in words}
+    ids = text.encode_prompt("Shop " + " ".join(sorted(unknown)))
+    assert ids.count(text.tokenizer.unk_token_id) == len(unknown) > 5
+    reads_all, _ = read_text(recipe.model.model_copy(update={"tiny": TinyModel(tokenizer="bytes")}), [])
+    for said in ("½ é \n\t 漢字 <answer>7</answer>", "\u200b 🙂 ## \\frac{1}{2}"):
+        assert reads_all.decode(reads_all.encode_prompt(said)) == said
+        assert len(reads_all.encode_response(said)) == len(said.encode()) + 1
