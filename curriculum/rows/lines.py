@@ -25,7 +25,7 @@ _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one character
 
 
-_scan = json.JSONDecoder().scan_once  # json.loads without what it does around it
+_decode = json.JSONDecoder().raw_decode  # json.loads without what it does around it
 
 
 class LineRows:
@@ -67,11 +67,11 @@ class LineRows:
     def _parsed(self, line: bytes, index: int) -> dict[str, Any]:
         try:
             text = line.decode()
-            found, end = _scan(text, 0) if text[0] == "{" else (json.loads(text), len(text))
+            found, end = _decode(text) if text[0] == "{" else (json.loads(text), len(text))
             if end != len(text) and not text[end:].isspace():
                 json.loads(text)  # raises, and says where
-        except (ValueError, RecursionError, StopIteration) as error:
-            raise DataError(f"{self.place(index)}: must be a JSON object in UTF-8: {_why(line, error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.place(index)}: must be a JSON object in UTF-8: {error}") from error
         if not isinstance(found, dict):
             raise DataError(f"{self.place(index)}: must be a JSON object, is {type(found).__name__}: {text[:80]!r}")
         if "\\u" in text and _ESCAPED.search(text) and _SURROGATE.search(json.dumps(found, ensure_ascii=False)):
@@ -85,16 +85,6 @@ class LineRows:
     def number(self, index: int) -> int:
         """The number of row ``index`` in its file, from 1."""
         return int(self._numbers[index])
-
-
-def _why(line: bytes, error: Exception) -> Exception:
-    """The sentence of json for a line that its scanner stopped in."""
-    if isinstance(error, StopIteration):
-        try:
-            json.loads(line.decode())
-        except ValueError as found:
-            return found
-    return error
 
 
 def _content(path: Path) -> bytes | mmap.mmap:

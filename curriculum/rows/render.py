@@ -90,7 +90,7 @@ class Renderer:
             key = hash(value)
         else:
             question, messages = self.prompt(row)
-            turns = messages and tuple((turn["role"], as_text(turn["content"])) for turn in messages)
+            turns = () if messages is None else tuple((turn["role"], as_text(turn["content"])) for turn in messages)
             key = hash(turns or question)
         if self._answer is not None:
             self._answer.text(row)
