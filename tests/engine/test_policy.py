@@ -1,7 +1,7 @@
+"""The policy's forward pass against transformers' own, and how the learner and the samplers run it."""
+
 import copy
 import ctypes
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_policy import CPU, TINY, VOCABULARY, logits, packed, tiny_policy
 from small_world import one_thread  # noqa: F401
 from torch import Tensor
 from truth import exact_norms
 
-from isomorph.engine.config import ModelConfig, TinyModel, UserError
+from isomorph.engine.config import ModelConfig, UserError
 from isomorph.engine.model.attention import attend_packed, registered_attention
 from isomorph.engine.model.load import build_tiny, load_policy
 from isomorph.engine.model.policy import Policy
@@ -22,14 +23,6 @@ from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.linear import linear_prepacked
 from isomorph.kernels.packed_attention import PackedLayout
-
-CPU = torch.device("cpu")
-VOCABULARY = ["<answer>", "</answer>", "stir", "take", "minutes", "in", "total", ":", ",", ".", *map(str, range(31))]
-TINY = TinyModel(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=64)
-
-
-def tiny_policy(dtype: torch.dtype = torch.float32) -> Policy:
-    return build_tiny(TINY, VOCABULARY, seed=0, dtype=dtype, device=CPU)
 
 
 # -- the decoder, against transformers' own forward
@@ -93,21 +86,6 @@ def twins(config: Any) -> tuple[Policy, Any]:
     ours, theirs = (exact_norms(model) for model in both)
     text = TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[2])
     return Policy(ours, text), theirs
-
-
-def packed(groups: list[tuple[list[int], list[list[int]]]]) -> PackedBatch:
-    layout = PackedLayout.from_groups([len(p) for p, _ in groups], [[len(r) for r in rs] for _, rs in groups])
-    none = torch.tensor([])
-    return PackedBatch(
-        token_ids=torch.tensor([i for p, rs in groups for part in (p, *rs) for i in part]),
-        positions=layout.positions,
-        layout=layout,
-        row_index=none,
-        target_ids=none,
-        seq_id=none,
-        sampler_logprob=None,
-        advantage=none,
-    )
 
 
 def random_groups() -> list[tuple[list[int], list[list[int]]]]:
@@ -298,193 +276,6 @@ def test_borrowed_weights_are_given_back_after_an_error() -> None:
     assert all(torch.equal(a, b) for a, b in zip(policy.snapshot(), own, strict=True))
 
 
-# -- on the disk
-def logits(model: Any, token_ids: list[int]) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([token_ids])).logits[0]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_saved_policy_loads_in_transformers_with_the_same_logits(tmp_path: Path, dtype: Any) -> None:
-    policy = tiny_policy(getattr(torch, dtype))
-    policy.save(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.dtype == getattr(torch, dtype)
-    assert model.config._attn_implementation != "isomorph"
-    assert "isomorph" not in (tmp_path / "config.json").read_text()
-    ids = [2, 5, 6, 7, 8]
-    with torch.no_grad():
-        ours = policy.hidden(packed([(ids[:2], [ids[2:]])])) @ policy.unembedding.T
-    tolerance = dict(rtol=0, atol=1e-5 if dtype == "float32" else 0.05)
-    torch.testing.assert_close(ours, logits(model, ids), **tolerance)  # type: ignore[arg-type]
-    assert all(torch.equal(p, policy.named_parameters()[name].detach()) for name, p in model.named_parameters())
-
-
-def test_a_saved_policy_loads_again_with_its_tokenizer(tmp_path: Path) -> None:
-    policy = tiny_policy()
-    policy.save(tmp_path)
-    again = load_policy(ModelConfig(path=str(tmp_path)), vocabulary=[], seed=0, device=CPU)
-    assert all(torch.equal(a, b) for a, b in zip(policy.snapshot(), again.snapshot(), strict=True))
-    question = "stir : 5 minutes , take <answer> 30 </answer>"
-    assert again.text.encode_prompt(question) == policy.text.encode_prompt(question)
-    assert again.text.encode_response(question) == policy.text.encode_response(question)
-    assert again.text.decode(again.text.encode_response(question)) == question
-    assert again.text.stop_ids == policy.text.stop_ids
-
-
-def test_a_saved_policy_loads_where_isomorph_is_not_installed(tmp_path: Path) -> None:
-    tiny_policy().save(tmp_path)
-    program = (
-        "import sys, torch, transformers\n"
-        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "ids = tokenizer('stir 5', return_tensors='pt')\n"
-        "print(model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > 3)\n"
-    )
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program, str(tmp_path)], capture_output=True, text=True, env=clean, timeout=120
-    )
-    assert done.stdout.strip() == "True", done.stderr[-2000:]
-
-
-def test_only_loading_a_model_changes_the_environment() -> None:
-    program = (
-        "import os\n"
-        "before = dict(os.environ)\n"
-        "import isomorph.engine.adapters.trl, isomorph.engine.model.load\n"
-        "assert dict(os.environ) == before, set(os.environ) ^ set(before)\n"
-    )
-    clean = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, env=clean, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    tiny_policy()
-    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    tiny_policy().save(tmp_path)
-    return tmp_path
-
-
-def refusal(path: Path | str) -> str:
-    with pytest.raises(UserError) as caught:
-        load_policy(ModelConfig(path=str(path)), vocabulary=[], seed=0, device=CPU)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    assert "config.json" in refusal(tmp_path)
-    assert "config.json" in refusal(tmp_path / "nowhere")
-    assert "no such file" in refusal(tmp_path / "nowhere.gguf")
-    (tmp_path / "text.gguf").write_text("not a model")
-    assert "text.gguf" in refusal(tmp_path / "text.gguf")
-
-
-def test_broken_files_of_a_model_are_refused(saved: Path) -> None:
-    weights = saved / "model.safetensors"
-    whole = weights.read_bytes()
-    for broken in (whole[: len(whole) // 2], b"", b"garbage" * 100):
-        weights.write_bytes(broken)
-        assert str(saved) in refusal(saved)
-    weights.unlink()
-    assert str(saved) in refusal(saved)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        *(
-            (name, text)
-            for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
-            for text in ("{", "[]", "\0")
-        ),
-        ("config.json", '{"model_type": "unheard of"}'),
-        ("tokenizer.json", '{"model": 3}'),
-    ],
-)
-def test_broken_descriptions_of_a_model_are_refused(saved: Path, name: str, content: str) -> None:
-    (saved / name).write_text(content)
-    assert str(saved) in refusal(saved)
-
-
-def test_weights_that_are_missing_from_the_file_are_not_made_up(saved: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(saved / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight" in refusal(saved)
-
-
-def test_weights_of_another_shape_are_refused(saved: Path) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
-    assert str(saved) in refusal(saved)
-
-
-def test_a_model_of_another_family_is_refused_when_loaded(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=45, n_embd=8, n_layer=1, n_head=2, n_positions=16, eos_token_id=1)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    word_tokenizer(VOCABULARY).save_pretrained(tmp_path)
-    assert "'gpt2'" in refusal(tmp_path)
-
-
-# -- text
-def test_a_word_a_number_a_tag_and_a_sign_are_one_token_each() -> None:
-    tokenizer = word_tokenizer(VOCABULARY)
-    ids = tokenizer("stir:30minutes,<answer>12</answer>.")["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(ids) == [
-        "[BOS]", "stir", ":", "30", "minutes", ",", "<answer>", "12", "</answer>", ".",
-    ]  # fmt: skip
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "stir : 30 minutes , <answer> 12 </answer> ."
-
-
-def test_what_is_not_in_the_vocabulary_is_unknown() -> None:
-    tokenizer = word_tokenizer(VOCABULARY)
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("boil 31 Stir ✓ </stir>")["input_ids"])
-    assert tokens == ["[BOS]", "[UNK]", "[UNK]", "[UNK]", "[UNK]", "[UNK]"]
-
-
-def test_a_vocabulary_with_a_word_twice_or_a_special_token_is_refused() -> None:
-    for words in (["a", "a"], ["[PAD]"], ["[EOS]", "b"]):
-        with pytest.raises(ValueError, match="each word once"):
-            word_tokenizer(words)
-
-
-def test_a_response_ends_in_the_stop_token_and_its_text_does_not_show_it() -> None:
-    text = tiny_policy().text
-    ids = text.encode_response("take 5")
-    assert ids[-1] == text.stop_ids[0] and len(ids) == 3
-    assert text.decode(ids) == "take 5"
-    assert text.encode_response("") == (text.stop_ids[0],)
-
-
-def test_the_chat_template_is_used_where_there_is_one_and_it_is_wanted() -> None:
-    tokenizer = word_tokenizer(VOCABULARY)
-    tokenizer.chat_template = (
-        "{% for m in messages %}take {{ m['content'] }} .{% endfor %}{% if add_generation_prompt %} total :{% endif %}"
-    )
-    wanted, unwanted = (TextCodec(tokenizer, chat_template=flag, stop_ids=[1]) for flag in (True, False))
-    assert tokenizer.convert_ids_to_tokens(wanted.encode_prompt("stir 5"))[-6:] == [
-        "take",
-        "stir",
-        "5",
-        ".",
-        "total",
-        ":",
-    ]
-    assert tokenizer.convert_ids_to_tokens(unwanted.encode_prompt("stir 5"))[-2:] == ["stir", "5"]
-
-
-def test_a_model_may_stop_on_more_than_the_tokenizers_end(saved: Path) -> None:
-    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1, 9]}))
-    again = load_policy(ModelConfig(path=str(saved)), vocabulary=[], seed=0, device=CPU)
-    assert again.text.stop_ids == (1, 7, 9)
-
-
 # -- a real model
 @pytest.mark.model
 @pytest.mark.slow
@@ -502,16 +293,6 @@ def test_the_real_135m_model_gives_transformers_logits_over_packed_groups(smollm
         ours = (rows @ policy.unembedding.T).log_softmax(-1).detach()
         truth = logits(model, prompt + response).log_softmax(-1)
         assert (ours - truth).abs().max() < 1e-3  # nats, float32
-
-
-@pytest.mark.model
-@pytest.mark.slow
-def test_the_real_135m_model_speaks_through_its_chat_template(smollm2_folder: Path) -> None:
-    policy = load_policy(ModelConfig(path=str(smollm2_folder)), vocabulary=[], seed=0, device=CPU)
-    ids = policy.text.encode_prompt("Say hello.")
-    assert policy.text.uses_chat_template
-    assert policy.text.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
-    assert policy.text.decode(policy.text.encode_response("Hello!")) == "Hello!"
 
 
 # -- memory
