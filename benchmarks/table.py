@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python lea
 import table_gpu
 import table_ops
 import table_runs
+from markers import between
 from table_rows import NOT_MEASURED, Headline, Row, markdown_table, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 DTYPES = ("float32", "bfloat16")
 OP_MARKERS = r"(<!-- bench:(\w+) -->)\n.*?(<!-- /bench -->)"
 
@@ -98,18 +98,9 @@ def with_rows(page: str, results: Path = RESULTS) -> str:
     return re.sub(OP_MARKERS, lambda m: f"{m[1]}\n{rows(m[2])}{m[3]}", page, flags=re.DOTALL)
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with ``text`` between its markers."""
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"README.md needs the lines {START} and {END}, in this order")
-    return f"{before}{START}\n{text}\n{END}{after}"
-
-
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text(), section()))
+    readme.write_text(between(readme.read_text(), "benchmarks", section()))
     page = ROOT / "kernels" / "README.md"
     page.write_text(with_rows(page.read_text()))
     (ROOT / "benchmarks/RESULTS.md").write_text(full())

@@ -27,9 +27,12 @@ from isomorph.curriculum.tasks.shortcuts import shortcut_rates
 from isomorph.engine.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from markers import between  # noqa: E402
+
 RECIPE = "curriculum/recipes/quickstart.toml"
 RESULTS = Path(__file__).with_suffix(".jsonl")
-START, END = "<!-- quickstart:start -->", "<!-- quickstart:end -->"
 CONDITIONS: dict[str, list[str]] = {
     "symbols first": [],
     "words only": ["stage.1.name=words-first", 'stage.1.mixture=[{data="plans",representation="natural"}]'],
@@ -110,15 +113,6 @@ def _spread(rates: list[float]) -> str:
     return f"{statistics.mean(rates):.1%} ({min(rates):.1%} to {max(rates):.1%})"
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with ``text`` between its markers. Raises ValueError where they are missing."""
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"README.md needs the lines {START} and {END}, in this order")
-    return f"{before}{START}\n{text}\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
@@ -134,7 +128,7 @@ def main() -> None:
     if args.table:
         rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         readme = ROOT / "README.md"
-        readme.write_text(replaced(readme.read_text(), section(rows)))
+        readme.write_text(between(readme.read_text(), "quickstart", section(rows)))
 
 
 if __name__ == "__main__":

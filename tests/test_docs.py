@@ -238,4 +238,6 @@ def test_the_quickstarts_table_says_what_was_measured() -> None:
     found.loader.exec_module(study)
     rows = [json.loads(line) for line in study.RESULTS.read_text().splitlines()]
     readme = (ROOT / "README.md").read_text()
-    assert readme == study.replaced(readme, study.section(rows)), "run python studies/quickstart_control.py --table"
+    assert readme == study.between(readme, "quickstart", study.section(rows)), (
+        "run python studies/quickstart_control.py --table"
+    )
