@@ -15,13 +15,9 @@ namespace {
 
 using Segments = nb::ndarray<const int64_t, nb::shape<-1, 4>, nb::device::cpu, nb::c_contig>;
 
-AttentionFns attention_fns(Storage storage) {
-#if defined(ISOMORPH_HAS_AVX2)
-    if (isa() == "avx512") return avx512::attention_fns(storage);
-    if (isa() == "avx2") return avx2::attention_fns(storage);
-#endif
-    return baseline::attention_fns(storage);
-}
+#define ISOMORPH_FNS(isa) isa::attention_fns(storage)
+AttentionFns attention_fns(Storage storage) { return ISOMORPH_OF_ISA(ISOMORPH_FNS); }
+#undef ISOMORPH_FNS
 
 Attention task_of(const Array& q, const Array& k, const Array& v, const Segments& segments, double scale,
                   const Array& out, const Array& lse) {

@@ -54,9 +54,7 @@ struct AttentionFns {
     namespace isa {                              \
     AttentionFns attention_fns(Storage storage); \
     }
-ISOMORPH_ATTENTION(baseline)
-ISOMORPH_ATTENTION(avx2)
-ISOMORPH_ATTENTION(avx512)
+ISOMORPH_EACH_ISA(ISOMORPH_ATTENTION)
 #undef ISOMORPH_ATTENTION
 
 }  // namespace isomorph

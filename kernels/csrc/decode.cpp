@@ -16,13 +16,9 @@ using Array1i = nb::ndarray<const int64_t, nb::ndim<1>, nb::device::cpu, nb::c_c
 
 constexpr int64_t kQueriesPerTask = 32;
 
-DecodeFn decode_fn(Storage storage) {
-#if defined(ISOMORPH_HAS_AVX2)
-    if (isa() == "avx512") return avx512::decode_fn(storage);
-    if (isa() == "avx2") return avx2::decode_fn(storage);
-#endif
-    return baseline::decode_fn(storage);
-}
+#define ISOMORPH_FN(isa) isa::decode_fn(storage)
+DecodeFn decode_fn(Storage storage) { return ISOMORPH_OF_ISA(ISOMORPH_FN); }
+#undef ISOMORPH_FN
 
 // A cache [S, K, L, D], and the entries that each row attends to.
 struct Cache {

@@ -43,9 +43,7 @@ inline int64_t decode_scratch_bytes(int64_t num_queries, int64_t dim, int64_t pr
     namespace isa {                      \
     DecodeFn decode_fn(Storage storage); \
     }
-ISOMORPH_DECODE(baseline)
-ISOMORPH_DECODE(avx2)
-ISOMORPH_DECODE(avx512)
+ISOMORPH_EACH_ISA(ISOMORPH_DECODE)
 #undef ISOMORPH_DECODE
 
 }  // namespace isomorph

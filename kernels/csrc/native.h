@@ -24,6 +24,14 @@ inline Heads heads_of(const Array& array) { return {array.data(), array.stride(0
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const std::string& isa();
 
+// OF(avx512), OF(avx2) or OF(baseline): what the *_body.cpp of the instruction set in use has. OF is a macro that takes
+// the namespace.
+#if defined(ISOMORPH_HAS_AVX2)
+#define ISOMORPH_OF_ISA(OF) (isa() == "avx512" ? OF(avx512) : isa() == "avx2" ? OF(avx2) : OF(baseline))
+#else
+#define ISOMORPH_OF_ISA(OF) OF(baseline)
+#endif
+
 void bind_isa(nanobind::module_& module);
 void bind_parallel(nanobind::module_& module);
 void bind_attention(nanobind::module_& module);

@@ -36,11 +36,7 @@ struct Body {
     Body<A> { isa::RowsBody<A>::z_at, isa::RowsBody<A>::stats, isa::RowsBody<A>::gradient, isa::RowsBody<A>::draw }
 template <typename A>
 Body<A> body() {
-#if defined(ISOMORPH_HAS_AVX2)
-    if (isa() == "avx512") return ISOMORPH_BODY(avx512);
-    if (isa() == "avx2") return ISOMORPH_BODY(avx2);
-#endif
-    return ISOMORPH_BODY(baseline);
+    return ISOMORPH_OF_ISA(ISOMORPH_BODY);
 }
 #undef ISOMORPH_BODY
 

@@ -47,9 +47,7 @@ struct BlockDraw {
                               const RowScale<A>& scale, int64_t rng_key, int64_t position);                                \
     };                                                                                                                 \
     }
-ISOMORPH_ROWS(baseline)
-ISOMORPH_ROWS(avx2)
-ISOMORPH_ROWS(avx512)
+ISOMORPH_EACH_ISA(ISOMORPH_ROWS)
 #undef ISOMORPH_ROWS
 
 }  // namespace isomorph
