@@ -111,7 +111,7 @@ def plan(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")] = False,
 ) -> None:
-    """Estimate memory and time per step of each stage. Loads no weights and uses no GPU."""
+    """Estimate memory, and the least time per step, of each stage. Loads no weights and uses no GPU."""
     from isomorph.curriculum.commands.plan import plan
 
     plan(recipe, overrides or [], device, device_gib, ranks, console, as_json=as_json)

@@ -35,7 +35,7 @@ def plan(
 
 
 def show_plan(planned: dict[str, Any], console: Console) -> None:
-    """Prints two tables with a column per stage: memory by use; largest sizes and seconds per step."""
+    """Prints two tables with a column per stage: memory by use; largest sizes and a lower bound of the seconds."""
     stages, size = planned["stages"], planned["model"]["num_parameters"]
     one_of = "" if planned["num_ranks"] == 1 else f"one of {planned['num_ranks']} ranks: "
     heading = f"{one_of}{planned['device']}, {planned['device_gib']:.1f} GiB; {size / 1e9:.3f} B parameters"
@@ -52,7 +52,7 @@ def show_plan(planned: dict[str, Any], console: Console) -> None:
         peaks = [_peak(stage["peak_gib"][moment], planned["device_gib"]) for stage in stages]
         memory.add_row(f"peak, {moment}", "", *peaks)
     console.print(memory)
-    rest = _table("largest sizes that fit, and estimated seconds per step", "", stages)
+    rest = _table("largest sizes that fit, and the fewest seconds a step can take", "", stages)
     rest.add_row("largest batch.micro_batch_tok", "tokens", *(f"{s['largest_micro_tok']:,}" for s in stages))
     rest.add_row("micro-batch", "tokens", *(f"{s['tok']['micro_batch']:,.0f}" for s in stages))
     kv = ("-" if s["largest_kv_tok"] is None else f"{s['largest_kv_tok']:,}" for s in stages)
@@ -63,7 +63,8 @@ def show_plan(planned: dict[str, Any], console: Console) -> None:
     ceilings = planned["ceilings"]
     console.print(
         f"peak rates assumed: {ceilings['flops'] / 1e12:.2f} TFLOP/s, {ceilings['bandwidth'] / 1e9:,.0f} GB/s "
-        f"({ceilings['source']}); all responses are assumed to have sampling.max_new_tok tokens",
+        f"({ceilings['source']}); seconds are a lower bound: no launch overhead, communication or stragglers; all "
+        "responses are assumed to have sampling.max_new_tok tokens",
         highlight=False,
     )
 

@@ -33,6 +33,15 @@ SPARE_COLOURS = ("#E69F00", "#56B4E9", "#555555", "#999933")
 RUN_COLOURS = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933")
 RUN_LINES = ("-", "--", ":", "-.")
 PHASES = ("ask", "publish", "generate", "judge", "exchange", "pack", "handover", "update", "record", "rest")
+PHASE_NAMES = {  # as printed, where the key in steps.jsonl is another word
+    "ask": "prompts",
+    "publish": "weight sync",
+    "judge": "rewards",
+    "exchange": "exchange of ranks",
+    "handover": "sampler memory",
+    "record": "logging",
+    "rest": "other",
+}
 PHASE_COLOURS = (
     "#66CCEE",
     "#AA3377",
@@ -58,6 +67,11 @@ def phase_seconds(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     seconds = {phase: np.nan_to_num(series(rows, f"time/{phase}_s")) for phase in PHASES if phase != "rest"}
     seconds["rest"] = np.maximum(series(rows, "time/step_s") - sum(seconds.values()), 0.0)
     return seconds
+
+
+def phase_name(phase: str) -> str:
+    """The words for a phase of ``PHASES`` in tables and figures."""
+    return PHASE_NAMES.get(phase, phase)
 
 
 def learning(record: RunRecord) -> Figure:
@@ -201,7 +215,8 @@ def phase_times(record: RunRecord) -> Figure:
     if len(steps) <= 60:
         _stacked_bars(ax, steps, seconds)
     else:
-        ax.stackplot(steps, *(seconds[phase] for phase in PHASES), labels=PHASES, colors=PHASE_COLOURS, lw=0)
+        names = [phase_name(phase) for phase in PHASES]
+        ax.stackplot(steps, *(seconds[phase] for phase in PHASES), labels=names, colors=PHASE_COLOURS, lw=0)
     dress(ax, "time per phase of a step", "seconds")
     mark_stages(ax, record.spans)
     legend(figure)
@@ -211,7 +226,7 @@ def phase_times(record: RunRecord) -> Figure:
 def _stacked_bars(ax: Axes, steps: np.ndarray, seconds: Mapping[str, np.ndarray]) -> None:
     below = np.zeros(len(steps))
     for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
-        ax.bar(steps, seconds[phase], bottom=below, width=0.9, color=colour, label=phase)
+        ax.bar(steps, seconds[phase], bottom=below, width=0.9, color=colour, label=phase_name(phase))
         below = below + seconds[phase]
 
 

@@ -287,7 +287,7 @@ def phase_rows(record: RunRecord) -> list[list[str]]:
 
 def _phase_table(record: RunRecord) -> str:
     return _table(PHASE_COLUMNS, phase_rows(record)) + _note(
-        "tokens/s counts response tokens for generate and judge, and all forward tokens for pack and update. "
+        "tokens/s counts response tokens for generate and rewards, and all forward tokens for pack and update. "
         "Supervised stages generate nothing: their responses are demonstrations."
     )
 
@@ -296,7 +296,10 @@ def _rows_of_stage(span: Span) -> list[list[str]]:
     seconds = {phase: float(values.sum()) for phase, values in figures.phase_seconds(span.rows).items()}
     total = float(series(span.rows, "time/step_s").sum())
     rows = [
-        ["", phase, f"{spent:.2f}", f"{spent / total:.1%}", f"{spent / len(span.rows):.3f}", _speed(span, phase, spent)]
+        [
+            *("", figures.phase_name(phase), f"{spent:.2f}", f"{spent / total:.1%}"),
+            *(f"{spent / len(span.rows):.3f}", _speed(span, phase, spent)),
+        ]
         for phase, spent in seconds.items()
     ]
     rows.append(["", "step", f"{total:.2f}", "100.0%", f"{total / len(span.rows):.3f}", ""])
