@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_world import one_thread  # noqa: F401
 from torch import Tensor
 from truth import exact_norms
 
@@ -44,14 +45,6 @@ ALL_CHOICES = dict(
     clip=(None, (0.1, 0.2)),
     entropy_coef=(0.0, 0.03),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def objective(name: str, choices: dict[str, Any]) -> ObjectiveConfig:
