@@ -20,6 +20,7 @@ from isomorph.engine.model.scoring import trainer_logprob, trainer_stats
 from isomorph.engine.rollout import decoder
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Rollout, RunFailed, Sampling, StepDrift
+from isomorph.kernels.linear_logprob import TokenStats
 
 WORDS = [f"w{chr(97 + i // 10)}{chr(97 + i % 10)}" for i in range(60)]
 STEP_TOK = 2_000
@@ -60,12 +61,19 @@ def make_sampling(policy: Policy, step: int, temperature: float = 1.0, max_new_t
 Draw = Callable[[list[Prompt], Sampling], list[Rollout]]
 
 
-def compared(policy: Policy, prompts: list[Prompt], rollouts: list[Rollout], num_tok: int = STEP_TOK) -> StepDrift:
-    stats = trainer_stats(policy, prompts, rollouts, temperature=1.0)
-    q = torch.cat([r.sampler_logprob for r in rollouts if r.sampler_logprob is not None])
-    assert len(q) >= num_tok, len(q)
+def compared(policy: Policy, prompts: list[Prompt], rollouts: list[Rollout]) -> StepDrift:
+    return of_one_step(trainer_stats(policy, prompts, rollouts, temperature=1.0), reported(rollouts))
+
+
+def reported(rollouts: list[Rollout]) -> Tensor:
+    """[N] log-probabilities of the sampler."""
+    return torch.cat([r.sampler_logprob for r in rollouts if r.sampler_logprob is not None])
+
+
+def of_one_step(stats: TokenStats, q: Tensor) -> StepDrift:
+    assert len(q) >= STEP_TOK, len(q)
     sums = DriftSums(CPU)
-    sums.add(stats.logprob[:num_tok], q[:num_tok], stats.entropy[:num_tok])
+    sums.add(stats.logprob[:STEP_TOK], q[:STEP_TOK], stats.entropy[:STEP_TOK])
     return step_drift([sums.tensors()], 0, 0)
 
 
@@ -216,17 +224,15 @@ def test_faults_of_a_real_model_in_bfloat16_are_caught(smollm2_folder: Path, mon
         Prompt(prompt_id=i, token_ids=policy.text.encode_prompt(t), task="t", representation="r", payload=None)
         for i, t in enumerate(texts)
     ]
-    rollouts = honest(policy)(prompts, make_sampling(policy, 0))
-    judge(policy, compared(policy, prompts, rollouts))
-    told = trainer_logprob(policy, prompts, rollouts, temperature=1.02)
-    hotter = [
-        dataclasses.replace(r, sampler_logprob=r.sampler_logprob + q - p)  # type: ignore[operator]
-        for r, q, p in zip(rollouts, told, trainer_logprob(policy, prompts, rollouts, temperature=1.0), strict=True)
-    ]
+    sampling = dataclasses.replace(make_sampling(policy, 0), samples_per_prompt=9)  # 2,000 tokens, hardly more
+    rollouts = honest(policy)(prompts, sampling)
+    own, q = trainer_stats(policy, prompts, rollouts, temperature=1.0), reported(rollouts)
+    judge(policy, of_one_step(own, q))
+    hotter = torch.cat(trainer_logprob(policy, prompts, rollouts, temperature=1.02))
     with pytest.raises(RunFailed, match="at another temperature"):
-        judge(policy, compared(policy, prompts, hotter))
+        judge(policy, of_one_step(own, q + hotter - own.logprob))
     without(stop_tokens(policy), monkeypatch)
-    endless = honest(policy)(prompts, make_sampling(policy, 0))
+    endless = honest(policy)(prompts, sampling)
     assert all(r.finish == "length" for r in endless)
     with pytest.raises(RunFailed, match="generation config|leaves tokens out"):
         judge(policy, compared(policy, prompts, endless))
