@@ -69,8 +69,7 @@ def test_a_batch_at_the_edges_of_its_block(num: int) -> None:
     assert torch.equal(ours, group_advantage(reward, offsets, scale="batch"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95)])
+@pytest.mark.parametrize(("gamma", "lam", "dtype"), [(1.0, 1.0, torch.float64), (0.99, 0.95, torch.float32)])
 def test_sequences_at_the_edges_of_a_block(gamma: float, lam: float, dtype: torch.dtype) -> None:
     from isomorph.kernels.gpu.advantage import BLOCK_T
 
