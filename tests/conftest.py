@@ -4,8 +4,12 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: of two processes, none is then left alone with a long file at the end."""
     num_slow = Counter(item.path for item in items if any(item.iter_markers("slow")) or any(item.iter_markers("vllm")))
     items.sort(key=lambda item: -num_slow[item.path])
+
+
+WARM = Path(__file__).with_name("warm_command.py")
+
+
+@pytest.fixture(scope="session")
+def warm_isomorph() -> Iterator[list[str]]:
+    """The command line of ``isomorph`` in a fork of a process that has imported it: see warm_command.py."""
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder:  # a short path: a socket's has at most 107 bytes
+        path = Path(folder) / "socket"
+        server = subprocess.Popen([sys.executable, "-P", str(WARM), "serve", str(path)], stdin=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 120
+            while not path.exists():
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            yield [sys.executable, "-S", "-P", str(WARM), str(path)]
+        finally:
+            server.kill()
+            server.wait()
 
 
 @pytest.fixture(scope="session")

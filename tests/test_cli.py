@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,25 @@ from rich.console import Console
 from isomorph.curriculum.commands.train import AGAIN_S, Stop, new_folder
 from isomorph.engine.config import UserError
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
 SMOKE = RECIPES / "smoke.toml"
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
 UNTIMED = ("time/", "wall_s", "mem/", "gpu/", "energy/", "publish/probe_s", "publish/fingerprint_s", "publish/move_s")
 
 
-def isomorph(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*ISOMORPH, *map(str, arguments)]
+def isomorph(
+    *arguments: str | Path, cwd: Path, program: Sequence[str] = ISOMORPH, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [*program, *map(str, arguments)]
     env = {**os.environ, **environment}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def warm(warm_isomorph: list[str]) -> Command:
+    """``isomorph``, where the test is about what the command does and not how it starts."""
+    return partial(isomorph, program=warm_isomorph)
 
 
 def step_rows(run: Path) -> list[dict[str, Any]]:
@@ -79,7 +90,7 @@ def test_the_saved_model_loads_in_transformers(whole_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path, warm: Command) -> None:
     run = tmp_path / "killed"
     process = subprocess.Popen(
         [*ISOMORPH, "train", str(SMOKE), "--run", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -94,7 +105,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> No
     process.wait()
     assert not (run / "summary.json").exists()
 
-    resumed = isomorph("train", "--resume", run, cwd=tmp_path)
+    resumed = warm("train", "--resume", run, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert step_rows(run) == step_rows(whole_run)
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
@@ -104,7 +115,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp_path: Path, warm: Command) -> None:
     run = tmp_path / "interrupted"
     process = subprocess.Popen(
         [*ISOMORPH, "train", str(SMOKE), "--run", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -122,7 +133,7 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
 
-    assert isomorph("train", "--resume", run, cwd=tmp_path).returncode == 0
+    assert warm("train", "--resume", run, cwd=tmp_path).returncode == 0
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
     assert one["weights_sha256"] == other["weights_sha256"]
 
@@ -191,20 +202,20 @@ def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
         ("stage.1.batch.micro_batch_tok=60", "batch.micro_batch_tok=60"),
     ],
 )
-def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str, tmp_path: Path) -> None:
+def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str, tmp_path: Path, warm: Command) -> None:
     quick = ("stage.0.steps=1",)
-    assert expected in error_line(isomorph("train", SMOKE, *quick, override, "--run", "x", cwd=tmp_path))
+    assert expected in error_line(warm("train", SMOKE, *quick, override, "--run", "x", cwd=tmp_path))
 
 
-def test_a_file_of_tasks_is_not_replaced_unasked(tmp_path: Path) -> None:
+def test_a_file_of_tasks_is_not_replaced_unasked(tmp_path: Path, warm: Command) -> None:
     make = ("data", "make", "--representation", "graph", "--prompts", "1", "--out", "tasks.jsonl")
-    assert isomorph(*make, cwd=tmp_path).returncode == 0
-    assert "--force" in error_line(isomorph(*make, cwd=tmp_path))
-    assert isomorph(*make, "--force", cwd=tmp_path).returncode == 0
+    assert warm(*make, cwd=tmp_path).returncode == 0
+    assert "--force" in error_line(warm(*make, cwd=tmp_path))
+    assert warm(*make, "--force", cwd=tmp_path).returncode == 0
 
 
-def test_a_run_stands_in_a_report_once(tmp_path: Path) -> None:
-    assert "twice" in error_line(isomorph("report", "run", "./run", cwd=tmp_path))
+def test_a_run_stands_in_a_report_once(tmp_path: Path, warm: Command) -> None:
+    assert "twice" in error_line(warm("report", "run", "./run", cwd=tmp_path))
 
 
 def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
@@ -225,32 +236,35 @@ def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     assert "no such file; the recipe must be" in error_line(isomorph("train", "nowhere.toml", cwd=tmp_path))
 
 
-def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
-    assert "No such option" in error_line(isomorph("train", SMOKE, "--folder", "x", cwd=tmp_path))
+def test_an_unknown_option_is_refused(tmp_path: Path, warm: Command) -> None:
+    assert "No such option" in error_line(warm("train", SMOKE, "--folder", "x", cwd=tmp_path))
 
 
-def test_a_used_run_folder_is_not_overwritten(whole_run: Path) -> None:
+def test_a_used_run_folder_is_not_overwritten(whole_run: Path, warm: Command) -> None:
     before = (whole_run / "steps.jsonl").read_bytes()
-    assert "is not empty" in error_line(isomorph("train", SMOKE, "--run", whole_run, cwd=whole_run.parent))
+    assert "is not empty" in error_line(warm("train", SMOKE, "--run", whole_run, cwd=whole_run.parent))
     assert (whole_run / "steps.jsonl").read_bytes() == before
 
 
-def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    assert "must be the folder of a run" in error_line(isomorph("train", "--resume", tmp_path, cwd=tmp_path))
+def test_resuming_what_is_no_run_is_refused(tmp_path: Path, warm: Command) -> None:
+    assert "must be the folder of a run" in error_line(warm("train", "--resume", tmp_path, cwd=tmp_path))
 
 
-def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
-    message = error_line(isomorph("train", SMOKE, "parallel.kind=fsdp", "--run", "refused", cwd=tmp_path))
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path, warm: Command) -> None:
+    message = error_line(warm("train", SMOKE, "parallel.kind=fsdp", "--run", "refused", cwd=tmp_path))
     assert "torchrun" in message
     assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("request_", ["gea=reference", "foo", "triton"])
-def test_a_wrong_choice_of_bodies_is_refused_before_anything_is_made(tmp_path: Path, request_: str) -> None:
+def test_a_wrong_choice_of_bodies_is_refused_before_anything_is_made(
+    tmp_path: Path, request_: str, warm: Command
+) -> None:
     if request_ == "triton" and torch.cuda.is_available():
         pytest.skip("a GPU has these bodies")
+    run = isomorph if request_ == "triton" else warm  # Triton reads TRITON_INTERPRET when it is imported
     for command in (("train", SMOKE, "--run", "refused"), ("eval", "refused")):
-        done = isomorph(*command, cwd=tmp_path, ISOMORPH_BACKEND=request_, TRITON_INTERPRET="0")
+        done = run(*command, cwd=tmp_path, ISOMORPH_BACKEND=request_, TRITON_INTERPRET="0")
         assert "ISOMORPH_BACKEND" in error_line(done)
     assert not (tmp_path / "refused").exists()
 
@@ -283,25 +297,25 @@ def recipe_for_files(folder: Path, rows: str, model: str) -> Path:
     return recipe
 
 
-def test_an_unreadable_model_folder_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_model_folder_is_refused(tmp_path: Path, warm: Command) -> None:
     recipe = recipe_for_files(tmp_path, "", str(tmp_path / "model"))
     rows = {"ROWS": str(tmp_path)}
-    assert "must be a folder with a config.json" in error_line(isomorph("train", recipe, cwd=tmp_path, **rows))
+    assert "must be a folder with a config.json" in error_line(warm("train", recipe, cwd=tmp_path, **rows))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    assert "tokenizer" in error_line(isomorph("train", recipe, cwd=tmp_path, **rows))
+    assert "tokenizer" in error_line(warm("train", recipe, cwd=tmp_path, **rows))
 
 
-def test_a_broken_row_is_named_by_file_and_line(whole_run: Path, tmp_path: Path) -> None:
-    good = isomorph("data", "make", "--representation", "graph", "--prompts", "1", cwd=tmp_path)
+def test_a_broken_row_is_named_by_file_and_line(whole_run: Path, tmp_path: Path, warm: Command) -> None:
+    good = warm("data", "make", "--representation", "graph", "--prompts", "1", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     recipe = recipe_for_files(tmp_path, good.stdout + '{"question": "q"\n', str(whole_run / "model"))
-    message = error_line(isomorph("train", recipe, cwd=tmp_path, ROWS=str(tmp_path)))
+    message = error_line(warm("train", recipe, cwd=tmp_path, ROWS=str(tmp_path)))
     assert "graph.jsonl, line 2" in message
-    assert "environment variable" in error_line(isomorph("train", recipe, cwd=tmp_path))
+    assert "environment variable" in error_line(warm("train", recipe, cwd=tmp_path))
 
 
-def test_a_full_disk_ends_the_run_with_code_1_and_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_with_code_1_and_keeps_the_earlier_checkpoint(tmp_path: Path, warm: Command) -> None:
     """A limit on the size of a file stands for the full disk: it comes up in the middle of writing, as there."""
     limited = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -318,5 +332,5 @@ def test_a_full_disk_ends_the_run_with_code_1_and_keeps_the_earlier_checkpoint(t
     assert "could not be written" in done.stderr and "step-00000042" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000042"]
-    resumed = isomorph("train", "--resume", tmp_path / "full", cwd=tmp_path)
+    resumed = warm("train", "--resume", tmp_path / "full", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +146,8 @@ def test_names_in_brackets_are_no_markup_and_escapes_are_written_out() -> None:
         assert "models/[v2]\\x1b[2J:cat:" in console.file.getvalue() and "async_plan:[red]a" in console.file.getvalue()
 
 
-def test_json_is_one_object_on_the_standard_output(finished_run: Path) -> None:
-    command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "eval", str(finished_run)]
+def test_json_is_one_object_on_the_standard_output(finished_run: Path, warm_isomorph: list[str]) -> None:
+    command = [*warm_isomorph, "eval", str(finished_run)]
     options = ["--data", "async_plan:graph", "--prompts", "2", "--json"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

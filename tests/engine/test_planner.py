@@ -225,9 +225,11 @@ def test_an_unknown_card_is_refused() -> None:
         card_ceilings("h300")
 
 
-def test_the_command_tells_the_budget_of_a_recipe_it_has_no_weights_for(tmp_path: Path) -> None:
+def test_the_command_tells_the_budget_of_a_recipe_it_has_no_weights_for(
+    tmp_path: Path, warm_isomorph: list[str]
+) -> None:
     recipe = SEVEN_B.parents[1] / "paper" / "graph_natural.toml"
-    command = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()", "plan", str(recipe)]
+    command = [*warm_isomorph, "plan", str(recipe)]
     command += [f"model.path={SEVEN_B}", "model.gradient_checkpointing_every=1", "--device", "h200", "--ranks", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
