@@ -189,7 +189,10 @@ def test_a_killed_launcher_leaves_no_rank_behind(isomorph: Path, tmp_path: Path)
 def test_a_rank_that_hangs_ends_the_run_with_a_sentence(isomorph: Path, tmp_path: Path) -> None:
     with at_work(isomorph, tmp_path) as (launcher, ranks):
         ranks[1].send_signal(signal.SIGSTOP)
-        _, err = launcher.communicate(timeout=90)  # torchrun gives the stopped rank 30 s to end
+        _, alive = psutil.wait_procs(ranks[:1], timeout=60)
+        assert alive == []
+        ranks[1].kill()  # torchrun would give it 30 s to end
+        _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == 1
     assert "error: rank 1 of this run has sent no heartbeat for 20 s" in err
 
