@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("kernels", "engine", "curriculum")  # each may import those before it, and itself
+PACKAGES = ("kernels", "engine", "curriculum")  # each may import those before it, and itself
 OURS = "isomorph"
 OF_KERNELS = {"torch", "triton", "numpy"}  # besides the standard library
 ONE_PLACE = {  # a file, or a folder with a slash at its end
@@ -22,7 +22,7 @@ ONE_PLACE = {  # a file, or a folder with a slash at its end
     "trl": "engine/adapters/trl.py",
     "flash_attn": "kernels/flash.py",
 }
-APART = ("rollout", "update")  # rooms of the engine that only its loop brings together
+APART = ("rollout", "update")  # folders of the engine that only its loop brings together
 
 
 class Import(NamedTuple):
@@ -72,27 +72,27 @@ def _is_dynamic_import(node: ast.AST) -> bool:
 
 
 def violations(root: Path) -> list[str]:
-    """Every import in the rooms under ``root`` that breaks a rule, as file:line: what."""
-    return [f"{found}: {broken}" for found in imports_of(root, *ROOMS) if (broken := _broken_rule(found))]
+    """Every import in the packages under ``root`` that breaks a rule, as file:line: what."""
+    return [f"{found}: {broken}" for found in imports_of(root, *PACKAGES) if (broken := _broken_rule(found))]
 
 
 def _broken_rule(found: Import) -> str | None:
-    room, *inner = found.file.split("/")
+    package, *inner = found.file.split("/")
     top = found.module.partition(".")[0]
     if not found.module:
         return "imports are absolute"
-    if top in ROOMS:
-        return "the rooms are isomorph.kernels, isomorph.engine, isomorph.curriculum"
-    for other in ROOMS[ROOMS.index(room) + 1 :]:
+    if top in PACKAGES:
+        return "the packages are isomorph.kernels, isomorph.engine, isomorph.curriculum"
+    for other in PACKAGES[PACKAGES.index(package) + 1 :]:
         if found.reaches(f"{OURS}.{other}"):
-            return f"{room} knows nothing of {other}"
+            return f"{package} knows nothing of {other}"
     if top in ONE_PLACE and found.file.startswith(ONE_PLACE[top]):
         return None
-    if room == "kernels" and top not in {OURS, *OF_KERNELS, *sys.stdlib_module_names}:
+    if package == "kernels" and top not in {OURS, *OF_KERNELS, *sys.stdlib_module_names}:
         return f"kernels import {', '.join(sorted(OF_KERNELS))} and the standard library alone"
     if top in ONE_PLACE:
         return f"{top} is imported in {ONE_PLACE[top]} alone"
-    if room == "engine" and inner[0] in APART:
+    if package == "engine" and inner[0] in APART:
         (other,) = set(APART) - {inner[0]}
         if found.reaches(f"{OURS}.engine.{other}"):
             return "rollout and update do not know each other"
@@ -101,9 +101,9 @@ def _broken_rule(found: Import) -> str | None:
 
 def circle(root: Path) -> list[str]:
     """Files that import each other in a circle, imports within functions included; [] where there is none."""
-    files = {f"{OURS}.{'.'.join(p.relative_to(root).with_suffix('').parts)}": p for p in python_files(root, *ROOMS)}
+    files = {f"{OURS}.{'.'.join(p.relative_to(root).with_suffix('').parts)}": p for p in python_files(root, *PACKAGES)}
     graph: dict[str, set[str]] = {path.relative_to(root).as_posix(): set() for path in files.values()}
-    for found in imports_of(root, *ROOMS):
+    for found in imports_of(root, *PACKAGES):
         imported = {files[target].relative_to(root).as_posix() for target in found.targets() & files.keys()}
         graph[found.file] |= imported - {found.file}
     try:
@@ -144,7 +144,7 @@ def test_a_planted_circle_is_found(tmp_path: Path) -> None:
 
 
 def test_no_private_name_is_imported() -> None:
-    assert private_imports(ROOT, *ROOMS, "benchmarks", "studies") == []
+    assert private_imports(ROOT, *PACKAGES, "benchmarks", "studies") == []
 
 
 def test_a_planted_private_import_is_found(tmp_path: Path) -> None:
@@ -159,12 +159,12 @@ def test_a_planted_private_import_is_found(tmp_path: Path) -> None:
     ]
 
 
-def test_the_rooms_are_read_at_all() -> None:
-    files = {found.file.split("/")[0] for found in imports_of(ROOT, *ROOMS)}
-    assert files == set(ROOMS)
+def test_the_packages_are_read_at_all() -> None:
+    files = {found.file.split("/")[0] for found in imports_of(ROOT, *PACKAGES)}
+    assert files == set(PACKAGES)
     for module, place in ONE_PLACE.items():
         if (ROOT / place).exists():
-            files = [found.file for found in imports_of(ROOT, *ROOMS) if found.module.startswith(module)]
+            files = [found.file for found in imports_of(ROOT, *PACKAGES) if found.module.startswith(module)]
             assert any(file.startswith(place) for file in files)
 
 
@@ -180,10 +180,10 @@ def test_the_rooms_are_read_at_all() -> None:
         ("kernels/csrc/a.py", "import scipy.special", "standard library alone"),
         ("engine/a.py", "from isomorph.curriculum.stage import Curriculum", "knows nothing of curriculum"),
         ("engine/a.py", "if True:\n    from isomorph import curriculum as c", "knows nothing of curriculum"),
-        ("engine/a.py", "import kernels.packing", "the rooms are"),
-        ("engine/a.py", "from engine.types import Prompt", "the rooms are"),
-        ("curriculum/a.py", "from curriculum import task", "the rooms are"),
-        ("curriculum/a.py", "import importlib\nimportlib.import_module('kernels')", "the rooms are"),
+        ("engine/a.py", "import kernels.packing", "the packages are"),
+        ("engine/a.py", "from engine.types import Prompt", "the packages are"),
+        ("curriculum/a.py", "from curriculum import task", "the packages are"),
+        ("curriculum/a.py", "import importlib\nimportlib.import_module('kernels')", "the packages are"),
         ("curriculum/a.py", "__import__('vllm')", "vllm is imported"),
         ("curriculum/a.py", "from . import task", "absolute"),
         ("curriculum/tasks/a.py", "from ..task import Task", "absolute"),
@@ -227,17 +227,17 @@ def test_what_is_allowed_is_not_reported(tmp_path: Path, file: str, line: str) -
     assert violations(tmp_path) == []
 
 
-def test_nothing_else_in_the_repository_imports_the_rooms_by_their_bare_names() -> None:
-    outside = [f for f in imports_of(ROOT, "tests", "benchmarks", "studies") if f.module.partition(".")[0] in ROOMS]
+def test_nothing_else_in_the_repository_imports_the_packages_by_their_bare_names() -> None:
+    outside = [f for f in imports_of(ROOT, "tests", "benchmarks", "studies") if f.module.partition(".")[0] in PACKAGES]
     assert [str(found) for found in outside] == []
 
 
-def test_no_room_is_a_package_of_its_own() -> None:
+def test_no_folder_is_a_package_without_isomorph() -> None:
     """Without ``__init__.py`` an installed package called kernels always wins over our folder.
 
-    The one below a room: users import ``Answer`` from there.
+    The one below a package: users import ``Answer`` from there.
     """
-    found = [str(p.relative_to(ROOT)) for room in ROOMS for p in (ROOT / room).rglob("__init__.py")]
+    found = [str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("__init__.py")]
     assert found == ["curriculum/rewards/__init__.py"]
 
 
@@ -255,7 +255,7 @@ def test_functions_fit_on_a_screen() -> None:
     """60 lines; one Triton kernel may be longer, where its halves would share all their variables."""
     long = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
-        for path in python_files(ROOT, *ROOMS, "benchmarks", "studies")
+        for path in python_files(ROOT, *PACKAGES, "benchmarks", "studies")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
         and node.end_lineno is not None

@@ -139,7 +139,7 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_heard_while_responses_are_drawn(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_a_run_while_responses_are_sampled(tmp_path: Path, number: signal.Signals) -> None:
     """A step whose responses take minutes: what is drawn is dropped, the step's beginning is kept."""
     long = (
         "model.tiny.max_model_len=8192",
@@ -168,7 +168,7 @@ def test_a_signal_is_heard_while_responses_are_drawn(tmp_path: Path, number: sig
     assert (tmp_path / "run" / "checkpoints" / "step-00000000").is_dir()
 
 
-def test_a_signal_before_anything_is_asked_ends_the_process_at_once() -> None:
+def test_a_signal_before_the_first_poll_ends_the_process_at_once() -> None:
     stop = Stop(Console(file=io.StringIO(), quiet=True))
     with pytest.raises(KeyboardInterrupt):
         stop.take(signal.SIGTERM, None)
@@ -214,7 +214,7 @@ def test_a_file_of_tasks_is_not_replaced_unasked(tmp_path: Path, warm: Command) 
     assert warm(*make, "--force", cwd=tmp_path).returncode == 0
 
 
-def test_a_run_stands_in_a_report_once(tmp_path: Path, warm: Command) -> None:
+def test_a_run_appears_in_a_report_once(tmp_path: Path, warm: Command) -> None:
     assert "twice" in error_line(warm("report", "run", "./run", cwd=tmp_path))
 
 
@@ -257,7 +257,7 @@ def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path, warm: Command)
 
 
 @pytest.mark.parametrize("request_", ["gea=reference", "foo", "triton"])
-def test_a_wrong_choice_of_bodies_is_refused_before_anything_is_made(
+def test_a_wrong_choice_of_implementations_is_refused_before_anything_is_made(
     tmp_path: Path, request_: str, warm: Command
 ) -> None:
     if request_ == "triton" and torch.cuda.is_available():
@@ -279,7 +279,7 @@ def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path) -> None:
         new_folder(first / "run.json", is_named=True)
 
 
-def test_the_version_is_told_and_no_command_gets_the_help(tmp_path: Path) -> None:
+def test_version_is_printed_and_no_command_prints_the_help(tmp_path: Path) -> None:
     assert isomorph("--version", cwd=tmp_path).stdout.startswith("isomorph 0.")
     bare = isomorph(cwd=tmp_path)
     assert bare.returncode == 2 and "train" in bare.stdout + bare.stderr and "error:" not in bare.stderr

@@ -39,5 +39,5 @@ def test_signature_is_the_one_on_the_page(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", backend.OPS)
-def test_the_specification_stands_beside_the_op(op: str) -> None:
+def test_the_specification_is_beside_the_op(op: str) -> None:
     assert callable(getattr(module_of(op), f"{op}_ref"))

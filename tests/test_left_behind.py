@@ -83,7 +83,7 @@ def test_an_interrupted_run_leaves_no_process_no_file_and_no_shared_memory(
         assert hidden <= {".lock"}  # empty; taken away, two others could each lock a file of their own
 
 
-def test_a_killed_trainers_judges_end_by_themselves(tmp_path: Path, sessions: list[int]) -> None:
+def test_reward_workers_of_a_killed_trainer_end_by_themselves(tmp_path: Path, sessions: list[int]) -> None:
     pytest.importorskip("pint")
     process = subprocess.Popen(
         [sys.executable, "-c", JUDGING], stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -51,7 +51,7 @@ def test_a_hang_ends_at_its_deadline_and_is_counted() -> None:
 
 
 @needs_math
-def test_mathematics_is_judged_while_further_responses_are_drawn() -> None:
+def test_mathematics_is_scored_while_further_responses_are_sampled() -> None:
     is_judged = threading.Event()
     texts = {4: answer("4"), 5: HANG, 6: answer("5")}
     prompts = [

@@ -152,7 +152,7 @@ def test_log_probabilities_agree_over_the_packed_path_of_training_in_bf16() -> N
     assert gap.max() < 0.1  # two roundings of hidden rows of order 1 to 8 bits
 
 
-def test_every_response_has_a_number_for_every_token_and_knows_who_drew_it(policy: Policy) -> None:
+def test_every_response_has_a_log_probability_for_every_token_and_a_policy_version(policy: Policy) -> None:
     prompts = make_prompts(3, 2, first_id=7)
     sampler = BuiltinSampler(policy, SamplerConfig())
     assert sampler.publish(5).num_bytes == 0
@@ -174,7 +174,7 @@ def test_every_group_is_handed_over_once_when_it_is_finished(policy: Policy) -> 
     assert all(group == rollouts[2 * i : 2 * i + 2] for i, group in handed)
 
 
-def test_nothing_to_ask_gives_nothing(policy: Policy) -> None:
+def test_no_prompts_give_no_responses(policy: Policy) -> None:
     assert generate(policy, [], make_sampling()) == []
 
 
@@ -225,7 +225,7 @@ def test_long_responses_have_the_trainers_log_probabilities_to_their_end(policy:
         torch.testing.assert_close(rollout.sampler_logprob, truth, rtol=0, atol=2e-5)
 
 
-def test_a_prompt_that_leaves_no_room_is_refused() -> None:
+def test_a_prompt_that_leaves_no_positions_is_refused() -> None:
     policy = make_policy(max_model_len=16)
     generate(policy, make_prompts(4), make_sampling(max_new_tok=12))
     with pytest.raises(UserError, match="make 17 tokens, the model has positions for 16"):

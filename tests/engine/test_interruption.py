@@ -156,7 +156,7 @@ def test_a_step_interrupted_anywhere_is_taken_up_bit_for_bit(tmp_path: Path) -> 
         assert source_of(components).state_dict() == source_of(whole).state_dict()
 
 
-def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path) -> None:
+def test_rollouts_are_not_sampled_again_after_an_interruption(tmp_path: Path) -> None:
     class Counting(BuiltinSampler):
         calls = 0
 
@@ -187,7 +187,7 @@ def test_what_was_drawn_is_not_drawn_again_after_an_interruption(tmp_path: Path)
     assert Counting.calls == 1
 
 
-def test_a_stop_does_not_wait_for_the_judge(tmp_path: Path) -> None:
+def test_a_stop_does_not_wait_for_the_reward_function(tmp_path: Path) -> None:
     asked, may_end = threading.Event(), threading.Event()
 
     def slow(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

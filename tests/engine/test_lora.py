@@ -156,7 +156,7 @@ def test_before_the_first_step_the_policy_is_the_base_bit_for_bit(dtype: str) ->
         assert not torch.equal(move(policy).hidden(batch), base.hidden(batch))
 
 
-def test_the_seed_says_what_the_adapters_begin_with() -> None:
+def test_the_seed_determines_the_first_adapters() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first, again = make_policy().snapshot(), make_policy().snapshot()
@@ -166,7 +166,7 @@ def test_the_seed_says_what_the_adapters_begin_with() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True) if a.any())
 
 
-def test_the_targets_are_those_that_were_asked_for() -> None:
+def test_the_targets_are_the_configured_ones() -> None:
     policy = make_policy(lora=LoraConfig(rank=2, targets=("q_proj", "down_proj")))
     adapted = {name.split(".")[-4] for name in policy.named_parameters()}
     assert adapted == {"q_proj", "down_proj"}

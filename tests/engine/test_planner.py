@@ -96,7 +96,7 @@ def test_a_folder_with_nothing_but_a_config_is_enough() -> None:
     assert (shape.num_layers, shape.head_dim, shape.is_tied) == (28, 128, False)
 
 
-def test_a_seven_billion_models_states_are_what_everybody_knows() -> None:
+def test_states_of_a_7b_model_take_2_4_4_and_8_bytes_a_parameter() -> None:
     found = gib(seven_b())
     billions = 7.615616512e9 / GIB
     assert found["weights"] == found["reference"] == pytest.approx(2 * billions)
@@ -225,9 +225,7 @@ def test_an_unknown_card_is_refused() -> None:
         card_ceilings("h300")
 
 
-def test_the_command_tells_the_budget_of_a_recipe_it_has_no_weights_for(
-    tmp_path: Path, warm_isomorph: list[str]
-) -> None:
+def test_the_command_estimates_a_recipe_without_weights(tmp_path: Path, warm_isomorph: list[str]) -> None:
     recipe = SEVEN_B.parents[1] / "paper" / "graph_natural.toml"
     command = [*warm_isomorph, "plan", str(recipe)]
     command += [f"model.path={SEVEN_B}", "model.gradient_checkpointing_every=1", "--device", "h200", "--ranks", "2"]

@@ -195,7 +195,7 @@ def test_compiled_layers_agree_and_are_compiled_once_for_all_lengths() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shapes_that_samplers_ask_for_are_the_models(family: str) -> None:
+def test_kv_heads_head_size_and_length_are_the_models(family: str) -> None:
     policy, _ = twins(config_of(family.split()[0], **FAMILIES[family]))
     k_proj = policy.named_parameters()["model.layers.0.self_attn.k_proj.weight"]
     assert policy.num_kv_heads * policy.head_dim == k_proj.shape[0]

@@ -58,7 +58,7 @@ def test_the_console_shows_a_line_as_it_is(tmp_path: Path) -> None:
     assert out.getvalue() == "[graph] 12.0% [10.1%, 14.2%] [/answer] :stir: <answer>\n"
 
 
-def test_lines_are_told_through_the_bar_of_a_terminal_too(tmp_path: Path) -> None:
+def test_lines_are_printed_above_the_progress_bar_of_a_terminal(tmp_path: Path) -> None:
     log, out = make_log(tmp_path, terminal=True)
     with log.progress(done=3, total=10):
         log.write_step({"step": 4, "stage": "words"}, "step 4")
@@ -67,7 +67,7 @@ def test_lines_are_told_through_the_bar_of_a_terminal_too(tmp_path: Path) -> Non
     assert "4/10" in out.getvalue() and "words" in out.getvalue()
 
 
-def test_the_phases_of_a_step_and_what_lies_between_two_are_told_apart(tmp_path: Path) -> None:
+def test_the_phases_of_a_step_and_those_between_two_steps_are_separate(tmp_path: Path) -> None:
     log, _ = make_log(tmp_path)
     with log.time("exam"):
         time.sleep(0.02)

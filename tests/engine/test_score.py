@@ -75,7 +75,7 @@ def advantages(judge: Rewards, **objective: str) -> list[tuple[float, ...]]:
     return [g.advantages for g in groups]
 
 
-def test_each_response_is_judged_with_its_own_prompt() -> None:
+def test_each_response_is_scored_with_its_own_prompt() -> None:
     judge = Rewards(1, 0, 0, 0, 1, 1)
     groups, texts = judge_and_score(judge, ObjectiveConfig())
     assert sorted(judge.asked) == [(2, "20 3"), (2, "21 3"), (2, "22 3"), (4, "40 3"), (4, "41 3"), (4, "42 3")]
@@ -125,7 +125,9 @@ def test_rollouts_in_another_order_than_their_prompts_are_refused() -> None:
 
 
 @pytest.mark.parametrize("rewards", [(1, 0), (1, 0, 0, 0), ()])
-def test_a_judge_that_returns_the_wrong_number_of_rewards_ends_the_run(rewards: tuple[float, ...]) -> None:
+def test_a_reward_function_that_returns_the_wrong_number_of_rewards_ends_the_run_at_once(
+    rewards: tuple[float, ...],
+) -> None:
     with pytest.raises(RunFailed, match="one reward for each response"):
         judge_and_score(lambda prompts, texts: list(rewards), ObjectiveConfig())
 
@@ -136,7 +138,7 @@ def test_a_reward_that_is_not_finite_in_float32_ends_the_run(bad: float) -> None
         judge_and_score(Rewards(1, 0, bad, 0, 1, 1), ObjectiveConfig())
 
 
-def test_a_group_is_judged_while_another_is_still_being_drawn() -> None:
+def test_a_group_is_scored_while_another_is_still_being_sampled() -> None:
     called, judged = threading.Event(), []
 
     def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -152,7 +154,7 @@ def test_a_group_is_judged_while_another_is_still_being_drawn() -> None:
     assert judged == [[2, 2, 2], [4, 4, 4]]
 
 
-def test_what_the_judge_raised_ends_the_drawing_at_the_next_group() -> None:
+def test_what_the_reward_function_raised_ends_sampling_at_the_next_group() -> None:
     def broken(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         raise RunFailed("the judge is broken")
 
@@ -163,7 +165,7 @@ def test_what_the_judge_raised_ends_the_drawing_at_the_next_group() -> None:
             rewarding.add(0, ROLLOUTS[:3])
 
 
-def test_what_gathers_during_a_call_of_the_judge_is_judged_in_one_call() -> None:
+def test_groups_that_arrive_during_a_reward_call_are_scored_in_one_call() -> None:
     prompts, is_first, may_go = [prompt(i) for i in range(5)], threading.Event(), threading.Event()
     calls: list[int] = []
 

@@ -134,7 +134,7 @@ def test_a_thread_looks_while_the_step_runs_and_ends_with_the_run(monkeypatch: p
     assert nvml.num_looks == looks
 
 
-def test_what_nobody_measures_is_none_and_the_reason_is_told() -> None:
+def test_what_is_not_measured_is_none_with_a_reason() -> None:
     gpu, reason = find_gpu(torch.device("cpu"))
     log = Telemetry(gpu, reason)
     with log.watching():
@@ -152,7 +152,7 @@ def test_without_a_driver_nvml_says_so() -> None:
     assert gpu is None and reason.startswith("NVML: ")
 
 
-def test_without_its_package_the_way_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)  # as where it is not installed
     gpu, reason = connect("GPU-0")
     assert gpu is None and "pip install 'isomorph[telemetry]'" in reason

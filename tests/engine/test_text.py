@@ -59,7 +59,7 @@ def test_the_chat_template_is_used_where_there_is_one_and_it_is_wanted() -> None
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_real_135m_model_speaks_through_its_chat_template(smollm2_folder: Path) -> None:
+def test_the_real_135m_models_chat_template_is_used(smollm2_folder: Path) -> None:
     policy = load_policy(ModelConfig(path=str(smollm2_folder)), vocabulary=[], seed=0, device=CPU)
     ids = policy.text.encode_prompt("Say hello.")
     assert policy.text.uses_chat_template

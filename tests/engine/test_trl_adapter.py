@@ -132,7 +132,9 @@ FAMILIES = pytest.mark.parametrize(
 
 @FAMILIES
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_the_model_answers_what_trl_asks(tmp_path: Path, make: Callable[[], Any], recomputes: bool) -> None:
+def test_log_probabilities_entropies_and_gradients_are_those_of_padded_rows(
+    tmp_path: Path, make: Callable[[], Any], recomputes: bool
+) -> None:
     trainer = trainer_of(tmp_path, make(), gradient_checkpointing=recomputes, temperature=0.7)
     trainer.model.train()
     batch = padded()

@@ -176,7 +176,7 @@ def test_it_follows_the_trainer(life: Life) -> None:
 
 
 @with_vllm
-def test_draw_sleep_learn_publish_and_draw_again(life: Life, memory: Pages | Device, pace: None) -> None:
+def test_generate_sleep_learn_publish_and_generate_again(life: Life, memory: Pages | Device, pace: None) -> None:
     policy, sampler = life.policy, life.sampler
     prompts = make_prompts(policy, TEXTS)
     for version in (1, 2, 3):
@@ -238,7 +238,7 @@ class Stop(BaseException):
 
 @with_vllm
 @pytest.mark.parametrize("error", [ValueError, Stop, KeyboardInterrupt])
-def test_what_a_judge_raises_leaves_no_request_behind(
+def test_what_a_callback_raises_leaves_no_request_behind(
     life: Life, memory: Pages | Device, pace: None, error: type[BaseException]
 ) -> None:
     before = draw(life)
@@ -315,7 +315,7 @@ def test_what_the_learner_raises_wakes_it_up(life: Life, memory: Pages | Device)
 
 
 @with_vllm
-def test_nothing_is_drawn_while_it_sleeps(life: Life, memory: Pages | Device) -> None:
+def test_nothing_is_generated_while_it_sleeps(life: Life, memory: Pages | Device) -> None:
     before = draw(life)
     with life.sampler.asleep():
         with pytest.raises(RuntimeError, match="vLLM is paused: leave the context"):
