@@ -125,7 +125,7 @@ def test_rollouts_in_another_order_than_their_prompts_are_refused() -> None:
 
 
 @pytest.mark.parametrize("rewards", [(1, 0), (1, 0, 0, 0), ()])
-def test_a_reward_function_that_returns_the_wrong_number_of_rewards_ends_the_run_at_once(
+def test_a_wrong_number_of_rewards_ends_the_run(
     rewards: tuple[float, ...],
 ) -> None:
     with pytest.raises(RunFailed, match="one reward for each response"):

@@ -132,7 +132,7 @@ FAMILIES = pytest.mark.parametrize(
 
 @FAMILIES
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_log_probabilities_entropies_and_gradients_are_those_of_padded_rows(
+def test_answers_and_gradients_are_those_of_padded_rows(
     tmp_path: Path, make: Callable[[], Any], recomputes: bool
 ) -> None:
     trainer = trainer_of(tmp_path, make(), gradient_checkpointing=recomputes, temperature=0.7)
