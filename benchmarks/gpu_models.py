@@ -27,6 +27,15 @@ def make_policy(shape: tuple[int, ...], vocab: int, dtype: torch.dtype | None = 
         return build_tiny(tiny, [f"w{i}" for i in range(vocab)], seed=0, dtype=dtype, device=DEVICE)
 
 
+def as_float32(policy: Any, shape: tuple[int, ...], vocab: int) -> Any:
+    """A float32 model with the weights of ``policy``, which ``make_policy`` made of this shape."""
+    wide = make_policy(shape, vocab, torch.float32)
+    with torch.no_grad():
+        for mine, theirs in zip(wide.named_parameters().values(), policy.named_parameters().values(), strict=True):
+            mine.copy_(theirs)
+    return wide
+
+
 def changed(policy: Any, *, recomputes: bool = False, compiles: bool = False) -> Any:
     """The same model; ``recomputes``: every layer runs again in the backward."""
     from isomorph.engine.model.policy import Policy
