@@ -1,6 +1,7 @@
 """Runs a recipe: makes the engine's components, trains, and writes run.json, summary.json, model and report."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from isomorph.curriculum.environment import describe_run, fallbacks
+from isomorph.curriculum.environment import describe_run, fallbacks, notes_on_options
 from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
+from isomorph.curriculum.hub import prepare_push, push
 from isomorph.curriculum.inputs import changed_files, changed_rewards, describe_files, located
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
-from isomorph.curriculum.resume import Changes
+from isomorph.curriculum.resume import Changes, depends_on_steps
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.rewards.signature import Progress
@@ -43,6 +45,7 @@ from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.rollout.fingerprint import fingerprint
+from isomorph.engine.rollout.stop_strings import check_stop_strings
 from isomorph.engine.types import Prompt, RunFailed, RunState, Sampler
 from isomorph.engine.update.learner import Learner
 
@@ -67,6 +70,7 @@ def run_recipe(
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     check_sinks(recipe.log)
+    ranks.from_first(lambda: prepare_push(recipe.run.push_to_hub))
     if resume:
         ranks.from_first(lambda: _refuse_changed_files(recipe, folder, partial(console.print, highlight=False)))
     else:
@@ -105,6 +109,8 @@ def run_recipe(
         if ranks.is_first:
             log.write_json("summary.json", summary)
             write_report([folder], folder / "report")
+            if address := push(recipe.run.push_to_hub, folder / "model"):
+                log.say(f"pushed to {address}")
         ranks.wait()  # for rank 0; then samplers close, and vLLM destroys the process group
         return summary
 
@@ -122,6 +128,7 @@ def _open_components(
     """The components of a run and the state that it begins or resumes with; closes sampler and reward workers."""
     policy = open_policy(recipe)
     _refuse_long_responses(recipe, policy.max_model_len)
+    check_stop_strings([string for stage in recipe.stage for string in stage.sampling.stop], policy.text)
     log.telemetry = Telemetry(*find_gpu(policy.device))
     state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
     environments.load(policy.text)
@@ -131,6 +138,8 @@ def _open_components(
             log.say(f"warning: {sentence}")
     if resume:
         curriculum.load_state_dict(state.source)
+        if curriculum.reopen_extended():
+            state = dataclasses.replace(state, source=curriculum.state_dict())
     with (
         open_sampler(recipe, policy) as sampler,
         RewardPool() as pool,
@@ -173,7 +182,7 @@ def _say_what_to_know(recipe: Recipe, policy: Policy, log: RunLog, ranks: Ranks)
         log.say(f"warning: {short}")
     for short in short_of_memory(recipe, policy, ranks.size):
         log.say(f"warning: {short}")
-    for note in policy.notes:
+    for note in (*policy.notes, *notes_on_options(recipe)):
         log.say(f"note: {note}")
     for fallback in fallbacks(policy):
         log.say(f"warning: {fallback}")
@@ -189,6 +198,8 @@ def _record_changes(recipe: Recipe, changes: Changes, log: RunLog, step: int) ->
     )
     for key, (before, after) in changes.items():
         log.say(f"changed: {key} was {before}, is {after} from here on")
+    for sentence in depends_on_steps(recipe, changes):
+        log.say(f"note: {sentence}")
 
 
 def _refuse_changed_files(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:

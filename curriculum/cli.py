@@ -14,11 +14,12 @@ import typer
 from rich.console import Console
 
 from isomorph.curriculum.commands.exit import fail
+from isomorph.curriculum.named_recipes import FOLDER, recipe_line, recipe_names
 from isomorph.curriculum.rewards.families import FAMILIES
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Generate tasks; check files of tasks.")
 kernels = typer.Typer(no_args_is_help=True, help="Compile and check the GPU kernels; no GPU needed.")
 app.add_typer(data, name="data")
@@ -73,10 +74,17 @@ def _root(
     """Train language models with reinforcement learning on a curriculum."""
 
 
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
 @app.command()
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(help="Recipe (TOML), for example curriculum/recipes/quickstart.toml")
+        Path | None,
+        typer.Argument(
+            help="Recipe (TOML), or a name of isomorph recipes, such as quickstart", autocompletion=_complete_recipe
+        ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; repeatable")] = None,
     run: Annotated[Path | None, typer.Option("--run", help="Run folder to create; default: runs/RECIPE-TIME")] = None,
@@ -93,7 +101,13 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML); its model may be a folder with only a config.json")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="Recipe (TOML) or its name; its model may be a folder with only a config.json",
+            autocompletion=_complete_recipe,
+        ),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; repeatable")] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="GPU type, for example h200; default: this machine's CPU")
@@ -115,6 +129,15 @@ def plan(
     from isomorph.curriculum.commands.plan import plan
 
     plan(recipe, overrides or [], device, device_gib, ranks, console, as_json=as_json)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with isomorph; each is trained by its name: isomorph train quickstart."""
+    width = max(map(len, recipe_names()))
+    for name in recipe_names():
+        console.print(f"{name:{width}}  {recipe_line(name)}", highlight=False, soft_wrap=True)
+    console.print(f"their files: {FOLDER}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")

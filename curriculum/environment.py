@@ -93,6 +93,17 @@ def fallbacks(policy: Policy) -> list[str]:
     return found
 
 
+def notes_on_options(recipe: Recipe) -> list[str]:
+    """A sentence for each default that depends on other keys and changes what is trained."""
+    corrected = [stage.name for stage in recipe.stage if stage.objective.importance_sampling != "off"]
+    if recipe.sampler.kind != "vllm" or not corrected:
+        return []
+    return [
+        f"vLLM and the trainer differ by rounding, so the loss of {', '.join(corrected)} is weighted by their ratio of "
+        'probabilities (objective.importance_sampling, "token" by default with vLLM; "off" turns it off)'
+    ]
+
+
 def describe_machine() -> dict[str, Any]:
     """Platform, processor, memory in GiB and GPUs."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

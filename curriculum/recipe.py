@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.evaluation_spec import START, EvalConfig, EvalSet, step_of
 from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
@@ -207,6 +208,12 @@ class Recipe(EngineConfig):
         )
 
     @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``sampling.stop`` of the last stage that samples: evaluations end their responses by the same strings."""
+        sampled = [stage.sampling.stop for stage in self.stage if not stage.objective.is_supervised]
+        return sampled[-1] if sampled else ()
+
+    @property
     def warm_up_label(self) -> str:
         """The label of the last evaluation before the first RL stage: ``START``, or the last supervised stage's name.
 
@@ -253,6 +260,17 @@ class Recipe(EngineConfig):
             data = self.data[one.data]
             if isinstance(data, RewardTable):
                 data.refuse_unrewarded(one.data, "[eval]")
+        return self
+
+    @model_validator(mode="after")
+    def _stop_strings_end_responses(self) -> "Recipe":
+        turns = [name for name, data in self.data.items() if isinstance(data, EnvironmentTable) and data.has_turns]
+        for stage in self.stage:
+            if turns and stage.sampling.stop:
+                raise ValueError(
+                    f"stage {stage.name!r}: sampling.stop is not supported with an environment or tools "
+                    f"([data.{turns[0]}]), whose replies follow a turn's stop token: remove it, or use model.stop"
+                )
         return self
 
     def _check_source(self, data: str, representation: str | None, where: str) -> None:

@@ -19,7 +19,8 @@ MAY_CHANGE = (
     *("stage.*.optim.*", "stage.*.batch.micro_batch_tok"),
     *("sampler.kv_tok", "sampler.max_seqs", "sampler.memory_frac", "sampler.max_model_len"),
     *("run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_every"),
-    *("run.max_mean_drift", "run.profile*", "log.*", "eval.every", "eval.samples", "eval.temperature"),
+    *("run.max_mean_drift", "run.profile*", "run.push_to_hub", "log.*"),
+    *("eval.every", "eval.samples", "eval.temperature"),
     *("model.gradient_checkpointing_every", "model.compile", "model.path", "data.*.files.*"),
     *("data.*.path", "data.*.eval_path", "data.*.chat_template"),
 )
@@ -72,6 +73,39 @@ def _flat(tables: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _extends_the_end(changes: Changes, after: Recipe, source: Mapping[str, Any]) -> bool:
+    """Whether a run that is over goes on with more steps in its last stage. Raises UserError if it cannot."""
+    place, stage, done = f"stage.{len(after.stage) - 1}", after.stage[-1], source["finished"][-1]
+    if f"{place}.steps" not in changes or stage.steps <= done["steps"]:
+        return False
+    others = [key for key in changes if key.startswith(f"{place}.") and not key.startswith(f"{place}.optim.")]
+    if done["ended_by"] != "steps" or others != [f"{place}.steps"]:
+        raise UserError(
+            f"{place}.steps: the stage ended after {done['steps']} steps by {done['ended_by']}; it goes on only where "
+            f"its steps ended it, and with no other change than of optim ({', '.join(others)})"
+        )
+    if stage.max_response_tok is not None and not source["response_tok"]:
+        raise UserError(
+            f"{place}.steps: the run was made by an earlier version, which forgot how many tokens count towards "
+            "max_response_tok: start a new run with model.path set to its model"
+        )
+    return True
+
+
+def depends_on_steps(recipe: Recipe, changes: Changes) -> list[str]:
+    """A sentence for each stage whose learning rate would have been another with its new number of steps before."""
+    found = []
+    for i, stage in enumerate(recipe.stage):
+        keys = [f'optim.schedule = "{stage.optim.schedule}"'] if stage.optim.schedule != "constant" else []
+        keys += ["optim.warmup_share"] if stage.optim.warmup_share else []
+        if f"stage.{i}.steps" in changes and keys:
+            found.append(
+                f"stage {stage.name} goes on with the learning rate of {stage.steps} steps ({', '.join(keys)}), so it "
+                "is not the run that had this number from the start"
+            )
+    return found
+
+
 def _refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
     """Refuses changes of a stage that has ended, of steps that are done and of updates that are divided already."""
     newest = latest_checkpoint(folder / "checkpoints")
@@ -80,12 +114,17 @@ def _refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     present = state["source"].get("stage_index", 0)
     done = state["source"].get("steps_done", 0)
+    is_extended = present == len(after.stage) and _extends_the_end(changes, after, state["source"])
     for key in changes:
         parts = key.split(".")
         if parts[0] != "stage":
             continue
-        if int(parts[1]) < present:
-            raise UserError(f"{key}: stage {parts[1]} had ended by step {state['step']}, where the run resumes")
+        if int(parts[1]) < present and not (is_extended and int(parts[1]) == present - 1):
+            raise UserError(
+                f"{key}: stage {parts[1]} had ended by step {state['step']}, where the run resumes; only "
+                "the last stage of a run can be extended, by more steps than it made: start a new run with "
+                f"model.path={folder}/model"
+            )
         if int(parts[1]) == present and parts[2] == "steps" and after.stage[present].steps <= done:
             raise UserError(f"{key} must be more than the {done} steps that are done, got {after.stage[present].steps}")
         if int(parts[1]) == present and parts[2] in ("batch", "optim") and state["draws"]:

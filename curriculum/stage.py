@@ -94,8 +94,9 @@ class Curriculum:
         if reason := self._why_over(stage):
             self.finished.append({"name": stage.name, "steps": self.steps_done, "ended_by": reason})
             self.stage_index += 1
-            self.steps_done = self.response_tok = 0
-            self.recent_rewards = []
+            self.steps_done = 0
+            if self.stage() is not None:  # those of the last stage stay: it may be extended
+                self.response_tok, self.recent_rewards = 0, []
 
     def pending_evaluation(self) -> EvaluationRequest | None:
         """The evaluation that is due, once.
@@ -112,6 +113,7 @@ class Curriculum:
             samples=wanted.samples,
             temperature=wanted.temperature,
             seed=wanted.seed,
+            stop=self.recipe.stop_strings,
         )
 
     def record_evaluation(
@@ -186,6 +188,19 @@ class Curriculum:
         self.positions = dict(state["positions"])
         self.evaluations = list(state["exams"])
         self.finished = list(state["finished"])
+
+    def reopen_extended(self) -> bool:
+        """Goes on with the last stage if it has ended by ``steps`` and the recipe now gives it more; whether it did.
+
+        The evaluation at its old end is dropped, as a run with that number from the start has none there.
+        """
+        last = self.recipe.stage[-1]
+        if self.stage() is not None or self.finished[-1]["steps"] >= last.steps:
+            return False
+        done = self.finished.pop()
+        self.stage_index, self.steps_done = len(self.recipe.stage) - 1, done["steps"]
+        self.evaluations = [evaluation for evaluation in self.evaluations if evaluation["label"] != last.name]
+        return True
 
     def _refuse(self, state: dict[str, Any]) -> None:
         expected, stages = self.state_dict().keys(), len(self.recipe.stage)

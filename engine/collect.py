@@ -100,6 +100,7 @@ def _training_sampling(components: Components, stage: Stage) -> Sampling:
         max_new_tok=stage.sampling.max_new_tok,
         samples_per_prompt=stage.sampling.samples_per_prompt,
         stop_ids=components.policy.text.stop_ids,
+        stop=stage.sampling.stop,
         seed=components.config.seed,
     )
 
@@ -111,5 +112,6 @@ def evaluation_sampling(components: Components, request: EvaluationRequest, *, i
         max_new_tok=request.max_new_tok,
         samples_per_prompt=1 if is_greedy else request.samples,
         stop_ids=components.policy.text.stop_ids,
+        stop=request.stop,
         seed=request.seed,
     )

@@ -157,6 +157,9 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     max_new_tok: int = Field(72, ge=1)  # longest response, tokens
     samples_per_prompt: int = Field(8, ge=1)
+    # strings that end a response, which then ends with the token that completes one; the rest of that token is kept.
+    # model.stop has single tokens
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
 class BatchConfig(Section):
@@ -171,20 +174,43 @@ class BatchConfig(Section):
     refills: int = Field(0, ge=0)  # dynamic sampling: rounds in which groups with equal rewards are sampled anew
 
 
+# TOML has no null, so that a recipe removes a clip by the word "off"
+Clip = Annotated[float | None, BeforeValidator(lambda value: None if value == "off" else value)]
+
+
 class OptimConfig(Section):
-    """AdamW with float32 master weights, its learning-rate schedule and gradient clipping."""
+    """AdamW with float32 master weights, its learning-rate schedule and gradient clipping.
+
+    Weight decay leaves out tensors of one dimension (norms and biases), as is usual, unless ``decay_norms_and_biases``.
+    """
 
     lr: float = Field(1e-6, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr_frac: float = Field(0.1, ge=0, le=1)  # linear, cosine: final learning rate / lr
     warmup_steps: int = Field(0, ge=0)
+    warmup_share: float = Field(0.0, ge=0, le=1)  # warm-up as a share of the stage's steps, rounded up
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)  # of the norm of the whole gradient
+    decay_norms_and_biases: bool = False  # weight_decay also acts on tensors of one dimension
+    clip_norm: Clip = Field(1.0, gt=0)  # largest norm of the whole gradient; "off": not clipped
 
     def idle(self) -> dict[KeyPath, str]:
-        return {("final_lr_frac",): 'optim.schedule is "constant"'} if self.schedule == "constant" else {}
+        keys: dict[KeyPath, str] = {}
+        if self.schedule == "constant":
+            keys[("final_lr_frac",)] = 'optim.schedule is "constant"'
+        if self.weight_decay == 0:
+            keys[("decay_norms_and_biases",)] = "optim.weight_decay is 0"
+        return keys
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> "OptimConfig":
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                f"warmup_steps and warmup_share set the same thing, got {self.warmup_steps} and {self.warmup_share}: "
+                "remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _betas_decay(self) -> "OptimConfig":
@@ -216,10 +242,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# TOML has no null, so that a recipe removes a preset's clip by the word "off"
-Clip = Annotated[float | None, BeforeValidator(lambda value: None if value == "off" else value)]
-
-
 class ObjectiveConfig(Section):
     """The loss: a name, which sets all other keys to its preset (``PRESETS``), and the keys that override it."""
 
@@ -237,14 +259,21 @@ class ObjectiveConfig(Section):
     ratio: Literal["token", "sequence", "product"] = "token"  # sequence: geometric mean of the tokens' ratios
     clip_low: Clip = Field(0.2, gt=0, le=1)  # ratio >= 1 - clip_low; "off" (with clip_high): not clipped
     clip_high: Clip = Field(0.2, gt=0)  # ratio <= 1 + clip_high
+    # dual clip (arXiv 1912.09729): with a negative advantage the ratio counts as at most this; "off": no such limit
+    clip_dual: Clip = Field(None, gt=1)
+    # log-probabilities in the ratio's denominator: the trainer's before the step's first update, or those that the
+    # sampler reported, which saves the forward of further updates and needs no importance_sampling
+    old_logprob: Literal["trainer", "sampler"] = "trainer"
     kl_coef: float = Field(0.0, ge=0)  # times an estimate of KL(policy || reference), added to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL term of kl_coef
     reward_kl_coef: float = Field(0.0, ge=0)  # times k1 = old_logprob - ref_logprob, subtracted from the reward
     entropy_coef: float = Field(0.0, ge=0)  # times the entropy, subtracted from the loss
-    importance_sampling: Literal["off", "token", "sequence"] = "off"  # loss times the weight trainer / sampler
-    # a weight above the cap is set to the cap, or the token (sequence) gets weight 0
+    # loss times the weight trainer / sampler; in a recipe with vLLM "token" is the default (see EngineConfig)
+    importance_sampling: Literal["off", "token", "sequence"] = "off"
+    # a weight beyond a bound is set to the bound, or the token (sequence) gets weight 0
     importance_sampling_mode: Literal["truncate", "mask"] = "truncate"
-    importance_sampling_cap: float = Field(2.0, gt=0)
+    importance_sampling_cap: float = Field(2.0, gt=0)  # upper bound
+    importance_sampling_floor: float = Field(0.0, ge=0)  # lower bound; 0: none
 
     @model_validator(mode="before")
     @classmethod
@@ -260,9 +289,24 @@ class ObjectiveConfig(Section):
             raise ValueError('clip_low and clip_high must both be numbers or both be "off"')
         if self.name in ("sft", "rft"):
             idle = dict(kl_coef=0.0, reward_kl_coef=0.0, entropy_coef=0.0, importance_sampling="off", ratio="token")
+            idle |= dict(clip_dual=None, old_logprob="trainer")
             for key, value in idle.items():
                 if getattr(self, key) != value:
                     raise ValueError(f'{key} is not supported with objective.name = "{self.name}": remove it')
+        if self.old_logprob == "sampler" and self.importance_sampling != "off":
+            raise ValueError(
+                'importance_sampling must be "off" with old_logprob = "sampler", whose ratio contains that weight '
+                f'already, got "{self.importance_sampling}"'
+            )
+        if self.importance_sampling_floor > self.importance_sampling_cap:
+            raise ValueError(
+                f"importance_sampling_floor must not exceed importance_sampling_cap, got "
+                f"{self.importance_sampling_floor} and {self.importance_sampling_cap}"
+            )
+        if self.clip_dual is not None and self.clip_high is not None and self.clip_dual < 1 + self.clip_high:
+            raise ValueError(
+                f"clip_dual must be at least 1 + clip_high, got {self.clip_dual} and clip_high = {self.clip_high}"
+            )
         if self.reward_kl_coef and self.baseline == "none" and self.scale == "std":
             raise ValueError(
                 'reward_kl_coef with baseline = "none" is not supported with scale = "std", because each token has its '
@@ -277,10 +321,12 @@ class ObjectiveConfig(Section):
             keys = {key: f'objective.name is "{self.name}"' for key in type(self).model_fields if key not in acting}
         if self.kl_coef == 0:
             keys.setdefault("kl_estimator", "objective.kl_coef is 0")
+        if self.name == "cispo":
+            keys["clip_dual"] = "cispo bounds the weight of a token, whatever its advantage"
         if self.importance_sampling == "off":
             keys |= {
                 key: keys.get(key, 'objective.importance_sampling is "off"')
-                for key in ("importance_sampling_mode", "importance_sampling_cap")
+                for key in ("importance_sampling_mode", "importance_sampling_cap", "importance_sampling_floor")
             }
         return {(key,): why for key, why in keys.items()}
 
@@ -331,10 +377,11 @@ class Stage(Section):
 
     def idle(self) -> dict[KeyPath, str]:
         if self.objective.is_supervised:
-            return {("sampling", "temperature"): "demonstrations are not sampled"}
-        if self.batch.num_iterations == 1 and self.batch.prompts_per_update in (None, self.batch.prompts):
+            return {("sampling", key): "demonstrations are not sampled" for key in ("temperature", "stop")}
+        is_one_update = self.batch.num_iterations == 1 and self.batch.prompts_per_update in (None, self.batch.prompts)
+        if is_one_update and self.objective.old_logprob == "trainer":
             why = "a step makes one update (batch.prompts_per_update, batch.num_iterations), where every ratio is 1"
-            return {("objective", "clip_low"): why, ("objective", "clip_high"): why}
+            return {("objective", key): why for key in ("clip_low", "clip_high", "clip_dual")}
         return {}
 
     @model_validator(mode="after")
@@ -380,6 +427,8 @@ class RunConfig(Section):
     completions_every: int = Field(10, ge=1)  # steps between samples written to completions/
     # largest mean |trainer - sampler log-probability| of a step, nats; None: by dtype and layers, see engine/drift.py
     max_mean_drift: float | None = Field(None, gt=0)
+    # NAME/REPOSITORY on the hub that gets the model of the finished run; needs a token (hf auth login, or HF_TOKEN)
+    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
     profile: tuple[int, int] | None = None  # first and last step to trace with PyTorch's profiler, into trace/
 
     @model_validator(mode="before")
@@ -408,6 +457,13 @@ class LogConfig(Section):
     trackio: str | None = Field(None, min_length=1)  # project name; needs the package trackio
 
 
+def _corrected(stage: Any) -> Any:
+    given = stage.get("objective", {}) if isinstance(stage, dict) else None
+    if not isinstance(given, dict) or given.get("name") in ("sft", "rft") or given.get("old_logprob") == "sampler":
+        return stage
+    return {**stage, "objective": {"importance_sampling": "token", **given}}
+
+
 class EngineConfig(Section):
     """The tables of a recipe that the engine reads; the curriculum's Recipe adds its own."""
 
@@ -417,6 +473,20 @@ class EngineConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _corrected_by_default(cls, data: Any) -> Any:
+        """Sets ``objective.importance_sampling = "token"`` in stages that vLLM samples for, where it is not given.
+
+        vLLM's kernels are not the trainer's, so that the two differ in their log-probabilities.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("stage"), list):
+            return data
+        sampler = data.get("sampler")
+        if not isinstance(sampler, dict) or sampler.get("kind") != "vllm":
+            return data
+        return {**data, "stage": [_corrected(stage) for stage in data["stage"]]}
 
     @model_validator(mode="after")
     def _fsdp_is_possible(self) -> "EngineConfig":

@@ -303,7 +303,7 @@ def check_ends(rollouts: Sequence[Rollout], sampling: Sampling) -> None:
         at = torch.isin(turn, stops).nonzero().flatten().tolist()
         last, n = len(turn) - 1, len(rollout.token_ids)
         if rollout.finish == "stop":
-            wanted, is_right = "its stop token last, and no other", at == [last]
+            wanted, is_right = "its stop token last, and no other", at == [last] or (bool(sampling.stop) and not at)
         else:
             wanted, is_right = (
                 f"{sampling.max_new_tok} tokens, none of which stops",

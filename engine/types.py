@@ -52,6 +52,7 @@ class Sampling:
     max_new_tok: int
     samples_per_prompt: int
     stop_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()  # strings that end a response, with the token that completes one
     seed: int  # the same seed, weights and prompts give the same rollouts
 
 
@@ -61,6 +62,7 @@ class Rollout:
 
     A response of several turns holds the model's turns, each with its stop token, and between them what the environment
     added. It begins and ends with a token of the model.
+    With stop strings it may end with the token that completes one instead, whatever text that token holds after it.
     """
 
     prompt_id: int
@@ -387,6 +389,7 @@ class EvaluationRequest:
     samples: int = 0
     temperature: float = 1.0  # of these
     seed: int = 0  # of these
+    stop: tuple[str, ...] = ()  # stop strings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

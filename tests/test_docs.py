@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "engine", "curriculum")
 READ = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "pyproject.toml", "CMakeLists.txt", ".ci/run")
-READ_IN = (*PACKAGES, "benchmarks", "studies", "docs")  # CHANGELOG.md names what is gone
+READ_IN = (*PACKAGES, "benchmarks", "studies", "docs", "examples")  # CHANGELOG.md names what is gone
 MAPPED_IN = (*READ_IN, "tests")
 KINDS = {".py", ".pyi", ".toml", ".md", ".cpp", ".h", ".cu", ".txt"}
 
 BEFORE = r"(?<![\w./$-])"
-PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|studies|docs|tests|\.links|\.ci)/[\w./*-]*)")
+PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|studies|docs|examples|tests|\.links|\.ci)/[\w./*-]*)")
 TOP_FILE = re.compile(BEFORE + r"((?:[A-Z]{3,}\.md|pyproject\.toml|CMakeLists\.txt))\b")
 MODULE = re.compile(BEFORE + r"(isomorph(?:\.\w+)+)")
 MAP = re.compile(r"^## Map$(.*?)^## ", re.MULTILINE | re.DOTALL)
@@ -153,7 +153,7 @@ def test_a_planted_identifier_is_caught(tmp_path: Path) -> None:
 def missing_imports(root: Path) -> list[str]:
     """Names that scripts outside the packages import from a module of ours, and that it does not define."""
     missing = []
-    for path in (p for top in ("benchmarks", "studies") for p in sorted((root / top).glob("*.py"))):
+    for path in (p for top in ("benchmarks", "studies", "examples") for p in sorted((root / top).glob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("isomorph."):
                 modules = [f"{node.module}.{alias.name}" for alias in node.names]

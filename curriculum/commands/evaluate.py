@@ -95,6 +95,7 @@ def evaluate_target(
         max_new_tok=max_new_tok or of_recipe,
         samples_per_prompt=1,
         stop_ids=candidate.policy.text.stop_ids,
+        stop=candidate.recipe.stop_strings if candidate.recipe else (),
         seed=0,
     )
     scores = []

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isomorph.curriculum.estimate import plan_recipe, size_text
+from isomorph.curriculum.named_recipes import recipe_path
 from isomorph.curriculum.recipe import Recipe
 from isomorph.engine.planner import MOMENTS
 from isomorph.engine.recipe_file import load_recipe
@@ -27,7 +28,7 @@ def plan(
     as_json: bool,
 ) -> None:
     """Prints the estimate of every stage; the arguments are the options of the command. Raises UserError."""
-    planned = plan_recipe(load_recipe(recipe, list(overrides), Recipe), device, device_gib, ranks)
+    planned = plan_recipe(load_recipe(recipe_path(recipe), list(overrides), Recipe), device, device_gib, ranks)
     if as_json:
         sys.stdout.write(json.dumps(planned, indent=2) + "\n")
     else:

@@ -16,6 +16,7 @@ from rich.table import Table
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.environment import check_backends
+from isomorph.curriculum.named_recipes import recipe_path
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
 from isomorph.curriculum.report.run_record import read_run, read_run_json
@@ -82,6 +83,7 @@ def _what_to_run(
         loaded, changes = resumed_recipe(read_run_json(resume), overrides, resume)
         return loaded, changes, resume
     assert recipe is not None
+    recipe = recipe_path(recipe)
     folder = run or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return load_recipe(recipe, overrides, Recipe), None, folder
 

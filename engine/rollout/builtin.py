@@ -21,6 +21,7 @@ from torch import Tensor
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.decoder import Decoder, DecoderSpec
+from isomorph.engine.rollout.stop_strings import StopStrings, refuse_strings_in_turns
 from isomorph.engine.rollout.turns import Conversation, Conversations
 from isomorph.engine.types import Dialogue, OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
@@ -55,6 +56,7 @@ class BuiltinSampler:
         prompt.
         """
         self._refuse_what_cannot_fit(prompts, sampling)
+        refuse_strings_in_turns(sampling, dialogue)
         if not prompts:
             return []
         is_timed = self.policy.device.type == "cpu"
@@ -154,6 +156,9 @@ class _Batch:
         self.free_prompt_slots = list(range(decoder.spec.prompts))
         self.prompt_slots: dict[int, int] = {}  # index of a prompt with unfinished responses -> its slot
         self.finished: list[dict[int, Rollout]] = [{} for _ in prompts]
+        self.stops = StopStrings(sampling.stop, decoder.policy.text) if sampling.stop else None
+        self.searched: dict[int, int] = {}  # slot -> tokens in which no stop string was found
+        self.stopped: set[int] = set()  # slots whose response a stop string ended
 
     @property
     def groups(self) -> list[list[Rollout]]:
@@ -189,6 +194,7 @@ class _Batch:
             slots.append(self.free_slots.pop())
             conversation = self.conversations.begin(self.prompts[index], sample)
             self.requests[slots[-1]] = _Request(index, sample, conversation)
+            self.searched[slots[-1]] = 0
         if new_prompts:
             self.decoder.prefill([self.prompts[i] for i in new_prompts], [self.prompt_slots[i] for i in new_prompts])
         if not slots:
@@ -205,6 +211,8 @@ class _Batch:
 
     def _collect(self) -> Iterator[tuple[int, list[Rollout]]]:
         """Takes the responses that have ended out of ``running``; those whose environment is asked keep their slots."""
+        if self.stops:
+            self._end_at_stop_strings(self.stops)
         lengths = self.decoder.ended_lengths()
         ended = [slot for slot in self.requests if slot in self.running and lengths[slot]]
         if not ended:
@@ -213,9 +221,22 @@ class _Batch:
         for i, slot in enumerate(ended):
             self.running.discard(slot)
             ids, conversation = token_ids[i, : lengths[slot]], self.requests[slot].conversation
-            is_stop = int(ids[-1]) in self.sampling.stop_ids
+            is_stop = slot in self.stopped or int(ids[-1]) in self.sampling.stop_ids
             if not is_stop or self.conversations.is_over(slot, conversation, ids.tolist()):
                 yield from self._finish(slot, ids, logprob[i, : lengths[slot]])
+
+    def _end_at_stop_strings(self, stops: StopStrings) -> None:
+        """Ends the running responses that contain a stop string, with the token that completes it."""
+        slots = list(self.running)
+        if not slots:
+            return
+        lengths, (token_ids, _) = self.decoder.lengths(), self.decoder.responses(slots)
+        for slot, ids in zip(slots, token_ids.tolist(), strict=True):
+            end = stops.first_end(ids[: lengths[slot]], self.searched[slot])
+            self.searched[slot] = lengths[slot]
+            if end is not None:
+                self.decoder.end(slot, end)
+                self.stopped.add(slot)
 
     def _continue(self, on_step: OnStep) -> Iterator[tuple[int, list[Rollout]]]:
         """Appends what environments have replied, or finishes the response."""
@@ -235,6 +256,8 @@ class _Batch:
 
     def _finish(self, slot: int, token_ids: Tensor, logprob: Tensor) -> Iterator[tuple[int, list[Rollout]]]:
         request = self.requests.pop(slot)
+        is_stop = slot in self.stopped or int(token_ids[-1]) in self.sampling.stop_ids
+        self.stopped.discard(slot)
         self.free_slots.append(slot)
         self.conversations.end(request.conversation)
         index, sample = request.index, request.sample
@@ -243,7 +266,7 @@ class _Batch:
             sample=sample,
             token_ids=token_ids.clone(),
             sampler_logprob=None if self.sampling.temperature == 0 else logprob.clone(),
-            finish="stop" if int(token_ids[-1]) in self.sampling.stop_ids else "length",
+            finish="stop" if is_stop else "length",
             policy_version=self.policy_version,
             **request.conversation.facts(len(token_ids)),
         )

@@ -215,7 +215,16 @@ class Decoder:
         stops_B = (token_B[:, None] == self.stop_ids).any(1)
         self.ended[slot_B] = had_ended_B | stops_B | (length_B == self.spec.max_new_tok)
 
+    def end(self, slot: int, length: int) -> None:
+        """Ends the response in ``slot`` after its first ``length`` tokens."""
+        self.length[slot] = length
+        self.ended[slot] = True
+
     # -- results
+    def lengths(self) -> list[int]:
+        """For each slot the length of its response, ended or not. Waits for the device."""
+        return self.length.tolist()
+
     def ended_lengths(self) -> list[int]:
         """For each slot the length of its response if it has ended, else 0. Waits for the device."""
         return torch.where(self.ended, self.length, 0).tolist()

@@ -23,6 +23,7 @@ import torch
 
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.rollout.stop_strings import StopStrings, refuse_strings_in_turns
 from isomorph.engine.rollout.turns import Conversations
 from isomorph.engine.rollout.vllm_engine import (
     check_setup,
@@ -31,6 +32,7 @@ from isomorph.engine.rollout.vllm_engine import (
     model_of,
     sampling_params,
     start_engine,
+    watch_for_strings,
 )
 from isomorph.engine.rollout.vllm_turns import VllmTurns
 from isomorph.engine.rollout.weights import CopiedWeights, SharedWeights
@@ -85,6 +87,7 @@ class VllmSampler:
         of ``on_group`` or ``on_step``, no request remains in the engine.
         """
         self._refuse(prompts, sampling)
+        refuse_strings_in_turns(sampling, dialogue)
         if not prompts:
             return []
         self._clear_prefix_cache()  # so that results do not depend on earlier calls
@@ -206,6 +209,8 @@ class VllmSampler:
         params = [sampling_params(prompt, sampling) for prompt in prompts]
         groups: dict[int, list[Rollout]] = {}
         names = self.llm.enqueue(requests, params, use_tqdm=False)
+        if sampling.stop:
+            watch_for_strings(self.llm, StopStrings(sampling.stop, self.policy.text))
         # vLLM names the request "12-9f3c", but its result "12"
         index_of = {name.partition("-")[0]: i for i, name in enumerate(names)}
         while self.llm.llm_engine.has_unfinished_requests():

@@ -23,6 +23,7 @@ import torch
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.foreign import foreign
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.rollout.stop_strings import StopStrings
 from isomorph.engine.types import Prompt, Sampling
 
 VERSION = "0.32"  # of vLLM; the sampler uses its internals, and the tests run its CPU build
@@ -217,6 +218,26 @@ def _params(sampling: Sampling, max_tokens: int, num_samples: int, seed: int) ->
         flat_logprobs=True,  # no Python object a token
         **always,
     )
+
+
+def watch_for_strings(llm: Any, stops: StopStrings) -> None:
+    """Ends the requests of ``llm`` also with the token that completes one of ``stops``.
+
+    vLLM's own search is part of its detokenizer, which it has none of here: it gets token ids. So each request gets a
+    detokenizer that makes no text and finds what the built-in sampler finds.
+    """
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    class Watch(IncrementalDetokenizer):
+        def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
+            for token_id in new_token_ids:
+                self.token_ids.append(token_id)
+                if stops.completes(self.token_ids):
+                    return "a stop string"
+            return None
+
+    for state in llm.llm_engine.output_processor.request_states.values():
+        state.detokenizer = Watch()
 
 
 def _seed_of(request: str) -> int:

@@ -29,7 +29,7 @@ from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.engine.update.micro_batches import Update
-from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
+from isomorph.engine.update.objective import LossFunction, TokenInputs, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.round import BatchLogprobs, Round, Tally
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
@@ -38,8 +38,19 @@ from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_l
 class Learner:
     """Makes optimizer steps on ``policy``. Owns the optimizer, the reference weights and the current round."""
 
-    def __init__(self, policy: Policy, ranks: Ranks = ALONE, *, optimizer_on_host: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        ranks: Ranks = ALONE,
+        *,
+        optimizer_on_host: bool = False,
+        loss_function: LossFunction = loss_of_tokens,
+    ) -> None:
+        """``loss_function``: of all stages. It gets a chunk of the tokens at a time where the stage's objective
+        ``is_per_token``, else all tokens of a micro-batch, whole sequences.
+        """
         self.policy = policy
+        self.loss_function = loss_function
         self.ranks = ranks
         self.optimizer_on_host = optimizer_on_host
         self.optimizer: MasterAdamW | None = None
@@ -92,6 +103,8 @@ class Learner:
             return work
         # the first update computes its own in its forward, unless the loss has another temperature than the sampler
         num_own = 1 if stage.loss_temperature == stage.sampling.temperature or stage.objective.is_supervised else 0
+        if stage.objective.old_logprob == "sampler":
+            num_own = len(work.trained)  # no update needs the trainer's
         work.old = [None for _ in work.trained[:num_own]]
         for update in work.trained[num_own:]:
             logprobs = [self._batch_logprobs(batch, stage) for batch in update.batches]
@@ -99,10 +112,8 @@ class Learner:
             work.add_mismatch(update, logprobs)
         if stage.objective.reward_kl_coef and work.trained:
             assert work.reference is not None
-            known = [logprobs for logprobs in work.old if logprobs is not None]
-            first = [self._logprob(batch, stage) for batch in work.trained[0].batches]
-            objective = stage.objective
-            work.advantage = penalised(work.trained, [first, *known], work.reference, objective, self.ranks)
+            old = self._old_logprobs(work, stage)
+            work.advantage = penalised(work.trained, old, work.reference, stage.objective, self.ranks)
         return work
 
     def advance(self, work: Round) -> None:
@@ -129,6 +140,19 @@ class Learner:
         work.norms.append(norm)
         self.is_writing_weights = False
 
+    def _old_logprobs(self, work: Round, stage: Stage) -> list[list[Tensor]]:
+        """[N] of every micro-batch, from before the first optimizer step, by a forward where they are not known."""
+        return [
+            known if known is not None else [self._old_logprob(batch, stage) for batch in update.batches]
+            for update, known in zip(work.trained, work.old, strict=True)
+        ]
+
+    def _old_logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
+        if stage.objective.old_logprob == "trainer":
+            return self._logprob(batch, stage)
+        assert batch.sampler_logprob is not None
+        return batch.sampler_logprob
+
     def _accumulate(self, work: Round) -> None:
         """Accumulates the gradient of the next update, summed over all ranks."""
         assert self.optimizer is not None
@@ -143,9 +167,10 @@ class Learner:
             if work.advantage is not None:
                 inputs = replace(inputs, advantage=work.advantage[u][b])
             logprobs.append(self._backward(batch, inputs, work.stage, work.tally))
-        if before is None:
-            work.old[u] = [logprob for logprob, _ in logprobs]
+        if before is None and is_first:  # later the weights are no longer those that sampled
             work.add_mismatch(update, logprobs)
+        if before is None and work.stage.objective.old_logprob == "trainer":
+            work.old[u] = [logprob for logprob, _ in logprobs]
         if is_first:
             work.check_drift(work.step_drift(self.ranks))
         self.ranks.sum(self.optimizer.gradients())
@@ -243,7 +268,7 @@ class Learner:
 
         def loss_of(stats: TokenStats, chunk: slice) -> Tensor:
             part = inputs.slice(chunk)
-            token = loss_of_tokens(stage.objective, stats, part)
+            token = self.loss_function(stage.objective, stats, part)
             weighted = part.weight * token.loss
             chunks.append(BatchLogprobs(stats.logprob.detach(), stats.entropy.detach()))
             tally.add(len(part.weight), loss=weighted, clipped=token.is_clipped, entropy=stats.entropy, kl=token.kl)

@@ -3,13 +3,14 @@
     r      = exp(logprob - old_logprob)           ratio = "token"
              exp(mean over the sequence)          ratio = "sequence": geometric mean of its tokens' ratios (GSPO)
              exp(sum over the sequence)           ratio = "product": product of its tokens' ratios (RLOO)
-    rho    = exp(old_logprob - sampler_logprob)   importance weight trainer / sampler, truncated or masked at a cap
+    rho    = exp(old_logprob - sampler_logprob)   importance weight trainer / sampler, truncated or masked at its bounds
     loss_i = w_i * (rho_i * surrogate_i + kl_coef * KL_i - entropy_coef * H_i)
 
 The weights w_i contain one denominator for the whole optimizer step, which is passed in, so that the gradient does not
 depend on how the step is split into micro-batches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class TokenInputs:
     seq_id: Tensor  # [n] int64, ascending; which sequence of the micro-batch a token belongs to
     old_logprob: Tensor | None  # [n]; None: logprob.detach(); ratio 1, its gradient the policy gradient
     ref_logprob: Tensor | None  # [n]; required with kl_coef > 0; if given, kl is measured
-    sampler_logprob: Tensor | None  # [n]; required for importance sampling
+    sampler_logprob: Tensor | None  # [n]; required for importance sampling and old_logprob = "sampler"
 
     def slice(self, tokens: slice) -> "TokenInputs":
         """The inputs of some of the tokens."""
@@ -55,6 +56,10 @@ class TokenLoss:
     loss: Tensor  # [n]
     is_clipped: Tensor  # [n] bool: the clip made the gradient zero (CISPO: the weight was clipped)
     kl: Tensor  # [n]; NaN where there is no reference
+
+
+# (objective, log-probability and entropy with gradient, inputs) -> loss per token; ``loss_of_tokens`` is ours
+LossFunction = Callable[[ObjectiveConfig, TokenStats, TokenInputs], TokenLoss]
 
 
 def token_weight(
@@ -87,7 +92,8 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, inputs: TokenI
         return _plain(-stats.logprob)
     if objective.name == "rft":
         return _plain(-inputs.advantage * stats.logprob)
-    old = stats.logprob.detach() if inputs.old_logprob is None else inputs.old_logprob
+    old = inputs.sampler_logprob if objective.old_logprob == "sampler" else inputs.old_logprob
+    old = stats.logprob.detach() if old is None else old
     kl = torch.full_like(old, torch.nan)
     if inputs.ref_logprob is not None:  # without a KL term in the loss, measure k1, which is what reward_kl_coef uses
         kl = kl_estimate(objective.kl_estimator if objective.kl_coef else "k1", stats.logprob, inputs.ref_logprob)
@@ -105,12 +111,18 @@ def loss_of_tokens(objective: ObjectiveConfig, stats: TokenStats, inputs: TokenI
 
 
 def clipped(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A), or -r A without a clip: [n] loss and [n] bool. Used by all objectives but CISPO."""
-    if objective.clip_low is None or objective.clip_high is None:
-        return -ratio * advantage, torch.zeros_like(ratio, dtype=torch.bool)
-    bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    is_clipped = bounded * advantage < ratio * advantage
-    return -torch.minimum(ratio * advantage, bounded * advantage), is_clipped.detach()
+    """-min(r A, clip(r) A), or -r A without a clip: [n] loss and [n] bool. Used by all objectives but CISPO.
+
+    With ``clip_dual`` and A < 0: -max(min(r A, clip(r) A), clip_dual A).
+    """
+    gain, is_clipped = ratio * advantage, torch.zeros_like(ratio, dtype=torch.bool)
+    if objective.clip_low is not None and objective.clip_high is not None:
+        bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantage
+        is_clipped, gain = bounded < gain, torch.minimum(gain, bounded)
+    if objective.clip_dual is not None:
+        least = torch.where(advantage < 0, objective.clip_dual * advantage, -torch.inf)
+        is_clipped, gain = is_clipped | (gain < least), torch.maximum(gain, least)
+    return -gain, is_clipped.detach()
 
 
 def cispo(objective: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,14 +147,15 @@ def kl_estimate(kind: str, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 
 
 def sampler_correction(objective: ObjectiveConfig, old: Tensor, sampler_logprob: Tensor, seq_id: Tensor) -> Tensor:
-    """[n] importance weight trainer / sampler of the token or of its whole sequence, truncated or masked at the cap."""
+    """[n] importance weight trainer / sampler of the token or its whole sequence, truncated or masked at its bounds."""
     log_weight = (old - sampler_logprob).detach()
     if objective.importance_sampling == "sequence":
         log_weight = _per_sequence(log_weight, seq_id)[seq_id]
     weight = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    bounded = weight.clamp(objective.importance_sampling_floor, objective.importance_sampling_cap)
     if objective.importance_sampling_mode == "truncate":
-        return weight.clamp(max=objective.importance_sampling_cap)
-    return torch.where(weight <= objective.importance_sampling_cap, weight, torch.zeros_like(weight))
+        return bounded
+    return torch.where(weight == bounded, weight, torch.zeros_like(weight))
 
 
 def _ratio(objective: ObjectiveConfig, logprob: Tensor, old: Tensor, seq_id: Tensor) -> Tensor:

@@ -33,14 +33,14 @@ class MasterAdamW:
         self.parameters = dict(parameters)
         make = _host_master if on_host else _master
         self.masters = {name: make(p) for name, p in self.parameters.items()}
+        matrices = [master for master in self.masters.values() if master.ndim > 1]
+        vectors = [master for master in self.masters.values() if master.ndim <= 1]  # norms and biases
         self.adamw = torch.optim.AdamW(
-            list(self.masters.values()),
+            [{"params": params, "is_vector": params is vectors} for params in (matrices, vectors) if params],
             lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
             fused=True,
         )
+        self.configure(config)
         self._hooks = [
             p.register_post_accumulate_grad_hook(_accumulator(self.masters[name]))
             for name, p in self.parameters.items()
@@ -50,7 +50,9 @@ class MasterAdamW:
     def configure(self, config: OptimConfig) -> None:
         """Sets the hyperparameters of another stage and keeps the moments."""
         for group in self.adamw.param_groups:
-            group.update(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+            is_decayed = config.decay_norms_and_biases or not group["is_vector"]
+            weight_decay = config.weight_decay if is_decayed else 0.0
+            group.update(betas=config.betas, eps=config.eps, weight_decay=weight_decay)
 
     def reset(self, config: OptimConfig) -> None:
         """Sets the hyperparameters of another stage and clears the moments; keeps the float32 master weights."""
@@ -69,8 +71,8 @@ class MasterAdamW:
         self.adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self, *, lr: float, clip_norm: float) -> float:
-        """Makes one step; returns the norm of the whole gradient before clipping.
+    def step(self, *, lr: float, clip_norm: float | None) -> float:
+        """Makes one step; returns the norm of the whole gradient before clipping. ``clip_norm`` None: not clipped.
 
         Raises RunFailed if the norm is not finite; nothing has changed then.
         """
@@ -81,7 +83,7 @@ class MasterAdamW:
                 f"the norm of the gradient must be finite, got {norm}; the weights are unchanged: lower optim.lr and "
                 "start again, or check the rewards"
             )
-        if norm > clip_norm:  # else a pass over all gradients would multiply them by 1
+        if clip_norm is not None and norm > clip_norm:  # else a pass over all gradients would multiply them by 1
             factor = (clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local_shard(gradient) for gradient in self.gradients()], factor)
         for group in self.adamw.param_groups:
@@ -121,7 +123,8 @@ class MasterAdamW:
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """Learning rate after ``step`` completed steps of a stage of ``num_steps``: linear warm-up times the schedule."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    num_warm = config.warmup_steps or math.ceil(config.warmup_share * num_steps)
+    warm = min(1.0, (step + 1) / num_warm) if num_warm else 1.0
     done = step / num_steps
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
     floor = 1.0 if config.schedule == "constant" else config.final_lr_frac

@@ -111,7 +111,10 @@ class Round:
         self.tally.num_tok = int(tensors["tally/num_tok"])
         named = {name: t for name, t in tensors.items() if name.startswith("tally/sum/")}
         self.tally.sums = {name.removeprefix("tally/sum/"): t.to(self.device) for name, t in named.items()}
-        self.old = self._of_batches("old", tensors)  # type: ignore[assignment]
+        if self.stage.objective.old_logprob == "sampler":
+            self.old = [None for _ in self.trained]
+        else:
+            self.old = self._of_batches("old", tensors)  # type: ignore[assignment]
         if self.stage.objective.reward_kl_coef:
             self.advantage = self._of_batches("advantage", tensors)
 

@@ -258,6 +258,9 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "importance_sampling": ("off", "token", "sequence"),
     "importance_sampling_mode": ("truncate", "mask"),
     "importance_sampling_cap": (1.01, 1.02),
+    "importance_sampling_floor": (0.0, 0.9),
+    "clip_dual": (1.001, 1.002, 1.29, 1.31),  # at least 1 + clip_high, which is small for gspo
+    "old_logprob": ("trainer", "sampler"),
 }
 GENERATOR = torch.Generator().manual_seed(0)
 LENS = (4, 1, 6, 3, 5, 2)
@@ -326,7 +329,9 @@ def test_a_key_of_an_objective_is_idle_where_loss_and_gradient_do_not_depend_on_
         outcomes = []
         for value in values:
             try:
-                outcomes.append(outcome(ObjectiveConfig.model_validate({"name": name, **others, key: value})))
+                without = {"importance_sampling": "off"} if key == "old_logprob" else {}  # they exclude each other
+                choices = {"name": name, **others, **without, key: value}
+                outcomes.append(outcome(ObjectiveConfig.model_validate(choices)))
             except ValueError as error:  # refused already here, by name
                 assert key in str(error)
         acts = any(

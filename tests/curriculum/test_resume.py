@@ -1,15 +1,20 @@
 """What a run that has begun may change, and what it may not."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
+from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.report.run_record import read_run_json
-from isomorph.curriculum.resume import resumed_recipe
+from isomorph.curriculum.resume import depends_on_steps, resumed_recipe
 from isomorph.engine.config import UserError
+from isomorph.engine.distributed.ranks import ALONE
 
 
 @pytest.fixture
@@ -70,3 +75,70 @@ def test_in_the_midst_of_a_step_its_batches_are_cut_already(stopped: Path) -> No
     with pytest.raises(UserError, match="cannot change within a step"):
         changes_of(stopped, "stage.1.batch.micro_batch_tok=2000")
     assert changes_of(stopped, "stage.2.batch.micro_batch_tok=2000")
+
+
+# -- more steps
+def resume(run: Path, *overrides: str) -> str:
+    """Resumes ``run`` as the command does; returns what the console said."""
+    recipe, changes = resumed_recipe(read_run_json(run), overrides, run)
+    console, threads = Console(file=io.StringIO(), width=500), torch.get_num_threads()
+    run_recipe(recipe, run, console, lambda: False, ALONE, resume=True, changes=changes)
+    torch.set_num_threads(threads)  # the recipe asks for one
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k.startswith(("reward", "loss", "step", "grad", "lr"))} for row in rows]
+
+
+def test_a_finished_run_goes_on_with_more_steps_bit_for_bit(stopped: Path, finished_run: Path, tmp_path: Path) -> None:
+    """As the run that had the larger number from the start, which was stopped in the stage before."""
+    extended = Path(shutil.copytree(finished_run, tmp_path / "extended"))
+    assert "note: stage words" not in resume(extended, "stage.2.steps=3")
+    resume(stopped, "stage.2.steps=3")
+    one, other = (json.loads((run / "summary.json").read_text()) for run in (extended, stopped))
+    assert one["status"] == "done" and one["steps"] == 85
+    for key in ("weights_sha256", "exams", "stages", "tokens", "accuracy"):
+        assert one[key] == other[key], key
+    assert rows_of(extended) == rows_of(stopped) and len(rows_of(extended)) == 85
+
+
+def test_where_the_learning_rate_depends_on_the_steps_it_is_said(finished_run: Path) -> None:
+    overrides = ("stage.2.steps=4", "stage.2.optim.schedule=linear", "stage.2.optim.warmup_share=0.5")
+    (sentence,) = depends_on_steps(*resumed_recipe(read_run_json(finished_run), overrides, finished_run))
+    assert (
+        'stage words goes on with the learning rate of 4 steps (optim.schedule = "linear", optim.warmup_share)'
+        in sentence
+    )
+    assert depends_on_steps(*resumed_recipe(read_run_json(finished_run), overrides[:1], finished_run)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stage.1.steps=9", "stage 1 had ended by step 83.*only the last stage.*model.path=.*/model"),
+        ("stage.2.steps=1", None),
+        ("stage.2.optim.lr=1", "stage.2.optim.lr: stage 2 had ended"),
+        ("stage.2.max_response_tok=5", "stage 2 had ended"),
+    ],
+)
+def test_what_is_over_is_refused_with_what_to_do(finished_run: Path, override: str, expected: str | None) -> None:
+    if expected is None:
+        assert changes_of(finished_run, override) == {}  # as it was
+        return
+    with pytest.raises(UserError, match=expected):
+        changes_of(finished_run, override)
+
+
+def test_a_stage_that_did_not_end_by_its_steps_is_not_extended(finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "mastered"))
+    file = run / "checkpoints" / "step-00000083" / "state.json"
+    state = json.loads(file.read_text())
+    state["source"]["finished"][-1]["ended_by"] = "mastery"
+    file.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="ended after 1 steps by mastery; it goes on only where its steps ended it"):
+        changes_of(run, "stage.2.steps=5")
+    with pytest.raises(UserError, match="no other change than of optim"):
+        changes_of(finished_run, "stage.2.steps=5", "stage.2.max_response_tok=9000")

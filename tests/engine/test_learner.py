@@ -316,19 +316,23 @@ def written_out(model: Any, groups: list[Group], stage: Stage) -> list[dict[str,
     o, optim = stage.objective, stage.optim
     adamw = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0)
     with torch.no_grad():
-        old_S, _ = dense_logprob(model, groups)
+        ref_S, _ = dense_logprob(model, groups)
+    drawn_S = [r.sampler_logprob.double() for g in groups for r in g.rollouts]  # type: ignore[union-attr]
+    old_S = drawn_S if o.old_logprob == "sampler" else ref_S
     minibatches = [range(i, i + stage.batch.prompts_per_update) for i in range(0, len(groups), 2)]  # type: ignore[operator]
     numbers = []
     for _ in range(stage.batch.num_iterations):
         for members in minibatches:
             part = [groups[i] for i in members]
-            old = torch.cat([old_S[3 * i + j] for i in members for j in range(3)])
+            old, ref = (
+                torch.cat([known_S[3 * i + j] for i in members for j in range(3)]) for known_S in (old_S, ref_S)
+            )
             logprob_S, entropy_S = dense_logprob(model, part)
             logprob, ratio = torch.cat(logprob_S), (torch.cat(logprob_S) - old).exp()
             scored = [(r, a) for g in part for r, a in zip(g.rollouts, g.advantages, strict=True)]
             advantage = torch.cat([torch.full((len(r.token_ids),), a) for r, a in scored]).double()
             bounded = ratio.clamp(1 - o.clip_low, 1 + o.clip_high)  # type: ignore[operator]
-            kl = (old - logprob).exp() - 1 - (old - logprob)  # the reference is the policy before the step
+            kl = (ref - logprob).exp() - 1 - (ref - logprob)  # the reference is the policy before the step
             loss = (-torch.minimum(ratio * advantage, bounded * advantage) + o.kl_coef * kl).mean()
             adamw.zero_grad()
             loss.backward()
@@ -347,12 +351,13 @@ def written_out(model: Any, groups: list[Group], stage: Stage) -> list[dict[str,
     return numbers
 
 
-def test_epochs_of_updates_are_those_of_a_loop_over_plain_sequences() -> None:
+@pytest.mark.parametrize("old_logprob", ["trainer", "sampler"])
+def test_epochs_of_updates_are_those_of_a_loop_over_plain_sequences(old_logprob: Any) -> None:
     policy = make_policy()
     shapes = ((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (2, (5, 2, 4)))
     groups = make_groups(shapes)
     stage = make_stage(
-        ObjectiveConfig(name="dapo", clip_low=0.02, clip_high=0.03, kl_coef=0.5),
+        ObjectiveConfig(name="dapo", clip_low=0.02, clip_high=0.03, kl_coef=0.5, old_logprob=old_logprob),
         optim=dict(lr=3e-3, clip_norm=0.5),
         batch=dict(prompts=4, prompts_per_update=2, num_iterations=3, micro_batch_tok=17),
     )
@@ -499,6 +504,47 @@ def test_a_kl_in_the_reward_costs_the_first_update_a_pass_for_old_log_probabilit
     found = passes(make_policy(), groups, stage, monkeypatch)
     assert sorted(found[:6]) == sorted([(n, False) for n in each] * 2)  # reference, old
     assert found[6:] == [(n, True) for n in each] * 2
+
+
+def test_the_samplers_log_probabilities_as_old_ones_cost_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = make_groups()
+    o = ObjectiveConfig(name="rloo", old_logprob="sampler", reward_kl_coef=0.1)
+    batch = dict(prompts=3, prompts_per_update=1, num_iterations=2)
+    each = [group_tok(g) for g in groups]
+    found = passes(make_policy(), groups, make_stage(o, batch=batch), monkeypatch)
+    assert found == [(n, False) for n in each] + [(n, True) for n in each] * 2  # the reference's alone
+
+
+def test_a_round_on_the_samplers_log_probabilities_goes_on_bit_for_bit_within_it() -> None:
+    o = ObjectiveConfig(name="grpo", old_logprob="sampler", clip_dual=3.0, kl_coef=0.1)
+    stage = make_stage(o, optim=dict(lr=1e-3), batch=dict(prompts=3, prompts_per_update=1, num_iterations=2))
+    policy, twin = make_policy(), make_policy()
+    learner, other = Learner(policy), Learner(twin)
+    learner.enter(stage)
+    work = learner.begin(packed(make_groups(), stage), stage, 0)
+    learner.advance(work)
+    learner.advance(work)
+    weights, tensors = policy.snapshot(), {k: v.clone() for k, v in learner.state_tensors().items()}
+    twin.overwrite(weights)
+    other.restore(stage, tensors)
+    again = other.begin(packed(make_groups(), stage), stage, 0)
+    while not work.is_done:
+        learner.advance(work)
+        other.advance(again)
+    assert learner.stats(work) == other.stats(again)
+    assert torch.equal(flat(policy), flat(twin))
+
+
+def test_of_updates_on_the_samplers_log_probabilities_the_first_is_compared_with_it() -> None:
+    policy, groups = make_policy(), make_groups()
+    with torch.no_grad():
+        logprob_S, _ = dense_logprob(transformers_twin(policy), groups[:1])
+    gaps = torch.cat(logprob_S) - torch.cat([r.sampler_logprob for r in groups[0].rollouts])  # type: ignore[misc]
+    o = ObjectiveConfig(name="grpo", old_logprob="sampler")
+    batch = dict(prompts=3, prompts_per_update=1, num_iterations=2)
+    stats = update(policy, groups, make_stage(o, optim=dict(lr=0.1), batch=batch))
+    assert stats.drift.num_tok == len(gaps)
+    assert stats.drift.mean == pytest.approx(float(gaps.abs().mean()), rel=1e-9)
 
 
 def test_one_update_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def _sequence_loss(o: ObjectiveConfig, s: Known) -> Tensor:
         return -s.logprob
     if o.name == "rft":
         return -s.advantage * s.logprob
-    ratio = (s.logprob - s.old).exp()
+    ratio = (s.logprob - (s.sampler if o.old_logprob == "sampler" else s.old)).exp()
     if o.ratio == "sequence":  # GSPO (arXiv 2507.18071), equation 7
         ratio = (ratio.log().sum() / len(ratio)).exp().expand(len(ratio))
     if o.ratio == "product":  # RLOO (arXiv 2402.14740): the whole response is one action
@@ -122,17 +122,23 @@ def _surrogate(o: ObjectiveConfig, ratio: Tensor, logprob: Tensor, advantage: Te
         weight = ratio.clamp(low, high).detach()
         return weight * advantage * logprob
     bounded = ratio.clamp(low, high)
-    return torch.minimum(ratio * advantage, bounded * advantage)
+    gain = torch.minimum(ratio * advantage, bounded * advantage)
+    if o.clip_dual is not None:  # arXiv 1912.09729, equation 4
+        gain = torch.where(advantage < 0, torch.maximum(gain, o.clip_dual * advantage), gain)
+    return gain
 
 
 def _correction(o: ObjectiveConfig, s: Known) -> Tensor:
+    if o.old_logprob == "sampler":
+        return torch.ones_like(s.old)
     weight = s.old.exp() / s.sampler.exp()
     if o.importance_sampling == "off":
         return torch.ones_like(weight)
     if o.importance_sampling == "sequence":
         weight = weight.prod().expand(len(weight))
-    above = weight > o.importance_sampling_cap
-    return weight.masked_fill(above, o.importance_sampling_cap if o.importance_sampling_mode == "truncate" else 0.0)
+    low, high, truncates = o.importance_sampling_floor, o.importance_sampling_cap, o.importance_sampling_mode != "mask"
+    weight = weight.masked_fill(weight > high, high if truncates else 0.0)
+    return weight.masked_fill(weight < low, low if truncates else 0.0)
 
 
 # -- on given logits
@@ -213,6 +219,32 @@ def test_every_combination_of_choices_is_the_papers_formula(name: str) -> None:
     c = case()
     for choices in every_choice():
         assert_same_loss_and_gradient(objective(name, choices), c)
+
+
+@pytest.mark.parametrize("name", REINFORCED)
+@pytest.mark.parametrize("ratio", ALL_CHOICES["ratio"])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        dict(clip_dual=1.3, clip_high=0.2),
+        dict(clip_dual=1.3, clip_low=None, clip_high=None),
+        dict(old_logprob="sampler"),
+        dict(old_logprob="sampler", clip_high=0.2, clip_dual=1.3, kl_coef=0.1),
+        dict(importance_sampling="token", importance_sampling_cap=1.2, importance_sampling_floor=0.9),
+        dict(importance_sampling="sequence", importance_sampling_mode="mask", importance_sampling_floor=0.5),
+        dict(importance_sampling="token", importance_sampling_mode="mask", importance_sampling_floor=0.9),
+    ],
+)
+def test_further_bounds_and_the_samplers_log_probabilities_are_in_the_formula(
+    name: Any, ratio: Any, choices: dict[str, Any]
+) -> None:
+    c = case()
+    assert_same_loss_and_gradient(ObjectiveConfig(name=name, ratio=ratio, **choices), c)
+    assert c.rows.old_logprob is not None and c.rows.sampler_logprob is not None
+    of_worse = (c.stats.logprob - c.rows.old_logprob).exp()[c.rows.advantage < 0]
+    assert (of_worse > 1.3).any() and (of_worse < 1.3).any()
+    weight = (c.rows.old_logprob - c.rows.sampler_logprob).exp()
+    assert (weight < 0.9).any() and ((weight > 0.9) & (weight < 1.2)).any() and (weight > 1.2).any()
 
 
 @pytest.mark.parametrize("name", ["sft", "rft"])

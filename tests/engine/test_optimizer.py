@@ -2,10 +2,13 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from small_world import one_thread  # noqa: F401
 from torch.nn import Parameter
+from transformers import TrainingArguments
 
-from isomorph.engine.config import OptimConfig
+from isomorph.engine.config import OptimConfig, TinyModel
+from isomorph.engine.model.load import build_tiny
 from isomorph.engine.types import RunFailed
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 
@@ -55,7 +58,8 @@ def written_out(steps: range, clip_norm: float) -> dict[str, torch.Tensor]:
             first[name] = beta1 * first[name] + (1 - beta1) * g * factor
             second[name] = beta2 * second[name] + (1 - beta2) * (g * factor).square()
             update = (first[name] / (1 - beta1**t)) / ((second[name] / (1 - beta2**t)).sqrt() + CONFIG.eps)
-            weight[name] = weight[name] * (1 - lr * CONFIG.weight_decay) - lr * update
+            decay = CONFIG.weight_decay if name == "a" else 0.0  # "b" has one dimension, as norms and biases
+            weight[name] = weight[name] * (1 - lr * decay) - lr * update
     return weight
 
 
@@ -72,12 +76,55 @@ def test_float32_steps_are_adamw_with_the_whole_gradient_clipped(clip_norm: floa
 def test_float32_steps_are_bit_equal_to_pytorchs_own() -> None:
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     run(ours, MasterAdamW(ours, CONFIG), range(5))
-    adamw = torch.optim.AdamW(theirs.values(), lr=0.01, betas=CONFIG.betas, eps=1e-6, weight_decay=0.1, fused=True)
+    groups = [{"params": [theirs["a"]], "weight_decay": 0.1}, {"params": [theirs["b"]], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=CONFIG.betas, eps=1e-6, fused=True)
     for step in range(5):
         push(theirs, gradients(step))
         adamw.step()
         adamw.zero_grad()
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("is_decayed", [False, True])
+def test_norms_and_biases_are_decayed_where_they_are_asked_to_be(is_decayed: bool) -> None:
+    """As Hugging Face's Trainer and torchtitan group them; of a whole model."""
+    tiny = TinyModel(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
+    policy = build_tiny(tiny, ["one", "two"], seed=0, dtype=torch.float32, device=torch.device("cpu"))
+    policy.overwrite([torch.randn(p.shape) for p in policy.named_parameters().values()])  # biases begin at 0
+    before = {name: p.detach().clone() for name, p in policy.named_parameters().items()}
+    config = OptimConfig(lr=0.1, weight_decay=0.5, decay_norms_and_biases=is_decayed)
+    optimizer = MasterAdamW(policy.named_parameters(), config)
+    optimizer.configure(config)  # as another stage does
+    for p in policy.named_parameters().values():
+        p.grad = torch.zeros_like(p)  # so that only the decay acts
+    optimizer.step(lr=0.1, clip_norm=None)
+    kept = {name for name, p in policy.named_parameters().items() if torch.equal(p, before[name])}
+    left_out = {name for name in before if "norm" in name or name.endswith(".bias")}
+    assert len(left_out) == 7 and kept == (set() if is_decayed else left_out)
+    decayed = before.keys() - kept
+    assert all(torch.allclose(policy.named_parameters()[n], before[n] * (1 - 0.1 * 0.5)) for n in decayed)
+
+
+def test_without_a_clip_the_gradient_is_used_as_it_is() -> None:
+    free, wide = parameters(torch.float32), parameters(torch.float32)
+    optimizers = MasterAdamW(free, CONFIG), MasterAdamW(wide, CONFIG)
+    for params, optimizer, clip in zip((free, wide), optimizers, (None, 1e9), strict=True):
+        push(params, {name: 1e3 * g for name, g in gradients(0).items()})
+        assert optimizer.step(lr=0.01, clip_norm=clip) > 1e3
+    assert all(torch.equal(free[name], wide[name]) for name in SHAPES)
+    assert OptimConfig.model_validate({"clip_norm": "off"}).clip_norm is None
+
+
+@pytest.mark.parametrize(("share", "num_steps", "num_warm"), [(0.25, 8, 2), (0.3, 8, 3), (1.0, 4, 4), (0.01, 5, 1)])
+def test_a_warm_up_may_be_a_share_of_the_stage(share: float, num_steps: int, num_warm: int) -> None:
+    """Rounded up, as transformers' Trainer does."""
+    config = OptimConfig(lr=1.0, warmup_share=share)
+    rates = [learning_rate(config, step, num_steps) for step in range(num_steps)]
+    assert rates == pytest.approx([min(1.0, (step + 1) / num_warm) for step in range(num_steps)])
+    theirs = TrainingArguments(output_dir="unused", warmup_steps=share) if share < 1 else None
+    assert theirs is None or theirs.get_warmup_steps(num_steps) == num_warm
+    with pytest.raises(ValidationError, match="remove one of them"):
+        OptimConfig(warmup_share=share, warmup_steps=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

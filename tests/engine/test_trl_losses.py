@@ -26,7 +26,7 @@ from isomorph.engine.model.text import word_tokenizer
 from isomorph.engine.types import Group, Prompt, Rollout
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.micro_batches import pack
-from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
+from isomorph.engine.update.objective import LossFunction, TokenInputs, loss_of_tokens, token_weight
 from isomorph.engine.update.score import score
 from isomorph.kernels.linear_logprob import TokenStats
 
@@ -84,7 +84,7 @@ def filled(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     }
 
 
-def our_loss(o: ObjectiveConfig, model: Any, batch: dict[str, Tensor]) -> Tensor:
+def our_loss(o: ObjectiveConfig, model: Any, batch: dict[str, Tensor], loss: LossFunction = loss_of_tokens) -> Tensor:
     keeps = batch["completion_mask"].bool()
     stage = Stage(
         name="s",
@@ -111,7 +111,7 @@ def our_loss(o: ObjectiveConfig, model: Any, batch: dict[str, Tensor]) -> Tensor
         ref_logprob=batch["ref_per_token_logps"][keeps] if o.kl_coef else None,
         sampler_logprob=batch["sampling_per_token_logps"][keeps],
     )
-    return (weight * loss_of_tokens(o, stats, rows).loss).sum()
+    return (weight * loss(o, stats, rows).loss).sum()
 
 
 def opened(folder: Path, kind: Any = trl.GRPOTrainer, **options: Any) -> tuple[Any, Any]:
@@ -150,12 +150,14 @@ KL = dict(beta=0.2, use_bias_correction_kl=False)
 TIS = dict(vllm_importance_sampling_correction=True, vllm_importance_sampling_clip_max=1.2)
 OUR_CLIP = dict(clip_low=0.1, clip_high=0.2)
 OUR_TIS = dict(importance_sampling_cap=1.2)
+BOTH, OUR_BOTH = dict(**TIS, vllm_importance_sampling_clip_min=0.9), dict(**OUR_TIS, importance_sampling_floor=0.9)
 GRPO_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": (dict(loss_type="grpo", **CLIP), dict(name="grpo", **OUR_CLIP)),
     "grpo, k3": (dict(loss_type="grpo", **CLIP, **KL), dict(name="grpo", kl_coef=0.2, **OUR_CLIP)),
     "dr_grpo": (dict(loss_type="dr_grpo", **CLIP), dict(name="dr_grpo", **OUR_CLIP)),
     "dr_grpo, k3": (dict(loss_type="dr_grpo", **CLIP, **KL), dict(name="dr_grpo", kl_coef=0.2, **OUR_CLIP)),
     "dapo": (dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28), dict(name="dapo")),
+    "grpo, delta": (dict(loss_type="grpo", delta=1.3, **CLIP), dict(name="grpo", clip_dual=1.3, **OUR_CLIP)),
     "dapo, entropy": (
         dict(loss_type="dapo", **CLIP, entropy_coef=0.03),
         dict(name="dapo", entropy_coef=0.03, **OUR_CLIP),
@@ -186,6 +188,14 @@ GRPO_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             **OUR_TIS,
         ),
     ),
+    "dapo, tis token, both bounds": (
+        dict(loss_type="dapo", **CLIP, **BOTH, vllm_importance_sampling_mode="token_truncate"),
+        dict(name="dapo", importance_sampling="token", **OUR_CLIP, **OUR_BOTH),
+    ),
+    "grpo, tis sequence mask, both bounds": (
+        dict(loss_type="grpo", **CLIP, **BOTH, vllm_importance_sampling_mode="sequence_mask"),
+        dict(name="grpo", importance_sampling="sequence", importance_sampling_mode="mask", **OUR_CLIP, **OUR_BOTH),
+    ),
     "grpo, tis sequence": (
         dict(loss_type="grpo", **CLIP, **TIS, vllm_importance_sampling_mode="sequence_truncate"),
         dict(name="grpo", importance_sampling="sequence", **OUR_CLIP, **OUR_TIS),
@@ -197,13 +207,15 @@ GRPO_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def trl_tis(batch: dict[str, Tensor], mode: str) -> Tensor:
+def trl_tis(batch: dict[str, Tensor], mode: str, low: float) -> Tensor:
     """TRL computes it while it draws; the formula of its documentation."""
     log_weight = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]) * batch["completion_mask"]
     if mode.startswith("sequence"):
         log_weight = log_weight.sum(1, keepdim=True)
     weight = log_weight.exp()
-    return weight.clamp(max=1.2) if mode.endswith("truncate") else weight.masked_fill(weight > 1.2, 0.0)
+    if mode.endswith("truncate"):
+        return weight.clamp(low, 1.2)
+    return weight.masked_fill((weight < low) | (weight > 1.2), 0.0)
 
 
 @pytest.mark.parametrize("name", GRPO_LOSSES)
@@ -216,9 +228,20 @@ def test_a_loss_is_that_of_trls_grpo_trainer(tmp_path: Path, name: str) -> None:
     batch = filled(batch_of_trl(), model)
     if mode:  # the correction hangs on vLLM, which drew nothing here
         trainer.use_vllm = True
-        batch["importance_sampling_ratio"] = trl_tis(batch, mode)
+        batch["importance_sampling_ratio"] = trl_tis(batch, mode, options.get("vllm_importance_sampling_clip_min", 0.0))
     theirs = with_gradient(model, trainer._compute_loss(model, batch))
     report(name, with_gradient(model, our_loss(ObjectiveConfig(**choices), model, batch)), theirs)
+
+
+def test_the_own_objective_of_the_examples_is_trls_sapo(tmp_path: Path) -> None:
+    source = (Path(__file__).parents[2] / "examples" / "own_objective.py").read_text()
+    space: dict[str, Any] = {}
+    exec(source[: source.index("policy = load_policy")], space)  # the function, without the run
+    trainer, model = opened(tmp_path, max_completion_length=MAX_NEW_TOK, beta=0.0, loss_type="sapo")
+    trainer.current_gradient_accumulation_steps = 1
+    batch = filled(batch_of_trl(), model)
+    theirs = with_gradient(model, trainer._compute_loss(model, batch))
+    report("sapo", with_gradient(model, our_loss(ObjectiveConfig(name="grpo"), model, batch, space["sapo"])), theirs)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.05, 0.1)])
