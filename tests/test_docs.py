@@ -18,7 +18,9 @@ MAPPED_IN = (*READ_IN, "tests")
 KINDS = {".py", ".pyi", ".toml", ".md", ".cpp", ".h", ".cu", ".txt"}
 
 BEFORE = r"(?<![\w./$-])"
-PATH = re.compile(BEFORE + r"((?:kernels|engine|curriculum|benchmarks|studies|docs|examples|tests|\.links|\.ci)/[\w./*-]*)")
+PATH = re.compile(
+    BEFORE + r"((?:kernels|engine|curriculum|benchmarks|studies|docs|examples|tests|\.links|\.ci)/[\w./*-]*)"
+)
 TOP_FILE = re.compile(BEFORE + r"((?:[A-Z]{3,}\.md|pyproject\.toml|CMakeLists\.txt))\b")
 MODULE = re.compile(BEFORE + r"(isomorph(?:\.\w+)+)")
 MAP = re.compile(r"^## Map$(.*?)^## ", re.MULTILINE | re.DOTALL)
