@@ -101,18 +101,25 @@ def run_recipe(
             with contextlib.suppress(RunFailed):  # on a full disk this fails, too; the first error is raised
                 log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
-        with components.policy.unsharded():
-            summary = _summary(components, state)
-            if ranks.is_first:
-                with log.writing("model"):
-                    save_model(components.policy, folder)
-        if ranks.is_first:
-            log.write_json("summary.json", summary)
-            write_report([folder], folder / "report")
-            if address := push(recipe.run.push_to_hub, folder / "model"):
-                log.say(f"pushed to {address}")
+        summary = _leave_results(recipe, components, state, folder)
         ranks.wait()  # for rank 0; then samplers close, and vLLM destroys the process group
         return summary
+
+
+def _leave_results(recipe: Recipe, components: Components, state: RunState, folder: Path) -> dict[str, Any]:
+    """Writes model, summary.json and report of a finished run, on the first rank; returns the summary. A collective."""
+    log, ranks = components.log, components.ranks
+    with components.policy.unsharded():
+        summary = _summary(components, state)
+        if ranks.is_first:
+            with log.writing("model"):
+                save_model(components.policy, folder)
+    if ranks.is_first:
+        log.write_json("summary.json", summary)
+        write_report([folder], folder / "report")
+        if address := push(recipe.run.push_to_hub, folder / "model"):
+            log.say(f"pushed to {address}")
+    return summary
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from isomorph.engine.config import (
 )
 from isomorph.engine.model.load import load_policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Prompt, Sampling
+from isomorph.engine.types import Prompt, Sampling, Scores
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.objective import TokenInputs, TokenLoss
@@ -53,7 +53,7 @@ for step in range(stage.steps):
     prompts = [Prompt(prompt_id=4 * step + i, token_ids=ids, task="t", representation="r", payload=0) for i in range(4)]
     rollouts = sampler.generate(prompts, sampling)
     rewards = [float("gold" in policy.text.decode(r.token_ids.tolist())) for r in rollouts]
-    groups = score(prompts, rollouts, rewards, o)
+    groups = score(prompts, rollouts, Scores(rewards=tuple(rewards)), o)
     updates = pack(groups, micro_batch_tok=2048, prompts_per_update=None, objective=o, device=policy.device)
     loss = learner.update(updates, stage, step).loss
     sampler.publish(step + 1)

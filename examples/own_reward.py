@@ -17,7 +17,7 @@ from isomorph.engine.config import (
 )
 from isomorph.engine.model.load import load_policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Prompt, Sampling
+from isomorph.engine.types import Prompt, Sampling, Scores
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.score import score
@@ -53,7 +53,7 @@ for step in range(stage.steps):
     rollouts = sampler.generate(prompts, sampling)  # 8 for each prompt, in order
     texts = [policy.text.decode(rollout.token_ids.tolist()) for rollout in rollouts]
     rewards = [reward(prompts[i // 8].payload, text) for i, text in enumerate(texts)]
-    groups = score(prompts, rollouts, rewards, o)
+    groups = score(prompts, rollouts, Scores(rewards=tuple(rewards)), o)
     updates = pack(groups, micro_batch_tok=2048, prompts_per_update=None, objective=o, device=policy.device)
     stats = learner.update(updates, stage, step)
     sampler.publish(step + 1)

@@ -3,6 +3,7 @@
 python examples/own_sampler.py
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,8 @@ class GenerateSampler:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.model = AutoModelForCausalLM.from_config(policy.config, attn_implementation="sdpa", dtype=policy.dtype)
+        config = copy.deepcopy(policy.config)  # from_config writes into it
+        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=policy.dtype)
         self.publish(0)
 
     def publish(self, version: int) -> None:
@@ -34,9 +36,8 @@ class GenerateSampler:
         ids = torch.tensor([prompt.token_ids] * sampling.samples_per_prompt)
         options = dict(do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, output_logits=True)
         ends = dict(max_new_tokens=sampling.max_new_tok, eos_token_id=list(sampling.stop_ids), pad_token_id=0)
-        out = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **options, **ends
-        )
+        options |= dict(attention_mask=torch.ones_like(ids), return_dict_in_generate=True)
+        out = self.model.generate(ids, **options, **ends)
         drawn = out.sequences[:, ids.shape[1] :]
         logits = torch.stack(out.logits, 1) / sampling.temperature  # as the trainer's: at the sampling temperature
         logprob = logits.log_softmax(-1).gather(2, drawn[:, :, None])[:, :, 0]

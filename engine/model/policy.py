@@ -61,6 +61,15 @@ def _run_again_in_backward(
     return checkpoint(run, layer, hidden_BTD, rotary, attend, use_reentrant=False, preserve_rng_state=False)
 
 
+def _refuse_other_attention(model: Any) -> None:
+    """Raises ValueError for a model whose layers would not call ``attend``: packed sequences would see each other."""
+    if (found := model.config._attn_implementation) != "isomorph":
+        raise ValueError(
+            f"the model must be made with attn_implementation='isomorph', got {found!r}; where another model was made "
+            "of the policy's configuration, which writes into it: make it of copy.deepcopy(policy.config)"
+        )
+
+
 class Policy:
     """A causal language model: embedding, decoder layers, unembedding, and ``text``, its tokenizer.
 
@@ -82,10 +91,7 @@ class Policy:
         adapters: Adapters | None = None,
     ) -> None:
         refuse_unsupported(model.config)
-        if model.config._attn_implementation != "isomorph":  # its layers would not call ``attend``
-            raise ValueError(
-                f"the model must be made with attn_implementation='isomorph', got {model.config._attn_implementation!r}"
-            )
+        _refuse_other_attention(model)
         self.model = model.eval()  # training mode would differ in dropout alone, which no supported model has
         self.adapters = adapters
         for parameter in self.named_parameters().values():
@@ -155,6 +161,7 @@ class Policy:
     def _through_layers(
         self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend, runs: Sequence[RunLayer]
     ) -> Tensor:
+        _refuse_other_attention(self.model)  # it is read at each call, and whoever has the configuration can change it
         return self.model.run(self._decoded, token_ids_BT, positions_BT, attend, runs)
 
     def _decoded(self, token_ids_BT: Tensor, positions_BT: Tensor, attend: Attend, runs: Sequence[RunLayer]) -> Tensor:

@@ -239,6 +239,17 @@ def test_a_model_with_another_attention_than_ours_is_refused() -> None:
 
 
 # -- weights
+def test_a_configuration_that_another_model_wrote_into_is_refused_by_name() -> None:
+    """Packed responses would silently see each other: transformers reads the attention at each call."""
+    policy = tiny_policy()
+    layout = PackedLayout.from_groups([2], [[1, 1]])
+    ids = torch.tensor([[4, 5, 6, 7]])
+    policy.backbone(ids, layout.positions[None], attend_packed(layout))
+    transformers.AutoModelForCausalLM.from_config(policy.config, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match=r"got 'sdpa'; where another model .* copy\.deepcopy\(policy\.config\)"):
+        policy.backbone(ids, layout.positions[None], attend_packed(layout))
+
+
 def test_a_seed_makes_a_tiny_model_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
