@@ -26,7 +26,7 @@ from isomorph.engine.config import STAGE_TABLES, ObjectiveConfig, ObjectiveName,
 from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.effect import idle_paths
 from isomorph.engine.recipe_file import load_recipe
-from isomorph.engine.types import Prompt, Rollout
+from isomorph.engine.types import Prompt, Rollout, Scores
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
@@ -288,7 +288,7 @@ def outcome(o: ObjectiveConfig) -> tuple[Tensor, Tensor]:
         )
         for i, n in enumerate(LENS)
     ]
-    groups = score(prompts, rollouts, [1.0, 0.0, 0.5, 0.25, 1.0, 0.0], o)
+    groups = score(prompts, rollouts, Scores(rewards=(1.0, 0.0, 0.5, 0.25, 1.0, 0.0)), o)
     seq_id = torch.arange(len(LENS)).repeat_interleave(torch.tensor(LENS))
     advantage = torch.tensor([a for g in groups for a in g.advantages]).double()[seq_id]
     if o.reward_kl_coef:
