@@ -43,9 +43,9 @@ def gemm_ceiling(rehearse: bool) -> Rows:
     """cuBLAS: the largest square that is usual, and the head's shapes, also accumulating into float32 results."""
     side, dim, vocab = (16, 32, 300) if rehearse else (8192, 1536, 151_936)
     a, b = (torch.randn(side, side, device=DEVICE).bfloat16() for _ in range(2))
-    yield {"check": f"mm {side} x {side} x {side}", **_timed(lambda: a @ b, 2 * side**3)}
+    yield {"check": f"mm {side} x {side} x {side}", **timed(lambda: a @ b, 2 * side**3)}
     copied = torch.empty(64 if rehearse else 2**30, dtype=torch.int8, device=DEVICE)
-    timing = _timed(lambda: copied.clone(), 0)
+    timing = timed(lambda: copied.clone(), 0)
     yield {"check": "copy, GB/s read and written", "value": 2 * copied.nbytes / timing["median_s"] / 1e9, **timing}
     for rows in (8,) if rehearse else (1024, 2048, 4096, 8192):
         yield from _head_gemms(rows, dim, vocab)
@@ -63,7 +63,7 @@ def _head_gemms(rows: int, dim: int, vocab: int) -> Rows:
         }
     for name, call in calls.items():
         try:
-            timing: dict[str, Any] = _timed(call, 2 * rows * dim * vocab, budget_s=0.5)
+            timing: dict[str, Any] = timed(call, 2 * rows * dim * vocab, budget_s=0.5)
         except RuntimeError as failure:
             timing = {"failed": f"{type(failure).__name__}: {failure}"[:300]}
             free_memory()
@@ -145,7 +145,7 @@ def layer_stack(rehearse: bool) -> Rows:
         memory = PeakMemory()
         call = functools.partial(_through, policy, [make_batch(layout) for layout in layouts])
         flop.append(body_flop(policy, layouts))
-        timing = _timed(call, flop[-1], by_host=True)
+        timing = timed(call, flop[-1], by_host=True)
         seconds.append(timing["median_s"])
         tokens = sum(layout.num_tok for layout in layouts)
         yield {"check": f"{layers} layers, {name}, {tokens} tokens", **timing, "peak_mib": memory.mib()}
@@ -191,7 +191,7 @@ def update(rehearse: bool) -> Rows:
         memory = PeakMemory()
         call = functools.partial(learner.update, updates, stage, 0)
         with backend.using("rms_norm=reference" if kind == "layers not fused" else ""):
-            timing = _timed(call, flop, budget_s=5.0, by_host=True)
+            timing = timed(call, flop, budget_s=5.0, by_host=True)
         tokens = sum(len(b.token_ids) for b in batches)
         repeated = sum(len(g.prompt.token_ids) + len(r.token_ids) for g in groups for r in g.rollouts)
         yield {
@@ -257,7 +257,7 @@ def optimizers(rehearse: bool) -> Rows:
             optimizer.step(lr=1e-6, clip_norm=1.0)
             optimizer.zero_grad()
 
-        timing = _timed(step, 0, by_host=True)
+        timing = timed(step, 0, by_host=True)
         place = "on the host" if on_host else "beside the weights"
         check = f"AdamW {place}, {num * width**2 / 1e6:.0f} M weights, gradients included"
         yield {"check": check, **timing, "peak_mib": memory.mib()}
@@ -295,18 +295,18 @@ def sampler(rehearse: bool) -> Rows:
             prompts, Sampling(temperature=1.0, max_new_tok=new_tok, samples_per_prompt=group, stop_ids=(), seed=0)
         )
 
-    first = _timed(lambda: generate(1), 0, budget_s=2.0, by_host=True)
+    first = timed(lambda: generate(1), 0, budget_s=2.0, by_host=True)
     yield {"check": f"prefill of {num} prompts of {length} tokens", **first}
     start = time.perf_counter()
     generate(new)
     yield {"check": "the first decode, recording included", "median_s": time.perf_counter() - start}
-    whole = _timed(lambda: generate(new), 0, budget_s=8.0, by_host=True)
+    whole = timed(lambda: generate(new), 0, budget_s=8.0, by_host=True)
     times = {f"whole_{name}": value for name, value in whole.items()}
     tok_s = num * group * (new - 1) / (whole["median_s"] - first["median_s"])
     yield {"check": f"decode of {num * group} sequences, tok/s", "value": tok_s, **times}
 
 
-def _timed(call: Callable[[], object], flop: int, *, budget_s: float = 2.0, by_host: bool = False) -> dict[str, float]:
+def timed(call: Callable[[], object], flop: int, *, budget_s: float = 2.0, by_host: bool = False) -> dict[str, float]:
     """Median and spread after a first call; ``by_host`` where the host's own work belongs to it."""
     call()
     by_host = by_host or DEVICE.type == "cpu"
