@@ -145,22 +145,25 @@ class Scores:
         """The scores of several lists of responses as those of one; a part that one of them lacks is absent there."""
         names = list(dict.fromkeys(name for scores in parts for name in scores.parts))
 
-        def filled(values: Callable[["Scores"], tuple[Any, ...] | None], missing: Any) -> tuple[Any, ...]:
-            found = ((values(scores), len(scores.rewards)) for scores in parts)
-            return tuple(v for value, size in found for v in ((missing,) * size if value is None else value))
+        def column(values: Sequence[tuple[Any, ...] | None], missing: Any) -> tuple[Any, ...]:
+            sizes = [len(scores.rewards) for scores in parts]
+            filled = ((missing,) * n if value is None else value for n, value in zip(sizes, values, strict=True))
+            return tuple(v for value in filled for v in value)
 
-        def some(values: Callable[["Scores"], tuple[Any, ...] | None], missing: Any) -> tuple[Any, ...] | None:
-            return None if all(values(scores) is None for scores in parts) else filled(values, missing)
+        def optional(values: Sequence[tuple[Any, ...] | None], missing: Any) -> tuple[Any, ...] | None:
+            return None if all(value is None for value in values) else column(values, missing)
 
         if any(scores.correct is None for scores in parts) and any(scores.correct is not None for scores in parts):
             raise ValueError("either all responses must be known to be correct or not, or none")
         return cls(
-            rewards=filled(lambda scores: scores.rewards, math.nan),
-            parts={name: filled(lambda scores, n=name: scores.parts.get(n), math.nan) for name in names},  # type: ignore[misc]
-            correct=some(lambda scores: scores.correct, False),
-            masked=some(lambda scores: scores.masked, False),
-            outcomes={name: filled(lambda scores, n=name: scores.outcomes.get(n), "absent") for name in names},  # type: ignore[misc]
-            relative=some(lambda scores: scores.relative, math.nan),
+            rewards=column([s.rewards for s in parts], math.nan),
+            parts={name: column([s.parts.get(name) for s in parts], math.nan) for name in names},
+            correct=optional([s.correct for s in parts], False),
+            masked=optional([s.masked for s in parts], False),
+            outcomes={
+                name: column([s.outcome(name) if name in s.parts else None for s in parts], "absent") for name in names
+            },
+            relative=optional([s.relative for s in parts], math.nan),
         )
 
 

@@ -22,7 +22,7 @@ from isomorph.engine.config import (
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Group, PackedBatch, Rollout, RunFailed, Sampling, StepStats
+from isomorph.engine.types import Group, PackedBatch, Rollout, RunFailed, Sampling, Scores, StepStats
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.engine.update.round import Tally
@@ -179,6 +179,30 @@ def test_gradient_is_the_same_whether_responses_without_advantage_are_left_out_o
     torch.testing.assert_close(
         gradient(policy, groups, objective), gradient(policy, kept, objective), rtol=0, atol=1e-13
     )
+
+
+@by_name
+def test_a_masked_response_may_as_well_not_exist(objective: ObjectiveConfig) -> None:
+    """Its tokens are in no sum and in no denominator; the others' advantages, given here, have seen its reward."""
+    policy, groups = make_policy(), make_groups()
+    masks = ((False, True, False), (False, False, False), (True, False, True))
+
+    def masked(g: Group, mask: tuple[bool, ...]) -> Group:
+        return replace(g, scores=Scores(rewards=g.rewards, masked=mask))
+
+    def without(g: Group, mask: tuple[bool, ...]) -> Group:
+        kept = [i for i, is_masked in enumerate(mask) if not is_masked]
+        columns = {name: tuple(getattr(g, name)[i] for i in kept) for name in ("rollouts", "rewards", "advantages")}
+        return replace(g, **columns)
+
+    of_step = [masked(g, mask) for g, mask in zip(groups, masks, strict=True)]
+    wanted = [without(g, mask) for g, mask in zip(groups, masks, strict=True)]
+    if objective.is_supervised:
+        wanted = groups  # demonstrations are trained on whatever their rewards are
+    for micro_batch_tok in (10_000, 14):
+        found = gradient(policy, of_step, objective, micro_batch_tok)
+        assert found.norm() > 1e-3
+        torch.testing.assert_close(found, gradient(policy, wanted, objective), rtol=0, atol=1e-12)
 
 
 def test_gradient_is_the_same_for_more_tokens_than_one_chunk_of_logits_holds() -> None:
