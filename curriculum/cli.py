@@ -142,12 +142,22 @@ def recipes() -> None:
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RUN", help="Run folder, model folder, .gguf file or hub name")
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL_OR_RUN...",
+            help="Run folder, RUN/best, a checkpoint of a run, model folder, .gguf file or hub name; several: compared",
+        ),
     ],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="FAMILY:REPRESENTATION[=FILE]; repeatable; default: the run's [eval]"),
+        typer.Option(
+            "--data",
+            help="NAME of a set of the recipe, or FAMILY:REPRESENTATION[=FILE]; repeatable; default: the run's [eval]",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Recipe whose sets are asked; default: the first run's")
     ] = None,
     prompts: Annotated[
         int | None, typer.Option("--prompts", help="Prompts per representation; default: the run's, or 100")
@@ -155,12 +165,34 @@ def evaluate(
     max_new_tok: Annotated[
         int | None, typer.Option("--max-new-tok", help="Most tokens of a response; default: the run's, or 512")
     ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Further responses to each question, for avg@k and pass@k")
+    ] = 0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Of the samples; default: the run's, or 1")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="String that ends a response; repeatable; default: the run's")
+    ] = None,
+    sampler: Annotated[str, typer.Option("--sampler", help="builtin or vllm")] = "builtin",
+    out: Annotated[Path | None, typer.Option("--out", help="Write every response here, JSON Lines")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")] = False,
 ) -> None:
-    """Measure greedy accuracy of a model or a run, per representation, with 95 % intervals."""
-    from isomorph.curriculum.commands.evaluate import evaluate
+    """Measure accuracy of a model or a run, with 95 % intervals; compare several on the same questions."""
+    from isomorph.curriculum.commands.evaluate import Options, evaluate
 
-    evaluate(target, data or [], prompts, max_new_tok, console, as_json=as_json)
+    options = Options(
+        wanted=tuple(data or ()),
+        recipe=recipe,
+        prompts=prompts,
+        max_new_tok=max_new_tok,
+        samples=samples,
+        temperature=temperature,
+        stop=tuple(stop or ()),
+        sampler=sampler,
+        out=out,
+    )
+    evaluate(targets, options, console, as_json=as_json)
 
 
 @app.command()

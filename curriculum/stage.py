@@ -126,7 +126,7 @@ class Curriculum:
         self.evaluations.append(
             {
                 "label": request.label,
-                "step": self._num_steps(),
+                "step": self.total_steps(),
                 "after_prompts": self.next_prompt_id,
                 **results_record(results),
                 "sets": {name: result.accuracy.to_dict() for name, result in of_sets.items()},
@@ -267,14 +267,10 @@ class Curriculum:
         )
         return task
 
-    def _num_steps(self) -> int:
-        """Completed steps of the run."""
-        return self.steps_done + sum(stage["steps"] for stage in self.finished)
-
     def _evaluation_label(self) -> str | None:
         """The label of the evaluation that belongs to this moment; None if there is none."""
         if self.steps_done:
-            every, step = self.recipe.eval.every, self._num_steps()
+            every, step = self.recipe.eval.every, self.total_steps()
             return label_of(step) if every and step % every == 0 else None
         if self.stage_index:
             return self.recipe.stage[self.stage_index - 1].name

@@ -1,244 +1,243 @@
-"""``isomorph eval``: greedy accuracy of a model or a run, per representation."""
+"""``isomorph eval``: accuracy of models and runs, and their differences question by question."""
 
+import contextlib
+import gc
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from isomorph.curriculum.assemble import check_base, open_policy
+from isomorph.curriculum.candidates import Candidate, find_candidate
+from isomorph.curriculum.commands.evaluate_tables import show_comparison, show_scores
 from isomorph.curriculum.environment import check_backends
-from isomorph.curriculum.evaluation import evaluate_tasks, evaluation_keys, evaluation_tasks, refuse_long
-from isomorph.curriculum.inputs import changed_files
-from isomorph.curriculum.lengths import LengthLimits
+from isomorph.curriculum.evaluation import Asked, ModelScore, evaluate_tasks, refuse_long
+from isomorph.curriculum.inputs import located
+from isomorph.curriculum.lengths import at_most_in_prompt
+from isomorph.curriculum.questions import SEED, check_wanted, open_exam
 from isomorph.curriculum.recipe import Recipe
-from isomorph.curriculum.report.run_record import read_run_json, read_summary
-from isomorph.curriculum.rewards.answer import ANSWER_TAGS
-from isomorph.curriculum.rewards.families import ASYNC_PLAN, FAMILIES
-from isomorph.curriculum.sources import Source, open_sources
-from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
-from isomorph.curriculum.tasks.jsonl import read_rows
-from isomorph.curriculum.tasks.task import Task
-from isomorph.engine.config import ModelConfig, UserError
-from isomorph.engine.foreign import printable
-from isomorph.engine.model.load import load_policy, silence_loaders
+from isomorph.curriculum.study.statistics import mcnemar, paired_difference
+from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.recipe_file import check_tables
-from isomorph.engine.record.checkpoint import latest_checkpoint
-from isomorph.engine.types import Sampling
+from isomorph.engine.recipe_file import load_recipe
+from isomorph.engine.rollout.builtin import BuiltinSampler
+from isomorph.engine.rollout.stop_strings import check_stop_strings
+from isomorph.engine.types import Sampler, Sampling
 
-MODEL_PROMPTS = 100  # per representation, where no recipe says how many
-MODEL_MAX_NEW_TOK = 512
-MODEL_SEED = 999
+MODEL_MAX_NEW_TOK = 512  # where no recipe says how many
+SAMPLERS = ("builtin", "vllm")
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """The policy to evaluate, and the recipe that it was trained with, where it comes from a run."""
+class Options:
+    """What is asked, and how; None or empty: what the run's recipe says, or a default."""
 
-    policy: Policy
-    source: str  # where the weights came from
-    recipe: Recipe | None
-    changed: tuple[str, ...] = ()  # a sentence for each input file that has changed since the run began
+    wanted: tuple[str, ...] = ()  # see curriculum/questions.py
+    recipe: Path | None = None  # whose sets are asked, in place of the run's
+    prompts: int | None = None  # per representation
+    max_new_tok: int | None = None
+    samples: int = 0  # further responses to each question
+    temperature: float | None = None  # of these
+    stop: tuple[str, ...] = ()  # strings that end a response
+    sampler: str = "builtin"
+    out: Path | None = None  # file for every response
+
+    def check(self) -> None:
+        """Raises UserError, before minutes are spent on loading a model."""
+        for name, value in (("--prompts", self.prompts), ("--max-new-tok", self.max_new_tok)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if self.samples < 0:
+            raise UserError(f"--samples must not be negative, got {self.samples}")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature must be positive, got {self.temperature}")
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+
+    @property
+    def num_samples(self) -> int:
+        """``samples``, or one where only a temperature is given."""
+        return self.samples or (0 if self.temperature is None else 1)
 
 
-def evaluate(
-    target: str, wanted: Sequence[str], prompts: int | None, max_new_tok: int | None, console: Console, *, as_json: bool
-) -> None:
-    """Prints a table of ``evaluate_target``, or its JSON; each result also goes to the standard error as it comes."""
+def evaluate(targets: Sequence[str], options: Options, console: Console, *, as_json: bool) -> None:
+    """Prints a table of ``evaluate_targets``, or its JSON; each result also goes to the standard error as it comes."""
     check_backends()
-    result = evaluate_target(target, wanted, prompts=prompts, max_new_tok=max_new_tok, say=_to_stderr)
+    results = evaluate_targets(targets, options, say=_to_stderr)
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        shown = results if len(targets) > 1 else results["models"][0]
+        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+    elif len(targets) > 1:
+        show_comparison(results, console)
     else:
-        show_scores(result, console)
+        show_scores(results["models"][0], console)
 
 
 def _to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def evaluate_target(
-    target: str, wanted: Sequence[str], *, prompts: int | None, max_new_tok: int | None, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Greedy accuracy of ``target``: a run folder, a model folder, a .gguf file or a hub name. JSON-able.
+def evaluate_targets(targets: Sequence[str], options: Options, *, say: Say) -> dict[str, Any]:
+    """``models``: the results of each target; ``comparisons``: of each later one with the first. JSON-able.
 
-    ``wanted``: FAMILY:REPRESENTATION or FAMILY:REPRESENTATION=FILE; none: the [eval] of the run's recipe, or the
-    generated tasks of all representations for a model. ``say`` gets each result as a line.
+    All are asked the same questions: those of ``options``, or of the first target that is a run, or generated ones.
+    ``say`` gets each result as a line.
 
     Raises:
-        UserError: the target cannot be loaded, the data cannot be found or do not suit the model.
+        UserError: a target cannot be loaded, the data cannot be found or do not suit a model.
         DataError: a file of tasks is broken.
     """
-    if prompts is not None and prompts < 1:
-        raise UserError(f"--prompts must be at least 1, got {prompts}")
-    if max_new_tok is not None and max_new_tok < 1:
-        raise UserError(f"--max-new-tok must be at least 1, got {max_new_tok}")
-    for text in wanted:
-        _parse_wanted(text)  # before minutes are spent on loading a model
-    candidate = open_candidate(target)
-    for note in candidate.policy.notes:
+    options.check()
+    candidates = [find_candidate(target) for target in targets]
+    recipe = next((one.recipe for one in candidates if one.recipe is not None), None)
+    if options.recipe is not None:
+        recipe = located(load_recipe(options.recipe, [], Recipe))
+    for text in options.wanted:
+        check_wanted(text, recipe)
+    asked: list[Asked] = []
+    models: list[dict[str, Any]] = []
+    scores: list[list[ModelScore]] = []
+    with _responses_file(options.out) as out:
+        for candidate in candidates:
+            described, own = _evaluated(candidate, asked, recipe, options, say)
+            asked = [score.asked for score in own]
+            models.append(described)
+            scores.append(own)
+            if out is not None:
+                rows = ({"model": candidate.target, **row} for score in own for row in score.rows())
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            gc.collect()  # before the next model is loaded
+    pairs = zip(targets[1:], scores[1:], strict=True)
+    return {"models": models, "comparisons": [_compared(targets[0], scores[0], *pair) for pair in pairs]}
+
+
+def _opened(candidate: Candidate, say: Say) -> Policy:
+    policy = candidate.load()
+    for note in policy.notes:
         say(f"note: {note}")
     for sentence in candidate.changed:
         say(f"warning: {sentence}: the questions may differ from the run's, and training may have used them")
-    of_recipe = candidate.recipe.eval.max_new_tok if candidate.recipe else MODEL_MAX_NEW_TOK
-    sampling = Sampling(
-        temperature=0.0,
-        max_new_tok=max_new_tok or of_recipe,
-        samples_per_prompt=1,
-        stop_ids=candidate.policy.text.stop_ids,
-        stop=candidate.recipe.stop_strings if candidate.recipe else (),
-        seed=0,
-    )
-    scores = []
-    lists = _task_lists(candidate, wanted, prompts)
-    for name, tasks in zip(wanted or [""] * len(lists), lists, strict=True):
-        refuse_long(candidate.policy, tasks, sampling.max_new_tok, "row" if "=" in name else "question")
-    for tasks in lists:
-        scores.append(evaluate_tasks(candidate.policy, tasks, sampling))
-        say(f"{scores[-1].family}:{scores[-1].representation} {scores[-1].result.accuracy}")
-        if scores[-1].warning:
-            say(scores[-1].warning)
-    return {
-        "target": target,
+    return policy
+
+
+@contextlib.contextmanager
+def _responses_file(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise UserError(f"--out {path} exists: name another file, or delete it") from None
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error}") from error
+    with file:
+        yield file
+
+
+def _evaluated(
+    candidate: Candidate, asked: Sequence[Asked], recipe: Recipe | None, options: Options, say: Say
+) -> tuple[dict[str, Any], list[ModelScore]]:
+    """What is told of one model, and its scores. ``asked``: what the first model was asked; empty for the first."""
+    policy = _opened(candidate, say)
+    greedy, *sampled = samplings = _samplings(policy, recipe, options)
+    check_stop_strings(greedy.stop, policy.text)
+    most, scores = greedy.max_new_tok, []
+    with open_exam(policy, recipe, options.wanted, prompts=options.prompts, max_new_tok=most, say=say) as exam:
+        for one in asked or exam.asked:
+            refuse_long(policy, one, most)
+        with _open_sampler(policy, asked or exam.asked, most, recipe, options) as sampler:
+            for one in asked or exam.asked:
+                scores.append(evaluate_tasks(policy, sampler, exam.judge, one, samplings, exam.dialogue))
+                say(f"{one.key} {scores[-1].result}")
+                if scores[-1].warning:
+                    say(scores[-1].warning)
+    described = {
+        "target": candidate.target,
         "weights": candidate.source,
-        "dtype": str(candidate.policy.dtype).removeprefix("torch."),
-        "device": str(candidate.policy.device),
-        "sampler": "builtin",
+        "dtype": str(policy.dtype).removeprefix("torch."),
+        "device": str(policy.device),
+        "sampler": options.sampler,
         "temperature": 0.0,
-        "max_new_tok": sampling.max_new_tok,
+        "samples": options.num_samples,
+        "sample_temperature": sampled[0].temperature if sampled else None,
+        "max_new_tok": greedy.max_new_tok,
+        "stop": list(greedy.stop),
         "results": [score.to_dict() for score in scores],
     }
+    return described, scores
 
 
-def open_candidate(target: str) -> Candidate:
-    """Loads the policy of a run folder, a model folder, a .gguf file or a hub name. Raises UserError."""
-    silence_loaders()
-    folder = Path(target).expanduser()
-    if (folder / "run.json").is_file():
-        return _open_run(folder)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{target} must be a run folder (with run.json) or a model folder (with config.json)")
-    if not folder.exists() and str(folder.parent) != "." and folder.parent.is_dir():
-        raise UserError(
-            f"{target}: there is no such folder or file in {folder.parent}"
-        )  # a hub name has no such parent
-    config = ModelConfig(path=target, dtype=_dtype())
-    policy = load_policy(config, vocabulary=[], seed=0, device=_device(), tags=ANSWER_TAGS)
-    return Candidate(policy=policy, source=target, recipe=None)
+def _samplings(policy: Policy, recipe: Recipe | None, options: Options) -> list[Sampling]:
+    """Greedy, and that of the samples if there are any."""
+    temperature = options.temperature or (recipe.eval.temperature if recipe else 1.0)
+    drawn = [(0.0, 1), *([(temperature, options.num_samples)] if options.num_samples else [])]
+    return [
+        Sampling(
+            temperature=heat,
+            max_new_tok=options.max_new_tok or (recipe.eval.max_new_tok if recipe else MODEL_MAX_NEW_TOK),
+            samples_per_prompt=num,
+            stop_ids=policy.text.stop_ids,
+            stop=options.stop or (recipe.stop_strings if recipe else ()),
+            seed=recipe.eval.seed if recipe else SEED,
+        )
+        for heat, num in drawn
+    ]
 
 
-def _open_run(folder: Path) -> Candidate:
-    """The finished model, or the newest checkpoint of a run that is not done."""
-    described = read_run_json(folder)
-    recipe = check_tables(described["recipe"], Recipe, where=f"{folder}/run.json")
-    changed = tuple(changed_files(described.get("files", {}), recipe))
-    model = folder / "model"
-    summary = read_summary(folder)
-    if summary is not None and summary["status"] == "done":
-        config = recipe.model.model_copy(update={"path": str(model), "tiny": None})
-        policy = load_policy(config, vocabulary=[], seed=0, device=_device(), tags=ANSWER_TAGS)
-        return Candidate(policy=policy, source=str(model), recipe=recipe, changed=changed)
-    newest = latest_checkpoint(folder / "checkpoints")
-    if newest is None:
-        raise UserError(f"{folder} holds neither a finished model nor a checkpoint: wait for its first checkpoint")
-    policy = open_policy(recipe)
+@contextlib.contextmanager
+def _open_sampler(
+    policy: Policy, asked: Sequence[Asked], max_new_tok: int, recipe: Recipe | None, options: Options
+) -> Iterator[Sampler]:
+    limits = SamplerConfig() if recipe is None else recipe.sampler
+    if options.sampler == "builtin":
+        yield BuiltinSampler(policy, SamplerConfig(max_seqs=limits.max_seqs, kv_tok=limits.kv_tok))
+        return
+    from isomorph.engine.rollout.vllm import start_vllm  # importing vLLM takes seconds and a lot of memory
+
+    longest = max(at_most_in_prompt(policy.text, task, 0) for one in asked for task in one.tasks) + max_new_tok
+    config = SamplerConfig(
+        kind="vllm", memory_frac=limits.memory_frac, max_seqs=limits.max_seqs, max_model_len=max(16, longest)
+    )
+    sampler = start_vllm(policy, config, seed=SEED)
     try:
-        check_base(policy, json.loads((newest / "state.json").read_text()).get("base", ""), newest)
-        weights = load_file(newest / "weights.safetensors")
-        policy.overwrite([weights[name] for name in policy.named_parameters()])
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError(f"{newest}: the weights do not fit the recipe's model: {error}") from error
-    return Candidate(policy=policy, source=str(newest), recipe=recipe, changed=changed)
+        yield sampler
+    finally:
+        sampler.close()
 
 
-def show_scores(result: dict[str, Any], console: Console) -> None:
-    """Prints the results of ``evaluate_target`` as a table."""
-    heading = f"{result['weights']}, greedy, at most {result['max_new_tok']} new tokens"
-    table = Table(title=Text(printable(heading)), title_justify="left")
-    for column in ("data", "accuracy", "95 % interval", "sequential baseline", "no answer", "questions", "ended"):
-        table.add_column(column, justify="left" if column == "data" else "right")
-    for score in result["results"]:
-        table.add_row(
-            Text(printable(f"{score['family']}:{score['representation']}")),
-            f"{score['rate']:.1%}",
-            f"{score['low']:.1%} to {score['high']:.1%}",
-            "-" if score["floor"] is None else f"{score['floor']:.1%}",
-            f"{score['no_answer']:.1%}",
-            str(score["n"]),
-            f"{score['stopped']:.0%}",
-        )
-    console.print(table)
-    num_tok, seconds = (sum(score[key] for score in result["results"]) for key in ("tokens", "generate_s"))
-    console.print(
-        "sequential baseline: accuracy of answering with the sum of all durations; ended: share of responses that "
-        "ended before the length limit",
-        highlight=False,
-    )
-    console.print(f"{num_tok} tokens in {seconds:.1f} s: {num_tok / seconds:.0f} tokens/s", highlight=False)
+def _compared(first: str, firsts: Sequence[ModelScore], second: str, seconds: Sequence[ModelScore]) -> dict[str, Any]:
+    """How ``second`` differs from ``first`` on the same questions."""
+    rows = []
+    for one, other in zip(firsts, seconds, strict=True):
+        pairs = list(zip(one.greedy.correct, other.greedy.correct, strict=True))
+        only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
+        row: dict[str, Any] = {
+            "data": one.asked.key,
+            "accuracy": _difference([float(was) for was, _ in pairs], [float(now) for _, now in pairs]),
+            "only_first": only_first,
+            "only_second": only_second,
+            "p": mcnemar(only_first, only_second),
+        }
+        if one.result.sampled and other.result.sampled:
+            row[f"avg@{one.result.sampled.samples}"] = _difference(_shares(one), _shares(other))
+        rows.append(row)
+    return {"first": first, "second": second, "results": rows}
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    difference, low, high = paired_difference(first, second)
+    return {"difference": difference, "low": low, "high": high}
 
 
-def _dtype() -> Any:
-    return "bfloat16" if _device().type == "cuda" else "float32"
-
-
-def _task_lists(candidate: Candidate, wanted: Sequence[str], prompts: int | None) -> list[list[Task]]:
-    recipe = candidate.recipe
-    if wanted:
-        return [_wanted_tasks(candidate, text, prompts) for text in wanted]
-    if recipe is not None:
-        sources = _sources(candidate, recipe)
-        keys = evaluation_keys(recipe, sources).values()
-        return [evaluation_tasks(recipe, sources, one, form, prompts) for one, form in keys]
-    return [_drawn(name, prompts) for name in REPRESENTATIONS]
-
-
-def _parse_wanted(text: str) -> tuple[str, str, Path | None]:
-    name, equals, file = text.partition("=")
-    family, colon, representation = name.partition(":")
-    if family not in FAMILIES or not representation or bool(equals) != bool(file):
-        raise UserError(
-            f"--data must read FAMILY:REPRESENTATION or FAMILY:REPRESENTATION=FILE with a family of "
-            f"{', '.join(FAMILIES)}; got {text!r}"
-        )
-    return family, representation, Path(file).expanduser() if file else None
-
-
-def _wanted_tasks(candidate: Candidate, text: str, prompts: int | None) -> list[Task]:
-    family, representation, file = _parse_wanted(text)
-    if file is not None:
-        return read_rows(file, family, representation)[: prompts or MODEL_PROMPTS]
-    if candidate.recipe is not None:
-        sources = _sources(candidate, candidate.recipe)
-        for one, form in evaluation_keys(candidate.recipe, sources).values():
-            if (family, representation) == (candidate.recipe.data[one.data].family, form):
-                return evaluation_tasks(candidate.recipe, sources, one, form, prompts)
-    if family != ASYNC_PLAN.name:
-        raise UserError(f"--data {text}: only {ASYNC_PLAN.name} tasks can be generated; name a file: {text}=FILE")
-    if representation not in REPRESENTATIONS:
-        raise UserError(f"--data {text}: the representation must be one of {', '.join(REPRESENTATIONS)}")
-    return _drawn(representation, prompts)
-
-
-def _drawn(representation: str, prompts: int | None) -> list[Task]:
-    return draw_tasks(Difficulty(), representation, prompts or MODEL_PROMPTS, seed=MODEL_SEED, split="eval")
-
-
-def _sources(candidate: Candidate, recipe: Recipe) -> dict[str, Source]:
-    """Without the rows that are too long for the run."""
-    text = candidate.policy.text
-    return open_sources(
-        recipe, text, LengthLimits(recipe=recipe, text=text, max_model_len=candidate.policy.max_model_len)
-    )
+def _shares(score: ModelScore) -> list[float]:
+    """Of each question the share of right samples."""
+    assert score.sampled is not None
+    correct, size = score.sampled.correct, len(score.sampled.correct) // len(score.asked.tasks)
+    return [sum(correct[i : i + size]) / size for i in range(0, len(correct), size)]
