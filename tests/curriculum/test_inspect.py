@@ -23,6 +23,7 @@ kind = "rows"
 path = "rows.jsonl"
 prompt = "question"
 answer = "answer"
+rewards = [{ function = "exact" }]
 representation_column = "level"
 system = "Add."
 examples = 1

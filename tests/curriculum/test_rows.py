@@ -387,6 +387,7 @@ kind = "rows"
 path = "{path}"
 prompt = "{{question}} Then ####."
 answer = "answer"
+rewards = [{{ function = "numeric" }}]
 [[stage]]
 name = "rl"
 steps = 2
