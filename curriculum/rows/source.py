@@ -19,6 +19,7 @@ from isomorph.engine.config import UserError
 from isomorph.engine.model.text import ChatFormat, TextCodec
 
 CHECKED_AT_ONCE = 20_000
+UNKNOWN, FITS, DOES_NOT_FIT = 0, 1, 2
 NUM_NAMED = 20  # rows that did not fit, as the summary lists them
 
 
@@ -33,7 +34,7 @@ class RowsSource:
         self.columns = self.dataset.side.rows.columns
         self.left_out: list[str] = []  # a sentence for the rows of which some are too long
         self.misfits: dict[str, dict[int, str]] = {}  # label -> number of the row -> why it is left out
-        # of the rows of either side, by whether it is training: 0 not measured, 1 fits, 2 does not
+        # of the rows of either side, by whether it is training: UNKNOWN, FITS or DOES_NOT_FIT
         self._measured = {True: _unmeasured(self.dataset.side), False: _unmeasured(self.dataset.eval_side)}
         self._orders: dict[str, tuple[tuple[int, int], np.ndarray]] = {}  # label -> (seed, epoch), its order
         if data.has_eval_rows and self.dataset.num_in_both:
@@ -63,8 +64,8 @@ class RowsSource:
         for at in range(position, position + len(rows) + 1):
             epoch, inside = divmod(at, len(rows))
             index = int(rows[self._order(representation, len(rows), seed, epoch)[inside]])
-            if self._has_room(index, representation, is_training=True):
-                return self.dataset.side.task(index), at + 1
+            if (task := self._fitting(index, representation, is_training=True)) is not None:
+                return task, at + 1
         raise UserError(self._none_fits(representation, len(rows)))
 
     @property
@@ -79,8 +80,8 @@ class RowsSource:
         for index in map(int, self.dataset.held_out[representation]):
             if len(found) == num_tasks:
                 break
-            if self._has_room(index, representation, is_training=False):
-                found.append(self.dataset.eval_side.task(index))
+            if (task := self._fitting(index, representation, is_training=False)) is not None:
+                found.append(task)
         if not found:
             raise UserError(self._none_fits(representation, len(self.dataset.held_out[representation])))
         return found
@@ -103,21 +104,25 @@ class RowsSource:
 
     def _check_all(self) -> None:
         for label, rows in self.dataset.training.items():
-            if not sum(self._has_room(int(i), label, is_training=True) for i in rows):
+            if not sum(self._fitting(int(i), label, is_training=True) is not None for i in rows):
                 raise UserError(self._none_fits(label, len(rows)))
         if self.misfits:
             reasons = {row: why for found in self.misfits.values() for row, why in found.items()}
             self.left_out.append(left_out(self._data.path, len(self.dataset.side.rows), reasons))
 
-    def _has_room(self, index: int, label: str, *, is_training: bool) -> bool:
-        measured = self._measured[is_training]
-        if not measured[index]:
-            side = self.dataset.side if is_training else self.dataset.eval_side
-            why = self._why_too_long(side.task(index), self._misfit(label, is_training=is_training))
+    def _fitting(self, index: int, label: str, *, is_training: bool) -> Task | None:
+        """The task of a row; None where it does not fit."""
+        measured, side = self._measured[is_training], self.dataset.side if is_training else self.dataset.eval_side
+        if measured[index] == DOES_NOT_FIT:
+            return None
+        task = side.task(index)
+        if measured[index] == UNKNOWN:
+            why = self._why_too_long(task, self._misfit(label, is_training=is_training))
+            measured[index] = DOES_NOT_FIT if why else FITS
             if why:
                 self.misfits.setdefault(label, {})[side.rows.number(index)] = why
-            measured[index] = 2 if why else 1
-        return bool(measured[index] == 1)
+                return None
+        return task
 
     def _why_too_long(self, task: Task, misfit: Misfit) -> str | None:
         most = self._data.max_prompt_tok
