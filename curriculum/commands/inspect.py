@@ -49,9 +49,9 @@ def inspect_rows(target: str, name: str | None, keys: dict[str, Any], console: C
         _show_rows(training_rows(data), console)
         console.print('give --prompt COLUMN or --prompt "a template with {column}" to see prompts', highlight=False)
         return
-    dataset = Dataset(data, "rows")
-    _show_rows(dataset.side.rows, console)
-    _show_dataset(dataset, None, console)
+    side = Side(training_rows(data), data, target)
+    _show_rows(side.rows, console)
+    _show_prompts(side, np.arange(len(side.rows)), None, console)
 
 
 def _inspect_recipe(path: Path, name: str | None, console: Console) -> None:
@@ -101,13 +101,17 @@ def _show_dataset(dataset: Dataset, text: TextCodec | None, console: Console) ->
         console.print(Text(f"{what}: {labels}"), soft_wrap=True)
         if side is dataset.eval_side and side is not dataset.side:
             console.print(f"prompts for evaluation that are training prompts, too: {dataset.num_in_both}")
-    console.print(f"repeated prompts: {_listed(_repeated(dataset.side))}", highlight=False, soft_wrap=True)
     if dataset.examples:
         numbers = [dataset.side.rows.number(i) for i in dataset.examples]
         console.print(f"examples: rows {', '.join(map(str, numbers))}", highlight=False)
-    rows = np.concatenate(list(dataset.training.values()))[:MAX_MEASURED]
-    console.print(_lengths([dataset.side.task(int(i)) for i in rows], text))
-    _show_task(dataset.side.task(int(rows[0])), text, console)
+    _show_prompts(dataset.side, np.concatenate(list(dataset.training.values())), text, console)
+
+
+def _show_prompts(side: Side, rows: np.ndarray, text: TextCodec | None, console: Console) -> None:
+    """Repetitions and lengths of the prompts of ``rows``, and the first of them."""
+    console.print(f"repeated prompts: {_listed(_repeated(side))}", highlight=False, soft_wrap=True)
+    console.print(_lengths([side.task(int(i)) for i in rows[:MAX_MEASURED]], text))
+    _show_task(side.task(int(rows[0])), text, console)
 
 
 def _show_task(task: Task, text: TextCodec | None, console: Console) -> None:

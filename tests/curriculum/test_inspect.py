@@ -67,7 +67,7 @@ def test_rows_without_a_recipe(folder: Path) -> None:
     file = str(folder / "rows.jsonl")
     assert "22 rows with the columns question, answer, level" in printed(file)
     said = printed(file, prompt="{question} Say the number.", answer="answer")
-    assert "Say the number." in said and "characters, " in said and "evaluation: natural 2" in said
+    assert "Say the number." in said and "characters, " in said and "repeated prompts: 1 (rows 21)" in said
 
 
 def test_what_cannot_be_inspected_is_one_sentence(folder: Path) -> None:
