@@ -1,71 +1,26 @@
+"""What the built-in sampler samples: log-probabilities, ends of responses, and what a response depends on."""
+
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from small_world import CPU, NUM_VOCAB, WORDS, one_thread  # noqa: F401
+from sampler_parts import generate, make_policy, make_prompts, make_sampling, same
+from small_world import CPU, NUM_VOCAB, one_thread  # noqa: F401
 from torch import Tensor
 
-from isomorph.engine.config import SamplerConfig, TinyModel, UserError
-from isomorph.engine.model.load import build_tiny
+from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.rollout import builtin
-from isomorph.engine.rollout import decoder as decoder_file
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.decoder import Decoder, DecoderSpec, pad_slots, padded_size
-from isomorph.engine.types import PackedBatch, Prompt, Rollout, Sampling
+from isomorph.engine.types import PackedBatch, Prompt, Rollout
 from isomorph.kernels import backend
-from isomorph.kernels import decode_attention as attention_file
 from isomorph.kernels.linear_logprob import linear_logprob
 from isomorph.kernels.packed_attention import PackedLayout
-
-
-def make_policy(dtype: torch.dtype = torch.float32, max_model_len: int = 256) -> Policy:
-    tiny = TinyModel(
-        hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_model_len=max_model_len
-    )
-    policy = build_tiny(tiny, WORDS, seed=0, dtype=dtype, device=CPU)
-    generator = torch.Generator().manual_seed(0)
-    policy.overwrite([0.35 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
-    return policy
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return make_policy()
-
-
-def make_prompts(*lens: int, first_id: int = 0) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(sum(lens))
-    return [
-        Prompt(
-            prompt_id=first_id + i,
-            token_ids=tuple(torch.randint(4, NUM_VOCAB, (length,), generator=generator).tolist()),
-            task="t",
-            representation="r",
-            payload=None,
-        )
-        for i, length in enumerate(lens)
-    ]
-
-
-def make_sampling(
-    temperature: float = 1.0, max_new_tok: int = 12, samples: int = 4, stop_ids: tuple[int, ...] = (1,), seed: int = 0
-) -> Sampling:
-    return Sampling(
-        temperature=temperature,
-        max_new_tok=max_new_tok,
-        samples_per_prompt=samples,
-        stop_ids=stop_ids,
-        seed=seed,
-    )
-
-
-def generate(
-    policy: Policy, prompts: list[Prompt], sampling: Sampling, max_seqs: int = 256, kv_tok: int | None = None
-) -> list[Rollout]:
-    return BuiltinSampler(policy, SamplerConfig(max_seqs=max_seqs, kv_tok=kv_tok)).generate(prompts, sampling)
 
 
 def logits_after(policy: Policy, token_ids: list[int]) -> Tensor:
@@ -94,13 +49,6 @@ def trainer_logprob(policy: Policy, prompt: Prompt, rollout: Rollout, temperatur
 def pairs(prompts: list[Prompt], rollouts: list[Rollout]) -> list[tuple[Prompt, Rollout]]:
     size = len(rollouts) // len(prompts)
     return list(zip([p for p in prompts for _ in range(size)], rollouts, strict=True))
-
-
-def same(ours: list[Rollout], theirs: list[Rollout]) -> bool:
-    return all(
-        torch.equal(a.token_ids, b.token_ids) and (a.prompt_id, a.sample, a.finish) == (b.prompt_id, b.sample, b.finish)
-        for a, b in zip(ours, theirs, strict=True)
-    )
 
 
 # -- what is drawn
@@ -235,139 +183,6 @@ def test_a_prompt_that_leaves_no_positions_is_refused() -> None:
 def test_an_empty_prompt_is_refused(policy: Policy) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         generate(policy, make_prompts(3, 0), make_sampling())
-
-
-# -- slots
-class Watched(Decoder):
-    """Records prefills and steps with their slots."""
-
-    def __init__(self, policy: Policy, spec: DecoderSpec) -> None:
-        super().__init__(policy, spec)
-        self.prefilled: list[int] = []
-        self.steps: list[list[int]] = []
-
-    def prefill(self, prompts: Sequence[Prompt], prompt_slots: Sequence[int]) -> None:
-        self.prefilled += [p.prompt_id for p in prompts]
-        super().prefill(prompts, prompt_slots)
-
-    def advance(self, slots: Sequence[int], num_steps: int) -> None:
-        self.steps.append(list(slots))
-        super().advance(slots, num_steps)
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> Callable[..., Watched]:
-    monkeypatch.setattr(builtin, "Decoder", Watched)
-
-    def run(prompts: list[Prompt], sampling: Sampling, **config: int) -> Watched:
-        sampler = BuiltinSampler(policy, SamplerConfig(**config))  # type: ignore[arg-type]
-        sampler.generate(prompts, sampling)
-        assert isinstance(sampler._decoder, Watched)
-        return sampler._decoder
-
-    return run
-
-
-def test_a_slot_is_filled_again_as_soon_as_its_response_ends(watched: Callable[..., Watched]) -> None:
-    sampling = make_sampling(samples=5, stop_ids=(1, 5, 9, 13), max_new_tok=30)
-    decoder = watched(make_prompts(5, 1, 9, 4, 4, 7), sampling, max_seqs=4)
-    full = [len(step) == 4 for step in decoder.steps]
-    assert not any(full[full.index(False) :])  # never full again once nobody waits any more
-    assert sum(full) > 0.7 * len(full)
-
-
-def test_a_prompt_is_prefilled_once_and_its_slot_is_used_again(watched: Callable[..., Watched]) -> None:
-    prompts = make_prompts(5, 1, 9, 4, 4, 7)
-    decoder = watched(prompts, make_sampling(samples=5), max_seqs=4)  # a group is larger than what is decoded at once
-    assert decoder.prefilled == [p.prompt_id for p in prompts]
-    assert decoder.spec.prompts == 4
-
-
-def test_rows_of_a_prompt_stand_next_to_each_other(watched: Callable[..., Watched], policy: Policy) -> None:
-    decoder = watched(make_prompts(5, 1, 9), make_sampling(samples=4, stop_ids=()), max_seqs=12)
-    prompt_slot = decoder.prompt_slot[decoder.steps[0]].tolist()
-    assert prompt_slot == sorted(prompt_slot) and set(prompt_slot) == {0, 1, 2}
-
-
-def test_the_kv_budget_limits_what_is_decoded_at_once(watched: Callable[..., Watched]) -> None:
-    prompts, sampling = make_prompts(5, 1, 9, 4), make_sampling(samples=4, max_new_tok=12)
-    whole = watched(prompts, sampling, max_seqs=16)
-    assert whole.spec.kv_tok == 16 * 12 + 4 * 9 and len(whole.steps[0]) > 8
-    small = watched(prompts, sampling, max_seqs=16, kv_tok=90)
-    assert small.spec.kv_tok <= 90 and small.spec.seqs == 4
-    assert max(len(step) for step in small.steps) <= 4
-    assert same(generate(small.policy, prompts, sampling), generate(small.policy, prompts, sampling, kv_tok=90))
-
-
-def test_a_sequence_that_the_kv_budget_cannot_hold_is_refused(policy: Policy) -> None:
-    generate(policy, make_prompts(3, 9), make_sampling(max_new_tok=12), kv_tok=21)
-    with pytest.raises(UserError, match=r"one sequence, .* 9 tokens and .*=12, must fit sampler.kv_tok, got 20: .* 21"):
-        generate(policy, make_prompts(3, 9), make_sampling(max_new_tok=12), kv_tok=20)
-
-
-def test_the_cache_serves_again_and_is_given_back_in_sleep(policy: Policy) -> None:
-    sampler = BuiltinSampler(policy, SamplerConfig())
-    prompts = make_prompts(3, 9)
-    first = sampler.generate(prompts, make_sampling())
-    decoder = sampler._decoder
-    assert same(sampler.generate(prompts, make_sampling()), first) and sampler._decoder is decoder
-    with sampler.asleep():
-        assert sampler._decoder is None
-    assert same(sampler.generate(prompts, make_sampling()), first)
-
-
-def test_prompts_beyond_one_packed_pass_are_prefilled_in_several(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = make_prompts(5, 1, 9, 4, 4, 7)
-    usual = generate(policy, prompts, make_sampling())
-    monkeypatch.setattr(decoder_file, "PREFILL_TOK", 9)
-    assert same(generate(policy, prompts, make_sampling()), usual)
-
-
-# -- what a CUDA graph does, on the CPU: rows padded to a captured size, several steps between two checks
-def test_rows_that_fill_up_and_steps_after_the_end_change_nothing(policy: Policy) -> None:
-    prompts = make_prompts(5, 9)
-    sampling = make_sampling(samples=3, stop_ids=(1, 5, 9, 13), max_new_tok=20)
-    usual = generate(policy, prompts, sampling)
-    decoder = Decoder(policy, builtin.plan_decoder([5, 9], sampling, 6, None))
-    with torch.no_grad():
-        decoder.prefill(prompts, [1, 0])
-        keys = [builtin.rng_key(0, p.prompt_id, sample) for p in prompts for sample in range(3)]
-        decoder.admit(range(6), [1, 1, 1, 0, 0, 0], [5, 5, 5, 9, 9, 9], keys)
-        rows = torch.tensor(pad_slots(range(6), padded_size(9), decoder.spec.seqs))
-        assert len(rows) == 10
-        for _ in range(25):
-            decoder._advance(rows)
-    lengths, (token_ids, logprob) = decoder.ended_lengths(), decoder.responses(range(6))
-    for i, rollout in enumerate(usual):
-        assert lengths[i] == len(rollout.token_ids)
-        assert torch.equal(token_ids[i, : lengths[i]], rollout.token_ids)
-        torch.testing.assert_close(logprob[i, : lengths[i]], rollout.sampler_logprob, rtol=0, atol=1e-5)
-
-
-def test_a_step_looks_at_nothing_on_the_host(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph cannot contain such a step. Checks of values are off there, so they are off here."""
-    sampling = make_sampling(samples=3)
-    decoder = Decoder(policy, builtin.plan_decoder([5], sampling, 3, None))
-
-    def looked(*_: object) -> None:
-        raise AssertionError("a value was read on the host")
-
-    with torch.no_grad(), backend.using("decode_attention=torch"):
-        decoder.prefill(make_prompts(5), [0])
-        decoder.admit(range(3), [0, 0, 0], [5, 5, 5], [1, 2, 3])
-        rows = torch.arange(3)
-        monkeypatch.setattr(attention_file, "_check", lambda q, prompt, own, scale: scale)
-        for name in ("item", "tolist", "__int__", "__bool__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
-            monkeypatch.setattr(Tensor, name, looked)
-        decoder._advance(rows)
-
-
-def test_numbers_of_rows_that_are_recorded_are_few_and_near() -> None:
-    sizes = [padded_size(n) for n in range(1, 513)]
-    assert all(n <= size <= 1.25 * n for n, size in enumerate(sizes, start=1))
-    assert sizes[:9] == [1, 2, 3, 4, 5, 6, 7, 8, 10] and len(set(sizes)) < 40
 
 
 # -- what a response depends on: seed, prompt, sample, and nothing else
