@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.types import PackedBatch, Prompt, Rollout
-from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.kernels.packed_layout import PackedLayout
 
 
 @dataclass(frozen=True, slots=True)

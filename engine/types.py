@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 from torch import Tensor
 
 from isomorph.engine.config import Stage
-from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.kernels.packed_layout import PackedLayout
 
 Finish = Literal["stop", "length"]
 

@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isomorph.engine.config import UserError
 from isomorph.engine.model.families import refuse_unsupported, sliding_window
-from isomorph.kernels.packed_attention import PackedLayout, packed_attention
+from isomorph.kernels.packed_attention import packed_attention
+from isomorph.kernels.packed_layout import PackedLayout
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 

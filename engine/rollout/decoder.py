@@ -23,7 +23,8 @@ from isomorph.engine.types import Prompt
 from isomorph.kernels import backend
 from isomorph.kernels.decode_attention import CachedKV, decode_attention
 from isomorph.kernels.linear_chunks import make_logits
-from isomorph.kernels.packed_attention import PackedLayout, packed_attention
+from isomorph.kernels.packed_attention import packed_attention
+from isomorph.kernels.packed_layout import PackedLayout
 from isomorph.kernels.sample_token import sample_token
 
 PREFILL_TOK = 8192  # prompt tokens in one packed forward pass

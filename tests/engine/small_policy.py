@@ -9,7 +9,7 @@ from isomorph.engine.config import TinyModel
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import PackedBatch
-from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.kernels.packed_layout import PackedLayout
 
 CPU = torch.device("cpu")
 VOCABULARY = ["<answer>", "</answer>", "stir", "take", "minutes", "in", "total", ":", ",", ".", *map(str, range(31))]

@@ -15,7 +15,7 @@ from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import PackedBatch, Prompt, Rollout
 from isomorph.kernels import backend
 from isomorph.kernels.linear_logprob import linear_logprob
-from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.kernels.packed_layout import PackedLayout
 
 
 @pytest.fixture(scope="module")

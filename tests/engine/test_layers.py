@@ -15,7 +15,7 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels import backend
-from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.kernels.packed_layout import PackedLayout
 
 pytestmark = pytest.mark.skipif(bool(backend.triton_reason()), reason=backend.triton_reason())
 FUSED = "rms_norm=triton,swiglu=triton,rotary=triton"

@@ -310,7 +310,7 @@ def test_a_window_bounds_the_sequences_and_within_it_logits_are_transformers_own
 
     def ours(length: int) -> torch.Tensor:
         from isomorph.engine.model.attention import attend_packed
-        from isomorph.kernels.packed_attention import PackedLayout
+        from isomorph.kernels.packed_layout import PackedLayout
 
         layout = PackedLayout.from_groups([length], [[0]])
         return (

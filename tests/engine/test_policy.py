@@ -22,7 +22,7 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.types import PackedBatch
 from isomorph.kernels.linear import linear_prepacked
-from isomorph.kernels.packed_attention import PackedLayout
+from isomorph.kernels.packed_layout import PackedLayout
 
 
 # -- the decoder, against transformers' own forward

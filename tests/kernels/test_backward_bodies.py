@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from isomorph.kernels import backend, linear_chunks, token_logprob
 from isomorph.kernels import linear as linear_file
 from isomorph.kernels.linear_logprob import linear_logprob, linear_loss
-from isomorph.kernels.packed_attention import PackedLayout, packed_attention, packed_attention_ref
+from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
+from isomorph.kernels.packed_layout import PackedLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUT = PackedLayout.from_groups([5], [[3, 2]])

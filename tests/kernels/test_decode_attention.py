@@ -11,7 +11,8 @@ from torch import Tensor
 
 from isomorph.kernels import backend
 from isomorph.kernels.decode_attention import CachedKV, decode_attention, decode_attention_ref
-from isomorph.kernels.packed_attention import PackedLayout, packed_attention_ref
+from isomorph.kernels.packed_attention import packed_attention_ref
+from isomorph.kernels.packed_layout import PackedLayout
 
 Operands = tuple[Tensor, CachedKV, CachedKV]
 HAS_NATIVE = backend.native_available()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isomorph.kernels import backend
-from isomorph.kernels.packed_attention import PackedLayout, packed_attention, packed_attention_ref
+from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
+from isomorph.kernels.packed_layout import PackedLayout
 
 ISAS = backend.native().isas() if backend.native_available() else []
 Groups = tuple[list[int], list[list[int]]]

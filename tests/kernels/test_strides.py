@@ -24,7 +24,8 @@ from isomorph.kernels.linear_logprob import (
     linear_loss,
     linear_loss_ref,
 )
-from isomorph.kernels.packed_attention import PackedLayout, packed_attention, packed_attention_ref
+from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
+from isomorph.kernels.packed_layout import PackedLayout
 from isomorph.kernels.packing import take_ragged, take_ragged_ref
 from isomorph.kernels.sample_token import sample_token, sample_token_ref
 from isomorph.kernels.token_logprob import token_logprob, token_logprob_ref
