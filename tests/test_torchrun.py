@@ -1,4 +1,7 @@
-"""Two ranks on the command line: a run, a killed one that goes on, and ranks that die. Real torchrun, gloo, CPU."""
+"""Two ranks on the command line: a run, a killed one that goes on, and ranks that die. Real torchrun, gloo, CPU.
+
+Ranks that nobody kills are forks of a process that has imported isomorph (conftest's ``warm_script``).
+"""
 
 import contextlib
 import importlib.util
@@ -106,10 +109,10 @@ def at_work(isomorph: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
-def whole_run(request: pytest.FixtureRequest, isomorph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(request: pytest.FixtureRequest, warm_script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     out = finished(
-        torchrun(isomorph, "train", SMOKE, "--run", request.param, *KINDS[request.param], *SHORT, cwd=folder)
+        torchrun(warm_script, "train", SMOKE, "--run", request.param, *KINDS[request.param], *SHORT, cwd=folder)
     )
     assert out.count(f"run folder: {request.param}") == 1  # one rank speaks
     return folder / request.param
@@ -126,7 +129,7 @@ def test_a_run_on_two_ranks_leaves_what_one_would(whole_run: Path) -> None:
     assert (whole_run / "report" / "report.html").is_file()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, warm_script: Path, whole_run: Path, tmp_path: Path) -> None:
     launcher = torchrun(isomorph, "train", SMOKE, "--run", "killed", *KINDS[whole_run.name], *SHORT, cwd=tmp_path)
     checkpoint = tmp_path / "killed" / "checkpoints" / "step-00000008" / "state.json"
     wait_for(checkpoint.exists, launcher)
@@ -135,7 +138,7 @@ def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, whole_run: Path, tmp_p
         process.kill()
     launcher.communicate()
     psutil.wait_procs(everyone[1:], timeout=30)
-    out = finished(torchrun(isomorph, "train", "--resume", "killed", cwd=tmp_path))
+    out = finished(torchrun(warm_script, "train", "--resume", "killed", cwd=tmp_path))
     assert "resuming after step" in out and "warning: the run had" not in out  # as many ranks as before
     whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (whole_run, tmp_path / "killed"))
     assert resumed["weights_sha256"] == whole["weights_sha256"]
@@ -143,8 +146,8 @@ def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, whole_run: Path, tmp_p
     assert step_rows(tmp_path / "killed") == step_rows(whole_run)
 
 
-def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(isomorph: Path, whole_run: Path) -> None:
-    command = [sys.executable, str(isomorph), "train", "--resume", str(whole_run)]
+def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(warm_isomorph: list[str], whole_run: Path) -> None:
+    command = [*warm_isomorph, "train", "--resume", str(whole_run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if whole_run.name == "fsdp":
         assert done.returncode == 2 and "needs several ranks, got 1: start with torchrun" in done.stderr
