@@ -29,6 +29,7 @@ from vllm_parts import (
 
 from isomorph.engine.config import LoraConfig, ModelConfig, SamplerConfig, UserError
 from isomorph.engine.model.load import load_policy
+from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout import vllm_engine
 from isomorph.engine.rollout.fingerprint import fingerprint
@@ -149,33 +150,47 @@ def test_every_family_agrees_with_the_trainer(
         sampler.close()
 
 
-@with_real_model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_are_published_merged_into_weights_that_stay(dtype: Any, smollm2_folder: Path) -> None:
-    config = ModelConfig(path=str(smollm2_folder), dtype=dtype)
-    policy = load_policy(config, vocabulary=[], seed=0, device=DEVICE, lora=LoraConfig(rank=8))
-    base, limit = fingerprint(policy.base()), {"float32": 1e-3, "bfloat16": 2.0}[dtype]
-    prompts = make_prompts(policy, ["Say a word on rivers.", "Say a word on mountains."])
-    sampler = start_vllm(policy, SamplerConfig(kind="vllm", max_model_len=256, max_seqs=8), 0)
+def check_adapters(policy: Policy, texts: list[str], limit: float, noise: float) -> None:
+    """Merged into vLLM's weights by a publication; the trainer's base stays. ``limit``: of the drift, in nats."""
+    base = fingerprint(policy.base())
+    prompts = make_prompts(policy, texts)
+    sampler = start_vllm(
+        policy, SamplerConfig(kind="vllm", max_model_len=min(256, policy.max_model_len), max_seqs=8), 0
+    )
     try:
         assert sampler.fingerprint() == base  # B = 0
         before = sampler.generate(prompts, make_sampling(policy))
         assert drift(policy, prompts, before) <= limit
         for seed, (name, parameter) in enumerate(policy.named_parameters().items()):
             if ".lora_B." in name:
-                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-                parameter.data.copy_(0.1 * noise)
+                random = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.data.copy_(noise * random)
         assert drift(policy, prompts, before) > 2 * limit  # stale weights would be seen
         publication = sampler.publish(1)
         assert publication.num_bytes == sum(w.nbytes for w in policy.base().values())
         assert publication.fingerprint == fingerprint(policy.weights()) != base == fingerprint(policy.base())
         check_publication(policy, sampler, publication, prompts[0], None)
         assert drift(policy, prompts, sampler.generate(prompts, make_sampling(policy))) <= limit
-        parameter.data[3, 2] += 0.01
+        parameter.data[3, 2] += noise / 10
         with pytest.raises(RunFailed, match="stale weights"):
             check_publication(policy, sampler, publication, prompts[0], None)
     finally:
         sampler.close()
+
+
+@with_real_model
+def test_adapters_are_published_merged_into_weights_that_stay(smollm2_folder: Path) -> None:
+    config = ModelConfig(path=str(smollm2_folder))
+    policy = load_policy(config, vocabulary=[], seed=0, device=DEVICE, lora=LoraConfig(rank=8))
+    check_adapters(policy, ["Say a word on rivers.", "Say a word on mountains."], limit=1e-3, noise=0.1)
+
+
+@with_vllm
+def test_adapters_are_published_merged_and_rounded_to_bfloat16() -> None:
+    plain = make_policy(dtype=torch.bfloat16)
+    adapters = attach(plain.model, LoraConfig(rank=8), seed=0, base=None)
+    policy = Policy(plain.model, plain.text, adapters=adapters)
+    check_adapters(policy, ["wa wb wc wd we", "wz wy wx"], limit=0.2, noise=0.5)
 
 
 # -- the 135M model
