@@ -66,7 +66,7 @@ class Heartbeat:
         self._thread.join()
 
     def _listen(self) -> None:
-        beat, heard = 0, [(b"", time.monotonic())] * self.ranks.size
+        beat, last_new = 0, [(b"", time.monotonic())] * self.ranks.size
         while not self._stopped.wait(BEAT_S):
             beat += 1
             try:
@@ -77,8 +77,9 @@ class Heartbeat:
                     _end(f"the launcher (torchrun) of this run has exited ({str(error).splitlines()[0]})")
                 return
             now = time.monotonic()
-            heard = [last if last[0] == new else (new, now) for last, new in zip(heard, beats, strict=True)]
-            silent = [r for r, (said, since) in enumerate(heard) if now - since > SILENCE_S and said != FINISHED]
+            # of each rank its latest heartbeat, and when that was first read
+            last_new = [last if last[0] == new else (new, now) for last, new in zip(last_new, beats, strict=True)]
+            silent = [r for r, (last, since) in enumerate(last_new) if now - since > SILENCE_S and last != FINISHED]
             if silent:
                 _end(f"rank {silent[0]} of this run has sent no heartbeat for {SILENCE_S:.0f} s")
 

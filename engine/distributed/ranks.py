@@ -76,15 +76,15 @@ class Ranks:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns, or the UserError it raises, on rank 0, which alone calls it. A collective."""
-        told: list[tuple[Any, str | None]] = [(None, None)]
+        result: list[tuple[Any, str | None]] = [(None, None)]
         if self.is_first:
             try:
-                told = [(make(), None)]
+                result = [(make(), None)]
             except UserError as error:
-                told = [(None, str(error))]
+                result = [(None, str(error))]
         if self.size > 1:
-            dist.broadcast_object_list(told, src=0)
-        made, refusal = told[0]
+            dist.broadcast_object_list(result, src=0)
+        made, refusal = result[0]
         if refusal is not None:
             raise UserError(refusal)
         return made

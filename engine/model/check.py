@@ -44,8 +44,8 @@ def end_ids(model: Any) -> list[int]:
 def untie(model: Any) -> list[str]:
     """Sets tie_word_embeddings = false if the loaded unembedding is a tensor of its own, and returns a note.
 
-    transformers keeps an unembedding that the file holds beside the embedding. If the saved config.json said true,
-    whoever loads the saved model would drop it.
+    transformers keeps an unembedding that the file holds beside the embedding. With true in the saved
+    config.json it would be dropped when the saved model is loaded.
     """
     if not model.config.tie_word_embeddings or model.lm_head.weight is model.get_input_embeddings().weight:
         return []

@@ -34,11 +34,11 @@ def whitened(values: Sequence[Tensor], num_tok: Sequence[Tensor], ranks: Ranks =
     own = torch.cat([*counted, torch.empty(0, dtype=torch.float64, device=values[0].device)])
     low, high = (own.min().item(), own.max().item()) if len(own) else (torch.inf, -torch.inf)
     total, num = sum((n * v).sum().item() for v, n in known), sum(n.sum().item() for _, n in known)
-    told = ranks.gather((low, high, total, num))
-    num = sum(n for *_, n in told)
-    if max(high for _, high, *_ in told) <= min(low for low, *_ in told):
+    of_ranks = ranks.gather((low, high, total, num))
+    num = sum(n for *_, n in of_ranks)
+    if max(high for _, high, *_ in of_ranks) <= min(low for low, *_ in of_ranks):
         return [torch.zeros_like(v) for v in values]
-    mean = sum(total for _, _, total, _ in told) / num
+    mean = sum(total for _, _, total, _ in of_ranks) / num
     squares = sum(ranks.gather(sum((n * (v - mean).square()).sum().item() for v, n in known)))
     scale = (squares / (num - 1) + VARIANCE_EPS) ** -0.5
     return [((v - mean) * scale).to(value.dtype) for (v, _), value in zip(known, values, strict=True)]
