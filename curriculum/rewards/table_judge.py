@@ -228,8 +228,10 @@ class TableJudge:
         num, first = len(given.rollouts), next(iter(values), "environment")
         extra: dict[str, list[float]] = {}
         told = [rollout.environment_reward for rollout in given.rollouts]
-        if any(reward is not None for reward in told):
-            extra["environment"] = [math.nan if reward is None else reward for reward in told]
+        has_environment = getattr(table, "environment", None) is not None
+        if any(reward is not None for reward in told) or (has_environment and not table.rewards):
+            # a rollout that a limit ended before its environment gave a reward is worth 0 to it
+            extra["environment"] = [0.0 if reward is None else reward for reward in told]
         if table.overlong is not None:
             limit, soft = self.max_new_tok(), table.overlong.soft
             punished = [soft_overlong(n, limit, soft) for n in given.group.num_tok]

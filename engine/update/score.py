@@ -204,7 +204,7 @@ def checked_scores(
     """Calls the reward function: its ``score`` where it has one (``PartsJudge``).
 
     Raises RunFailed unless it returns one finite reward for each response; or NaN, where ``score`` says by its parts
-    that no reward applies.
+    that no reward applies, as to a demonstration of data without rewards.
     """
     if isinstance(judge, PartsJudge):
         scores = judge.score(prompts, texts, rollouts)
@@ -218,7 +218,8 @@ def checked_scores(
             )
     bad_S = ~torch.tensor(scores.rewards, dtype=torch.float32).isfinite()
     for i in bad_S.nonzero().flatten().tolist():
-        applies = not scores.parts or any(not math.isnan(part[i]) for part in scores.parts.values())
+        has_parts = isinstance(judge, PartsJudge)
+        applies = not has_parts or any(not math.isnan(part[i]) for part in scores.parts.values())
         if applies or not math.isnan(scores.rewards[i]):
             raise RunFailed(
                 f"rewards must be finite in float32, got {scores.rewards[i]} for the response {shortened(texts[i])!r}"

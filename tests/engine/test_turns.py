@@ -1,16 +1,14 @@
 """Rollouts of several turns: their fields, and both sides of the built-in sampler's conversation."""
 
 import copy
-import random
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from echo import Echo
 from small_world import CPU, NUM_VOCAB, WORDS, one_thread  # noqa: F401
 from truth import exact_norms
 
@@ -52,36 +50,6 @@ def make_sampling(max_new_tok: int = 60, samples: int = 4, temperature: float = 
     return Sampling(
         temperature=temperature, max_new_tok=max_new_tok, samples_per_prompt=samples, stop_ids=(STOP,), seed=0
     )
-
-
-class Echo:
-    """Replies after every turn but the ``turns``-th with tokens that depend on all before, from threads, some late."""
-
-    def __init__(self, turns: int = 3, delay_s: float = 0.0, num_tok: int = 4) -> None:
-        self.turns, self.delay_s, self.num_tok = turns, delay_s, num_tok
-        self.threads = ThreadPoolExecutor(8)
-        self.heard: dict[tuple[int, int], list[list[int]]] = {}
-        self.open: set[tuple[int, int]] = set()
-        self.lock = threading.Lock()
-
-    def begin(self, prompt: Prompt, sample: int) -> None:
-        self.open.add((prompt.prompt_id, sample))
-        self.heard[prompt.prompt_id, sample] = []
-
-    def turn(self, prompt: Prompt, sample: int, token_ids: Sequence[int], start: int) -> Future[Reply]:
-        turns = self.heard[prompt.prompt_id, sample]
-        turns.append(list(token_ids[start:]))
-        return self.threads.submit(self._reply, tuple(token_ids), len(turns))
-
-    def _reply(self, token_ids: tuple[int, ...], turn: int) -> Reply:
-        rng = random.Random(str(token_ids))
-        time.sleep(self.delay_s * random.random())
-        if turn == self.turns:
-            return Reply(reward=rng.random())
-        return Reply(token_ids=tuple(rng.choices([STOP, *range(4, NUM_VOCAB)], k=self.num_tok)))
-
-    def end(self, prompt: Prompt, sample: int) -> None:
-        self.open.remove((prompt.prompt_id, sample))
 
 
 def plain_logprob(policy: Policy, prompt: Prompt, rollout: Rollout, temperature: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from echo import Echo
 from transformers import LlamaConfig, Qwen2Config
 from vllm_parts import (
     DEVICE,
@@ -26,7 +27,9 @@ from vllm_parts import (
 )
 
 from isomorph.engine.config import SamplerConfig
+from isomorph.engine.drift import check_ends
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.rollout.vllm import VllmSampler, start_vllm
 from isomorph.engine.types import Prompt, Rollout
 
@@ -173,6 +176,26 @@ def test_starting_leaves_the_generators_and_threads_of_the_process_alone(started
 @with_vllm
 def test_it_follows_the_trainer(life: Life) -> None:
     check_that_it_follows(life.policy, life.sampler)
+
+
+@with_vllm
+def test_rollouts_of_three_turns(life: Life) -> None:
+    prompts = make_prompts(life.policy, TEXTS)
+    sampling = make_sampling(life.policy, max_new_tok=40)
+    drawn = []
+    for delay_s in (0.0, 0.01):  # does not change a bit
+        dialogue = Echo(delay_s=delay_s)
+        rollouts = life.sampler.generate(prompts, sampling, dialogue=dialogue)
+        drawn.append([(r.token_ids.tolist(), str(r.sampler_logprob), r.environment_reward) for r in rollouts])
+        assert not dialogue.open and is_empty(life.sampler)
+    assert drawn[0] == drawn[1]
+    check_ends(rollouts, sampling)
+    assert any(r.num_turns == 3 for r in rollouts)
+    truth = trainer_logprob(life.policy, prompts, rollouts, temperature=1.0)
+    for rollout, logprob in zip(rollouts, truth, strict=True):
+        assert rollout.sampler_logprob is not None
+        own = torch.ones(len(logprob), dtype=torch.bool) if rollout.is_target is None else rollout.is_target
+        torch.testing.assert_close(rollout.sampler_logprob[own], logprob[own], rtol=0, atol=2e-4)
 
 
 @with_vllm
