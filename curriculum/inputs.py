@@ -25,7 +25,7 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 
-REWARDS = ".rewards/"  # in the place of a file of reward functions
+REWARDS, ENVIRONMENT = ".rewards/", ".environment/"  # in the place of a file of reward functions, of an environment
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -54,7 +54,7 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
             files = [entry.function.rpartition(":")[0] for entry in data.rewards if entry.is_file]
             found |= {f"data.{name}{REWARDS}{Path(file).name}": Path(file) for file in files}
         if isinstance(data, EnvironmentTable):
-            found |= {f"data.{name}.environment/{file.name}": file for file in data.files_of_code()}
+            found |= {f"data.{name}{ENVIRONMENT}{file.name}": file for file in data.files_of_code()}
         if isinstance(data, JsonlData):
             found |= {f"data.{name}.files.{form}": Path(path) for form, path in data.files.items()}
     if recipe.model.path is not None:
@@ -83,7 +83,7 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> 
     """A sentence for each file whose content differs from what ``describe_files`` recorded when the run began."""
     found, sentences = input_files(recipe), []
     for place in sorted({*recorded, *(found if recorded else ())}):
-        if REWARDS in place:
+        if REWARDS in place or ENVIRONMENT in place:
             continue
         if place not in recorded:
             sentences.append(f"{found[place]} did not exist when the run began")
@@ -95,10 +95,14 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> 
 
 
 def changed_rewards(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> list[str]:
-    """A sentence for each file of reward functions that differs from what the run began with: it may be mended."""
-    found = {place: path for place, path in input_files(recipe).items() if REWARDS in place}
+    """A sentence for each file of reward functions or environments that differs from what the run began with.
+
+    It may have been mended.
+    """
+    found = {place: p for place, p in input_files(recipe).items() if REWARDS in place or ENVIRONMENT in place}
     return [
-        f"{path} has changed since the run began: rewards are not those of the steps before"
+        f"{path} has changed since the run began: {'rewards' if REWARDS in place else 'turns'} are not those of the "
+        "steps before"
         for place, path in sorted(found.items())
         if place in recorded and _sha256(path) != recorded[place]["sha256"]
     ]

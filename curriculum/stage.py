@@ -22,6 +22,8 @@ from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.types import Answers, EvaluationRecord, EvaluationRequest, Group, Prompt
 
+MOST_UNFIT = 1000  # rows in succession that an environment cannot begin on, or whose messages are too long
+
 
 class Curriculum:
     """The stages in order; ``text`` tokenises their questions."""
@@ -244,10 +246,14 @@ class Curriculum:
         rng = random.Random(f"{self.recipe.run.seed}:{prompt_id}")
         mixture = self._present().mixture
         part = rng.choices(mixture, [p.weight for p in mixture])[0]
-        while True:
+        for _ in range(MOST_UNFIT):
             task = self._begun(self._task(part, rng))
             if task is not None:
                 return as_prompt(prompt_id, task, self.text)
+        raise UserError(
+            f"data.{part.data}: on none of {MOST_UNFIT} rows in succession do the environment's first messages fit: "
+            "shorten them, or raise batch.micro_batch_tok and the model's positions"
+        )
 
     def _begun(self, task: Task, *, is_evaluation: bool = False) -> Task | None:
         """``task`` as its environment begins it; None where that fails, or makes too long a prompt."""
@@ -283,6 +289,11 @@ class Curriculum:
         """
         if self._evaluation_prompts is None:
             begun = [(key, self._begun(task, is_evaluation=True)) for key, task in self._evaluation_tasks()]
+            if empty := self._evaluation_keys.keys() - {key for key, task in begun if task is not None}:
+                raise UserError(
+                    f"[eval] {min(empty)}: its environment begins on none of the rows, or its messages fit on none: "
+                    "see the warning above"
+                )
             self._evaluation_prompts = tuple(
                 dataclasses.replace(as_prompt(-1 - i, task, self.text), representation=key)
                 for i, (key, task) in enumerate(begun)

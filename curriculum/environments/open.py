@@ -35,6 +35,8 @@ class Environments:
         self.specs: dict[str, EnvironmentSpec] = {}
         self.turns: dict[str, Turns] = {}
         self.num_skipped = 0  # rows on which an environment did not begin
+        self._failing = 0  # of those, in succession
+        self.say = say
 
     def load(self, text: TextCodec) -> None:
         """Loads environments and tools in a worker, and tells ``text`` of the tools. Raises UserError.
@@ -72,12 +74,14 @@ class Environments:
         outcome = self.pool.reset(spec, task.row, seed_of(self.seed, task))
         if outcome.failed:
             self.num_skipped += 1
-            if self.num_skipped == MOST_FAILING:
-                raise UserError(
-                    f"data.{task.data}: environment {spec.environment} has failed to begin on {MOST_FAILING} rows, the "
-                    f"last one: {outcome.failed}"
-                )
+            self._failing += 1
+            sentence = f"data.{task.data}: environment {spec.environment} does not begin on a row: {outcome.failed}"
+            if self._failing == MOST_FAILING:
+                raise UserError(f"{sentence}; nor on the {MOST_FAILING - 1} rows before it")
+            if self.num_skipped == 1:
+                self.say(f"warning: {sentence}; the row is left out, and further ones are only counted")
             return None
+        self._failing = 0
         if not outcome.messages:
             return task
         shown = tuple(m for m in task.messages or () if m["role"] == "system")[:1]
