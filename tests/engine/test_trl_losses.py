@@ -23,7 +23,7 @@ from torch import Tensor
 
 from isomorph.engine.config import ObjectiveConfig, Stage
 from isomorph.engine.model.text import word_tokenizer
-from isomorph.engine.types import Group, Prompt, Rollout
+from isomorph.engine.types import Group, Prompt, Rollout, Scores
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.objective import LossFunction, TokenInputs, loss_of_tokens, token_weight
@@ -321,7 +321,7 @@ def groups_of(batch: dict[str, Tensor], rewards: list[float], o: ObjectiveConfig
         Rollout(prompt_id=i // 4, sample=i % 4, token_ids=ids, sampler_logprob=None, finish="stop", policy_version=0)
         for i, (_, ids) in enumerate(rows)
     ]
-    return score(prompts, rollouts, rewards, o)
+    return score(prompts, rollouts, Scores(rewards=tuple(rewards)), o)
 
 
 @pytest.mark.parametrize(("scale", "name"), [("group", "grpo"), ("none", "dr_grpo")])
