@@ -161,6 +161,16 @@ class SamplingConfig(Section):
     # model.stop has single tokens
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_policy(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (cut := sorted({"top_p", "top_k", "min_p"} & given.keys())):
+            raise ValueError(
+                f"{', '.join(cut)} is not supported, because the sampler would draw from another distribution than the "
+                "policy's, whose log-probabilities are in the loss: remove it, or lower temperature, which is in both"
+            )
+        return given
+
 
 class BatchConfig(Section):
     """How much a step samples, and how it is divided into optimizer steps and micro-batches."""

@@ -337,7 +337,8 @@ def facts_of(
         gradient_checkpointing_every=config.model.gradient_checkpointing_every,
         has_reference=stage.objective.needs_reference,
         is_sampled=not is_supervised,
-        is_repeated=num_updates > 1 or stage.objective.reward_kl_coef > 0,
+        is_repeated=(num_updates > 1 or stage.objective.reward_kl_coef > 0)
+        and stage.objective.old_logprob == "trainer",
         sampler=config.sampler.kind,
         sampler_copies=config.sampler.kind == "vllm" and config.sampler.publish == "copy",
         num_shards=num_ranks if config.parallel.kind == "fsdp" else 1,

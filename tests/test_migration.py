@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.recipe import Recipe, StageRecipe
 from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rows.spec import RowsData
@@ -39,7 +40,7 @@ def test_our_keys_are_in_the_schema() -> None:
     for name in names:
         if name.startswith(("isomorph ", "[")):
             continue
-        if name in RowsData.model_fields or name in RewardTable.model_fields:
+        if any(name in table.model_fields for table in (RowsData, RewardTable, EnvironmentTable)):
             continue
         table, *path = name.split(".")
         if table == "stage" or table in OF_STAGES:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from isomorph.curriculum.cli import app
 from isomorph.curriculum.named_recipes import FOLDER, recipe_line, recipe_names, recipe_path
 from isomorph.curriculum.recipe import Recipe
 from isomorph.engine.config import UserError
@@ -34,3 +36,13 @@ def test_an_unknown_name_is_told_with_the_nearest(name: str, expected: str) -> N
     with pytest.raises(UserError, match="no such file, and no recipe of that name") as refused:
         recipe_path(Path(name))
     assert expected in str(refused.value)
+
+
+def test_the_command_lists_them_and_the_shell_completes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = CliRunner().invoke(app, ["recipes"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.output.splitlines()[:-1]] == recipe_names()
+    words = {"_ISOMORPH_COMPLETE": "complete_bash", "COMP_WORDS": "isomorph train pap", "COMP_CWORD": "2"}
+    completed = CliRunner().invoke(app, [], prog_name="isomorph", env=words)
+    assert completed.output.split() == [name for name in recipe_names() if name.startswith("paper/")]

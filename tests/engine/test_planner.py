@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from isomorph.engine.config import EngineConfig, LoraConfig, ModelConfig, Stage, TinyModel, UserError
+from isomorph.engine.config import (
+    BatchConfig,
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Stage,
+    TinyModel,
+    UserError,
+)
 from isomorph.engine.model.load import build_tiny, read_shape, shape_of
 from isomorph.engine.model.lora import attach
 from isomorph.engine.packed_batch import Part, pack_parts
@@ -117,6 +126,20 @@ def test_adapters_alone_have_masters_moments_gradients_and_a_reference() -> None
     assert every["head gradient"] - found["head gradient"] == pytest.approx(4 * facts.shape.num_head / GIB)
     few = seven_b(lora=LoraConfig(rank=16, targets=("q_proj",)))
     assert few.shape.num_trained == 28 * 16 * queries
+
+
+def test_old_log_probabilities_of_the_sampler_need_no_forward() -> None:
+    config = EngineConfig(model=ModelConfig(path="a-model"))
+    shape = seven_b().shape
+    for old_logprob, num_iterations, is_repeated in (
+        ("trainer", 1, False),
+        ("trainer", 2, True),
+        ("sampler", 2, False),
+    ):
+        objective = ObjectiveConfig.model_validate({"name": "grpo", "old_logprob": old_logprob})
+        stage = Stage(name="s", steps=1, objective=objective, batch=BatchConfig(num_iterations=num_iterations))
+        facts = facts_of(config, stage, shape, prompt_tok=10, device_gib=80, is_gpu=True)
+        assert facts.is_repeated == is_repeated
 
 
 def test_frozen_weights_need_no_gradients_of_their_own() -> None:
