@@ -194,3 +194,21 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(tmp_path):
             pass
+
+
+def test_an_evaluation_fills_in_the_row_of_its_step_and_reaches_the_sinks(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, Console(file=io.StringIO()))
+    seen: list[dict[str, object]] = []
+    log.sinks, log.exam_keys = [seen.append], ("exam/a", "exam/b")
+    log.write_evaluation(0, {"exam/a": 0.5, "exam/b": None})  # before the first step: no row
+    long = "x" * 200_000  # more than is read at once
+    for step in (1, 2):
+        log.write_step({"step": step, "stage": "a", "text": long}, "")
+    log.write_evaluation(2, {"exam/a": 1, "exam/b": math.nan})  # shorter than the nulls
+    log.write_evaluation(1, {"exam/a": 0.25, "exam/b": 0.25})  # not the last row
+    log.write_step({"step": 3, "stage": "a"}, "")
+    first, second, third = read_steps(tmp_path)
+    assert [row["exam/a"] for row in (first, second, third)] == [None, 1, None]
+    assert second == {"step": 2, "stage": "a", "text": long, "exam/a": 1, "exam/b": None}
+    assert seen[0] == {"step": 0, "exam/a": 0.5, "exam/b": None} and seen[3]["exam/b"] is None
+    assert (tmp_path / "steps.jsonl").read_text().count("\n") == 3
