@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from isomorph.curriculum import assemble, environment, estimate
-from isomorph.curriculum.commands.evaluate import open_candidate
+from isomorph.curriculum.candidates import find_candidate
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import resumed_recipe
@@ -137,13 +137,13 @@ def test_adapters_are_not_put_on_another_base(killed: Path) -> None:
     with pytest.raises(UserError, match="trained on weights with fingerprint .* restore the model"):
         run(killed, reread(killed), resume=True)
     with pytest.raises(UserError, match="trained on weights with fingerprint"):
-        open_candidate(str(killed))
+        find_candidate(str(killed)).load()
 
 
 def test_a_killed_run_of_adapters_is_evaluated_from_its_checkpoint(killed: Path) -> None:
-    candidate = open_candidate(str(killed))
-    assert candidate.policy.adapters is not None
-    assert all(p.any() for p in candidate.policy.named_parameters().values())  # no B is 0 any more
+    policy = find_candidate(str(killed)).load()
+    assert policy.adapters is not None
+    assert all(p.any() for p in policy.named_parameters().values())  # no B is 0 any more
 
 
 def test_a_change_on_resume_is_kept_for_the_next_time(killed: Path) -> None:

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from isomorph.curriculum.commands.data import inspect_file
-from isomorph.curriculum.evaluation import scores_by_representation, sequential_baseline
+from isomorph.curriculum.evaluation import sequential_baseline
+from isomorph.curriculum.evaluation_results import Result
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import JsonlData
 from isomorph.curriculum.rewards import families
@@ -16,6 +17,7 @@ from isomorph.curriculum.rewards.families import ASYNC_PLAN, FAMILIES, RewardFam
 from isomorph.curriculum.rewards.pool import RewardPool
 from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import Task
+from isomorph.engine.types import Answers
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
@@ -62,8 +64,11 @@ def test_partial_rewards_are_no_right_answers(spelling: RewardFamily, tmp_path: 
         for right, said in words
     ]
     assert sequential_baseline(tasks) == pytest.approx(1 / 3)
-    (result,) = scores_by_representation(tasks, [1.0, 2 / 3, 2 / 3], None).values()
+    rewards = (1.0, 2 / 3, 2 / 3)
+    correct = tuple(task.is_correct(reward) for task, reward in zip(tasks, rewards, strict=True))
+    result = Result.of(range(3), Answers(texts=("",) * 3, rewards=rewards, correct=correct, found=None), None)
     assert (result.accuracy.correct, result.accuracy.n, result.no_answer) == (1, 3, None)
+    assert result.reward == pytest.approx(7 / 9)
 
 
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
