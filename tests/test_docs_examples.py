@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(
-    r"^`([\w-]+\.(?:jsonl|toml))`", re.MULTILINE
+    r"^`([\w-]+\.(?:jsonl|toml|py))`", re.MULTILINE
 )  # a paragraph that begins with it: the block is that file
 RUNS = {"sh", "python"}
 SHOWN = {"", "toml", "jsonl"}
@@ -32,7 +32,8 @@ def blocks(page: str) -> Iterator[tuple[str, str, str]]:
     for found in BLOCK.finditer(page):
         named = FILE.findall(page[end : found.start()])
         end = found.end()
-        yield found[1], found[2], named[-1] if named and found[1] in SHOWN else ""
+        is_file = named and (found[1] in SHOWN or named[-1].endswith(".py"))
+        yield found[1], found[2], named[-1] if is_file else ""
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isomorph.curriculum import machine
+from isomorph.curriculum.rewards.builtin import BUILTINS
 from isomorph.curriculum.rewards.families import FAMILIES
 
 State = Literal["ok", "missing", "problem"]
@@ -43,11 +44,12 @@ BASE: dict[str, tuple[str, str, str]] = {
 
 
 def _packages_of_rewards() -> dict[str, tuple[str, ...]]:
-    """Optional dependency -> its packages, for the reward families that have one."""
+    """Optional dependency -> its packages, for the rewards that have one."""
     found: dict[str, tuple[str, ...]] = {}
-    for family in FAMILIES.values():
-        if family.extra:
-            found[family.extra] = tuple(dict.fromkeys((*found.get(family.extra, ()), *family.packages)))
+    of_families = [(family.extra, family.packages) for family in FAMILIES.values()]
+    for extra, packages in (*of_families, *((reward.extra, reward.packages) for reward in BUILTINS.values())):
+        if extra:
+            found[extra] = tuple(dict.fromkeys((*found.get(extra, ()), *packages)))
     return found
 
 
@@ -175,7 +177,10 @@ def _vllm() -> Finding:
 
 def _extra(extra: str, packages: tuple[str, ...]) -> Finding:
     families = ", ".join(family.name for family in FAMILIES.values() if family.extra == extra)
-    uses = {"gguf": ".gguf files", "lora": "recipes with a table [lora]"}.get(extra, f"rewards of {families}")
+    functions = ", ".join(name for name, reward in BUILTINS.items() if reward.extra == extra)
+    uses = {"gguf": ".gguf files", "lora": "recipes with a table [lora]"}.get(
+        extra, f"the families {families} and the reward functions {functions}"
+    )
     lacking = [name for name in packages if _version(name) is None]
     if lacking:
         advice = f"needed only for {uses}: pip install 'isomorph[{extra}]'"

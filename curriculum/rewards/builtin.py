@@ -56,7 +56,9 @@ def numeric(answer: Answer, tolerance: float = 0.0, strict: bool = False) -> flo
         return None
     stated = _stated(answer.text)
     found = _last_number(answer.text if stated is None and not strict else stated or "")
-    return float(found is not None and abs(found - gold) <= Fraction(tolerance) * max(Fraction(1), abs(gold)))
+    if found is None or found == gold or not tolerance:
+        return float(found == gold)
+    return float(abs(found - gold) <= Fraction(tolerance) * max(Fraction(1), abs(gold)))
 
 
 def choice(answer: Answer, letters: str = "ABCDE") -> float | None:
