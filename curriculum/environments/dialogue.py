@@ -50,9 +50,9 @@ class EnvironmentDialogue:
             return reply
         turns, rollout = self.turns[task.data], self._open[prompt.prompt_id, sample]
         rollout.said.append(self.decode(token_ids[start:]))
-        first = () if turns.spec.environment is None else tuple(task.messages or ())
-        call = Call(turns.spec, rollout.key, task.row, rollout.seed, first, tuple(rollout.said))
+        first = tuple(task.messages or ({"role": "user", "content": task.question},))
         is_last = len(rollout.said) == turns.max_turns
+        call = Call(turns.spec, rollout.key, task.row, rollout.seed, first, tuple(rollout.said), is_last)
 
         def answered(answer: Future[Outcome]) -> None:
             try:

@@ -28,12 +28,15 @@ class Environments:
     ) -> None:
         """``log``: the file that what environments print is appended to. ``say``: prints a warning."""
         self.seed = recipe.run.seed
+        self.has_stop_strings = bool(recipe.stop_strings) or any(stage.sampling.stop for stage in recipe.stage)
         self.pool = EnvironmentPool(log=log, say=say)
         self.tables = {
             name: data for name, data in recipe.data.items() if isinstance(data, EnvironmentTable) and data.has_turns
         }
         self.specs: dict[str, EnvironmentSpec] = {}
         self.turns: dict[str, Turns] = {}
+        self.with_tools: set[str] = set()  # names of data with tools
+        self.with_step: set[str] = set()  # names of data whose environment has a step
         self.num_skipped = 0  # rows on which an environment did not begin
         self._failing = 0  # of those, in succession
         self.say = say
@@ -44,6 +47,8 @@ class Environments:
         Call it before prompts are measured, which tell the model of its tools.
         """
         self.text = text
+        if self.tables and self.has_stop_strings:  # a reply goes on from the template's end of a turn, a stop token
+            raise UserError("sampling.stop is not supported with an environment or tools: remove it, or use model.stop")
         for name, table in self.tables.items():
             spec = EnvironmentSpec(
                 environment=table.environment,
@@ -52,18 +57,24 @@ class Environments:
                 deadline_s=table.turn_deadline_s,
                 calls=CallFormat(),
             )
-            if table.tools:
+            found = self.pool.describe(spec, f"data.{name}")
+            if table.tools or found.has_methods:
+                self.with_tools.add(name)
                 template, arguments = _chat_format(table)
                 spec = dataclasses.replace(spec, calls=call_format(self.text, template, arguments))
+                if spec.calls.is_json:
+                    found = self.pool.describe(spec, f"data.{name}")
             self.specs[name] = spec
-            self.text.tools[name] = self.pool.describe(spec, f"data.{name}")
+            self.text.tools[name] = found.schemas
+            self.with_step |= set() if found.has_methods or table.environment is None else {name}
 
     def start(self) -> None:
         """When ``text`` knows the chat formats. Raises UserError where a chat cannot go on after the model's turn."""
         for name, table in self.tables.items():
             template = self.text.formats.get(name, ChatFormat()).template
             format = ReplyFormat(self.text, template=template, arguments=self.text.chat_arguments(name))
-            format.check([*(["user"] if table.environment else []), *(["tool"] if table.tools else [])])
+            roles = {"user": name in self.with_step, "tool": name in self.with_tools}
+            format.check([role for role, is_used in roles.items() if is_used])
             self.turns[name] = Turns(self.specs[name], table.max_turns, format)
 
     def begun(self, task: Task) -> Task | None:
@@ -82,6 +93,10 @@ class Environments:
                 self.say(f"warning: {sentence}; the row is left out, and further ones are only counted")
             return None
         self._failing = 0
+        if outcome.added:
+            *before, last = task.messages or ({"role": "user", "content": task.question},)
+            last = {**last, "content": f"{last['content']}{outcome.added}"}
+            return dataclasses.replace(task, question=last["content"], messages=(*before, last))
         if not outcome.messages:
             return task
         shown = tuple(m for m in task.messages or () if m["role"] == "system")[:1]

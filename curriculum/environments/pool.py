@@ -19,7 +19,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from isomorph.curriculum.environments import worker
 from isomorph.curriculum.environments.done import Message
-from isomorph.curriculum.environments.worker import EnvironmentSpec, Outcome
+from isomorph.curriculum.environments.worker import Described, EnvironmentSpec, Outcome
 from isomorph.curriculum.rewards.code_pool import MIN_WORKER_BYTES
 from isomorph.curriculum.rewards.spawn import CleanSpawnContext
 from isomorph.curriculum.rewards.worker import prepare
@@ -39,6 +39,7 @@ class Call:
     seed: int
     first: tuple[Message, ...]
     said: tuple[str, ...]
+    is_last: bool = False  # the model has no further turn
 
 
 class EnvironmentPool:
@@ -63,19 +64,19 @@ class EnvironmentPool:
         self._keys = itertools.count()
         self._lock = threading.Lock()
 
-    def describe(self, spec: EnvironmentSpec, where: str) -> list[dict[str, Any]]:
-        """The JSON schemas of the tools of ``spec``. Raises UserError, with ``where``, if one cannot be loaded."""
+    def describe(self, spec: EnvironmentSpec, where: str) -> Described:
+        """What environment and tools of ``spec`` are. Raises UserError, with ``where``, if one cannot be loaded."""
         try:
             future = self._worker(0).schedule(worker.describe, args=(spec,), timeout=START_S)
-            failed, schemas = future.result()
+            found: Described = future.result()
         except DeadlineExceeded:
-            failed, schemas = f"importing it was not over after {START_S:g} s", []
+            found = Described(failed=f"importing it was not over after {START_S:g} s")
         except ProcessExpired as error:
-            failed, schemas = f"its process ended: {error}", []
-        if failed:
+            found = Described(failed=f"its process ended: {error}")
+        if found.failed:
             places = ", ".join(place for place in (spec.environment, *spec.tools) if place)
-            raise UserError(f"{where}: {places} cannot be used: {failed}")
-        return schemas
+            raise UserError(f"{where}: {places} cannot be used: {found.failed}")
+        return found
 
     def reset(self, spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> Outcome:
         """The messages that rollouts on ``row`` begin with."""
@@ -113,7 +114,7 @@ class EnvironmentPool:
 
         calls = len(call.said) if is_new else 1
         timeout = 2 * calls * call.spec.deadline_s + GRACE_S
-        args = (call.spec, call.key, call.row, call.seed, call.first, call.said, is_new)
+        args = (call.spec, call.key, call.row, call.seed, call.first, call.said, call.is_last, is_new)
         self._worker(call.key).schedule(worker.step, args=args, timeout=timeout).add_done_callback(received)
 
     def forget(self, key: int) -> None:

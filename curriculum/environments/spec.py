@@ -3,8 +3,8 @@
     environment = "maze.py:Maze"                # reset(row) -> messages, step(text) -> messages or Done(reward)
     tools = ["maze.py:look", "maze.py:count"]   # plain functions, described to the model by signature and docstring
 
-A path is relative to the recipe's folder; ``package.module:Maze`` is a package's, ``verifiers:NAME`` an environment of
-that package.
+A path is relative to the recipe's folder; ``package.module:Maze`` is a package's. A class of TRL's
+``environment_factory`` works as an environment: see environments/methods.py.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from isomorph.engine.effect import KeyPath
 class EnvironmentTable(Section):
     """What a ``[data.NAME]`` table says of several turns; without ``environment`` and ``tools`` there is one turn."""
 
-    environment: str | None = None  # "file.py:Maze", "package.module:Maze", "verifiers:NAME"
+    environment: str | None = None  # "file.py:Maze", "package.module:Maze"
     tools: tuple[str, ...] = ()  # "file.py:look", "package.module:look"
     max_turns: int = Field(8, ge=1)  # of the model
     # of one call of reset or step, or of the tool calls of one turn
@@ -54,6 +54,11 @@ class EnvironmentTable(Section):
     def _locations_name_something(self) -> "EnvironmentTable":
         for key, places in (("environment", (self.environment,)), ("tools", self.tools)):
             for place in places:
+                if place is not None and place.startswith("verifiers:"):
+                    raise ValueError(
+                        f"{key} = {place!r}: environments of the package verifiers are not supported; write a class "
+                        'with reset and step that calls what they call, and name it: "file.py:NAME"'
+                    )
                 if place is not None and not all(place.rpartition(":")[::2]):
                     raise ValueError(f'{key} must be "file.py:NAME" or "package.module:NAME", got {place!r}')
         return self

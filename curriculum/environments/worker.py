@@ -19,6 +19,7 @@ from typing import Any
 
 from isomorph.curriculum.environments.calls import CallFormat, called
 from isomorph.curriculum.environments.done import Done, Message
+from isomorph.curriculum.environments.methods import MethodTools, has_methods
 from isomorph.curriculum.rewards.worker import DeadlineAlarm, load
 
 
@@ -35,9 +36,10 @@ class EnvironmentSpec:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a call: exactly one of the fields is set, or ``is_lost``."""
+    """The result of a call: one of the fields is set, or ``is_lost``; none: the prompt is the row's own."""
 
     messages: tuple[Message, ...] = ()
+    added: str = ""  # of ``reset``: what is added to the prompt's last message
     done: Done | None = None
     failed: str = ""  # what went wrong, with file and line
     is_late: bool = False  # with ``failed``: the deadline was over
@@ -55,8 +57,8 @@ _open: dict[int, _Open] = {}
 
 
 def reset(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> Outcome:
-    """The messages that a rollout on ``row`` begins with; nothing stays open."""
-    return _guarded(spec.deadline_s, lambda: Outcome(messages=_begin(spec, row, seed)[1]))
+    """What a rollout on ``row`` begins with; nothing stays open."""
+    return _guarded(spec.deadline_s, lambda: _begin(spec, row, seed)[1])
 
 
 def step(
@@ -66,29 +68,32 @@ def step(
     seed: int,
     first: tuple[Message, ...],
     said: tuple[str, ...],
+    is_last: bool,
     is_new: bool,
 ) -> Outcome:
     """The environment's answer to ``said[-1]``; ``said`` are all turns of the model in rollout ``key``.
 
-    ``first``: the messages of its prompt, the last of which are the environment's; () where it does not make them.
-    ``is_new``: builds the environment, and says all earlier turns to it again, which are not timed one by one.
+    ``first``: the messages of its prompt, the last of which are the environment's where it makes them. ``is_last``: the
+    model has no further turn. ``is_new``: builds the environment, and says all earlier turns to it again, which are not
+    timed one by one.
     """
     if key not in _open and not is_new:
         return Outcome(is_lost=True)
 
     def run() -> Outcome:
         if key not in _open:
-            environment, messages = _begin(spec, row, seed)
-            if messages and messages != first[-len(messages) :]:
+            environment, begun = _begin(spec, row, seed)
+            same = begun.messages == first[len(first) - len(begun.messages) :]
+            if not same or (begun.added and not str(first[-1]["content"]).endswith(begun.added)):
                 raise ValueError(
                     "reset must return the same messages for all rollouts of a prompt, got other ones for the same "
                     "row and seed: draw random numbers from its argument seed"
                 )
             state = _Open(environment)
             for text in said[:-1]:
-                _answer(spec, state, text, seed)
+                _answer(spec, state, text, seed, is_last=False)
             _open[key] = state
-        return _answer(spec, _open[key], said[-1], seed)
+        return _answer(spec, _open[key], said[-1], seed, is_last=is_last)
 
     outcome = _guarded(spec.deadline_s * (len(said) if is_new else 1), run)
     if outcome.failed or outcome.done is not None:
@@ -103,25 +108,37 @@ def close(key: int) -> None:
         _guarded(1.0, lambda: state.environment.close() or Outcome())
 
 
-def describe(spec: EnvironmentSpec) -> tuple[str, list[dict[str, Any]]]:
-    """("", the JSON schemas of the tools that the model is told of), or (what is wrong with one of them, [])."""
-    schemas: list[dict[str, Any]] = []
+@dataclass(slots=True)
+class Described:
+    """What the trainer needs to know before the first step."""
+
+    failed: str = ""  # what is wrong with the environment or a tool
+    has_methods: bool = False  # the environment's methods are tools
+    schemas: list[dict[str, Any]] = field(default_factory=list)  # of all tools, where the model is told of them
+
+
+def describe(spec: EnvironmentSpec) -> Described:
+    """Imports environment and tools."""
+    found = Described()
 
     def run() -> Outcome:
+        tools = [located_object(tool) for tool in spec.tools]
         if spec.environment is not None:
             made = located_object(spec.environment)
-            for name in ("reset", "step"):
-                if inspect.isclass(made) and not callable(getattr(made, name, None)):
-                    raise TypeError(f"an environment has reset(row) and step(text): {spec.environment} has no {name}")
-        tools = [located_object(tool) for tool in spec.tools]
+            if inspect.isclass(made) and not callable(getattr(made, "reset", None)):
+                raise TypeError(f"an environment has reset(row) and step(text): {spec.environment} has no reset")
+            found.has_methods = inspect.isclass(made) and has_methods(made)
+            if found.has_methods:
+                tools += MethodTools(made(**spec.arguments)).tools.values()
         if spec.calls.is_json:
             from isomorph.engine.model.tool_schema import tool_schema  # it takes seconds to import
 
-            schemas.extend(map(tool_schema, tools))
+            found.schemas += map(tool_schema, tools)
         return Outcome()
 
     outcome = _guarded(max(60.0, spec.deadline_s), run)  # imports may take longer than any call
-    return outcome.failed, schemas
+    found.failed = outcome.failed
+    return found
 
 
 located_object = functools.cache(load)
@@ -153,21 +170,27 @@ def _place(error: BaseException) -> str:
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
-def _begin(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> tuple[Any, tuple[Message, ...]]:
+def _begin(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> tuple[Any, Outcome]:
     _seed(f"{seed}")
     if spec.environment is None:
-        return None, ()
+        return None, Outcome()
     environment = located_object(spec.environment)(**spec.arguments)
+    if has_methods(environment):
+        environment = MethodTools(environment)
+        return environment, Outcome(added=environment.reset(row))
     takes_seed = "seed" in inspect.signature(environment.reset).parameters
     said = environment.reset(row, seed=seed) if takes_seed else environment.reset(row)
-    return environment, () if said is None else _messages(said, "reset")
+    return environment, Outcome(messages=() if said is None else _messages(said, "reset"))
 
 
-def _answer(spec: EnvironmentSpec, state: _Open, text: str, seed: int) -> Outcome:
+def _answer(spec: EnvironmentSpec, state: _Open, text: str, seed: int, *, is_last: bool) -> Outcome:
     _seed(f"{seed}:{state.num_steps}")
     state.num_steps += 1
     tools = {tool.rpartition(":")[2]: located_object(tool) for tool in spec.tools}
-    if tools and (results := called(spec.calls, text, tools)):
+    by_methods = isinstance(state.environment, MethodTools)
+    if by_methods:
+        tools |= state.environment.tools
+    if tools and (results := called(spec.calls, text, tools)) and not (by_methods and is_last):
         return Outcome(messages=tuple(results))
     if state.environment is None:
         return Outcome(done=Done())

@@ -1,5 +1,6 @@
 """Environments in worker processes: what they say, what they cost where they fail, tool calls, chat templates."""
 
+import dataclasses
 import json
 import re
 import time
@@ -190,7 +191,7 @@ def test_a_place_where_nothing_is_is_said_before_the_first_step(
 def test_tools_need_types_and_descriptions(pool: EnvironmentPool, game: Path) -> None:
     (schema,) = pool.describe(
         make_spec(game, tools=(f"{game}:add",), environment=None, calls=CallFormat(is_json=True)), "x"
-    )
+    ).schemas
     assert schema["function"]["parameters"]["required"] == ["a", "b"]
     with pytest.raises(UserError, match="tool undescribed"):
         pool.describe(
@@ -206,6 +207,46 @@ def test_tools_answer_and_a_turn_without_a_call_is_the_last(pool: EnvironmentPoo
     )
     assert ask(pool, spec, key, "", "it is 7").done == Done()
     assert "not over after 0.5 s" in ask(pool, spec, pool.new_key(), "<call> slow 30 </call>").failed
+
+
+TRL_FORM = '''
+class Counter:
+    """As TRL's documentation has it."""
+
+    def __init__(self):
+        self.count = 0
+
+    def reset(self, **kwargs) -> str | None:
+        self.count = kwargs["start"]
+        return f" The counter is {self.count}."
+
+    def add(self, a: int) -> int:
+        """Adds to the counter.
+
+        Args:
+            a: how much
+        """
+        self.count += a
+        return self.count
+
+    def get_reward(self) -> float:
+        return self.count / 10
+'''
+
+
+def test_a_class_of_trls_environment_factory_works_unchanged(pool: EnvironmentPool, tmp_path: Path) -> None:
+    (tmp_path / "trl_form.py").write_text(TRL_FORM)
+    spec = make_spec(tmp_path / "trl_form.py", environment=f"{tmp_path}/trl_form.py:Counter")
+    told = pool.describe(dataclasses.replace(spec, calls=CallFormat(is_json=True)), "x")
+    assert told.has_methods and [s["function"]["name"] for s in told.schemas] == ["add"]
+    assert pool.reset(spec, {"start": 2}, 5).added == " The counter is 2."
+    first = ({"role": "user", "content": "Count. The counter is 2."},)
+    call = Call(spec, pool.new_key(), {"start": 2}, 5, first, ("<call> add 3 </call>",))
+    assert pool.step(call).result(timeout=60).messages == ({"role": "tool", "name": "add", "content": "5"},)
+    ended = dataclasses.replace(call, said=(*call.said, "done"))
+    assert pool.step(ended).result(timeout=60).done == Done(0.5)
+    limited = dataclasses.replace(call, key=pool.new_key(), is_last=True)
+    assert pool.step(limited).result(timeout=60).done == Done(0.5)
 
 
 # -- calls
