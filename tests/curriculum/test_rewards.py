@@ -140,9 +140,10 @@ def test_rows_of_verl_bring_their_own_ground_truth() -> None:
     [
         ("text", ["1"], ["error"], "must return a number, got str 'good'"),
         ("nan", ["1"], ["nan"], "must return a finite number, got nan"),
-        ("raises", ["1", "7", "8", "17"], ["value", "error", "value", "error"], "bad.py, line 20, in raises: ValueErr"),
+        ("raises", ["1", "7", "8", "17"], ["value", "error", "value", "error"], "bad.py, line 21, in raises: ValueErr"),
         ("too_few", ["1", "2"], ["error", "error"], "one reward for each of 2 responses, got 1"),
         ("hangs", ["1", "3", "4"], ["value", "deadline", "value"], "must return within 0.5 s"),
+        ("waits", ["1", "3", "4", "13"], ["value", "deadline", "value", "deadline"], "must return within 0.5 s"),
         ("hangs_and_catches_all", ["1", "3", "4"], ["value", "deadline", "value"], "its process was killed"),
         ("exits", ["4", "5", "6"], ["value", "error", "value"], "ended the process that called it (exit code 3)"),
         ("leaves", ["1"], ["error"], "SystemExit: I have had enough"),

@@ -135,6 +135,104 @@ def test_files_of_each_form_train_and_give_what_they_give_when_called_by_hand(tm
         assert f"{name} " in printed
 
 
+COUNTDOWN = """
+import re
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    used = [int(n) for n in re.findall(r"[0-9]+", solution_str)]
+    own = 0.1 * sum(n in ground_truth["numbers"] for n in used) + (ground_truth["target"] in used)
+    return own + (data_source == "countdown") + extra_info["index"] / 8
+"""
+CHAT = """
+def politeness(prompts, completions, **kwargs):
+    assert prompts[0][0]["role"] == "system"
+    return [len(c[0]["content"]) % 7 + len(p) for p, c in zip(prompts, completions)]
+"""
+MATH = [
+    {"problem": f"Find {a} + {b}.", "level": "Level 1", "solution": f"It is $\\boxed{{{a + b}}}$."}
+    for a in range(4)
+    for b in range(4)
+]
+GAME = [
+    {
+        "data_source": "countdown",
+        "prompt": [{"role": "user", "content": f"Make {a + 4} from {a} and 4"}],
+        "reward_model": {"ground_truth": {"target": a + 4, "numbers": [a, 4]}, "style": "rule"},
+        "extra_info": {"index": a, "split": "train"},
+    }
+    for a in range(1, 17)
+]
+TALK = [
+    {"chat": [{"role": "system", "content": "Be kind"}, {"role": "user", "content": f"hello {a}"}]} for a in range(16)
+]
+
+
+def of_math(text: str, row: dict[str, Any]) -> float:
+    from trl.rewards import accuracy_reward
+
+    (found,) = accuracy_reward([[{"role": "assistant", "content": text}]], [row["solution"]])
+    return float(found)
+
+
+def of_file(source: str, name: str, *arguments: Any, **keywords: Any) -> Any:
+    names: dict[str, Any] = {}
+    exec(source, names)
+    return names[name](*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "function", "by_hand"),
+    [
+        (MATH, 'prompt = "problem"', "trl.rewards:accuracy_reward", of_math),
+        (
+            GAME,
+            "",
+            "game.py:compute_score",
+            lambda text, row: of_file(
+                COUNTDOWN, "compute_score", "countdown", text, row["reward_model"]["ground_truth"], row["extra_info"]
+            ),
+        ),
+        (
+            TALK,
+            'prompt = "chat"',
+            "chat.py:politeness",
+            lambda text, row: of_file(CHAT, "politeness", [row["chat"]], [[{"content": text}]])[0],
+        ),
+    ],
+    ids=["MATH", "verl's countdown, Parquet", "chat"],
+)
+def test_native_rows_train_with_the_reward_that_they_came_with(
+    rows: list[dict[str, Any]], keys: str, function: str, by_hand: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("math_verify")
+    recipe = write(tmp_path, f'{{ function = "{function}" }}', {"game": COUNTDOWN, "chat": CHAT})
+    text = recipe.read_text().replace('prompt = "{question}"\nanswer = "{answer}"\n', f"{keys}\n")
+    if rows is GAME:
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
+        text = text.replace("rows.jsonl", "rows.parquet")
+    else:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe.write_text(text.replace("steps = 3", "steps = 1"))
+    folder, printed = run(recipe, "run")
+    (step,) = read_steps(folder)
+    name = function.rpartition(":")[2]
+    assert step[f"reward/{name}/errors"] == 0, printed
+    found = completions(folder)
+    assert len(found) == 16
+    for given in found:
+        (row,) = [row for row in rows if _said(row) in "".join(given["prompt"].split())]
+        assert given["reward"] == given["rewards"][name] == pytest.approx(by_hand(given["text"], row))
+
+
+def _said(row: dict[str, Any]) -> str:
+    """What a prompt of the row ends with, without spaces, which the tiny model's tokenizer does not keep."""
+    said = row["problem"] if "problem" in row else (row.get("prompt") or row["chat"])[-1]["content"]
+    return "".join(said.split())
+
+
 def test_a_resumed_run_with_rewards_is_bit_equal(tmp_path: Path) -> None:
     draws = 'import random\n\n\ndef reward(answer):\n    print("called")\n    return random.random()\n'
     recipe = write(tmp_path, '{ function = "draws.py:reward" }', {"draws": draws})

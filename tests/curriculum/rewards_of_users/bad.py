@@ -1,5 +1,6 @@
 """What a reward function should not do."""
 
+import asyncio
 import contextlib
 import os
 import random
@@ -35,6 +36,11 @@ def hangs_and_catches_all(answer):
     while answer.text.endswith("3"):
         with contextlib.suppress(BaseException):
             time.sleep(1)
+    return 1.0
+
+
+async def waits(answer):
+    await asyncio.sleep(60 if answer.text.endswith("3") else 0)
     return 1.0
 
 
