@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from isomorph.curriculum.environments.calls import CallFormat, called
 from isomorph.curriculum.environments.dialogue import EnvironmentDialogue, Turns
@@ -349,6 +350,17 @@ def test_a_conversation_goes_on_as_the_template_would_have_written_it() -> None:
 def test_a_template_that_does_not_go_on_is_refused(template: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         ReplyFormat(make_text(template)).check(["tool"])
+
+
+@pytest.mark.model
+def test_a_real_template_goes_on_token_for_token(smollm2_folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
+    text = TextCodec(tokenizer, chat_template=True, stop_ids=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    chat = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "The answer."}]
+    more = [{"role": "user", "content": "And 3 apples?  \n 4"}]
+    whole = tokenizer.apply_chat_template([*chat, *more], add_generation_prompt=True, return_dict=False)
+    drawn = [*text.encode_prompt("hello there"), *text.encode_response("The answer.")]
+    assert [*drawn, *ReplyFormat(text).encode(more)] == list(whole)
 
 
 def test_without_a_template_messages_are_plain_text() -> None:
