@@ -1,16 +1,18 @@
-"""Stop strings: the search against a decode of every prefix, and both samplers against their own longer responses."""
+"""Stop strings: the search against a decode of every prefix, and the sampler against its own longer responses.
+
+vLLM's is in test_vllm_life.py.
+"""
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from small_world import CPU, WORDS, one_thread  # noqa: F401
+from stop_truth import check_that_they_end_there, first_end
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from vllm_parts import make_policy as vllm_policy
-from vllm_parts import make_prompts, make_sampling, with_vllm
+from vllm_parts import make_prompts, make_sampling
 
 from isomorph.engine.config import SamplerConfig, TinyModel, UserError
 from isomorph.engine.drift import check_ends
@@ -20,7 +22,6 @@ from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.rollout import builtin
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.stop_strings import StopStrings, check_stop_strings
-from isomorph.engine.types import Rollout
 
 CORPUS = ["the </answer> is né 日本 </ans wer> done.", "a b c </answer>, then\n\nmore </tool> wörter"] * 20
 
@@ -52,11 +53,6 @@ def words() -> TextCodec:
     return TextCodec(tokenizer, chat_template=False, stop_ids=[1])
 
 
-def truth(codec: TextCodec, stop: Sequence[str], token_ids: list[int]) -> int | None:
-    ends = (end for end in range(1, len(token_ids) + 1) if any(s in codec.decode(token_ids[:end]) for s in stop))
-    return next(ends, None)
-
-
 @pytest.mark.parametrize(
     ("make", "stop"),
     [
@@ -77,7 +73,7 @@ def test_the_first_token_is_found_that_completes_a_string(make: object, stop: tu
         ids = [rng.randrange(2, size) for _ in range(rng.randrange(1, 30))]
         ids += [0] * rng.randrange(12) + rng.choice(written) + [rng.randrange(size) for _ in range(3)]
         at = StopStrings(stop, codec).first_end(ids)
-        assert at == truth(codec, stop, ids), ids
+        assert at == first_end(codec, stop, ids), ids
         found.append(at)
     assert any(found)
 
@@ -98,19 +94,6 @@ def make_policy() -> Policy:
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([0.35 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     return policy
-
-
-def check_that_they_end_there(policy: Policy, stop: Sequence[str], free: list[Rollout], ended: list[Rollout]) -> None:
-    cut = 0
-    for whole, part in zip(free, ended, strict=True):
-        end = truth(policy.text, stop, whole.token_ids.tolist())
-        n = len(whole.token_ids) if end is None else end
-        assert part.token_ids.tolist() == whole.token_ids[:n].tolist()
-        assert part.finish == ("stop" if end is not None else whole.finish)
-        assert part.sampler_logprob is not None and whole.sampler_logprob is not None
-        torch.testing.assert_close(part.sampler_logprob, whole.sampler_logprob[:n], rtol=1e-5, atol=1e-5)
-        cut += n < len(whole.token_ids)
-    assert 0 < cut < len(free)
 
 
 @pytest.mark.parametrize("steps_between", [1, 8])
@@ -150,22 +133,3 @@ def test_with_an_environment_they_are_refused() -> None:
         BuiltinSampler(policy, SamplerConfig()).generate(
             make_prompts(policy, ["wa"]), make_sampling(policy, stop=("wb",)), dialogue=dialogue
         )
-
-
-@with_vllm
-def test_vllms_responses_end_with_that_token() -> None:
-    from isomorph.engine.rollout.vllm import start_vllm
-
-    policy = vllm_policy()
-    sampler = start_vllm(policy, SamplerConfig(kind="vllm", max_seqs=8), 0)
-    try:
-        prompts, stop = make_prompts(policy, ["wa wb", "wc", "wd we wf"]), ("wc wd", "we", "wk", "wa wa")
-        free, ended = (
-            sampler.generate(prompts, make_sampling(policy, samples_per_prompt=6, max_new_tok=20, stop=strings))
-            for strings in ((), stop)
-        )
-        check_that_they_end_there(policy, stop, free, ended)
-        check_ends(ended, make_sampling(policy, max_new_tok=20, stop=stop))
-        assert not sampler.llm.llm_engine.has_unfinished_requests()
-    finally:
-        sampler.close()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from echo import Echo
+from stop_truth import check_that_they_end_there
 from transformers import LlamaConfig, Qwen2Config
 from vllm_parts import (
     DEVICE,
@@ -196,6 +197,18 @@ def test_rollouts_of_three_turns(life: Life) -> None:
         assert rollout.sampler_logprob is not None
         own = torch.ones(len(logprob), dtype=torch.bool) if rollout.is_target is None else rollout.is_target
         torch.testing.assert_close(rollout.sampler_logprob[own], logprob[own], rtol=0, atol=2e-4)
+
+
+@with_vllm
+def test_responses_end_with_the_token_that_completes_a_stop_string(life: Life, pace: None) -> None:
+    prompts, stop = make_prompts(life.policy, TEXTS), ("wc wd", "we", "wk", "wa wa")
+    free, ended = (
+        life.sampler.generate(prompts, make_sampling(life.policy, samples_per_prompt=6, max_new_tok=20, stop=strings))
+        for strings in ((), stop)
+    )
+    check_that_they_end_there(life.policy, stop, free, ended)
+    check_ends(ended, make_sampling(life.policy, max_new_tok=20, stop=stop))
+    assert not life.sampler.llm.llm_engine.has_unfinished_requests()
 
 
 @with_vllm
