@@ -9,7 +9,8 @@ counted over all micro-batches and ranks before, so that the gradient does not d
 
 The first optimizer step of a round uses its own detached log-probabilities as old_logprob. For the later ones a forward
 without gradient computes old_logprob before the first step. With reward_kl_coef, or where the loss has another
-temperature than the sampler, the first optimizer step needs that forward, too.
+temperature than the sampler, the first optimizer step needs that forward, too. With objective.old_logprob = "sampler"
+no update needs it, and the mismatch with the sampler is measured on the tokens of the first update alone.
 
 Between two optimizer steps a round can be saved in a checkpoint and resumed bit for bit.
 """

@@ -1,6 +1,7 @@
 """run.push_to_hub against a server in this process that speaks as much of the hub's protocol as an upload needs."""
 
 import base64
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -9,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
+from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.hub import prepare_push, push
+from isomorph.curriculum.named_recipes import FOLDER
+from isomorph.curriculum.recipe import Recipe
 from isomorph.engine.config import RunConfig, UserError
+from isomorph.engine.distributed.ranks import ALONE
+from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.types import RunFailed
+
+SMOKE = FOLDER / "smoke.toml"
 
 
 class Hub(ThreadingHTTPServer):
@@ -123,3 +133,12 @@ def test_without_a_token_or_a_server_a_sentence_says_so(monkeypatch: pytest.Monk
         prepare_push("me/model")
     with pytest.raises(ValueError, match="push_to_hub"):
         RunConfig(push_to_hub="no-slash")
+
+
+def test_a_run_pushes_its_model_and_says_where(hub: Hub, tmp_path: Path) -> None:
+    quick = ("stage.0.steps=1", "stage.1.steps=1", "stage.2.steps=1", "eval.prompts=1", "run.push_to_hub=me/model")
+    console, threads = Console(file=io.StringIO(), width=300), torch.get_num_threads()
+    run_recipe(load_recipe(SMOKE, list(quick), Recipe), tmp_path, console, lambda: False, ALONE, resume=False)
+    torch.set_num_threads(threads)  # the recipe asks for one
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == hub.files
+    assert isinstance(console.file, io.StringIO) and "/me/model/commit/1" in console.file.getvalue()
