@@ -157,7 +157,7 @@ class _Batch:
         self.prompt_slots: dict[int, int] = {}  # index of a prompt with unfinished responses -> its slot
         self.finished: list[dict[int, Rollout]] = [{} for _ in prompts]
         self.stops = StopStrings(sampling.stop, decoder.policy.text) if sampling.stop else None
-        self.searched: dict[int, int] = {}  # slot -> tokens in which no stop string was found
+        self.searched: dict[int, list[int]] = {}  # slot -> its tokens, in which no stop string was found
         self.stopped: set[int] = set()  # slots whose response a stop string ended
 
     @property
@@ -194,7 +194,7 @@ class _Batch:
             slots.append(self.free_slots.pop())
             conversation = self.conversations.begin(self.prompts[index], sample)
             self.requests[slots[-1]] = _Request(index, sample, conversation)
-            self.searched[slots[-1]] = 0
+            self.searched[slots[-1]] = []
         if new_prompts:
             self.decoder.prefill([self.prompts[i] for i in new_prompts], [self.prompt_slots[i] for i in new_prompts])
         if not slots:
@@ -230,10 +230,11 @@ class _Batch:
         slots = list(self.running)
         if not slots:
             return
-        lengths, (token_ids, _) = self.decoder.lengths(), self.decoder.responses(slots)
-        for slot, ids in zip(slots, token_ids.tolist(), strict=True):
-            end = stops.first_end(ids[: lengths[slot]], self.searched[slot])
-            self.searched[slot] = lengths[slot]
+        lengths, starts = self.decoder.lengths(), [len(self.searched[slot]) for slot in slots]
+        most = max(lengths[slot] - start for slot, start in zip(slots, starts, strict=True))
+        for slot, start, new in zip(slots, starts, self.decoder.tokens(slots, starts, most), strict=True):
+            self.searched[slot] += new[: lengths[slot] - start]
+            end = stops.first_end(self.searched[slot], start)
             if end is not None:
                 self.decoder.end(slot, end)
                 self.stopped.add(slot)

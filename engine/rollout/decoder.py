@@ -226,6 +226,12 @@ class Decoder:
         """For each slot the length of its response, ended or not. Waits for the device."""
         return self.length.tolist()
 
+    def tokens(self, slots: Sequence[int], starts: Sequence[int], num_tok: int) -> list[list[int]]:
+        """For each of ``slots`` its ``num_tok`` tokens from ``starts`` on; beyond its length they mean nothing."""
+        slot_B, start_B = (torch.tensor(values, device=self.policy.device) for values in (slots, starts))
+        at_BN = start_B[:, None] + torch.arange(num_tok, device=self.policy.device)
+        return self.token_ids[slot_B[:, None], at_BN.clamp(max=self.spec.max_new_tok - 1)].tolist()
+
     def ended_lengths(self) -> list[int]:
         """For each slot the length of its response if it has ended, else 0. Waits for the device."""
         return torch.where(self.ended, self.length, 0).tolist()
