@@ -194,9 +194,9 @@ def test_other_families_have_no_solver(tmp_path: Path) -> None:
         inspect_file(file, "poetry", "natural")
 
 
-def test_a_broken_row_ends_with_2_and_names_file_and_line(tmp_path: Path) -> None:
+def test_a_broken_row_ends_with_2_and_names_file_and_line(tmp_path: Path, warm_isomorph: list[str]) -> None:
     file = written(tmp_path, paper_row(), '{"question": "unfini')
-    command = [*ISOMORPH, "data", "inspect", str(file), "--family", "async_plan", "--representation", "natural"]
+    command = [*warm_isomorph, "data", "inspect", str(file), "--family", "async_plan", "--representation", "natural"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {file}, line 2: ") and done.stderr.count("\n") == 1

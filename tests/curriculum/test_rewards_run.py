@@ -4,7 +4,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +250,9 @@ def test_a_resumed_run_with_rewards_is_bit_equal(tmp_path: Path) -> None:
     assert changed_rewards(read_run_json(whole)["files"], located(load_recipe(recipe, [], Recipe)))
 
 
-def train(recipe: Path) -> subprocess.CompletedProcess[str]:
-    command = "from isomorph.curriculum.cli import main; main()"
+def train(program: list[str], recipe: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-c", command, "train", str(recipe), "--run", str(recipe.parent / "run")],
+        [*program, "train", str(recipe), "--run", str(recipe.parent / "run")],
         capture_output=True,
         text=True,
         timeout=300,
@@ -262,14 +260,16 @@ def train(recipe: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_failing_reward_ends_the_run_with_a_checkpoint_where_the_recipe_says_so(tmp_path: Path) -> None:
+def test_a_failing_reward_ends_the_run_with_a_checkpoint_where_the_recipe_says_so(
+    tmp_path: Path, warm_isomorph: list[str]
+) -> None:
     fails = (
         "def reward(completions, trainer_state):\n    if trainer_state.global_step == 1:\n"
         "        raise KeyError('row 41')\n    return [len(text) for text in completions]\n"
     )
     recipe = write(tmp_path, '{ function = "fails.py:reward" }', {"fails": fails})
     recipe.write_text(recipe.read_text().replace("[sampling]", 'on_error = "stop"\n[sampling]', 1))
-    done = train(recipe)
+    done = train(warm_isomorph, recipe)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "fails.py, line 3, in reward: KeyError: 'row 41'" in done.stderr
     assert 'because data.gsm.on_error is "stop"' in done.stderr
