@@ -186,6 +186,10 @@ class Recipe(EngineConfig):
             for j, part in enumerate(stage.mixture):
                 if not isinstance(self.data[part.data], GeneratedData):
                     keys[("stage", i, "mixture", j, "sequential_rate")] = "its demonstrations are not generated"
+            tables = [self.data[part.data] for part in stage.mixture]
+            if all(isinstance(table, RewardTable) and table.combine == "normalized" for table in tables):
+                why = 'combine = "normalized" gives the advantages'
+                keys |= {("stage", i, "objective", key): why for key in ("baseline", "scale")}
         is_drawn = any(isinstance(self.data[one.data], GeneratedData) for one in self.eval.all_sets)
         if not is_drawn and not self.eval.samples:
             keys[("eval", "seed")] = (
@@ -251,7 +255,7 @@ class Recipe(EngineConfig):
                 data = self.data[part.data]
                 if isinstance(data, RewardTable) and not stage.objective.is_supervised:
                     data.refuse_unrewarded(part.data, f"stage {stage.name!r}")
-                    data.refuse_objective(stage.objective)
+                    data.refuse_stage(stage)
                 if part.representation in HELD_OUT:
                     raise ValueError(f"stage {stage.name!r}: {part.representation!r} is for evaluation only")
         for one in self.eval.all_sets:

@@ -129,6 +129,7 @@ def step(components: Components, progress: RunProgress, stage: Stage) -> None:
         groups=groups,
         texts=texts,
         found=found,
+        is_supervised=stage.objective.is_supervised,
         num_replaced=num_replaced,
         stats=stats,
         publication=publication,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from isomorph.curriculum.rewards.builtin import BUILTINS, HERE
-from isomorph.engine.config import ObjectiveConfig, Section
+from isomorph.engine.config import Section, Stage
 from isomorph.engine.effect import KeyPath
 
 Combine = Literal["sum", "product", "normalized"]
@@ -34,6 +34,11 @@ class RewardEntry(Section):
     def label(self) -> str:
         """The name that the reward is logged under."""
         return self.name or self.function.rpartition(":")[2]
+
+    @property
+    def is_in_worker(self) -> bool:
+        """Whether it runs in a process that is killed at a deadline."""
+        return ":" in self.function or BUILTINS[self.function].in_worker
 
     @property
     def is_file(self) -> bool:
@@ -86,6 +91,8 @@ class RewardTable(Section):
         keys = super().idle()
         if not self.rewards:
             keys |= {(key,): "rewards is empty" for key in ("on_error", "deadline_s")}
+        elif not any(entry.is_in_worker for entry in self.rewards):
+            keys[("deadline_s",)] = "the time of these built-in rewards is bounded"
         extra = (self.overlong is not None) + (getattr(self, "environment", None) is not None)
         if len(self.rewards) + (extra if self.combine == "normalized" else 0) < 2:
             keys[("combine",)] = "there are not two rewards to combine"
@@ -109,13 +116,24 @@ class RewardTable(Section):
                 f"[data.{name}], or one of {', '.join(BUILTINS)}"
             )
 
-    def refuse_objective(self, objective: ObjectiveConfig) -> None:
-        """Raises ValueError where the rewards cannot be combined this way for ``objective``."""
-        if self.combine != "normalized" or objective.is_supervised:
+    def refuse_stage(self, stage: Stage) -> None:
+        """Raises ValueError where the rewards do not go with the objective or the length limit of ``stage``."""
+        most, objective = stage.sampling.max_new_tok, stage.objective
+        if self.overlong is not None and self.overlong.soft > most:
+            raise ValueError(
+                f"stage {stage.name!r}: overlong.soft must be at most sampling.max_new_tok, got {self.overlong.soft} "
+                f"and {most}"
+            )
+        if self.combine != "normalized":
             return
         if objective.name == "rft" or objective.reward_kl_coef:
             other = 'objective.name = "rft"' if objective.name == "rft" else "objective.reward_kl_coef"
             raise ValueError(
-                f'combine = "normalized" is not supported with {other}, which needs one reward for each response: '
-                'set combine = "sum"'
+                f'stage {stage.name!r}: combine = "normalized" is not supported with {other}, which needs one reward '
+                'for each response: set combine = "sum"'
+            )
+        if stage.sampling.samples_per_prompt < 2:
+            raise ValueError(
+                f'stage {stage.name!r}: samples_per_prompt must be >= 2 with combine = "normalized", which compares '
+                f"the responses of a group, got {stage.sampling.samples_per_prompt}"
             )

@@ -103,8 +103,7 @@ class TableJudge:
         for name, source in sources.items():
             self._entries[name] = []
             for entry in source.table.rewards:
-                known = BUILTINS.get(entry.function)
-                if known is None or known.in_worker:
+                if entry.is_in_worker:
                     self._entries[name].append(_Entry(entry=entry, index=len(places)))
                     places.append(Place(entry.place, entry.arguments))
                     self._columns.append(source.columns)

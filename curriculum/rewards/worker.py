@@ -175,6 +175,7 @@ def run_job(
             results += asyncio.run(_all_at_once(function, groups, together, progress, deadline_s))
         else:
             results.append(called(function, group, call.response, progress, deadline_s))
+    _end_if_forked()
     return results
 
 
@@ -195,8 +196,8 @@ def called(
     except BaseException as error:  # a user's function may raise anything, SystemExit too
         return [Fault("error", _described(error, _file_of(function)))] * size
     finally:
-        if deadline_s is not None and os.getpid() != _PID[0]:  # a process that the function has forked
-            _really_exit(0)
+        if deadline_s is not None:
+            _end_if_forked()
     return _results(function, value, size)
 
 
@@ -319,6 +320,12 @@ _really_exit = os._exit
 def _exit_as_failure(status: int) -> None:
     """A worker that ends with status 0 looks to the pool like one that has done its work, and its job never ends."""
     _really_exit(status or (1 if os.getpid() == _PID[0] else 0))
+
+
+def _end_if_forked() -> None:
+    """A process that a function has forked must not answer in its worker's place."""
+    if os.getpid() != _PID[0]:
+        _really_exit(0)
 
 
 def _die_with_parent() -> None:

@@ -61,6 +61,7 @@ class StepResult:
     groups: Sequence[Group]  # all that were sampled
     texts: Sequence[str]  # of all responses, in the order of ``groups``
     found: Sequence[bool] | None  # whether an answer was found in each text; None: not measured
+    is_supervised: bool  # the responses are demonstrations
     num_replaced: int  # groups that were sampled and not trained on, because refills replaced them
     stats: StepStats
     publication: Publication | None  # None: the sampler's weights were up to date
@@ -88,7 +89,7 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         "groups/flat": sum(g.has_zero_variance for g in groups),
         "groups/all": len(groups),
         "groups/refilled": result.num_replaced,
-        "response/masked": sum(not is_trained for g in groups for is_trained in g.is_trained),
+        "response/masked": 0 if result.is_supervised else sum(not t for g in groups for t in g.is_trained),
         "response/tok_mean": sum(response_tok) / len(response_tok),
         "response/stopped": sum(r.finish == "stop" for r in rollouts) / len(rollouts),
         "response/turns": sum(r.num_turns for r in rollouts) / len(rollouts),

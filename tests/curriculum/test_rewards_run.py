@@ -276,6 +276,48 @@ def test_a_failing_reward_ends_the_run_with_a_checkpoint_where_the_recipe_says_s
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+TWO = '{ function = "exact" }, { function = "numeric" }'
+
+
+@pytest.mark.parametrize(
+    ("rewards", "keys", "overrides", "sentence"),
+    [
+        (TWO, "deadline_s = 1.0", [], "data.gsm.deadline_s has no effect, because the time of these built-in"),
+        ('{ function = "exact" }', 'combine = "product"', [], "combine has no effect, because there are not two"),
+        (TWO, 'combine = "normalized"', ["objective.name=rft"], 'not supported with objective.name = "rft"'),
+        (TWO, 'combine = "normalized"', ["objective.reward_kl_coef=0.1"], "not supported with objective.reward_kl"),
+        (
+            TWO,
+            'combine = "normalized"',
+            ["objective.name=reinforce_pp", "sampling.samples_per_prompt=1"],
+            "samples_per_prompt must be >= 2",
+        ),
+        (TWO, 'combine = "normalized"', ["objective.scale=none"], "scale has no effect, because combine"),
+        (TWO, "overlong = { soft = 7 }", [], "soft must be at most sampling.max_new_tok, got 7 and 6"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(
+    rewards: str, keys: str, overrides: list[str], sentence: str, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path, rewards)
+    recipe.write_text(recipe.read_text().replace("[sampling]", f"{keys}\n[sampling]", 1))
+    with pytest.raises(UserError) as refused:
+        load_recipe(recipe, overrides, Recipe)
+    assert sentence in str(refused.value)
+
+
+def test_gdpo_with_overlong_and_masks_trains(tmp_path: Path) -> None:
+    recipe = write(tmp_path, ALL)
+    keys = 'combine = "normalized"\noverlong = { soft = 4 }\nmask_truncated = true\n[sampling]'
+    recipe.write_text(recipe.read_text().replace("[sampling]", keys, 1).replace("steps = 3", "steps = 1"))
+    folder, _ = run(recipe, "run")
+    (step,) = read_steps(folder)
+    rows = completions(folder)
+    assert step["response/masked"] == sum(row["finish"] == "length" for row in rows)
+    assert step["reward/overlong/mean"] <= 0 and step["updates"] == (step["response/masked"] < len(rows))
+    assert sum(row["advantage"] for row in rows) == pytest.approx(0, abs=1e-4)
+
+
 def test_rows_without_rewards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage 'rl' needs rewards for data 'gsm'"):
         load_recipe(write(tmp_path, ""), [], Recipe)
