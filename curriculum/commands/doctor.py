@@ -53,7 +53,19 @@ def _packages_of_rewards() -> dict[str, tuple[str, ...]]:
     return found
 
 
-EXTRAS = {**_packages_of_rewards(), "gguf": ("gguf", "accelerate"), "lora": ("peft",)}
+EXTRAS = {
+    **_packages_of_rewards(),
+    "gguf": ("gguf", "accelerate"),
+    "lora": ("peft",),
+    "data": ("datasets", "pyarrow"),
+    "gym": ("reasoning-gym",),
+}
+USES = {  # of the extras that are not of a reward family
+    "gguf": ".gguf files",
+    "lora": "recipes with a table [lora]",
+    "data": "data in Parquet, CSV or Arrow files or on the hub",
+    "gym": 'data of kind "reasoning_gym"',
+}
 VLLM_PIN = "0.32.0"  # installed by the extras; the sampler works with every release of 0.32
 TRIO = ("torchvision", "torchaudio", "torchcodec")
 VARIABLES = {
@@ -178,9 +190,7 @@ def _vllm() -> Finding:
 def _extra(extra: str, packages: tuple[str, ...]) -> Finding:
     families = ", ".join(family.name for family in FAMILIES.values() if family.extra == extra)
     functions = ", ".join(name for name, reward in BUILTINS.items() if reward.extra == extra)
-    uses = {"gguf": ".gguf files", "lora": "recipes with a table [lora]"}.get(
-        extra, f"the families {families} and the reward functions {functions}"
-    )
+    uses = USES.get(extra, f"the families {families} and the reward functions {functions}")
     lacking = [name for name in packages if _version(name) is None]
     if lacking:
         advice = f"needed only for {uses}: pip install 'isomorph[{extra}]'"

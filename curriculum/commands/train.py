@@ -178,24 +178,26 @@ def _print_result(summary: dict[str, Any], folder: Path, out: Console) -> None:
 
 
 def _print_summary(summary: dict[str, Any], out: Console) -> None:
-    table = Table(title=f"{summary['steps']} steps in {summary['wall_s']:.0f} s", title_justify="left")
-    for column in ("accuracy", "before", "after", "95 % interval", "sequential baseline", "no answer"):
-        table.add_column(column, justify="left" if column == "accuracy" else "right")
     after = summary["intervals"].get("after", {})
     before = summary["accuracy"].get("before", {})
     no_answer = summary["no_answer"].get("after", {})
+    baselines = {name: value for name, value in summary["floor"].items() if name in after and value is not None}
+    some = {"sequential baseline": baselines, "no answer": no_answer}  # columns that not all data have
+    extra = {column: found for column, found in some.items() if found}
+    table = Table(title=f"{summary['steps']} steps in {summary['wall_s']:.0f} s", title_justify="left")
+    for column in ("accuracy", "before", "after", "95 % interval", *extra):
+        table.add_column(column, justify="left" if column == "accuracy" else "right")
     for name, result in after.items():
-        baseline = summary["floor"][name]
         table.add_row(
             name,
             f"{before[name]:.1%}" if name in before else "-",
             f"{result['rate']:.1%}",
             f"{result['low']:.1%} to {result['high']:.1%}",
-            "-" if baseline is None else f"{baseline:.1%}",
-            f"{no_answer[name]:.1%}" if name in no_answer else "-",
+            *(f"{found[name]:.1%}" if name in found else "-" for found in extra.values()),
         )
     out.print(table)
-    out.print("sequential baseline: accuracy of answering with the sum of all durations", highlight=False)
+    if baselines:
+        out.print("sequential baseline: accuracy of answering with the sum of all durations", highlight=False)
 
 
 def _print_phases(folder: Path, out: Console) -> None:

@@ -7,17 +7,19 @@ import re
 import sys
 import threading
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
+from pydantic import Field, TypeAdapter
 
 from isomorph.curriculum.cli import main
 from isomorph.curriculum.inputs import located
-from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.recipe import Data, Recipe
 from isomorph.curriculum.rows.dataset import Dataset
 from isomorph.curriculum.rows.lines import LineRows
 from isomorph.curriculum.rows.order import mixed, shuffled
@@ -28,6 +30,7 @@ from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import DataError, Task
 from isomorph.engine.config import TinyModel, UserError
+from isomorph.engine.effect import idle_paths, leaves
 from isomorph.engine.model.load import read_text
 from isomorph.engine.model.text import WORD, TextCodec, byte_tokenizer
 from isomorph.engine.recipe_file import load_recipe
@@ -436,6 +439,16 @@ def test_a_recipe_finds_its_rows_beside_itself(tmp_path: Path) -> None:
     other = Curriculum(recipe, codec(), 512)
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert one.take(40) == other.take(40)  # an interrupted run goes on with the rows of the uninterrupted one
+
+
+def test_every_table_of_data_that_the_page_shows_is_a_valid_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "own-task.md").read_text(encoding="utf-8")
+    blocks = [tomllib.loads(text) for text in re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
+    tables = {name: table for block in blocks for name, table in block["data"].items()}
+    assert tables.keys() == {"sums", "gsm8k", "verl", "trl", "countdown", "chats", "gym"}
+    for name, table in tables.items():
+        checked = TypeAdapter(Annotated[Data, Field(discriminator="kind")]).validate_python(table)
+        assert not {path for path in leaves(table) if path in idle_paths(checked)}, name
 
 
 def test_a_tiny_model_reads_the_words_of_its_training_rows_or_bytes(tmp_path: Path) -> None:
