@@ -19,7 +19,8 @@ import pytest
 
 SMOKE = Path(__file__).parents[1] / "curriculum" / "recipes" / "smoke.toml"
 PROGRAM = "import sys; from isomorph.curriculum.cli import main; main()"
-SHORT = ("stage.0.steps=6", "run.checkpoint_every=4", "eval.prompts=4")
+EVAL = ("eval.prompts=4", "eval.every=5", "eval.samples=2", "eval.keep_best=plans")
+SHORT = ("stage.0.steps=6", "run.checkpoint_every=4", *EVAL)
 KINDS = {
     "data": ("parallel.kind=data",),
     "fsdp": ("parallel.kind=fsdp", "model.gradient_checkpointing_every=1"),

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
-from isomorph.curriculum.report.run_record import read_completions, read_run_json
+from isomorph.curriculum.report.run_record import read_completions, read_run_json, reward_text
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import printable
 from isomorph.engine.record.runlog import Row
@@ -64,8 +64,8 @@ def _right_and_wrong_alternating(rows: Sequence[Row]) -> list[Row]:
 def _panel(row: Row) -> Panel:
     """Text is used because it parses no markup; ``printable`` escapes the terminal's control characters."""
     prompt = row["prompt"] if len(row["prompt"]) <= MAX_PROMPT_CHARS else row["prompt"][:MAX_PROMPT_CHARS] + " .."
-    facts = [f"reward {row['reward']:g}"]
-    facts += [f"advantage {row['advantage']:+.2f}"] if "advantage" in row else []
+    facts = [reward_text(row)]
+    facts += [f"advantage {row['advantage']:+.2f}"] if row.get("advantage") is not None else []
     facts += ["no answer found"] if row.get("answered") is False else []
     facts += ["cut off at max_new_tok"] if row.get("finish") == "length" else []
     style = "green" if row["correct"] else "red"

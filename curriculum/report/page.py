@@ -17,6 +17,7 @@ from isomorph.curriculum.report.run_record import (
     Span,
     read_completions,
     read_run,
+    reward_text,
     series,
     trained_on,
 )
@@ -331,7 +332,7 @@ def _samples_of(file: Path) -> Iterable[str]:
         yield f"<h4>{html.escape(file.stem)}</h4>"
     for (representation, _), row in sorted(first.items(), key=lambda item: (item[0][0], not item[0][1])):
         none = ", no answer found" if row.get("answered") is False else ""
-        summary = f"{html.escape(representation)}, reward {row['reward']:g}{none}"
+        summary = f"{html.escape(representation)}, {reward_text(row)}{none}"
         prompt = f"<pre class='prompt'>{_cut(row['prompt'])}</pre>" if "prompt" in row else ""
         yield f"<details open><summary>{summary}</summary>{prompt}<pre>{_cut(row['text'])}</pre></details>"
 

@@ -221,6 +221,11 @@ def read_completions(file: Path) -> list[Row] | None:
     return rows
 
 
+def reward_text(row: Row) -> str:
+    """The reward of a row of a file under completions/; it is null where none applies to the response."""
+    return "no reward applies" if row["reward"] is None else f"reward {row['reward']:g}"
+
+
 def _accuracy(answers: Sequence[Row]) -> dict[str, Accuracy]:
     correct: dict[str, list[bool]] = {}
     for row in answers:

@@ -55,6 +55,12 @@ def test_the_newest_answers_are_shown_or_those_of_a_step(run: Path) -> None:
     assert "step-00000010" in shown(run, step=10)
 
 
+def test_a_response_that_no_reward_applies_to_is_shown(run: Path) -> None:
+    row = {"prompt_id": 7, "representation": "graph", "prompt": "a", "text": "b", "reward": None, "advantage": None}
+    (run / "completions" / "exam-words.jsonl").write_text(json.dumps({**row, "correct": False}) + "\n")
+    assert "no reward applies" in shown(run)
+
+
 def test_what_is_not_there_is_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no responses of step 3, only of 10"):
         shown(run, step=3)
