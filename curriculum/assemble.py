@@ -79,7 +79,9 @@ def run_recipe(
     with contextlib.ExitStack() as stack:
         with log.time("load"):
             before_gib, _ = process_memory_gib()
-            environments = stack.enter_context(Environments(recipe, log=log.folder / "environments.log", say=log.say))
+            environments = stack.enter_context(
+                Environments(recipe, log=log.folder / "environments.log", say=log.say, is_alone=ranks.size == 1)
+            )
             components, state = stack.enter_context(
                 _open_components(recipe, log, stop_requested, ranks, environments, resume=resume)
             )

@@ -26,6 +26,7 @@ class _Rollout:
     key: int
     seed: int
     said: list[str] = field(default_factory=list)
+    is_held: bool = False  # a worker holds its environment
 
 
 class EnvironmentDialogue:
@@ -56,16 +57,19 @@ class EnvironmentDialogue:
 
         def answered(answer: Future[Outcome]) -> None:
             try:
-                reply.set_result(_reply(turns, answer.result(), is_last))
+                outcome = answer.result()
+                rollout.is_held = outcome.done is None and not outcome.failed
+                reply.set_result(_reply(turns, outcome, is_last))
             except BaseException as error:  # a future has to hear of it, or the sampler waits for ever
                 reply.set_exception(error)
 
+        rollout.is_held = True
         self.pool.step(call).add_done_callback(answered)
         return reply
 
     def end(self, prompt: Prompt, sample: int) -> None:
         rollout = self._open.pop((prompt.prompt_id, sample), None)
-        if rollout is not None and rollout.said:
+        if rollout is not None and rollout.is_held:
             self.pool.forget(rollout.key)
 
 

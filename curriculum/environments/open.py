@@ -16,6 +16,7 @@ from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.reply import ReplyFormat
 from isomorph.engine.model.text import ChatFormat, TextCodec
+from isomorph.engine.types import RunFailed
 
 MOST_FAILING = 20  # rows in succession on which an environment does not begin
 
@@ -24,9 +25,18 @@ class Environments:
     """What a recipe's ``[data.NAME]`` tables say of several turns. A context manager: leaving it ends the workers."""
 
     def __init__(
-        self, recipe: Recipe, *, log: Path | None = None, say: Callable[[str], None] = lambda sentence: None
+        self,
+        recipe: Recipe,
+        *,
+        log: Path | None = None,
+        say: Callable[[str], None] = lambda sentence: None,
+        is_alone: bool = True,
     ) -> None:
-        """``log``: the file that what environments print is appended to. ``say``: prints a warning."""
+        """``log``: the file that what environments print is appended to. ``say``: prints a warning.
+
+        ``is_alone``: there is one rank. Several must leave out the same rows, so that a late reset ends their run.
+        """
+        self.is_alone = is_alone
         self.seed = recipe.run.seed
         self.has_stop_strings = bool(recipe.stop_strings) or any(stage.sampling.stop for stage in recipe.stage)
         self.pool = EnvironmentPool(log=log, say=say)
@@ -87,6 +97,8 @@ class Environments:
             self.num_skipped += 1
             self._failing += 1
             sentence = f"data.{task.data}: environment {spec.environment} does not begin on a row: {outcome.failed}"
+            if (outcome.is_late or outcome.is_crash) and not self.is_alone:
+                raise RunFailed(f"{sentence}; several ranks cannot leave it out, because others may not have: mend it")
             if self._failing == MOST_FAILING:
                 raise UserError(f"{sentence}; nor on the {MOST_FAILING - 1} rows before it")
             if self.num_skipped == 1:

@@ -17,7 +17,9 @@ from isomorph.engine.drift import check_ends
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.packed_batch import Part, pack_parts
+from isomorph.engine.rollout import builtin
 from isomorph.engine.rollout.builtin import BuiltinSampler
+from isomorph.engine.rollout.turns import Conversations
 from isomorph.engine.serialise import join_scored, split_scored
 from isomorph.engine.types import Group, Prompt, Reply, Rollout, RunFailed, Sampling, ScoredRollouts, Scores
 from isomorph.engine.update.micro_batches import pack
@@ -172,6 +174,26 @@ def test_rollouts_do_not_depend_on_how_fast_environments_are(body: str) -> None:
             rollouts = sampler.generate(prompts, sampling, dialogue=Echo(delay_s=delay_s))
             drawn.append([(r.token_ids.tolist(), str(r.sampler_logprob), r.environment_reward) for r in rollouts])
     assert drawn[0] == drawn[1]
+
+
+def test_replies_may_be_taken_as_soon_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+
+    def untimed(dialogue: Echo, max_new_tok: int, *, is_timed: bool) -> Conversations:
+        return Conversations(dialogue, max_new_tok, is_timed=False)
+
+    monkeypatch.setattr(builtin, "Conversations", untimed)
+    policy, prompts, sampling = make_policy(), make_prompts(5, 2), make_sampling()
+    dialogue = Echo(delay_s=0.02)
+    rollouts = BuiltinSampler(policy, SamplerConfig(max_seqs=5)).generate(prompts, sampling, dialogue=dialogue)
+    check_ends(rollouts, sampling)
+    assert len(rollouts) == 8 and any(r.num_turns == 3 for r in rollouts) and not dialogue.open
+    size = sampling.samples_per_prompt
+    truth = [plain_logprob(policy, prompts[i // size], r, 1.0).float() for i, r in enumerate(rollouts)]
+    for rollout, logprob in zip(rollouts, truth, strict=True):
+        assert rollout.sampler_logprob is not None
+        own = rollout.sampler_logprob.isfinite()
+        torch.testing.assert_close(rollout.sampler_logprob[own], logprob[own], rtol=0, atol=2e-6)
 
 
 def test_what_does_not_fit_ends_the_rollout() -> None:
