@@ -154,6 +154,8 @@ def _open_components(
         RewardPool() as pool,
         _open_judge(recipe, curriculum, pool, log) as judge,
     ):
+        _start_workers(recipe, pool)
+        judge.start()  # before run.json, so that a start that is refused leaves nothing
         # after the sampler, which may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             shard(policy)
@@ -163,8 +165,6 @@ def _open_components(
             learner.restore(next((s for s in recipe.stage if s.name == state.stage), present), learned)
         if not resume and ranks.is_first:
             log.write_json("run.json", describe_run(recipe, policy, curriculum, ranks, log.telemetry))
-        _start_workers(recipe, pool)
-        judge.start()
         _say_what_to_know(recipe, policy, log, ranks)
         components = Components(
             policy=policy,

@@ -14,6 +14,7 @@ call, so that a resumed run gets the same rewards.
 import asyncio
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.util
 import io
@@ -27,6 +28,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -125,12 +127,14 @@ def load(where: str) -> Any:
         if not os.path.isfile(module_name):
             raise DoesNotFit("there is no such file")
         sys.path.insert(0, os.path.dirname(module_name))  # for files beside it
-        spec = importlib.util.spec_from_file_location(os.path.basename(module_name)[:-3], module_name)
+        # a name of its own: a file called json.py must not take the place of that module
+        unique = f"reward_file_{zlib.crc32(module_name.encode()):08x}_{os.path.basename(module_name)[:-3]}"
+        spec = importlib.util.spec_from_file_location(unique, module_name)
         assert spec is not None and spec.loader is not None
-        module = sys.modules.get(spec.name)
-        if module is None or getattr(module, "__file__", None) != module_name:
+        module = sys.modules.get(unique)
+        if module is None:
             module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # dataclasses and pickle look there
+            sys.modules[unique] = module  # dataclasses and pickle look there
             spec.loader.exec_module(module)
     else:
         try:
@@ -354,14 +358,18 @@ class _BoundedFile(io.RawIOBase):
     """Appends to a file, which several workers write, until it has MAX_LOG_BYTES."""
 
     def __init__(self, path: str) -> None:
-        self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self.is_full = False
+        self.path, self.is_full = path, False
+
+    @functools.cached_property
+    def handle(self) -> int:
+        """Made with the first print, so that a run that is refused leaves no file."""
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any, /) -> int:
-        if not self.is_full:
+        if len(data) and not self.is_full:
             room = MAX_LOG_BYTES - os.fstat(self.handle).st_size
             os.write(self.handle, bytes(data[: max(room, 0)]))
             if len(data) > room:

@@ -276,6 +276,15 @@ def test_a_failing_reward_ends_the_run_with_a_checkpoint_where_the_recipe_says_s
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_a_refused_function_is_one_sentence_and_leaves_no_folder(tmp_path: Path, warm_isomorph: list[str]) -> None:
+    files = {"json": "def reward(left, right):\n    pass\n"}  # the name of a module
+    done = train(warm_isomorph, write(tmp_path, '{ function = "json.py:reward" }', files))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: data.gsm.rewards: ")]) == 1
+    assert "json.py:reward: its parameters (left, right) fit none of" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 TWO = '{ function = "exact" }, { function = "numeric" }'
 
 
