@@ -26,7 +26,7 @@ from isomorph.curriculum.rewards.signature import Progress
 from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rewards.table_judge import TableJudge, rewarded_sources
 from isomorph.curriculum.rows.spec import ROWS
-from isomorph.curriculum.sources import tiny_vocabulary
+from isomorph.curriculum.sources import tiny_words
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.components import Components
@@ -241,8 +241,10 @@ def open_policy(recipe: Recipe) -> Policy:
     """Loads the recipe's model on this machine's device."""
     silence_loaders()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    words, seed = tiny_vocabulary(recipe), recipe.run.seed
-    return load_policy(recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora, tags=ANSWER_TAGS)
+    (words, notes), seed = tiny_words(recipe), recipe.run.seed
+    policy = load_policy(recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora, tags=ANSWER_TAGS)
+    policy.notes += notes
+    return policy
 
 
 @contextlib.contextmanager

@@ -79,9 +79,14 @@ def tiny_vocabulary(recipe: Recipe) -> list[str]:
     All words of generated tasks; of files the most frequent ones of their training rows, ``model.tiny.max_words`` in
     all. Sorted where all tasks are generated, else by how often they occur.
     """
+    return tiny_words(recipe)[0]
+
+
+def tiny_words(recipe: Recipe) -> tuple[list[str], tuple[str, ...]]:
+    """``tiny_vocabulary``, and a sentence where it lacks words of the training rows."""
     tiny = recipe.model.tiny
     if tiny is None or tiny.tokenizer == "bytes":
-        return []
+        return [], ()
     words: set[str] = set()
     counts: Counter[str] = Counter()
     for name, data in recipe.data.items():
@@ -91,10 +96,19 @@ def tiny_vocabulary(recipe: Recipe) -> list[str]:
             for text in _texts(data, name):
                 counts.update(re.findall(WORD, text))
     if not counts:
-        return sorted(words)
+        return sorted(words), ()
     words |= set(ANSWER_TAGS)
     frequent = sorted(counts.keys() - words, key=lambda word: (-counts[word], word))
-    return sorted(words) + frequent[: max(0, tiny.max_words - len(words))]
+    num_kept = max(0, tiny.max_words - len(words))
+    unknown = frequent[num_kept:]
+    notes = ()
+    if unknown:
+        share = sum(counts[word] for word in unknown) / counts.total()
+        notes = (
+            f"the tiny model reads {len(unknown):,} words of the training rows as [UNK], {share:.1%} of their text: "
+            f'raise model.tiny.max_words, or set model.tiny.tokenizer = "bytes"',
+        )
+    return sorted(words) + frequent[:num_kept], notes
 
 
 def _texts(data: JsonlData | RowsData | ReasoningGymData, name: str) -> Iterator[str]:

@@ -70,6 +70,9 @@ class LineRows:
             found, end = _decode(text) if text[0] == "{" else (json.loads(text), len(text))
             if end != len(text) and not text[end:].isspace():
                 json.loads(text)  # raises, and says where
+        except json.JSONDecodeError as error:
+            where = f"{error.msg}, column {error.colno}"
+            raise DataError(f"{self.place(index)}: must be a JSON object in UTF-8: {where}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.place(index)}: must be a JSON object in UTF-8: {error}") from error
         if not isinstance(found, dict):

@@ -74,3 +74,34 @@ def test_the_same_rows_elsewhere_are_the_same(tmp_path: Path) -> None:
         (tmp_path / name).write_text("one\n")
     first, moved = (recipe_of(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
     assert changed_files(describe_files(first), moved) == []
+
+
+def test_files_of_rows_are_recorded_with_the_run(tmp_path: Path) -> None:
+    """Rows, their files for evaluation, the chat template and the files of rewards; not a hub dataset."""
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a"}\n')
+    for name in ("chat.jinja", "score.py"):
+        (tmp_path / name).write_text(name)
+    table = {"kind": "rows", "rewards": [{"function": "score.py:right"}, {"function": "exact"}]}
+    here = {**table, "path": ".", "split": "train", "eval_split": "test", "chat_template": "chat.jinja"}
+    tables = {
+        "model": {"tiny": {"tokenizer": "bytes"}},
+        "data": {"rows": here, "hub": {**table, "path": "hub:a/b", "eval_share": 0.5}},
+        "stage": [{"name": "only", "steps": 1, "mixture": [{"data": name} for name in ("rows", "hub")]}],
+        "eval": {"data": "rows", "representations": ["natural"]},
+    }
+    recipe = located(check_tables(tables, Recipe, where="test", folder=tmp_path))
+    assert recipe.data["hub"].path == "hub:a/b"  # type: ignore[union-attr]
+    recorded = describe_files(recipe)
+    assert {Path(file["path"]).name for file in recorded.values()} == {
+        *("train-0.jsonl", "train-1.jsonl", "test.jsonl", "chat.jinja", "score.py")
+    }
+    (tmp_path / "train-1.jsonl").write_text('{"prompt": "b"}\n')
+    (tmp_path / "train-2.jsonl").write_text('{"prompt": "c"}\n')
+    changed = changed_files(recorded, recipe)
+    assert changed == [
+        f"{tmp_path / 'train-1.jsonl'} has changed since the run began",
+        f"{tmp_path / 'train-2.jsonl'} did not exist when the run began",
+    ]
+    (tmp_path / "train-1.jsonl").unlink()
+    assert f"{tmp_path / 'train-1.jsonl'} no longer exists" in changed_files(recorded, recipe)

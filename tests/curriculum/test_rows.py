@@ -26,7 +26,7 @@ from isomorph.curriculum.rows.order import mixed, shuffled
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.rows.table import training_rows
-from isomorph.curriculum.sources import tiny_vocabulary
+from isomorph.curriculum.sources import tiny_words
 from isomorph.curriculum.stage import Curriculum
 from isomorph.curriculum.tasks.task import DataError, Task
 from isomorph.engine.config import TinyModel, UserError
@@ -324,7 +324,7 @@ def test_a_broken_line_in_the_middle_names_its_line(tmp_path: Path) -> None:
     rows = [json.dumps(row) for row in gsm8k(3000)]
     file = tmp_path / "rows.jsonl"
     for bad, said in (
-        ('{"question": "half', "line 1501: must be a JSON object in UTF-8"),
+        ('{"question": "half', "line 1501: must be a JSON object in UTF-8: Unterminated string starting at, column 14"),
         ("[1]", "line 1501: must be a JSON object, is list"),
         ('{"question": "\\ud800 x"}', "line 1501: holds half a surrogate pair"),
         ('{"answer": "1"}', "line 1501: must have the column question, has answer"),
@@ -456,7 +456,7 @@ def test_a_tiny_model_reads_the_words_of_its_training_rows_or_bytes(tmp_path: Pa
     (tmp_path / "run.toml").write_text(RECIPE.format(path="rows.jsonl"))
     settings = ["model.tiny.tokenizer=words", "model.tiny.max_words=30"]
     recipe = located(load_recipe(tmp_path / "run.toml", settings, Recipe))
-    words = tiny_vocabulary(recipe)
+    words, notes = tiny_words(recipe)
     assert len(words) == 30 and words[:2] == ["</answer>", "<answer>"]
     data = recipe.data["gsm8k"]
     assert isinstance(data, RowsData)
@@ -466,6 +466,9 @@ def test_a_tiny_model_reads_the_words_of_its_training_rows_or_bytes(tmp_path: Pa
         row = parts.side.rows.row(int(i))
         counts.update(re.findall(WORD, f"{row['question']} Then ####. {row['answer']}"))
     assert sorted(counts.values(), reverse=True)[:28] == [counts[word] for word in words[2:]]
+    lost = [count for word, count in counts.items() if word not in words]
+    share = sum(lost) / sum(counts.values())
+    assert notes[0].startswith(f"the tiny model reads {len(lost)} words of the training rows as [UNK], {share:.1%} of")
     text, positions = read_text(recipe.model, words)
     assert positions == recipe.model.tiny.max_model_len  # type: ignore[union-attr]
     unknown = {word for word in counts if word not in words}
