@@ -101,7 +101,7 @@ def tiny_words(recipe: Recipe) -> tuple[list[str], tuple[str, ...]]:
     frequent = sorted(counts.keys() - words, key=lambda word: (-counts[word], word))
     num_kept = max(0, tiny.max_words - len(words))
     unknown = frequent[num_kept:]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if unknown:
         share = sum(counts[word] for word in unknown) / counts.total()
         notes = (
