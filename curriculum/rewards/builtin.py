@@ -15,7 +15,6 @@ from fractions import Fraction
 from isomorph.curriculum.rewards.answer import Answer, answer_text, last_answer, stated_answer
 from isomorph.curriculum.rewards.families import FAMILIES, function
 
-HERE = "isomorph.curriculum.rewards.builtin"
 MAX_ANSWER_CHARS = 2_000  # longer ones are wrong, where a library reads them
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s{0,2}/\s{0,2}\d[\d,]*)?", re.ASCII

@@ -29,6 +29,9 @@ _VERL = {"data_source", "solution_str", "ground_truth", "extra_info"}
 _VERL_BATCH = {f"{name}s" for name in _VERL}
 
 
+OURS = "isomorph.curriculum.rewards.builtin"  # the module of the functions that a recipe names without a file
+
+
 class DoesNotFit(ValueError):
     """The function cannot be used; the message says why."""
 
@@ -245,4 +248,18 @@ _ANY_VERL = RewardFunction(
     takes_any=True,
     is_async=False,
     wants_messages=None,
+)
+
+# one of our functions is tried on it before the first response: it refuses wrong arguments, and imports what it needs
+TRIAL = GroupInput(
+    prompt="",
+    messages=None,
+    gold="1",
+    row={},
+    data="",
+    texts=("<answer>1</answer>",),
+    finish=("stop",),
+    num_tok=(1,),
+    token_ids=((1,),),
+    seed=0,
 )

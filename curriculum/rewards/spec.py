@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from isomorph.curriculum.rewards.builtin import BUILTINS, HERE
+from isomorph.curriculum.rewards.builtin import BUILTINS
+from isomorph.curriculum.rewards.signature import OURS
 from isomorph.engine.config import Section, Stage
 from isomorph.engine.effect import KeyPath
 
@@ -48,7 +49,7 @@ class RewardEntry(Section):
     @property
     def place(self) -> str:
         """``file.py:name`` or ``package.module:name``, also of one of our functions."""
-        return self.function if ":" in self.function else f"{HERE}:{BUILTINS[self.function].function}"
+        return self.function if ":" in self.function else f"{OURS}:{BUILTINS[self.function].function}"
 
     @field_validator("function")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any, Self
 from isomorph.curriculum.rewards.builtin import BUILTINS
 from isomorph.curriculum.rewards.code_pool import CodePool
 from isomorph.curriculum.rewards.pool import RewardPool
-from isomorph.curriculum.rewards.signature import DoesNotFit, GroupInput, Progress, RewardFunction, classify
+from isomorph.curriculum.rewards.signature import TRIAL, DoesNotFit, GroupInput, Progress, RewardFunction, classify
 from isomorph.curriculum.rewards.spec import RewardEntry, RewardTable
 from isomorph.curriculum.rewards.worker import Call, Fault, Place, Result, called, load
 from isomorph.curriculum.rows.spec import ROWS
@@ -144,7 +144,7 @@ class TableJudge:
             raise UserError(f"data.{name}.rewards: {each.entry.function} {error}") from None
         each.is_for_group, each.wants_token_ids = each.here.is_for_group, each.here.wants_token_ids
         response = None if each.is_for_group else 0
-        (tried,) = called(each.here, _TRIAL, response, Progress(step=0, max_steps=0), None)
+        (tried,) = called(each.here, TRIAL, response, Progress(step=0, max_steps=0), None)
         if isinstance(tried, Fault):
             raise UserError(f"data.{name}.rewards: {each.entry.function}: {one_line(tried.sentence)}")
 
@@ -334,17 +334,3 @@ def _given(
         seed=zlib.crc32(f"{judge.seed}:{prompts[start].prompt_id}".encode()),
     )
     return _Given(task=task, rollouts=own, group=group)
-
-
-_TRIAL = GroupInput(
-    prompt="",
-    messages=None,
-    gold="1",
-    row={},
-    data="",
-    texts=("",),
-    finish=("stop",),
-    num_tok=(0,),
-    token_ids=((),),
-    seed=0,
-)

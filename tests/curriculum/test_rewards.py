@@ -142,8 +142,8 @@ def test_rows_of_verl_bring_their_own_ground_truth() -> None:
         ("nan", ["1"], ["nan"], "must return a finite number, got nan"),
         ("raises", ["1", "7", "8", "17"], ["value", "error", "value", "error"], "bad.py, line 21, in raises: ValueErr"),
         ("too_few", ["1", "2"], ["error", "error"], "one reward for each of 2 responses, got 1"),
-        ("hangs", ["1", "3", "4"], ["value", "deadline", "value"], "must return within 0.5 s"),
-        ("waits", ["1", "3", "4", "13"], ["value", "deadline", "value", "deadline"], "must return within 0.5 s"),
+        ("hangs", ["1", "3", "4"], ["value", "deadline", "value"], "must return within 1 s"),
+        ("waits", ["1", "3", "4", "13"], ["value", "deadline", "value", "deadline"], "must return within 1 s"),
         ("hangs_and_catches_all", ["1", "3", "4"], ["value", "deadline", "value"], "its process was killed"),
         ("exits", ["4", "5", "6"], ["value", "error", "value"], "ended the process that called it (exit code 3)"),
         ("leaves", ["1"], ["error"], "SystemExit: I have had enough"),
@@ -152,7 +152,7 @@ def test_rows_of_verl_bring_their_own_ground_truth() -> None:
 def test_what_a_function_does_wrong_costs_the_response_alone(
     function: str, texts: list[str], outcomes: list[str], sentence: str
 ) -> None:
-    asked = Asked(entry(f"bad.py:{function}"), deadline_s=0.5)
+    asked = Asked(entry(f"bad.py:{function}"), deadline_s=1.0)
     scores = asked(texts)
     assert list(scores.outcomes[function]) == outcomes
     assert list(scores.rewards) == [float(outcome == "value") for outcome in outcomes]
@@ -218,6 +218,10 @@ def test_unknown_names_and_arguments_are_refused_in_the_recipe() -> None:
         RewardTable(rewards=(entry("exact"), entry("exact")))
     with pytest.raises(UserError, match="numeric takes no argument 'tolerans'"):
         Asked(entry("numeric", arguments={"tolerans": 1}))(["1"])
+    with pytest.raises(UserError, match="builtin:formatted: .*missing \\), unterminated"):
+        Asked(entry("formatted", arguments={"pattern": "("}))(["1"])
+    with pytest.raises(UserError, match="cosine: .*of must be one of exact, numeric"):
+        Asked(entry("cosine", arguments={"max_tok": 5, "of": "math"}))(["1"])
 
 
 def test_rewards_are_combined_and_those_that_do_not_apply_left_out() -> None:
