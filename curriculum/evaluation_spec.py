@@ -79,6 +79,12 @@ def label_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def place_of(label: str) -> str:
+    """The label in words: ``step 20``, or a stage's name."""
+    step = step_of(label)
+    return label if step is None else f"step {step}"
+
+
 def step_of(label: str) -> int | None:
     """The step of a label that ``label_of`` made; None for another label."""
     found = re.fullmatch(r"step-(\d{8,})", label)

@@ -13,7 +13,7 @@ from typing import Any
 from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.evaluation import evaluation_keys, evaluation_tasks, sequential_baseline
 from isomorph.curriculum.evaluation_results import results_by_key, results_record, row_keys, row_values
-from isomorph.curriculum.evaluation_spec import START, label_of
+from isomorph.curriculum.evaluation_spec import START, label_of, place_of
 from isomorph.curriculum.lengths import LengthLimits
 from isomorph.curriculum.recipe import GeneratedData, Ingredient, Mastery, Plateau, Recipe, StageRecipe
 from isomorph.curriculum.sources import as_prompt, open_sources
@@ -137,7 +137,8 @@ class Curriculum:
         )
         best_by = self.recipe.eval.keep_best
         return EvaluationRecord(
-            line=f"eval after {request.label}: " + "  ".join(f"{key} {result}" for key, result in results.items()),
+            line=f"eval after {place_of(request.label)}: "
+            + "  ".join(f"{key} {result}" for key, result in results.items()),
             values=row_values(self._evaluation_keys, results, of_sets),
             best_by=best_by or "",
             score=of_sets[best_by].accuracy.rate if best_by else math.nan,

@@ -16,6 +16,7 @@ from rich.table import Table
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.environment import check_backends
+from isomorph.curriculum.evaluation_spec import place_of
 from isomorph.curriculum.named_recipes import recipe_path
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
@@ -173,6 +174,9 @@ def _print_result(summary: dict[str, Any], folder: Path, out: Console) -> None:
     _print_summary(summary, out)
     _print_phases(folder, out)
     out.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
+    if best := summary.get("best"):
+        where = f"by {best['set']}, {best['score']:.1%} after {place_of(best['label'])}"
+        out.print(f"best model {where}: {folder / 'best' / 'model'}", highlight=False, soft_wrap=True)
     out.print(f"summary: {folder / 'summary.json'}", highlight=False, soft_wrap=True)
     out.print(f"report: {folder / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -78,7 +78,7 @@ def test_evaluations_fall_every_so_many_steps_and_at_the_boundaries_once(evaluat
     folder, printed = evaluated
     done = summary_of(folder)["exams"]
     assert [(one["label"], one["step"]) for one in done] == list(zip(LABELS, [2, 4, 5, 6, 8, 10, 11], strict=True))
-    assert printed.count("eval after ") == 7 and "eval after step-00000006: plans:natural " in printed
+    assert printed.count("eval after ") == 7 and "eval after step 6: plans:natural " in printed
     names = sorted(path.stem for path in (folder / "completions").glob("exam-*.jsonl"))
     assert names == sorted(f"exam-{label}" for label in LABELS)
 
