@@ -20,8 +20,10 @@ class ArrowRows:
     """The rows of an Arrow table, with values as JSON has them."""
 
     def __init__(self, table: Any, path: str | Path) -> None:
-        """Raises DataError for a table without rows."""
+        """Raises DataError for a table without rows, or with two columns of one name."""
         self.path, self.columns = path, tuple(table.column_names)
+        if twice := [name for name in self.columns if self.columns.count(name) > 1]:
+            raise DataError(f"{path}: columns must have different names, two are called {twice[0]!r}")
         self._table = table
         self._batches = [batch for batch in table.to_batches() if len(batch)]
         self._starts = [0]

@@ -18,9 +18,9 @@ WORD_ROWS = 50_000  # training rows whose words make a tiny model's vocabulary
 class Side:
     """Rows with one renderer: which label each has, and which have equal prompts."""
 
-    def __init__(self, rows: Rows, data: RowsData, name: str) -> None:
+    def __init__(self, rows: Rows, data: RowsData, name: str, note: str = "") -> None:
         """Reads every row, so that a broken one is known before the first step. Raises UserError and DataError."""
-        self.rows, self.render = rows, Renderer(data, rows.columns, name)
+        self.rows, self.render = rows, Renderer(data, rows.columns, name, note)
         self.labels: list[str] = []
         self.keys = np.empty(len(rows), np.int64)  # equal for equal prompts
         self.label_of = np.empty(len(rows), np.int16)
@@ -65,7 +65,7 @@ class Dataset:
         self.data, self.name = data, name
         self.side = self.eval_side = Side(training_rows(data), data, name)
         if data.has_eval_rows:
-            self.eval_side = Side(evaluation_rows(data), data, name)
+            self.eval_side = Side(evaluation_rows(data), data, name, ", rows for evaluation")
             for_training, for_evaluation = np.arange(len(self.side.rows)), np.arange(len(self.eval_side.rows))
         else:
             for_training, for_evaluation = self._divided()

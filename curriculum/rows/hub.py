@@ -45,11 +45,13 @@ def read_hub(name: str, subset: str | None, split: str | None) -> ArrowRows:
 def _refuse_unknown(name: str) -> str | None:
     """None where the hub has the dataset; the reason where it cannot be reached. Raises UserError where it has not."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     error = _error_of_hub(name)
+    if isinstance(error, HFValidationError):
+        raise UserError(f"hub:{name}: must be the name of a dataset of the hub, OWNER/NAME")
     if isinstance(error, GatedRepoError):
         raise UserError(
             f"hub:{name}: the dataset asks for its conditions to be accepted: accept them on its page, then log in: "

@@ -18,12 +18,15 @@ class Renderer:
     ``shown`` are the messages before every question: the system prompt and the examples.
     """
 
-    def __init__(self, data: RowsData, columns: Sequence[str], name: str) -> None:
-        """Raises UserError for a column that is not there, or a template that cannot be read."""
+    def __init__(self, data: RowsData, columns: Sequence[str], name: str, note: str = "") -> None:
+        """``note``: which rows they are, for messages.
+
+        Raises UserError for a column that is not there, or a template that cannot be read.
+        """
 
         def source(key: str) -> Source | None:
             text = getattr(data, key)
-            return None if text is None else Source(text, columns, f"data.{name}.{key}")
+            return None if text is None else Source(text, columns, f"data.{name}.{key}{note}")
 
         self._data, self._name = data, name
         prompt = source("prompt")

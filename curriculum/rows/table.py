@@ -111,9 +111,8 @@ def _files_in(folder: Path, split: str | None) -> list[Path]:
         if split not in splits:
             raise UserError(f"{folder}: split must be one of {', '.join(splits)}, got {split!r}")
         return _files_in(folder / split, None)
-    if (folder / "state.json").is_file():
-        names = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        return [folder / name["filename"] for name in names]
+    if saved := _files_saved_in(folder):
+        return saved
     known = sorted(file for file in folder.rglob("*") if file.suffix in (*OF_JSON, *OF_ARROW) and file.is_file())
     found = [file for file in known if split is None or _is_of(file, folder, split)]
     listed = ", ".join(str(file.relative_to(folder)) for file in known[:NUM_NAMED]) or "nothing else"
@@ -124,6 +123,15 @@ def _files_in(folder: Path, split: str | None) -> list[Path]:
     if mixed == {True, False}:
         raise UserError(f'{folder}: name a split, for example split = "train"; it holds {listed}')
     return found
+
+
+def _files_saved_in(folder: Path) -> list[Path]:
+    """The files of a dataset that ``datasets`` saved there; [] where it saved none."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError):  # no such file, or one of something else
+        return []
 
 
 def _is_of(file: Path, folder: Path, split: str) -> bool:

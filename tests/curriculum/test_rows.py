@@ -320,6 +320,21 @@ def test_a_wrong_key_is_one_sentence(tmp_path: Path, keys: dict[str, Any], said:
         source(lines(tmp_path, gsm8k(20)), **keys)
 
 
+def test_what_is_no_data_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "twice.csv").write_text("prompt,a,a\n1,2,3\n")
+    with pytest.raises(DataError, match="twice.csv: columns must have different names, two are called 'a'"):
+        source(tmp_path / "twice.csv")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "state.json").write_text("[]")  # of a program that is not datasets
+    with pytest.raises(DataError, match="state.json: must hold at least one row"):
+        source(tmp_path / "more")
+    file, other = lines(tmp_path, gsm8k(20)), lines(tmp_path, [{"question": "a"}], "test.jsonl")
+    with pytest.raises(UserError, match="data.mine.answer, rows for evaluation: there is no column 'answer'; the col"):
+        source(file, prompt="question", answer="answer", eval_path=str(other))
+    with pytest.raises(UserError, match="hub:a b: must be the name of a dataset of the hub, OWNER/NAME"):
+        source("hub:a b")
+
+
 def test_a_broken_line_in_the_middle_names_its_line(tmp_path: Path) -> None:
     rows = [json.dumps(row) for row in gsm8k(3000)]
     file = tmp_path / "rows.jsonl"
