@@ -139,15 +139,18 @@ def evaluate_tasks(
     asked: Asked,
     samplings: Sequence[Sampling],
     dialogue: Dialogue | None = None,
+    *,
+    num_before: int = 0,
 ) -> ModelScore:
     """Samples responses to all tasks by each of ``samplings``, greedy first, and scores them.
 
-    ``dialogue``: replies to responses in several turns.
+    ``dialogue``: replies to responses in several turns. ``num_before``: tasks that the same evaluation asks before
+    these; prompts are numbered as in a run's evaluations, and sampling noise is seeded by the numbers.
 
     Raises UserError where the tokenizer does not know the questions' words.
     """
     tasks = asked.tasks
-    prompts = [as_prompt(-1 - i, task, policy.text) for i, task in enumerate(tasks)]  # as in a run's evaluations
+    prompts = [as_prompt(-1 - i, task, policy.text) for i, task in enumerate(tasks, num_before)]
     _refuse_unreadable(prompts, policy.text)
     answers: list[Answers] = []
     rollouts: list[Rollout] = []

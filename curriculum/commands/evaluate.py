@@ -148,13 +148,18 @@ def _evaluated(
     policy = _opened(candidate, say)
     greedy, *sampled = samplings = _samplings(policy, recipe, options)
     check_stop_strings(greedy.stop, policy.text)
-    most, scores = greedy.max_new_tok, []
+    most = greedy.max_new_tok
+    scores: list[ModelScore] = []
     with open_exam(policy, recipe, options.wanted, prompts=options.prompts, max_new_tok=most, say=say) as exam:
         for one in asked or exam.asked:
             refuse_long(policy, one, most)
         with _open_sampler(policy, asked or exam.asked, most, recipe, options) as sampler:
             for one in asked or exam.asked:
-                scores.append(evaluate_tasks(policy, sampler, exam.judge, one, samplings, exam.dialogue))
+                num_before = sum(len(score.asked.tasks) for score in scores)
+                score = evaluate_tasks(
+                    policy, sampler, exam.judge, one, samplings, exam.dialogue, num_before=num_before
+                )
+                scores.append(score)
                 say(f"{one.key} {scores[-1].result}")
                 if scores[-1].warning:
                     say(scores[-1].warning)

@@ -117,6 +117,7 @@ def test_a_run_on_rows_is_evaluated_as_it_was_in_training(summary: tuple[Path, d
     assert [score["data"] for score in model["results"]] == list(last["accuracy"])
     for score in model["results"]:
         assert score["correct"] == last["accuracy"][score["data"]]["correct"]
+        assert score["avg@2"] == last["sampled"][score["data"]]["avg@2"]
         assert score["reward"] == pytest.approx(last["reward"][score["data"]]) and score["no_answer"] is None
     chosen = evaluate_targets([str(folder)], Options(wanted=("hard", "sums:small")), say=lambda line: None)["models"]
     assert [score["data"] for score in chosen[0]["results"]] == ["hard:large", "sums:small"]
