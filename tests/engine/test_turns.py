@@ -166,12 +166,13 @@ def test_log_probabilities_of_three_turns_are_those_of_a_plain_forward(temperatu
 
 @pytest.mark.parametrize("body", ["native", "reference"])
 def test_rollouts_do_not_depend_on_how_fast_environments_are(body: str) -> None:
-    policy, prompts, sampling = make_policy(torch.float32), make_prompts(5, 3), make_sampling()
+    policy, prompts, sampling = make_policy(torch.float32), make_prompts(5, 3), make_sampling(max_new_tok=24, samples=3)
     drawn = []
     with backend.using(f"decode_attention={body}"):
         for delay_s in (0.0, 0.02):
             sampler = BuiltinSampler(policy, SamplerConfig(max_seqs=3))
             rollouts = sampler.generate(prompts, sampling, dialogue=Echo(delay_s=delay_s))
+            assert any(r.num_turns > 1 for r in rollouts)
             drawn.append([(r.token_ids.tolist(), str(r.sampler_logprob), r.environment_reward) for r in rollouts])
     assert drawn[0] == drawn[1]
 
