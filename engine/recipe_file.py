@@ -196,7 +196,10 @@ def _is_renamed(name: str, defaults: dict[str, Any], own: dict[str, Any]) -> boo
 
 def _explain(schema: type[BaseModel], tables: dict[str, Any], defect: Any, inside: str) -> str:
     loc = defect["loc"]
-    where = ".".join([inside] * bool(inside) + _as_written(tables, loc)) or "recipe"
+    # of a table that is told apart by its kind, pydantic names the kind, too
+    given = defect["input"]
+    is_of_kind = defect["type"] == "value_error" and isinstance(given, dict) and loc[-1:] == (given.get("kind"),)
+    where = ".".join([inside] * bool(inside) + _as_written(tables, loc[:-1] if is_of_kind else loc)) or "recipe"
     if defect["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(schema, loc)}"
     if defect["type"] == "missing":

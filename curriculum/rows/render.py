@@ -131,7 +131,7 @@ class Renderer:
         return value
 
 
-def refuse_unknown_label(wanted: str, known: Sequence[str], name: str) -> None:
-    """Raises UserError where ``wanted`` is none of the labels of [data.NAME]."""
+def refuse_unknown_label(wanted: str, known: Sequence[str], name: str, purpose: str) -> None:
+    """Raises UserError where ``wanted`` is none of the labels that [data.NAME] has for this purpose."""
     if wanted not in known:
-        raise UserError(f"data {name!r} has no representation {wanted!r}, only {', '.join(known)}")
+        raise UserError(f"data {name!r} has no row for {purpose} of representation {wanted!r}, only {', '.join(known)}")

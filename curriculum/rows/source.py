@@ -28,7 +28,7 @@ class RowsSource:
 
     def __init__(self, data: RowsData, text: TextCodec, name: str, limits: LengthLimits | None = None) -> None:
         """Adds the data's chat format to ``text``. Raises UserError and DataError."""
-        text.add_format(name, _format(data, name))
+        _add_format(text, data, name)
         self.dataset = Dataset(data, name)
         self._data, self._text, self._name, self._limits = data, text, name, limits
         self.columns = self.dataset.side.rows.columns
@@ -59,7 +59,7 @@ class RowsSource:
 
         Each epoch is a permutation of the training rows, seeded with (seed, representation, epoch).
         """
-        refuse_unknown_label(representation, tuple(self.dataset.training), self._name)
+        refuse_unknown_label(representation, tuple(self.dataset.training), self._name, "training")
         rows = self.dataset.training[representation]
         for at in range(position, position + len(rows) + 1):
             epoch, inside = divmod(at, len(rows))
@@ -75,7 +75,7 @@ class RowsSource:
 
     def held_out_tasks(self, representation: str, num_tasks: int) -> list[Task]:
         """The first ``num_tasks`` tasks for evaluation that fit, always the same ones."""
-        refuse_unknown_label(representation, tuple(self.dataset.held_out), self._name)
+        refuse_unknown_label(representation, tuple(self.dataset.held_out), self._name, "evaluation")
         found: list[Task] = []
         for index in map(int, self.dataset.held_out[representation]):
             if len(found) == num_tasks:
@@ -143,11 +143,13 @@ def _unmeasured(side: Side) -> np.ndarray:
     return np.zeros(len(side.rows), np.uint8)
 
 
-def _format(data: RowsData, name: str) -> ChatFormat:
-    if data.chat_template is None:
-        return ChatFormat(arguments=data.chat_arguments)
+def _add_format(text: TextCodec, data: RowsData, name: str) -> None:
+    template = None
     try:
-        template = Path(data.chat_template).read_text(encoding="utf-8")
+        if data.chat_template is not None:
+            template = Path(data.chat_template).read_text(encoding="utf-8")
+        text.add_format(name, ChatFormat(template=template, arguments=data.chat_arguments))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.{name}.chat_template: must be a readable file: {error}") from error
-    return ChatFormat(template=template, arguments=data.chat_arguments)
+    except UserError as error:
+        raise UserError(f"data.{name}: {error}") from error

@@ -429,6 +429,9 @@ def test_the_command_says_one_sentence_before_the_first_step(
         ("prompt={question} {hint}", "there is no column 'hint'"),
         ("representation_column=kind", "there is no column 'kind'"),
         ("max_prompt_tok=3", "no natural row fits"),
+        ("representation_column=answer", "data 'gsm8k' has no row for training of representation 'natural', only "),
+        ("chat_arguments={ a = 1 }", "error: data.gsm8k: chat_arguments are for a chat template"),
+        ("subset=main", "run.toml: data.gsm8k: subset is of a hub dataset"),
         ("promt=question", "unknown key; did you mean 'prompt'?"),
     ):
         argv = ["isomorph", "train", str(tmp_path / "run.toml"), f"data.gsm8k.{override}"]
