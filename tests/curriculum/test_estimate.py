@@ -13,12 +13,12 @@ from isomorph.engine.recipe_file import check_tables
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
 
 
-def recipe(model: dict[str, Any], **data: Any) -> Recipe:
+def recipe(model: dict[str, Any], form: str = "graph", **data: Any) -> Recipe:
     tables = {
         "model": model,
         "data": {"plans": {"kind": "async_plan", **data}},
-        "stage": [{"name": "rl", "steps": 1, "mixture": [{"data": "plans", "representation": "graph"}]}],
-        "eval": {"data": "plans", "representations": ["graph"]},
+        "stage": [{"name": "rl", "steps": 1, "mixture": [{"data": "plans", "representation": form}]}],
+        "eval": {"data": "plans", "representations": [form]},
     }
     return check_tables(tables, Recipe, where="test")
 
@@ -32,6 +32,7 @@ def test_a_tiny_model_is_not_estimated_on_data_that_it_cannot_read() -> None:
     tables = recipe({"tiny": {}}, difficulty={"form": "terse", "demonstration": "compact"})
     planned = plan_recipe(tables, "h200", None, 1)
     assert planned["model"]["num_parameters"] < 1e8
-    rows = {"kind": "jsonl", "family": "math", "files": {"graph": "rows.jsonl"}}
-    with pytest.raises(UserError, match="a vocabulary for generated tasks only"):
-        plan_recipe(recipe({"tiny": {}}, **rows), "h200", None, 1)
+    pytest.importorskip("reasoning_gym")
+    rows = {"kind": "reasoning_gym", "tasks": {"chain_sum": {}}}
+    with pytest.raises(UserError, match="words of data.plans are not known before they are generated: set model.tiny"):
+        plan_recipe(recipe({"tiny": {}}, "chain_sum", **rows), "h200", None, 1)
