@@ -47,7 +47,8 @@ def show_comparison(results: dict[str, Any], console: Console) -> None:
     has_rewards = any(_has_rewards(model["results"]) for model in models)
     columns = ["data", "model", "accuracy", "95 % interval", *(["reward"] if has_rewards else []), *means]
     for column in (*columns, "difference, points", "p"):
-        table.add_column(column, justify="left" if column in ("data", "model") else "right")
+        is_name = column in ("data", "model")  # in a narrow terminal names are broken, not cut
+        table.add_column(column, justify="left" if is_name else "right", overflow="fold" if is_name else "ellipsis")
     for i in range(len(models[0]["results"])):
         for j, model in enumerate(models):
             score = model["results"][i]

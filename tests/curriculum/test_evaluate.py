@@ -241,6 +241,9 @@ def test_several_models_are_compared_on_the_same_questions(finished_run: Path) -
     show_comparison(found, Console(file=out, width=220))
     parts = ("2 models, greedy, 2 samples at 1", "difference, points", "exact McNemar", "plans:graph", "stage-warm-up")
     assert [part for part in parts if part not in out.getvalue()] == []
+    narrow = io.StringIO()
+    show_comparison(found, Console(file=narrow, width=70))
+    assert "…" not in narrow.getvalue().replace("┃", "").split("┡")[1]  # no model's name is cut
 
 
 def test_a_recipe_says_what_a_model_is_asked(finished_run: Path) -> None:
