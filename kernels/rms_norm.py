@@ -92,7 +92,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     _check(x, weight_D)
     if not takes_triton(x, weight_D):
         return rms_norm_ref(x, weight_D, eps)
-    y_ND, _ = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight_D, eps)
+    y_ND, _ = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight_D.contiguous(), eps)
     return y_ND.view(x.shape)
 
 
@@ -102,5 +102,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     if not takes_triton(x, weight_D):
         return add_rms_norm_ref(x, residual, weight_D, eps)
     flat, flat_residual = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, residual))
-    y_ND, total_ND = _RMSNorm.apply(flat, flat_residual, weight_D, eps)
+    y_ND, total_ND = _RMSNorm.apply(flat, flat_residual, weight_D.contiguous(), eps)
     return y_ND.view(x.shape), total_ND.view(x.shape)

@@ -27,7 +27,10 @@ from isomorph.kernels.linear_logprob import (
 from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
 from isomorph.kernels.packed_layout import PackedLayout
 from isomorph.kernels.packing import take_ragged, take_ragged_ref
+from isomorph.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from isomorph.kernels.rotary import rotary, rotary_ref
 from isomorph.kernels.sample_token import sample_token, sample_token_ref
+from isomorph.kernels.swiglu import swiglu, swiglu_ref
 from isomorph.kernels.token_logprob import token_logprob, token_logprob_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,6 +73,16 @@ def _decode(op: Callable[..., object]) -> Callable[..., object]:
     )
 
 
+def _norm(op: Callable[..., object]) -> Callable[..., object]:
+    return lambda *operands: op(*operands, 1e-5)
+
+
+def _rotary(op: Callable[..., object]) -> Callable[..., object]:
+    """Cosines and sines are constants, here every second column of wider ones."""
+    angle = _floats(6, 16)
+    return lambda q, k: op(q, k, *(f(angle).to(q)[:, ::2] for f in (torch.cos, torch.sin)))
+
+
 def _groups(op: Callable[..., object]) -> Callable[..., object]:
     return lambda reward: op(reward, torch.tensor([0, 3, 5, 9], device=reward.device))
 
@@ -85,6 +98,14 @@ def _ragged(op: Callable[..., object]) -> Callable[..., object]:
 _KV = [_floats(4, 2, 7, 8), _floats(4, 2, 7, 8) + 1, _ints(4, 6), _ints(8, 6)]
 CASES: dict[str, Case] = {
     "linear": (linear, linear_ref, [_floats(9, 16), _floats(12, 16), _floats(12)]),
+    "rms_norm": (_norm(rms_norm), _norm(rms_norm_ref), [_floats(6, 24), _floats(24)]),
+    "rms_norm of a sum": (
+        _norm(add_rms_norm),
+        _norm(add_rms_norm_ref),
+        [_floats(6, 24), _floats(6, 24) + 1, _floats(24)],
+    ),
+    "swiglu": (swiglu, swiglu_ref, [_floats(6, 24), _floats(6, 24) + 1]),
+    "rotary": (_rotary(rotary), _rotary(rotary_ref), [_floats(6, 4, 8), _floats(6, 2, 8)]),
     "token_logprob": (token_logprob, token_logprob_ref, [_floats(6, 37), _ints(37, 6)]),
     "linear_logprob": (
         _head(linear_logprob),
