@@ -23,9 +23,13 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines [B, T, d]
 
 
 def fuse_layers(model: Any) -> None:
-    """Replaces the classes of the decoder layers and of the last norm of transformers' ``model``, in place."""
-    for layer in model.model.layers:
-        layer.__class__ = _fused_layer(_own_class(layer))
+    """Replaces the classes of the decoder layers and of the last norm of transformers' ``model``, in place.
+
+    Layers with another activation than SiLU keep theirs: the fused MLP is SwiGLU.
+    """
+    if model.config.hidden_act in ("silu", "swish"):
+        for layer in model.model.layers:
+            layer.__class__ = _fused_layer(_own_class(layer))
     model.model.norm.__class__ = _fused_norm(_own_class(model.model.norm))
 
 

@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def policies(family: str) -> tuple[Policy, Policy]:
+def policies(family: str, **changes: Any) -> tuple[Policy, Policy]:
     """The same random weights in float32, and in float64 with norms that are float64 throughout."""
     config = transformers.AutoConfig.for_model(
         family,
@@ -35,6 +35,7 @@ def policies(family: str) -> tuple[Policy, Policy]:
             **dict(vocab_size=40, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=4),
             **dict(num_key_value_heads=2, max_position_embeddings=64, eos_token_id=2, tie_word_embeddings=False),
             **FAMILIES[family],
+            **changes,
         },
     )
     exact = transformers.AutoModelForCausalLM.from_config(
@@ -92,6 +93,16 @@ def test_fused_layers_are_transformers_layers(family: str, monkeypatch: pytest.M
     assert found.keys() == truth.keys()
     for name, want in truth.items():
         assert (found[name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def test_another_activation_than_silu_is_computed_by_transformers_forward() -> None:
+    single, exact = policies("llama", hidden_act="gelu")
+    batch = batch_of([6], [[4]])
+    with torch.no_grad():
+        truth = exact.hidden(batch)
+        with backend.using(FUSED):
+            found = single.hidden(batch)
+    assert (found - truth).norm() <= 1e-5 * truth.norm()
 
 
 def test_decoding_several_rows_at_their_own_positions_is_the_same() -> None:
