@@ -50,7 +50,8 @@ class ModelShape:
     head_dim: int
     num_vocab: int
     is_tied: bool
-    normalises_heads: bool  # Qwen3: RMSNorm on queries and keys
+    normalises_heads: bool  # Qwen3, OLMo-2: RMSNorm on queries and keys
+    normalises_outputs: bool = False  # OLMo-2: the layer's norms follow attention and MLP
 
     @property
     def num_backbone(self) -> int:
@@ -202,11 +203,13 @@ def layer_bytes_per_tok(shape: ModelShape, size: int, *, is_fused: bool = False)
 
     RMSNorm saves its input in float32, the normalised rows and its output. With adapters norms are frozen and the
     normalised rows are not saved; but the product with each A is. ``is_fused``: with the kernels of
-    engine/model/layers.py a norm saves its input and its output, and SwiGLU no SiLU.
+    engine/model/layers.py a norm saves its input and its output, and SwiGLU no SiLU. A norm that follows attention or
+    MLP (OLMo-2) multiplies in float32; its output is added and not saved, but the layer's input is.
     """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     of_norm = 2 * size if is_fused else 4 + (1 if shape.has_adapters else 2) * size
-    norms = 2 * shape.width * of_norm
+    is_wide = shape.normalises_outputs and not is_fused and not shape.has_adapters
+    norms = 2 * shape.width * (of_norm + (4 - size if is_wide else 0))
     of_head_norm = size if is_fused else of_norm  # the output is rotated, and not saved
     head_norms = (queries + keys) * of_head_norm if shape.normalises_heads else 0
     attention = size * (2 * queries + 2 * keys) + 4 * shape.num_heads  # q, out, k, v; LSE

@@ -10,6 +10,9 @@
         layer(hidden, position_embeddings=..., attend=...) and returning one tensor: no router loss (mixture of experts)
     no dropout
 
+Where a layer's norms stand is the layer's own affair: before attention and MLP (llama, mistral, qwen2, qwen3), or after
+them, with queries and keys normalised over all heads together (olmo2).
+
 ``tests/engine/test_policy.py`` compares hidden states and logits with transformers' own forward for each family.
 """
 
@@ -18,7 +21,7 @@ from typing import Any
 from isomorph.engine.config import UserError
 
 # model_type of transformers' configurations; each has a row in tests/engine/test_policy.py
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -51,5 +54,10 @@ def sliding_window(config: Any) -> int | None:
 
 
 def normalises_heads(config: Any) -> bool:
-    """Whether queries and keys pass an RMSNorm for each head (Qwen3); the planner counts its activations."""
-    return config.model_type == "qwen3"
+    """Whether queries and keys pass an RMSNorm, of each head (Qwen3) or of all (OLMo-2); the planner counts it."""
+    return config.model_type in ("qwen3", "olmo2")
+
+
+def normalises_outputs(config: Any) -> bool:
+    """Whether the norms of a layer follow attention and MLP (OLMo-2) instead of standing before them."""
+    return config.model_type == "olmo2"

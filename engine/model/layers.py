@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isomorph.engine.model.attention import Attend
 from isomorph.kernels.rms_norm import add_rms_norm, rms_norm, takes_triton
@@ -49,10 +49,11 @@ def _fused_layer(own: type) -> type:
         attend: Attend | None = None,
         **others: Any,
     ) -> Tensor:
-        norm = self.input_layernorm
+        norm = self.post_attention_layernorm  # the one that every family has
         fits = attend is not None and not others and _runs_fused(hidden_states, norm.weight)
         if fits and attend is not None and position_embeddings is not None:
-            return _decoded(self, hidden_states, position_embeddings, attend)
+            decoded = _decoded if hasattr(self, "input_layernorm") else _decoded_norms_last
+            return decoded(self, hidden_states, position_embeddings, attend)
         if attend is not None:
             others["attend"] = attend
         result: Tensor = own.forward(self, hidden_states, position_embeddings=position_embeddings, **others)  # type: ignore[attr-defined]
@@ -78,25 +79,47 @@ def _runs_fused(hidden: Tensor, weight_D: Tensor) -> bool:
 
 def _decoded(layer: Any, hidden_BTD: Tensor, cos_sin: Rotary, attend: Attend) -> Tensor:
     """The layer's output [B, T, D]: llama, mistral, qwen2, and qwen3, which also normalises queries and keys."""
-    norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
-    normal_BTD = rms_norm(hidden_BTD, norm.weight, norm.variance_epsilon)
-    num_batch, num_tok = hidden_BTD.shape[:2]
+    norm = layer.input_layernorm
+    out_BTD = _attended(layer.self_attn, rms_norm(hidden_BTD, norm.weight, norm.variance_epsilon), cos_sin, attend)
+    norm = layer.post_attention_layernorm
+    normal_BTD, hidden_BTD = add_rms_norm(out_BTD, hidden_BTD, norm.weight, norm.variance_epsilon)
+    return hidden_BTD + _gated(layer.mlp, normal_BTD)
+
+
+def _decoded_norms_last(layer: Any, hidden_BTD: Tensor, cos_sin: Rotary, attend: Attend) -> Tensor:
+    """The layer's output [B, T, D]: olmo2, whose norms follow attention and MLP."""
+    out_BTD, norm = _attended(layer.self_attn, hidden_BTD, cos_sin, attend), layer.post_attention_layernorm
+    hidden_BTD = hidden_BTD + rms_norm(out_BTD, norm.weight, norm.variance_epsilon)
+    out_BTD, norm = _gated(layer.mlp, hidden_BTD), layer.post_feedforward_layernorm
+    return hidden_BTD + rms_norm(out_BTD, norm.weight, norm.variance_epsilon)
+
+
+def _attended(attention: Any, x_BTD: Tensor, cos_sin: Rotary, attend: Attend) -> Tensor:
+    """The attention module's output [B, T, D] for its input."""
+    num_batch, num_tok = x_BTD.shape[:2]
     q, k, v = (
-        project(normal_BTD).view(num_batch * num_tok, -1, attention.head_dim)
+        project(x_BTD).view(num_batch * num_tok, -1)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    q, k = _head_norm(q, attention, "q_norm"), _head_norm(k, attention, "k_norm")
+    q, k = _normal_heads(q, attention, "q_norm"), _normal_heads(k, attention, "k_norm")
     # [1, T, d] where all rows of a batch have the same positions
     cos, sin = (x.expand(num_batch, -1, -1).reshape(num_batch * num_tok, -1) for x in cos_sin)
     q, k = rotary(q, k, cos, sin)
+    v = v.view(num_batch * num_tok, -1, attention.head_dim)
     q_BHTd, k_BKTd, v_BKTd = (x.view(num_batch, num_tok, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out_BTHd = attend(attention.layer_idx, q_BHTd, k_BKTd, v_BKTd, attention.scaling)
-    out_BTD = attention.o_proj(out_BTHd.reshape(num_batch, num_tok, -1))
-    norm = layer.post_attention_layernorm
-    normal_BTD, hidden_BTD = add_rms_norm(out_BTD, hidden_BTD, norm.weight, norm.variance_epsilon)
-    return hidden_BTD + mlp.down_proj(swiglu(mlp.gate_proj(normal_BTD), mlp.up_proj(normal_BTD)))
+    out_BTD: Tensor = attention.o_proj(out_BTHd.reshape(num_batch, num_tok, -1))
+    return out_BTD
 
 
-def _head_norm(x_NHd: Tensor, attention: Any, name: str) -> Tensor:
-    norm: nn.Module | None = getattr(attention, name, None)
-    return x_NHd if norm is None else rms_norm(x_NHd, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
+def _gated(mlp: Any, x_BTD: Tensor) -> Tensor:
+    out_BTD: Tensor = mlp.down_proj(swiglu(mlp.gate_proj(x_BTD), mlp.up_proj(x_BTD)))
+    return out_BTD
+
+
+def _normal_heads(x_NE: Tensor, attention: Any, name: str) -> Tensor:
+    """x as heads [N, H, d], normalised where the family does so: each head (qwen3), or all as one row (olmo2)."""
+    norm = getattr(attention, name, None)
+    if norm is not None:
+        x_NE = rms_norm(x_NE.view(len(x_NE), -1, len(norm.weight)), norm.weight, norm.variance_epsilon)
+    return x_NE.view(len(x_NE), -1, attention.head_dim)

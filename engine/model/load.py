@@ -17,7 +17,7 @@ from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.foreign import foreign
 from isomorph.engine.model.attention import registered_attention
 from isomorph.engine.model.check import end_ids, limit_to_window, repair_generation_config, try_saving, untie
-from isomorph.engine.model.families import normalises_heads, refuse_unsupported
+from isomorph.engine.model.families import normalises_heads, normalises_outputs, refuse_unsupported
 from isomorph.engine.model.lora import attach, require_peft
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec, byte_tokenizer, open_text, word_tokenizer
@@ -196,6 +196,7 @@ def shape_of(model: Any) -> ModelShape:
         num_vocab=config.vocab_size,
         is_tied=config.tie_word_embeddings,
         normalises_heads=normalises_heads(config),
+        normalises_outputs=normalises_outputs(config),
     )
 
 

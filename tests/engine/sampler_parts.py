@@ -1,11 +1,17 @@
 """A tiny policy with wide logits, prompts and sampling parameters, for the tests of the built-in sampler."""
 
+from typing import Any
+
 import torch
+import transformers
 from small_world import CPU, NUM_VOCAB, WORDS
 
-from isomorph.engine.config import SamplerConfig, TinyModel
+from isomorph.engine.config import LoraConfig, SamplerConfig, TinyModel
+from isomorph.engine.model.attention import registered_attention
 from isomorph.engine.model.load import build_tiny
+from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Rollout, Sampling
 
@@ -18,6 +24,29 @@ def make_policy(dtype: torch.dtype = torch.float32, max_model_len: int = 256) ->
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([0.35 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     return policy
+
+
+def policy_of(
+    family: str, dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None, **options: Any
+) -> Policy:
+    """Of transformers' ``family``, every weight random, adapters too."""
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.AutoConfig.for_model(
+        family,
+        **{**sizes, "intermediate_size": 24, "vocab_size": NUM_VOCAB, "max_position_embeddings": 256, **options},
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=registered_attention(), dtype=dtype
+    )
+    adapters = None if lora is None else attach(model, lora, seed=0, base=None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.35 * torch.randn(parameter.shape, generator=generator))
+    return Policy(model, TextCodec(word_tokenizer(WORDS), chat_template=False, stop_ids=[1]), adapters=adapters)
 
 
 def make_prompts(*lens: int, first_id: int = 0) -> list[Prompt]:

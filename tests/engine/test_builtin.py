@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
-from sampler_parts import generate, make_policy, make_prompts, make_sampling, same
+from sampler_parts import generate, make_policy, make_prompts, make_sampling, policy_of, same
 from small_world import CPU, NUM_VOCAB, one_thread  # noqa: F401
 from torch import Tensor
 
-from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.config import LoraConfig, SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import PackedBatch, Prompt, Rollout
@@ -72,6 +72,17 @@ def test_log_probabilities_are_the_trainers_at_the_sampling_temperature(policy: 
         assert rollout.sampler_logprob is not None and rollout.sampler_logprob.dtype == torch.float32
         truth = trainer_logprob(policy, prompt, rollout, temperature)
         torch.testing.assert_close(rollout.sampler_logprob, truth, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])  # queries and keys are normalised, in olmo2 outputs as well
+def test_families_with_further_norms_decode_what_the_trainer_computes_with_adapters(family: str) -> None:
+    policy, prompts = policy_of(family, lora=LoraConfig(rank=2)), make_prompts(5, 1, 9)
+    for prompt, rollout in pairs(prompts, generate(policy, prompts, make_sampling())):
+        torch.testing.assert_close(
+            rollout.sampler_logprob, trainer_logprob(policy, prompt, rollout, 1.0), rtol=0, atol=1e-5
+        )
+    with policy.adapters.disabled():  # type: ignore[union-attr]
+        assert not torch.allclose(trainer_logprob(policy, prompt, rollout, 1.0), rollout.sampler_logprob, atol=1e-2)
 
 
 def test_log_probabilities_agree_over_the_packed_path_of_training_in_bf16() -> None:

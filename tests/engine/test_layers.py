@@ -22,6 +22,7 @@ FUSED = "rms_norm=triton,swiglu=triton,rotary=triton"
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(attention_bias=True, mlp_bias=True),
     "mistral": dict(sliding_window=None, head_dim=8),
+    "olmo2": dict(attention_bias=True),
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(head_dim=6),
 }
@@ -86,7 +87,7 @@ def test_fused_layers_are_transformers_layers(family: str, monkeypatch: pytest.M
     truth = hidden_and_gradients(exact, batch)
     with backend.using(FUSED):
         found = hidden_and_gradients(single, batch)
-    norms = 2 + 1 + (2 if family == "qwen3" else 0)  # of the layer, the last one, of queries and keys
+    norms = 2 + 1 + (2 if family in ("qwen3", "olmo2") else 0)  # of the layer, the last one, of queries and keys
     assert calls.count("rms_norm") == calls.count("rms_norm_gradient") == norms
     assert calls.count("swiglu") == calls.count("swiglu_gradient") == 1
     assert calls.count("rotary") == 2

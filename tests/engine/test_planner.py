@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampler_parts import policy_of
 
 from isomorph.engine.config import (
     BatchConfig,
@@ -205,6 +206,16 @@ def test_a_layers_bytes_are_those_that_autograd_keeps(
     whole, light = layer_bytes_per_tok(shape, 4, is_fused=is_fused), 4 * shape.width
     expected = {None: whole, 1: light, 2: (whole + light) / 2}[gradient_checkpointing_every]
     assert measured == pytest.approx(expected, rel=0.05)
+
+
+def test_norms_behind_attention_and_mlp_keep_their_float32_rows() -> None:
+    """OLMo-2 in bfloat16, where float32 is twice as wide; measured as above."""
+    kept = {}
+    for num_layers in (2, 4):
+        policy = policy_of("olmo2", torch.bfloat16, num_hidden_layers=num_layers, hidden_size=64, intermediate_size=96)
+        num_tok, num_bytes = _kept_bytes(policy)
+        kept[num_layers] = num_bytes / num_tok
+    assert (kept[4] - kept[2]) / 2 == pytest.approx(layer_bytes_per_tok(shape_of(policy.model), 2), rel=0.05)
 
 
 def _kept_bytes(policy: Any) -> tuple[int, int]:

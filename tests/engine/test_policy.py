@@ -60,6 +60,8 @@ FAMILIES: dict[str, Any] = {
     "llama one kv head": dict(num_key_value_heads=1),
     "mistral": dict(sliding_window=None),
     "mistral wide heads": dict(sliding_window=None, head_dim=8),
+    "olmo2": dict(),
+    "olmo2 tied": dict(num_key_value_heads=4, tie_word_embeddings=True),
     "qwen2": dict(),
     "qwen2 tied": dict(tie_word_embeddings=True),
     "qwen2 yarn": dict(

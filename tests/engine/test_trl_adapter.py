@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from small_world import NUM_VOCAB, WORDS, one_thread  # noqa: F401
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, Qwen3Config
 from truth import exact_norms
 
 from isomorph.engine.adapters.trl import IGNORED, pack_groups, pack_rows
@@ -125,8 +125,9 @@ FAMILIES = pytest.mark.parametrize(
     [
         functools.partial(model_of, tie_word_embeddings=True),
         functools.partial(model_of, Qwen3Config, head_dim=8, tie_word_embeddings=False),
+        functools.partial(model_of, Olmo2Config, tie_word_embeddings=False),
     ],
-    ids=["llama", "qwen3"],
+    ids=["llama", "qwen3", "olmo2"],
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, MistralConfig, Qwen3Config
+from transformers import AutoConfig, MistralConfig, Olmo2Config, Qwen3Config
 from vllm_parts import (
     DEVICE,
     check_that_it_follows,
@@ -135,6 +135,7 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch,
     ("config_class", "publish", "dtype", "options"),
     [
         (MistralConfig, "shared", torch.float32, {"sliding_window": None, "tie_word_embeddings": False}),
+        (Olmo2Config, "shared", torch.bfloat16, {"tie_word_embeddings": False}),  # vLLM runs transformers' own layers
         (Qwen3Config, "copy", torch.float32, {"head_dim": 64, "tie_word_embeddings": False}),
         (Qwen3Config, "shared", torch.bfloat16, {"head_dim": 64, "tie_word_embeddings": True}),
     ],
