@@ -96,7 +96,8 @@ class Environments:
         if outcome.failed:
             self.num_skipped += 1
             self._failing += 1
-            sentence = f"data.{task.data}: environment {spec.environment} does not begin on a row: {outcome.failed}"
+            row = task.place or "a row"
+            sentence = f"data.{task.data}: environment {spec.environment} does not begin on {row}: {outcome.failed}"
             if (outcome.is_late or outcome.is_crash) and not self.is_alone:
                 raise RunFailed(f"{sentence}; several ranks cannot leave it out, because others may not have: mend it")
             if self._failing == MOST_FAILING:

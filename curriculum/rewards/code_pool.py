@@ -1,21 +1,18 @@
 """Calls reward functions in worker processes that are killed at a deadline, many responses in one job."""
 
-import contextlib
 import math
 import os
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from isomorph.curriculum.rewards.signature import GroupInput, Progress
-from isomorph.curriculum.rewards.spawn import CleanSpawnContext
+from isomorph.curriculum.rewards.spawn import CleanSpawnContext, WorkerPool
 from isomorph.curriculum.rewards.worker import Call, Fault, Found, Place, Result, describe, do_nothing, prepare, run_job
 
 IMPORT_S = 120.0  # of one file or package, once in each worker
@@ -31,7 +28,7 @@ class _Job:
     num_tries: int
 
 
-class CodePool:
+class CodePool(WorkerPool):
     """Worker processes that have imported the functions at ``places``. Start them with ``describe``.
 
     Workers are spawned, without the caller's main module. ``close`` ends them all.
@@ -39,10 +36,9 @@ class CodePool:
 
     def __init__(self, places: Sequence[Place], *, log: Path | None, max_workers: int | None = None) -> None:
         """``log``: the file that what the functions print is appended to; None: it is dropped."""
+        super().__init__()
         self.places, self.log = tuple(places), log
         self.max_workers = max_workers or min(4, os.cpu_count() or 1)
-        self._pool: ProcessPool | None = None
-        self._lock = threading.Lock()
 
     def describe(self, columns: Sequence[frozenset[str]]) -> list[Found | Fault]:
         """What each function is, or why it cannot be used; then starts the workers that call them.
@@ -50,9 +46,9 @@ class CodePool:
         ``columns``: of the rows that each is for. Each is imported in a process that may end or be killed by that.
         """
         found: list[Found | Fault] = []
-        with _pool((), self.log, 1) as trying:
+        with CodePool((), log=self.log, max_workers=1) as trying:
             for place, known in zip(self.places, columns, strict=True):
-                future = trying.schedule(describe, args=(place, known, IMPORT_S), timeout=IMPORT_S + 5)
+                future = trying._workers().schedule(describe, args=(place, known, IMPORT_S), timeout=IMPORT_S + 5)
                 try:
                     found.append(future.result())
                 except DeadlineExceeded:
@@ -106,40 +102,15 @@ class CodePool:
             jobs.extend(submit(at, job.num_tries + 1) for at in again)
         return results
 
-    def close(self) -> None:
-        """Kills the workers and waits for them. The pool can be used again afterwards."""
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.stop()
-            pool.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _workers(self) -> ProcessPool:
-        with self._lock:
-            if self._pool is None:
-                self._pool = _new_pool(self.places, self.log, self.max_workers)
-            return self._pool
-
-
-def _new_pool(places: tuple[Place, ...], log: Path | None, max_workers: int) -> ProcessPool:
-    arguments = (places, None if log is None else str(log), _worker_bytes(max_workers), IMPORT_S)
-    return ProcessPool(max_workers=max_workers, initializer=prepare, initargs=arguments, context=CleanSpawnContext())
-
-
-@contextlib.contextmanager
-def _pool(places: tuple[Place, ...], log: Path | None, max_workers: int) -> Iterator[ProcessPool]:
-    pool = _new_pool(places, log, max_workers)
-    try:
-        yield pool
-    finally:
-        pool.stop()
-        pool.join()
+    def _new_pool(self) -> ProcessPool:
+        arguments = (
+            self.places,
+            None if self.log is None else str(self.log),
+            _worker_bytes(self.max_workers),
+            IMPORT_S,
+        )
+        context = CleanSpawnContext()
+        return ProcessPool(max_workers=self.max_workers, initializer=prepare, initargs=arguments, context=context)
 
 
 def _worker_bytes(num_workers: int) -> int:

@@ -9,11 +9,10 @@ import math
 import os
 import resource
 import signal
-import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as DeadlineExceeded
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -27,7 +26,7 @@ from isomorph.curriculum.rewards.families import (
     missing_packages,
     require_packages,
 )
-from isomorph.curriculum.rewards.spawn import CleanSpawnContext
+from isomorph.curriculum.rewards.spawn import CleanSpawnContext, WorkerPool
 
 DEADLINE_S = 5.0
 MAX_ANSWER_CHARS = 2_000  # of an answer that is scored in a worker; longer ones are wrong
@@ -56,7 +55,7 @@ class Question(Protocol):
     def reward(self) -> str: ...
 
 
-class RewardPool:
+class RewardPool(WorkerPool):
     """Reward function for prompts whose payload is a ``Task``, with worker processes.
 
     Satisfies the engine's Judge protocol. A response that is scored in a worker has ``deadline_s`` seconds. Workers
@@ -66,6 +65,7 @@ class RewardPool:
     """
 
     def __init__(self, *, max_workers: int | None = None, deadline_s: float = DEADLINE_S) -> None:
+        super().__init__()
         if max_workers is not None and max_workers < 1:
             raise ValueError(f"max_workers must be at least 1, got {max_workers}")
         if not (deadline_s > 0 and math.isfinite(deadline_s)):
@@ -75,8 +75,6 @@ class RewardPool:
         self.num_timeouts = 0
         self.num_crashes = 0
         self.num_errors = 0
-        self._pool: ProcessPool | None = None
-        self._lock = threading.Lock()
 
     def __call__(self, prompts: Sequence[HasPayload], texts: Sequence[str]) -> list[float]:
         """One reward for each (prompt, text) pair.
@@ -126,20 +124,6 @@ class RewardPool:
                 jobs += [[text] for text in job if len(job) > 1]
         return found
 
-    def close(self) -> None:
-        """Kills the workers and waits for them. The pool can be used again afterwards."""
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.stop()
-            pool.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def _start(self, family: str, response: str, answer: str | float, reward: str) -> float | ProcessFuture:
         """The reward, or the worker's call that will return it."""
         check_reward(family, reward)
@@ -169,13 +153,8 @@ class RewardPool:
             self.num_crashes += 1
         return 0.0
 
-    def _workers(self) -> ProcessPool:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ProcessPool(
-                    max_workers=self.max_workers, initializer=_prepare_worker, context=CleanSpawnContext()
-                )
-            return self._pool
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(max_workers=self.max_workers, initializer=_prepare_worker, context=CleanSpawnContext())
 
 
 def answer_found(family: str, response: str) -> bool:

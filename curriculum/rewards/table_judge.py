@@ -215,11 +215,11 @@ class TableJudge:
                     parts[each.entry.label] = [
                         r for i in responses for r in called(each.here, groups[g], i, progress, None)
                     ]
-            scored.append(self._combined(name, table, each_given, parts))
+            scored.append(self._combined(table, each_given, parts))
         return scored
 
-    def _combined(self, name: str, table: RewardTable, given: _Given, parts: dict[str, list[Result]]) -> Scores:
-        values = {label: [self._worth(name, table, label, r) for r in part] for label, part in parts.items()}
+    def _combined(self, table: RewardTable, given: _Given, parts: dict[str, list[Result]]) -> Scores:
+        values = {label: [self._worth(given.task, table, label, r) for r in part] for label, part in parts.items()}
         outcomes: dict[str, tuple[Outcome, ...]] = {
             label: tuple(_outcome(result) for result in part) for label, part in parts.items()
         }
@@ -264,14 +264,15 @@ class TableJudge:
             relative=None if relative is None else tuple(relative),
         )
 
-    def _worth(self, name: str, table: RewardTable, label: str, result: Result) -> float:
+    def _worth(self, task: Task, table: RewardTable, label: str, result: Result) -> float:
         """The number of a result: NaN where the reward does not apply, 0 where it failed."""
         if not isinstance(result, Fault):
             return math.nan if result is None else result
         is_first = self.counts.add(label, result.kind)
-        sentence = f"reward {label} of data.{name}: {one_line(result.sentence)}"
+        row = f" on {task.place}" if task.place else ""
+        sentence = f"reward {label} of data.{task.data}{row}: {one_line(result.sentence)}"
         if table.on_error == "stop":
-            raise RunFailed(f'{sentence}; the run ends, because data.{name}.on_error is "stop"')
+            raise RunFailed(f'{sentence}; the run ends, because data.{task.data}.on_error is "stop"')
         if is_first:
             self.say(f"warning: {sentence}; such a response is worth 0 to it, and further ones are only counted")
         return 0.0

@@ -222,20 +222,23 @@ async def _all_at_once(
     progress: Progress,
     deadline_s: float,
 ) -> list[list[Result]]:
+    async def ended(group: GroupInput, response: int | None, size: int) -> list[Result]:
+        try:
+            value = await function.call(**keywords(function, group, response, progress))
+        except (SystemExit, KeyboardInterrupt) as error:  # out of a task it would end the event loop, and all calls
+            return [Fault("error", _described(error, _file_of(function)))] * size
+        return _results(function, value, size)
+
     async def one(call: Call) -> list[Result]:
         group = groups[call.group]
         size = 1 if call.response is not None else len(group.texts)
         started = time.monotonic()
         try:
-            coroutine = function.call(**keywords(function, group, call.response, progress))
-            value = await asyncio.wait_for(coroutine, deadline_s)
-        except TimeoutError as error:
-            if time.monotonic() - started < deadline_s:
-                return [Fault("error", _described(error, _file_of(function)))] * size
-            return [Fault("deadline", f"must return within {deadline_s:g} s")] * size
-        except Exception as error:
+            return await asyncio.wait_for(ended(group, call.response, size), deadline_s)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, TimeoutError) and time.monotonic() - started >= deadline_s:
+                return [Fault("deadline", f"must return within {deadline_s:g} s")] * size
             return [Fault("error", _described(error, _file_of(function)))] * size
-        return _results(function, value, size)
 
     return list(await asyncio.gather(*map(one, calls)))
 

@@ -42,10 +42,10 @@ class Side:
 
     def task(self, index: int, *, is_bare: bool = False) -> Task:
         """The task of row ``index``. Raises DataError, which names the row."""
+        where = self.rows.place(index)
         try:
-            return self.render.task(self.rows.row(index), str(self.first[index]), is_bare=is_bare)
+            return self.render.task(self.rows.row(index), str(self.first[index]), where, is_bare=is_bare)
         except DataError as error:
-            where = self.rows.place(index)
             raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
 
     def of_label(self, among: np.ndarray) -> dict[str, np.ndarray]:

@@ -60,10 +60,11 @@ class GymSource:
         for at in range(position, position + MAX_TRIES):
             with foreign(f"data.{self._name}.tasks.{name}: reasoning-gym fails on entry {at}"):
                 entry = _plain(entries[at])
+            place = f"data.{self._name}.tasks.{name}, entry {at} of {'training' if is_training else 'evaluation'}"
             is_held_out = int(_digest(entry["question"]), 16) % HELD_OUT_SHARE == 0
             if is_held_out == is_training:
                 continue
-            task = self._task(name, entry)
+            task = self._task(name, entry, place)
             if self._fits(task, is_training=is_training):
                 return task, at + 1
         side = "training" if is_training else "evaluation"
@@ -72,7 +73,7 @@ class GymSource:
             "that generate more different or shorter questions"
         )
 
-    def _task(self, name: str, entry: dict[str, Any]) -> Task:
+    def _task(self, name: str, entry: dict[str, Any], place: str) -> Task:
         question = self._prompt.text(entry)
         user, system = {"role": "user", "content": question}, self._data.system
         return Task(
@@ -84,6 +85,7 @@ class GymSource:
             data=self._name,
             row=entry,
             messages=None if system is None else ({"role": "system", "content": system}, user),
+            place=place,
         )
 
     def _fits(self, task: Task, *, is_training: bool) -> bool:

@@ -46,8 +46,11 @@ class Renderer:
             answer = example.answer if example.demonstration is None else example.demonstration
             self.shown += (*turns, {"role": "assistant", "content": answer})
 
-    def task(self, row: dict[str, Any], key: str, *, is_bare: bool = False) -> Task:
-        """The task of ``row``. ``is_bare``: without the messages that are shown before it. Raises DataError."""
+    def task(self, row: dict[str, Any], key: str, place: str, *, is_bare: bool = False) -> Task:
+        """The task of ``row``, which stands at ``place``. ``is_bare``: without the messages that are shown before it.
+
+        Raises DataError.
+        """
         question, messages = self.prompt(row)
         if self.shown and not is_bare:
             own = messages or ({"role": "user", "content": question},)
@@ -62,6 +65,7 @@ class Renderer:
             data=self._name,
             row=row,
             messages=messages,
+            place=place,
         )
 
     def prompt(self, row: dict[str, Any]) -> tuple[str, tuple[Message, ...] | None]:

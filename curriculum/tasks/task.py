@@ -35,6 +35,7 @@ class Task:
     data: str = ""  # NAME of its [data.NAME]
     row: dict[str, Any] = field(default_factory=dict)  # all columns of its row, JSON-able; {} for generated tasks
     messages: tuple[dict[str, Any], ...] | None = None  # a chat up to the user's turn; None: ``question`` is that turn
+    place: str = ""  # where its row stands, for messages: "rows.jsonl, line 41"; "" for generated tasks
 
     def is_correct(self, reward: float) -> bool:
         """Whether ``reward`` is that of a right answer: FULL_MARKS, not a part of it."""

@@ -1,6 +1,5 @@
 """Evaluations of rows with users' rewards and tools, in a run and by ``isomorph eval``."""
 
-import io
 import json
 import re
 import runpy
@@ -10,14 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
+from tiny_runs import TINY, run, summary_of, write_rows
 
-from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.commands.evaluate import Options, evaluate_targets
-from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.distributed.ranks import ALONE
-from isomorph.engine.recipe_file import load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REWARDS = """
@@ -27,13 +21,9 @@ def right(answer):
 def short(answer):
     return float(answer.num_tok < 4)
 """
-RECIPE = """
-[model.tiny]
-hidden_size = 16
-num_layers = 1
-num_heads = 2
-num_kv_heads = 1
-intermediate_size = 16
+RECIPE = (
+    TINY
+    + """\
 tokenizer = "bytes"
 
 [run]
@@ -62,16 +52,7 @@ samples = 2
 max_new_tok = 5
 sets = [{ data = "sums", prompts = 4 }, { data = "sums", name = "hard", representations = ["large"], prompts = 2 }]
 """
-
-
-def run(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """The summary."""
-    folder.mkdir()
-    threads = torch.get_num_threads()
-    try:
-        return run_recipe(recipe, folder, Console(file=io.StringIO()), lambda: False, ALONE, resume=False)
-    finally:
-        torch.set_num_threads(threads)
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +60,11 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     """A run folder on rows with two labels, and its summary."""
     place = tmp_path_factory.mktemp("rows")
     rows = [{"question": f"{n}+{n}=", "answer": str(2 * n), "size": "large" if n > 30 else "small"} for n in range(60)]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(place / "rows.jsonl", rows)
     (place / "rewards.py").write_text(REWARDS)
     (place / "rows.toml").write_text(RECIPE)
-    return place / "run", run(place / "run", load_recipe(place / "rows.toml", [], Recipe))
+    folder, _ = run(place / "rows.toml")
+    return folder, summary_of(folder)
 
 
 def test_accuracy_is_by_the_first_reward_and_the_mean_reward_by_all(summary: tuple[Path, dict[str, Any]]) -> None:
@@ -128,7 +110,7 @@ def test_tools_are_asked_in_an_evaluation_as_in_training(tmp_path: Path) -> None
         shutil.copy(EXAMPLES / name, tmp_path)
     runpy.run_path(str(tmp_path / "tool_use.py"), run_name="__main__")
     short = ["stage.0.steps=40", "stage.1.steps=1", "eval.prompts=12", "stage.0.batch.prompts=8"]
-    told = run(tmp_path / "run", load_recipe(tmp_path / "tool_use.toml", short, Recipe))
+    told = summary_of(run(tmp_path / "tool_use.toml", "run", *short)[0])
     out = tmp_path / "responses.jsonl"
     (model,) = evaluate_targets([str(tmp_path / "run")], Options(out=out), say=lambda line: None)["models"]
     lines = (tmp_path / "run" / "completions" / "exam-tool.jsonl").read_text().splitlines()

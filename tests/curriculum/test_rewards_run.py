@@ -1,6 +1,5 @@
 """Whole runs of a tiny model over rows, rewarded by files of TRL's, verl's and our form."""
 
-import io
 import json
 import os
 import subprocess
@@ -8,25 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from tiny_runs import TINY, completions, run, summary_of, write_rows
 
-from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.inputs import changed_rewards, located
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json
-from isomorph.curriculum.resume import resumed_recipe
 from isomorph.engine.config import UserError
-from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.record.runlog import read_steps
 
-RECIPE = """
-[model.tiny]
-hidden_size = 16
-num_layers = 1
-num_heads = 2
-num_kv_heads = 1
-intermediate_size = 16
+RECIPE = (
+    TINY
+    + """\
 max_model_len = 128
 [data.gsm]
 kind = "rows"
@@ -54,6 +46,7 @@ threads = 1
 checkpoint_every = 2
 completions_every = 1
 """
+)
 FILES = {
     "trl": "def reward(prompts, completions, answer, **kwargs):\n"
     "    return [len(set(text.split()) & set(gold.split())) / 4 for text, gold in zip(completions, answer)]\n",
@@ -72,31 +65,14 @@ def write(folder: Path, rewards: str, files: dict[str, str] = FILES) -> Path:
         for a in range(5)
         for b in range(4)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     (folder / "recipe.toml").write_text(RECIPE.replace("REWARDS", rewards))
     return folder / "recipe.toml"
 
 
-def run(recipe: Path, name: str, *overrides: str, resume: bool = False) -> tuple[Path, str]:
-    """The run folder, and what was printed."""
-    folder = recipe.parent / name
-    folder.mkdir(exist_ok=True)
-    out = Console(file=io.StringIO(), width=200)
-    loaded = load_recipe(recipe, list(overrides), Recipe)
-    if resume:
-        loaded, _ = resumed_recipe(read_run_json(folder), list(overrides), folder)
-    run_recipe(loaded, folder, out, lambda: False, ALONE, resume=resume)
-    return folder, out.file.getvalue()  # type: ignore[attr-defined]
-
-
 ALL = ", ".join(f'{{ function = "{name}.py:reward", name = "{name}" }}' for name in FILES)
-
-
-def completions(folder: Path) -> list[dict[str, Any]]:
-    files = sorted((folder / "completions").glob("step-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def by_hand(name: str, row: dict[str, Any], question: str, gold: str) -> float:
@@ -213,7 +189,7 @@ def test_native_rows_train_with_the_reward_that_they_came_with(
         parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
         text = text.replace("rows.jsonl", "rows.parquet")
     else:
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / "rows.jsonl", rows)
     recipe.write_text(text.replace("steps = 3", "steps = 1"))
     folder, printed = run(recipe, "run")
     (step,) = read_steps(folder)
@@ -244,8 +220,7 @@ def test_a_resumed_run_with_rewards_is_bit_equal(tmp_path: Path) -> None:
     (tmp_path / "draws.py").write_text(draws + "# mended\n")
     _, printed = run(recipe, "resumed", resume=True)
     assert "draws.py has changed since the run began" in printed and "resuming after step 2" in printed
-    sha = [json.loads((f / "summary.json").read_text())["weights_sha256"] for f in (whole, resumed)]
-    assert sha[0] == sha[1]
+    assert summary_of(whole)["weights_sha256"] == summary_of(resumed)["weights_sha256"]
     assert (whole / "rewards.log").read_text().count("called") >= 3 * 16
     assert changed_rewards(read_run_json(whole)["files"], located(load_recipe(recipe, [], Recipe)))
 

@@ -1,7 +1,7 @@
 """Whole runs of several turns: the example that gains from its tool, an environment, failures, a kill and a resume."""
 
-import io
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -9,25 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from tiny_runs import TINY, completions, run, summary_of, write_rows
 
-from isomorph.curriculum.assemble import run_recipe
-from isomorph.curriculum.recipe import Recipe
-from isomorph.curriculum.report.run_record import read_run_json
-from isomorph.curriculum.resume import resumed_recipe
 from isomorph.engine.config import UserError
-from isomorph.engine.distributed.ranks import ALONE
-from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.record.runlog import read_steps
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPE = """
-[model.tiny]
-hidden_size = 16
-num_layers = 1
-num_heads = 2
-num_kv_heads = 1
-intermediate_size = 16
+RECIPE = (
+    TINY
+    + """\
 max_model_len = 64
 [data.game]
 kind = "rows"
@@ -58,6 +48,7 @@ threads = 1
 checkpoint_every = 1
 completions_every = 1
 """
+)
 GAME = '''
 import os, random, signal
 from pathlib import Path
@@ -93,21 +84,10 @@ class Game:
 def write(folder: Path, recipe: str = RECIPE) -> Path:
     folder.mkdir(exist_ok=True)
     rows = [{"n": " ".join(words)} for words in (f"{a} {b}".split() for a in "012" for b in ("one", "two", "none"))]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     (folder / "game.py").write_text(GAME)
     (folder / "recipe.toml").write_text(recipe)
     return folder / "recipe.toml"
-
-
-def run(recipe: Path, name: str = "run", *overrides: str, resume: bool = False) -> tuple[Path, str]:
-    """The run folder, and what was printed."""
-    folder, out = recipe.parent / name, Console(file=io.StringIO(), width=300)
-    folder.mkdir(exist_ok=True)
-    loaded = load_recipe(recipe, list(overrides), Recipe)
-    if resume:
-        loaded, _ = resumed_recipe(read_run_json(folder), list(overrides), folder)
-    run_recipe(loaded, folder, out, lambda: False, ALONE, resume=resume)
-    return folder, out.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_tiny_model_learns_to_ask_a_tool(tmp_path: Path) -> None:
@@ -117,7 +97,7 @@ def test_a_tiny_model_learns_to_ask_a_tool(tmp_path: Path) -> None:
     folder, _ = run(tmp_path / "tool_use.toml")
     rewards = [row["reward/mean"] for row in read_steps(folder) if row["stage"] == "tool"]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.25, rewards
-    accuracy = json.loads((folder / "summary.json").read_text())["accuracy"]
+    accuracy = summary_of(folder)["accuracy"]
     assert accuracy["before"]["natural"] < 0.5 < 0.9 < accuracy["after"]["natural"]  # of keys that RL has not seen
     last = max((folder / "completions").glob("step-*.jsonl"))
     asked = [row for row in map(json.loads, last.read_text().splitlines()) if row.get("turns") == 2]
@@ -137,13 +117,14 @@ def test_an_environment_gives_the_reward_and_costs_its_own_rollouts(whole: tuple
         assert step["response/turns"] > 1.2 and step["tok/context"] > 0
         assert step["tok/loss"] + step["tok/dropped"] <= step["tok/response"] and step["tok/dropped"] == 0
         assert step["drift/max"] < 1e-4
-    rows = [json.loads(line) for f in sorted((folder / "completions").glob("step-*")) for line in f.open()]
+    rows = completions(folder)
     assert all(row["reward"] == row.get("environment_reward", 0.0) for row in rows)
     assert len({row["reward"] for row in rows}) > 5
-    counts = json.loads((folder / "summary.json").read_text())["environments"]
+    counts = summary_of(folder)["environments"]
     assert counts["errors"] > 0 and counts["timeouts"] == counts["crashes"] == 0 and counts["rows_skipped"] > 0
     assert sum(row["reward"] == 0 for row in rows) >= counts["errors"] - 4
     line = next(i for i, text in enumerate(GAME.splitlines(), start=1) if "raise KeyError" in text)
+    assert re.search(r"does not begin on .*rows.jsonl, line (3|6|9): ValueError: no game", printed)
     assert f"game.py:{line}" in printed and "KeyError: 'six words'" in printed
     assert "step 3" in (folder / "environments.log").read_text()
 
@@ -158,8 +139,7 @@ def test_a_run_killed_in_the_middle_of_turns_resumes_bit_for_bit(whole: tuple[Pa
     assert not (tmp_path / "run" / "checkpoints" / "step-00000003").exists()
     folder, printed = run(recipe, resume=True)
     assert "resuming after step" in printed
-    sha = [json.loads((f / "summary.json").read_text())["weights_sha256"] for f in (whole[0], folder)]
-    assert sha[0] == sha[1]
+    assert summary_of(whole[0])["weights_sha256"] == summary_of(folder)["weights_sha256"]
 
 
 @pytest.mark.parametrize(
