@@ -69,6 +69,8 @@ def _files_of_rows(data: RowsData) -> dict[str, Path]:
     if data.has_eval_rows:
         wanted["eval_path"] = (data.eval_path or data.path, data.eval_split)
     for place, (path, split) in wanted.items():
+        if path is None:  # rows of the environment
+            continue
         files = files_of(path, split)
         found |= {place: files[0]} if files == [Path(path)] else {f"{place}/{f.relative_to(path)}": f for f in files}
     return found

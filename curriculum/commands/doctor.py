@@ -59,12 +59,14 @@ EXTRAS = {
     "lora": ("peft",),
     "data": ("datasets", "pyarrow"),
     "gym": ("reasoning-gym",),
+    "verifiers": ("verifiers",),
 }
 USES = {  # of the extras that are not of a reward family
     "gguf": ".gguf files",
     "lora": "recipes with a table [lora]",
     "data": "data in Parquet, CSV or Arrow files or on the hub",
     "gym": 'data of kind "reasoning_gym"',
+    "verifiers": "environments of the package verifiers",
 }
 VLLM_PIN = "0.32.0"  # installed by the extras; the sampler works with every release of 0.32
 TRIO = ("torchvision", "torchaudio", "torchcodec")

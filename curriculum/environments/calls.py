@@ -9,6 +9,7 @@ raises: a call that fails is a move of the model's.
 
 import contextlib
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,32 @@ def called(format: CallFormat, text: str, tools: Tools) -> list[Message]:
             break
         results.append({"role": "tool", "name": name, "content": _result(tools, name, arguments)})
     return results
+
+
+def split_calls(format: CallFormat, text: str) -> tuple[str, list[tuple[str, Any]]]:
+    """The text before the first call, and all calls: (name, arguments), or ("", what is wrong with the call).
+
+    Arguments: a dict; in the plain form a list of words. Without a call the text is all of ``text``.
+    """
+    calls = list(itertools.islice(_json_calls(format, text) if format.is_json else _plain_calls(text), MOST_CALLS))
+    if not calls:
+        return text, []
+    first = PLAIN_CALL.search(text)
+    start = text.find(format.opening) if format.is_json else first.start() if first else 0
+    return text[:start].strip(), calls
+
+
+def words_as_arguments(parameters: Mapping[str, Any], words: list[str]) -> dict[str, Any] | str:
+    """Words as the arguments of a tool with the JSON schema ``parameters``, in their order; what is wrong with them."""
+    kinds = {"integer": int, "number": float}
+    known: Mapping[str, Any] = parameters.get("properties", {})
+    if len(words) > len(known):
+        return f"at most {len(known)} arguments, got {len(words)}"
+    given = zip(known.items(), words, strict=False)
+    try:
+        return {name: kinds.get(schema.get("type"), str)(word) for (name, schema), word in given}
+    except ValueError as error:
+        return str(error)
 
 
 def _result(tools: Tools, name: str, arguments: Any) -> str:

@@ -66,9 +66,10 @@ class Environments:
                 arguments=table.environment_arguments,
                 deadline_s=table.turn_deadline_s,
                 calls=CallFormat(),
+                max_turns=table.max_turns,
             )
             found = self.pool.describe(spec, f"data.{name}")
-            if table.tools or found.has_methods:
+            if table.tools or found.has_tools:
                 self.with_tools.add(name)
                 template, arguments = _chat_format(table)
                 spec = dataclasses.replace(spec, calls=call_format(self.text, template, arguments))
@@ -76,7 +77,7 @@ class Environments:
                     found = self.pool.describe(spec, f"data.{name}")
             self.specs[name] = spec
             self.text.tools[name] = found.schemas
-            self.with_step |= set() if found.has_methods or table.environment is None else {name}
+            self.with_step |= {name} if found.has_step else set()
 
     def start(self) -> None:
         """When ``text`` knows the chat formats. Raises UserError where a chat cannot go on after the model's turn."""

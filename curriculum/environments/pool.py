@@ -22,7 +22,6 @@ from isomorph.curriculum.environments.done import Message
 from isomorph.curriculum.environments.worker import Described, EnvironmentSpec, Outcome
 from isomorph.curriculum.rewards.code_pool import MIN_WORKER_BYTES
 from isomorph.curriculum.rewards.spawn import CleanSpawnContext
-from isomorph.curriculum.rewards.worker import prepare
 from isomorph.engine.config import UserError
 
 START_S = 120.0  # for a worker to import the user's files
@@ -61,11 +60,15 @@ class EnvironmentPool:
         self.max_workers = max_workers or min(4, os.cpu_count() or 1)
         self.failures: Counter[str] = Counter()
         self._pools: list[ProcessPool] = []
+        self._specs: list[EnvironmentSpec] = []  # what a worker imports when it starts
         self._keys = itertools.count()
         self._lock = threading.Lock()
 
     def describe(self, spec: EnvironmentSpec, where: str) -> Described:
         """What environment and tools of ``spec`` are. Raises UserError, with ``where``, if one cannot be loaded."""
+        with self._lock:
+            if spec not in self._specs:
+                self._specs.append(spec)
         try:
             future = self._worker(0).schedule(worker.describe, args=(spec,), timeout=START_S)
             found: Described = future.result()
@@ -156,8 +159,8 @@ class EnvironmentPool:
                 self._pools = [
                     ProcessPool(
                         max_workers=1,
-                        initializer=prepare,
-                        initargs=((), None if self.log is None else str(self.log), MIN_WORKER_BYTES, START_S),
+                        initializer=worker.start,
+                        initargs=(self._specs, None if self.log is None else str(self.log), MIN_WORKER_BYTES, START_S),
                         context=CleanSpawnContext(),
                     )
                     for _ in range(self.max_workers)

@@ -3,6 +3,9 @@
     environment = "maze.py:Maze"                # reset(row) -> messages, step(text) -> messages or Done(reward)
     tools = ["maze.py:look", "maze.py:count"]   # plain functions, described to the model by signature and docstring
 
+    environment = "verifiers:gsm8k"             # an installed environment of the package verifiers, with its own rows
+    environment = "verifiers:maze.py"           # a file with load_environment
+
 A path is relative to the recipe's folder; ``package.module:Maze`` is a package's. A class of TRL's
 ``environment_factory`` works as an environment: see environments/methods.py.
 """
@@ -16,6 +19,9 @@ from isomorph.curriculum.paths import resolve
 from isomorph.engine.config import Section
 from isomorph.engine.effect import KeyPath
 
+VERIFIERS = "verifiers:"  # before an environment of that package
+VERIFIERS_VERSION = "0.1.10"  # the last one whose packages go with those of vLLM and TRL
+
 
 class EnvironmentTable(Section):
     """What a ``[data.NAME]`` table says of several turns; without ``environment`` and ``tools`` there is one turn."""
@@ -26,6 +32,11 @@ class EnvironmentTable(Section):
     # of one call of reset or step, or of the tool calls of one turn
     turn_deadline_s: float = Field(10.0, gt=0, allow_inf_nan=False)
     environment_arguments: dict[str, Any] = {}  # given to the environment's class as keywords
+
+    @property
+    def is_of_verifiers(self) -> bool:
+        """Whether the environment is one of the package verifiers, which has rows of its own."""
+        return self.environment is not None and self.environment.startswith(VERIFIERS)
 
     @property
     def has_turns(self) -> bool:
@@ -47,23 +58,28 @@ class EnvironmentTable(Section):
 
     def files_of_code(self) -> list[Path]:
         """The Python files that ``environment`` and ``tools`` stand in."""
-        places = [place.rpartition(":")[0] for place in (self.environment, *self.tools) if place is not None]
+        places = [_file_of(place) for place in (self.environment, *self.tools) if place is not None]
         return [Path(home) for home in dict.fromkeys(places) if home.endswith(".py")]
 
     @model_validator(mode="after")
     def _locations_name_something(self) -> "EnvironmentTable":
         for key, places in (("environment", (self.environment,)), ("tools", self.tools)):
             for place in places:
-                if place is not None and place.startswith("verifiers:"):
-                    raise ValueError(
-                        f"{key} = {place!r}: environments of the package verifiers are not supported; write a class "
-                        'with reset and step that calls what they call, and name it: "file.py:NAME"'
-                    )
                 if place is not None and not all(place.rpartition(":")[::2]):
                     raise ValueError(f'{key} must be "file.py:NAME" or "package.module:NAME", got {place!r}')
+        if self.is_of_verifiers and self.tools:
+            raise ValueError("tools cannot be given with an environment of verifiers, which has its own")
         return self
 
 
 def _located(place: str, folder: Path) -> str:
+    if place.startswith(VERIFIERS):
+        name = place.removeprefix(VERIFIERS)
+        return f"{VERIFIERS}{resolve(name, folder)}" if name.endswith(".py") else place
     home, _, name = place.rpartition(":")
     return f"{resolve(home, folder)}:{name}" if home.endswith(".py") else place
+
+
+def _file_of(place: str) -> str:
+    """The file of a place; another text where it is none."""
+    return place.removeprefix(VERIFIERS) if place.startswith(VERIFIERS) else place.rpartition(":")[0]

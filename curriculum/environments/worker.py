@@ -13,14 +13,16 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from isomorph.curriculum.environments import verifiers_form
 from isomorph.curriculum.environments.calls import CallFormat, called
 from isomorph.curriculum.environments.done import Done, Message
 from isomorph.curriculum.environments.methods import MethodTools, has_methods
-from isomorph.curriculum.rewards.worker import DeadlineAlarm, load
+from isomorph.curriculum.environments.spec import VERIFIERS
+from isomorph.curriculum.rewards.worker import DeadlineAlarm, load, prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,11 @@ class EnvironmentSpec:
     arguments: dict[str, Any] = field(hash=False)
     deadline_s: float
     calls: CallFormat
+    max_turns: int | None = None  # of the model; environments of verifiers end there by themselves
+
+    @property
+    def is_of_verifiers(self) -> bool:
+        return self.environment is not None and self.environment.startswith(VERIFIERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,13 @@ _open: dict[int, _Open] = {}
 
 def reset(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> Outcome:
     """What a rollout on ``row`` begins with; nothing stays open."""
-    return _guarded(spec.deadline_s, lambda: _begin(spec, row, seed)[1])
+
+    def run() -> Outcome:
+        environment, begun = _begin(spec, row, seed)
+        _close(environment)
+        return begun
+
+    return _guarded(spec.deadline_s, run)
 
 
 def step(
@@ -104,8 +117,32 @@ def step(
 def close(key: int) -> None:
     """Forgets the environment of rollout ``key``; calls its ``close`` where it has one."""
     state = _open.pop(key, None)
-    if state is not None and hasattr(state.environment, "close"):
-        _guarded(1.0, lambda: state.environment.close() or Outcome())
+    if state is not None:
+        _guarded(1.0, lambda: _close(state.environment))
+
+
+def _close(environment: Any) -> Outcome:
+    if hasattr(environment, "close"):
+        environment.close()
+    return Outcome()
+
+
+def start(specs: Sequence[EnvironmentSpec], log: str | None, max_bytes: int, import_s: float) -> None:
+    """Prepares the process, and imports what ``specs`` name, which no deadline of a call is for.
+
+    What fails there fails again in the first call, which names it.
+    """
+    prepare((), log, max_bytes, import_s)
+    for spec in specs:
+        _guarded(import_s, functools.partial(_imported, spec))
+
+
+def _imported(spec: EnvironmentSpec) -> Outcome:
+    for tool in spec.tools:
+        located_object(tool)
+    if spec.environment is not None:
+        _made_by(spec)
+    return Outcome()
 
 
 @dataclass(slots=True)
@@ -113,7 +150,8 @@ class Described:
     """What the trainer needs to know before the first step."""
 
     failed: str = ""  # what is wrong with the environment or a tool
-    has_methods: bool = False  # the environment's methods are tools
+    has_tools: bool = False  # the environment has tools of its own
+    has_step: bool = False  # the environment may answer with a user's message
     schemas: list[dict[str, Any]] = field(default_factory=list)  # of all tools, where the model is told of them
 
 
@@ -123,12 +161,18 @@ def describe(spec: EnvironmentSpec) -> Described:
 
     def run() -> Outcome:
         tools = [located_object(tool) for tool in spec.tools]
-        if spec.environment is not None:
+        if spec.is_of_verifiers:
+            environment = _made_by(spec)
+            own = verifiers_form.tools_of(environment)
+            found.has_tools, found.has_step = bool(own), not verifiers_form.is_single_turn(environment)
+            found.schemas += own if spec.calls.is_json else ()
+        elif spec.environment is not None:
             made = located_object(spec.environment)
             if inspect.isclass(made) and not callable(getattr(made, "reset", None)):
                 raise TypeError(f"an environment has reset(row) and step(text): {spec.environment} has no reset")
-            found.has_methods = inspect.isclass(made) and has_methods(made)
-            if found.has_methods:
+            found.has_tools = inspect.isclass(made) and has_methods(made)
+            found.has_step = not found.has_tools
+            if found.has_tools:
                 tools += MethodTools(made(**spec.arguments)).tools.values()
         if spec.calls.is_json:
             from isomorph.engine.model.tool_schema import tool_schema  # it takes seconds to import
@@ -174,13 +218,24 @@ def _begin(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> tuple[Any, 
     _seed(f"{seed}")
     if spec.environment is None:
         return None, Outcome()
-    environment = located_object(spec.environment)(**spec.arguments)
+    if spec.is_of_verifiers:
+        conversation = verifiers_form.Conversation(_made_by(spec), spec.calls)
+        return conversation, Outcome(messages=_messages(conversation.reset(row), "reset"))
+    environment = _made_by(spec)(**spec.arguments)
     if has_methods(environment):
         environment = MethodTools(environment)
         return environment, Outcome(added=environment.reset(row))
     takes_seed = "seed" in inspect.signature(environment.reset).parameters
     said = environment.reset(row, seed=seed) if takes_seed else environment.reset(row)
     return environment, Outcome(messages=() if said is None else _messages(said, "reset"))
+
+
+def _made_by(spec: EnvironmentSpec) -> Any:
+    """What makes the environment of a rollout: the user's class; of verifiers the environment that rollouts share."""
+    assert spec.environment is not None
+    if spec.is_of_verifiers:
+        return verifiers_form.loaded(spec.environment, spec.arguments, spec.max_turns)
+    return located_object(spec.environment)
 
 
 def _answer(spec: EnvironmentSpec, state: _Open, text: str, seed: int, *, is_last: bool) -> Outcome:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.rewards.spec import RewardEntry, RewardTable
@@ -35,6 +35,12 @@ class ReasoningGymData(RewardTable, EnvironmentTable):
     def located(self, folder: Path) -> dict[str, Any]:
         """The keys that name files, as absolute paths; ``folder``: of the recipe."""
         return {"rewards": located_rewards(self.rewards, folder), **self.located_code(folder)}
+
+    @model_validator(mode="after")
+    def _rows_are_its_own(self) -> "ReasoningGymData":
+        if self.is_of_verifiers:
+            raise ValueError('an environment of verifiers has rows of its own: set kind = "rows", without path')
+        return self
 
     @field_validator("tasks")
     @classmethod

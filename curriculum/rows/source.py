@@ -39,8 +39,8 @@ class RowsSource:
         self._orders: dict[str, tuple[tuple[int, int], np.ndarray]] = {}  # label -> (seed, epoch), its order
         if data.has_eval_rows and self.dataset.num_in_both:
             self.left_out.append(
-                f"{data.eval_path or data.path}: {self.dataset.num_in_both} of its {len(self.dataset.eval_side.rows)} "
-                "prompts for evaluation are training prompts, too"
+                f"{data.eval_path or data.origin}: {self.dataset.num_in_both} of its "
+                f"{len(self.dataset.eval_side.rows)} prompts for evaluation are training prompts, too"
             )
         if len(self.dataset.side.rows) <= CHECKED_AT_ONCE:
             self._check_all()
@@ -108,7 +108,7 @@ class RowsSource:
                 raise UserError(self._none_fits(label, len(rows)))
         if self.misfits:
             reasons = {row: why for found in self.misfits.values() for row, why in found.items()}
-            self.left_out.append(left_out(self._data.path, len(self.dataset.side.rows), reasons))
+            self.left_out.append(left_out(self._data.origin, len(self.dataset.side.rows), reasons))
 
     def _fitting(self, index: int, label: str, *, is_training: bool) -> Task | None:
         """The task of a row; None where it does not fit."""
@@ -136,7 +136,7 @@ class RowsSource:
         return of(self._name, label)
 
     def _none_fits(self, label: str, count: int) -> str:
-        return f"no {label} row fits: {left_out(self._data.path, count, self.misfits.get(label, {}))}"
+        return f"no {label} row fits: {left_out(self._data.origin, count, self.misfits.get(label, {}))}"
 
 
 def _unmeasured(side: Side) -> np.ndarray:

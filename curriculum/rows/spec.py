@@ -34,8 +34,10 @@ class RowsData(RewardTable, EnvironmentTable):
     """
 
     kind: Literal["rows"]
-    path: str  # .jsonl, .json, .parquet, .csv, .tsv, .arrow, a folder of one of these, or "hub:NAME"
-    split: str | None = None  # of a hub dataset or a folder, such as "train"
+    # .jsonl, .json, .parquet, .csv, .tsv, .arrow, a folder of one of these, or "hub:NAME"; None: the rows of the
+    # environment, which is one of verifiers
+    path: str | None = None
+    split: str | None = None  # of a hub dataset or a folder, such as "train"; of an environment "train" or "eval"
     subset: str | None = None  # of a hub dataset: its configuration
     eval_path: str | None = None  # rows for evaluation, where they lie apart
     eval_split: str | None = None  # their split, of eval_path or of path
@@ -60,6 +62,11 @@ class RowsData(RewardTable, EnvironmentTable):
     def representations(self) -> tuple[str, ...] | None:
         """The labels of its rows; None where only the rows tell."""
         return None if self.representation_column else (self.representation,)
+
+    @property
+    def origin(self) -> str:
+        """Where its rows come from, for messages."""
+        return self.path or str(self.environment)
 
     @property
     def share(self) -> float | None:
@@ -90,6 +97,8 @@ class RowsData(RewardTable, EnvironmentTable):
             raise ValueError("eval_share splits path: it cannot be given with eval_path or eval_split")
         if self.examples and self.answer is None and self.demonstration is None:
             raise ValueError("examples show their answers: give answer or demonstration")
-        if self.subset is not None and not self.path.startswith(HUB):
+        if self.subset is not None and not (self.path or "").startswith(HUB):
             raise ValueError('subset is of a hub dataset: path must begin with "hub:"')
+        if self.path is None and not self.is_of_verifiers:
+            raise ValueError('path must be given: only an environment "verifiers:NAME" has rows of its own')
         return self

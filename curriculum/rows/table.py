@@ -38,12 +38,16 @@ class Rows(Protocol):
 
 def training_rows(data: RowsData) -> Rows:
     """The rows of ``path``. Raises UserError and DataError."""
+    if data.path is None:
+        return _of_environment(data, data.split)
     return _open(data.path, data.split, data.subset)
 
 
 def evaluation_rows(data: RowsData) -> Rows:
     """The rows of ``eval_path`` and ``eval_split``. Raises UserError and DataError."""
     path = data.eval_path or data.path
+    if path is None:
+        return _of_environment(data, data.eval_split)
     return _open(path, data.eval_split, data.subset if path.startswith(HUB) else None)
 
 
@@ -94,6 +98,13 @@ class _Parts:
 
     def number(self, index: int) -> int:
         return index + 1
+
+
+def _of_environment(data: RowsData, split: str | None) -> Rows:
+    from isomorph.curriculum.environments.verifiers_rows import read_rows  # pebble, where it is needed
+
+    assert data.environment is not None
+    return read_rows(data.environment, data.environment_arguments, split)
 
 
 def _open(path: str, split: str | None, subset: str | None) -> Rows:

@@ -239,7 +239,7 @@ def test_a_class_of_trls_environment_factory_works_unchanged(pool: EnvironmentPo
     (tmp_path / "trl_form.py").write_text(TRL_FORM)
     spec = make_spec(tmp_path / "trl_form.py", environment=f"{tmp_path}/trl_form.py:Counter")
     told = pool.describe(dataclasses.replace(spec, calls=CallFormat(is_json=True)), "x")
-    assert told.has_methods and [s["function"]["name"] for s in told.schemas] == ["add"]
+    assert told.has_tools and [s["function"]["name"] for s in told.schemas] == ["add"]
     assert pool.reset(spec, {"start": 2}, 5).added == " The counter is 2."
     first = ({"role": "user", "content": "Count. The counter is 2."},)
     call = Call(spec, pool.new_key(), {"start": 2}, 5, first, ("<call> add 3 </call>",))
