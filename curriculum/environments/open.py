@@ -87,6 +87,8 @@ class Environments:
             roles = {"user": name in self.with_step, "tool": name in self.with_tools}
             format.check([role for role, is_used in roles.items() if is_used])
             self.turns[name] = Turns(self.specs[name], table.max_turns, format)
+        if self.turns:
+            self.pool.warm()
 
     def begun(self, task: Task) -> Task | None:
         """``task`` with the messages that its environment begins with; None where that fails on its row."""

@@ -91,6 +91,11 @@ class EnvironmentPool:
         except (DeadlineExceeded, ProcessExpired) as error:
             return _ended(error, spec)
 
+    def warm(self) -> None:
+        """Starts all workers, which then import what was described; does not wait for them."""
+        for i in range(self.max_workers):
+            self._worker(i).schedule(worker.do_nothing)
+
     def new_key(self) -> int:
         """A number for a new rollout."""
         return next(self._keys)

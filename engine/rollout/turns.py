@@ -2,9 +2,11 @@
 
 On the CPU a reply is taken a fixed number of decoding steps after its turn, or when nothing else is left to decode; it
 is waited for until then. Which responses are decoded together, and with it every bit of them, therefore does not depend
-on how fast environments are. On a GPU a reply is taken as soon as it is there.
+on how fast environments are. But one that takes longer than PATIENCE_S, as one that hangs, is not waited for: the other
+responses are decoded, and its rollout goes on when its reply comes. On a GPU a reply is taken as soon as it is there.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from torch import Tensor
 from isomorph.engine.types import Dialogue, OnStep, Prompt, Reply
 
 REPLY_STEPS = 8  # decoding steps on the CPU between a turn and its reply
+PATIENCE_S = 2.0  # on the CPU: how long after its turn a reply is waited for while others could be decoded
 POLL_S = 0.05  # while waiting for replies, interval of looking whether a stop was requested
 
 
@@ -52,6 +55,12 @@ class Waiting:
     token_ids: list[int]
     reply: Future[Reply]
     due: int  # decoding step
+    asked_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the reply is not waited for any longer."""
+        return not self.reply.done() and time.monotonic() - self.asked_at > PATIENCE_S
 
 
 class Conversations:
@@ -98,14 +107,12 @@ class Conversations:
         self._step += 1
         if not self.waiting:
             return []
+        asked = [w for w in self.waiting if not self.is_timed or is_idle or w.due <= self._step]
         if self.is_timed:
-            taken = [w for w in self.waiting if is_idle or w.due <= self._step]
-            for waiting in taken:
-                _wait(lambda w=waiting: w.reply.done(), [waiting.reply], on_step)  # type: ignore[misc]
-        else:
-            if is_idle:
-                _wait(lambda: any(w.reply.done() for w in self.waiting), [w.reply for w in self.waiting], on_step)
-            taken = [w for w in self.waiting if w.reply.done()]
+            _wait(lambda: all(w.reply.done() or w.is_late for w in asked), asked, on_step)
+        if is_idle:
+            _wait(lambda: any(w.reply.done() for w in asked), asked, on_step)
+        taken = [w for w in asked if w.reply.done()]
         self.waiting = [w for w in self.waiting if w not in taken]
         return [(waiting, self._added(waiting)) for waiting in taken]
 
@@ -120,7 +127,7 @@ class Conversations:
         return reply.token_ids
 
 
-def _wait(is_there: Callable[[], bool], futures: Iterable[Future[Reply]], on_step: OnStep) -> None:
-    while not is_there():
-        wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED)
+def _wait(is_enough: Callable[[], bool], waiting: Iterable[Waiting], on_step: OnStep) -> None:
+    while not is_enough():
+        wait([w.reply for w in waiting if not w.reply.done()], timeout=POLL_S, return_when=FIRST_COMPLETED)
         on_step()

@@ -17,7 +17,7 @@ from isomorph.engine.drift import check_ends
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.packed_batch import Part, pack_parts
-from isomorph.engine.rollout import builtin
+from isomorph.engine.rollout import builtin, turns
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.turns import Conversations
 from isomorph.engine.serialise import join_scored, split_scored
@@ -252,3 +252,44 @@ def test_others_are_decoded_while_one_waits() -> None:
     sampler = BuiltinSampler(make_policy(torch.float32), SamplerConfig())
     rollouts = sampler.generate(make_prompts(5), make_sampling(samples=8), on_step=on_step, dialogue=Held())
     assert len(rollouts) == 8
+
+
+class Hanging(Echo):
+    """Replies to the first turn of prompt 0, sample 1 when all other prompts are done, and to all else at once."""
+
+    def __init__(self) -> None:
+        super().__init__(turns=3)
+        self.hangs: Future[Reply] = Future()
+        self.events: list[str] = []
+
+    def turn(self, prompt: Prompt, sample: int, token_ids: Sequence[int], start: int) -> Future[Reply]:
+        reply = super().turn(prompt, sample, token_ids, start)
+        if (prompt.prompt_id, sample) != (0, 1) or len(self.heard[0, 1]) > 1:
+            return reply
+        self.events.append("hangs")
+        self.after = reply.result()
+        return self.hangs
+
+
+def test_a_hanging_environment_does_not_stop_the_decoding_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PATIENCE_S", 0.1)
+    policy, prompts, echo = make_policy(), make_prompts(5, 9, 7), Hanging()
+    polls = 0
+
+    def on_group(index: int, rollouts: Sequence[Rollout]) -> None:
+        echo.events.append(f"done {index}")
+        if index != 0 and echo.events.count("done 1") + echo.events.count("done 2") == 2:
+            echo.hangs.set_result(echo.after)
+
+    def on_step() -> None:  # sampling that waits for it would wait for ever
+        nonlocal polls
+        polls += 1
+        assert polls < 500 or echo.hangs.done()
+
+    sampler = BuiltinSampler(policy, SamplerConfig(max_seqs=6))
+    rollouts = sampler.generate(prompts, make_sampling(), on_group, on_step, dialogue=echo)
+    assert sorted(echo.events[1:3]) == ["done 1", "done 2"] and echo.events[3] == "done 0"
+    alone = BuiltinSampler(policy, SamplerConfig(max_seqs=6)).generate(prompts, make_sampling(), dialogue=Echo(turns=3))
+    for rollout, other in zip(rollouts, alone, strict=True):  # the late one, too, is what it would have been
+        assert torch.equal(rollout.token_ids, other.token_ids)
+        torch.testing.assert_close(rollout.sampler_logprob, other.sampler_logprob, equal_nan=True)
