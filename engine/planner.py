@@ -27,6 +27,7 @@ from isomorph.kernels.linear import linear
 Moment = Literal["generate", "update", "step"]
 MOMENTS: tuple[Moment, ...] = ("generate", "update", "step")
 GIB = 2**30
+FLOAT64_BYTES = 8  # of a weight; the fused kernels of a layer do not take float64
 CONTEXT_BYTES = GIB  # on a GPU: driver, cuBLAS and Triton before the first tensor
 VLLM_OVERHEAD_BYTES = 2 * GIB  # vLLM: CUDA graphs and the activations of its largest batch
 SAMPLER_LOGIT_COPIES = 4  # float32 [rows, V]: logits, log-probabilities, probabilities, their sums
@@ -189,7 +190,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
 def activation_bytes_per_tok(facts: Facts) -> float:
     """Bytes a token: activations saved for backward, and those of the layer that is being computed."""
     shape, size = facts.shape, facts.weight_bytes
-    layer = layer_bytes_per_tok(shape, size, is_fused=facts.is_gpu)
+    layer = layer_bytes_per_tok(shape, size, is_fused=size < FLOAT64_BYTES)
     every = facts.gradient_checkpointing_every
     num_recomputed = 0 if every is None else -(-shape.num_layers // every)
     kept = (shape.num_layers - num_recomputed) * layer + num_recomputed * shape.width * size
@@ -301,7 +302,7 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
     share_again = 0.0 if facts.gradient_checkpointing_every is None else 1 / facts.gradient_checkpointing_every
     num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights have no gradient
     num_passes += facts.has_reference + facts.is_repeated
-    of_layer = layer_bytes_per_tok(shape, facts.weight_bytes, is_fused=facts.is_gpu)
+    of_layer = layer_bytes_per_tok(shape, facts.weight_bytes, is_fused=facts.weight_bytes < FLOAT64_BYTES)
     moved = UPDATE_TRAFFIC * facts.forward_tok * shape.num_layers * of_layer
     stepped = OPTIMIZER_TRAFFIC * shape.num_trained / facts.num_shards * facts.num_updates
     step_bandwidth = HOST_BANDWIDTH if facts.is_gpu and facts.optimizer_on_host else ceilings.bandwidth

@@ -68,3 +68,52 @@ def decode_attention(
 def draw_token(
     logits: Tensor, rng_key: Tensor, position: Tensor, inv_temperature: float, token: Tensor, logprob: Tensor
 ) -> None: ...
+
+# Addresses of tensors in place of tensors; 0: none.
+def rms_norm(
+    is_bfloat16: bool,
+    num: int,
+    dim: int,
+    x: int,
+    residual: int,
+    weight: int,
+    eps: float,
+    y: int,
+    total: int,
+    rstd: int,
+    /,
+) -> None: ...
+def rms_norm_gradient(
+    is_bfloat16: bool,
+    num: int,
+    dim: int,
+    total: int,
+    weight: int,
+    rstd: int,
+    dy: int,
+    dtotal: int,
+    dx: int,
+    dweight: int,
+    /,
+) -> None: ...
+def swiglu(is_bfloat16: bool, size: int, gate: int, up: int, y: int, /) -> None: ...
+def swiglu_gradient(is_bfloat16: bool, size: int, gate: int, up: int, dy: int, dgate: int, dup: int, /) -> None: ...
+def rotary(
+    is_bfloat16: bool,
+    num: int,
+    dim: int,
+    cos: int,
+    sin: int,
+    transposed: bool,
+    q: int,
+    num_q: int,
+    q_row: int,
+    q_head: int,
+    q_out: int,
+    k: int,
+    num_k: int,
+    k_row: int,
+    k_head: int,
+    k_out: int,
+    /,
+) -> None: ...

@@ -60,9 +60,9 @@ ENVIRONMENT = "ISOMORPH_BACKEND"
 BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "linear": ("torch",),
-        "rms_norm": ("torch",),  # the specification; named, so that Triton is interpreted only where a test requests it
-        "swiglu": ("torch",),
-        "rotary": ("torch",),
+        "rms_norm": ("native", "torch"),  # torch: the specification; named, so that without the C++ module nothing
+        "swiglu": ("native", "torch"),  # interprets Triton that no test requested
+        "rotary": ("native", "torch"),
         "token_logprob": ("native", "torch"),
         "linear_logprob": ("native", "torch"),
         "linear_loss": ("native", "torch"),

@@ -7,16 +7,17 @@ The mean is over the last dimension. Roundings are those of transformers' RMSNor
 rounded to the dtype of x before it is multiplied. Sums are float32 (float64 for float64).
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isomorph.kernels import backend
+from isomorph.kernels import layer_native
+from isomorph.kernels.layer_bodies import layer_body
 from isomorph.kernels.types import stats_dtype
 
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TRITON_DIM = 16_384  # a row is kept in registers
 
 
@@ -34,40 +35,32 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) 
     return rms_norm_ref(total, weight_D, eps), total
 
 
-# -- Triton
+# -- fused
 class _RMSNorm(torch.autograd.Function):
-    """Keeps s and one number for each row; everything else is computed again in the backward."""
+    """Keeps s and one number for each row; everything else is computed again in the backward, by the same body."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, residual_ND: Tensor | None, weight_D: Tensor, eps: float
+        ctx: Any, body: ModuleType, x_ND: Tensor, residual_ND: Tensor | None, weight_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor | None]:
-        from isomorph.kernels.gpu import layer
-
-        y_ND, total_ND, rstd_N = layer.rms_norm(x_ND, residual_ND, weight_D, eps)
+        y_ND, total_ND, rstd_N = body.rms_norm(x_ND, residual_ND, weight_D, eps)
         ctx.save_for_backward(x_ND if total_ND is None else total_ND, weight_D, rstd_N)
-        ctx.has_residual = residual_ND is not None
+        ctx.has_residual, ctx.body = residual_ND is not None, body
         return y_ND, total_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor, dtotal_ND: Tensor | None) -> tuple[Tensor | None, ...]:
-        from isomorph.kernels.gpu import layer
-
         total_ND, weight_D, rstd_N = ctx.saved_tensors
         dtotal_ND = None if dtotal_ND is None else dtotal_ND.contiguous()
-        dx_ND, dweight_D = layer.rms_norm_gradient(total_ND, weight_D, rstd_N, dy_ND.contiguous(), dtotal_ND)
-        return dx_ND, dx_ND if ctx.has_residual else None, dweight_D, None
+        dx_ND, dweight_D = ctx.body.rms_norm_gradient(total_ND, weight_D, rstd_N, dy_ND.contiguous(), dtotal_ND)
+        return None, dx_ND, dx_ND if ctx.has_residual else None, dweight_D, None
 
 
-def takes_triton(x: Tensor, weight_D: Tensor) -> bool:
-    """Whether the Triton kernels are selected and support these operands; else the specification runs."""
-    return (
-        backend.choose("rms_norm", x.device) == "triton"
-        and x.dtype in TRITON_DTYPES
-        and weight_D.dtype == x.dtype
-        and x.shape[-1] <= MAX_TRITON_DIM
-    )
+def fused_body(x: Tensor, weight_D: Tensor) -> ModuleType | None:
+    """The fused implementation for these operands; None: the specification runs."""
+    body = layer_body("rms_norm", x, weight_D)
+    return None if body is not None and body is not layer_native and x.shape[-1] > MAX_TRITON_DIM else body
 
 
 def _check(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -> None:
@@ -86,21 +79,23 @@ def _check(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -> None:
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The norm of x [..., D] over its last dimension, times weight [D]; the dtype of x. Differentiable once.
 
-    Triton on CUDA for float32, bfloat16 and float16; a row's bits do not depend on the others. Elsewhere the
-    specification. Raises ValueError for widths that do not agree.
+    Triton on CUDA for float32, bfloat16 and float16, C++ on the CPU for float32 and bfloat16; no row depends
+    on the others in any bit. Elsewhere the specification. Raises ValueError for widths that do not agree.
     """
     _check(x, weight_D)
-    if not takes_triton(x, weight_D):
+    body = fused_body(x, weight_D)
+    if body is None:
         return rms_norm_ref(x, weight_D, eps)
-    y_ND, _ = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight_D.contiguous(), eps)
+    y_ND, _ = _RMSNorm.apply(body, x.reshape(-1, x.shape[-1]).contiguous(), None, weight_D.contiguous(), eps)
     return y_ND.view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of residual + x, and residual + x itself, both [..., D] in the dtype of x. Otherwise as ``rms_norm``."""
     _check(x, weight_D, residual)
-    if not takes_triton(x, weight_D):
+    body = fused_body(x, weight_D)
+    if body is None:
         return add_rms_norm_ref(x, residual, weight_D, eps)
     flat, flat_residual = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, residual))
-    y_ND, total_ND = _RMSNorm.apply(flat, flat_residual, weight_D.contiguous(), eps)
+    y_ND, total_ND = _RMSNorm.apply(body, flat, flat_residual, weight_D.contiguous(), eps)
     return y_ND.view(x.shape), total_ND.view(x.shape)

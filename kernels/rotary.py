@@ -6,16 +6,15 @@
 cos and sin of a token are the same for all of its heads, and constants: they get no gradient.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isomorph.kernels import backend
+from isomorph.kernels.layer_bodies import layer_body
 from isomorph.kernels.strides import unit_stride
-
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # -- reference: the specification
@@ -29,31 +28,30 @@ def _rotated(x_NHd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> Tensor:
     return x_NHd * cos_Nd[:, None] + torch.cat((-second, first), -1) * sin_Nd[:, None]
 
 
-# -- Triton
+# -- fused
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tuple[Tensor, Tensor]:
-        from isomorph.kernels.gpu import layer
-
+    def forward(
+        ctx: Any, body: ModuleType, q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_Nd, sin_Nd)
-        return layer.rotary(q_NHd, k_NKd, cos_Nd, sin_Nd, transposed=False)
+        ctx.body = body
+        return body.rotary(q_NHd, k_NKd, cos_Nd, sin_Nd, transposed=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq_NHd: Tensor, dk_NKd: Tensor) -> tuple[Tensor | None, ...]:
-        from isomorph.kernels.gpu import layer
-
         cos_Nd, sin_Nd = ctx.saved_tensors
         grads = (unit_stride(dq_NHd), unit_stride(dk_NKd))
-        return (*layer.rotary(*grads, cos_Nd, sin_Nd, transposed=True), None, None)
+        return (None, *ctx.body.rotary(*grads, cos_Nd, sin_Nd, transposed=True), None, None)
 
 
 # -- public op
 def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated queries [N, H, d] and keys [N, K, d] of N tokens; cos and sin [N, d]. Differentiable once in q and k.
 
-    One dtype, d even. Triton on CUDA for float32, bfloat16 and float16, rounded once; elsewhere the specification.
-    Raises ValueError for shapes or dtypes that do not agree.
+    One dtype, d even. Triton on CUDA for float32, bfloat16 and float16, C++ on the CPU for float32 and bfloat16, both
+    rounded once; elsewhere the specification. Raises ValueError for shapes or dtypes that do not agree.
     """
     num, dim = cos_Nd.shape
     for name, x in (("q", q_NHd), ("k", k_NKd)):
@@ -66,6 +64,7 @@ def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tupl
             f"cos and sin must be [N, d] of one dtype, d even, got {tuple(cos_Nd.shape)} {cos_Nd.dtype} and "
             f"{tuple(sin_Nd.shape)} {sin_Nd.dtype}"
         )
-    if backend.choose("rotary", q_NHd.device) != "triton" or cos_Nd.dtype not in TRITON_DTYPES:
+    body = layer_body("rotary", q_NHd, k_NKd, cos_Nd, sin_Nd)
+    if body is None:
         return rotary_ref(q_NHd, k_NKd, cos_Nd, sin_Nd)
-    return _Rotary.apply(unit_stride(q_NHd), unit_stride(k_NKd), cos_Nd.contiguous(), sin_Nd.contiguous())
+    return _Rotary.apply(body, unit_stride(q_NHd), unit_stride(k_NKd), cos_Nd.contiguous(), sin_Nd.contiguous())

@@ -1,8 +1,8 @@
 """Decoder layers of transformers' models with fused kernels where the device has them: norms, SwiGLU, rotary embedding.
 
 The modules, their parameters and names stay transformers' own. ``fuse_layers`` replaces their classes, in place, by
-subclasses whose ``forward`` calls the kernels; where those are not selected (on the CPU, in float64, inside
-torch.compile, which fuses by itself) the class's own ``forward`` runs.
+subclasses whose ``forward`` calls the kernels; where those are not selected (in float64, inside torch.compile, which
+fuses by itself) the class's own ``forward`` runs.
 
 On an H200 the kernels of an update that were neither products nor attention took 35 % of its time, and for 13 % the
 device had nothing to run (benchmarks/results/gpu/2026-11-27-h200-2.jsonl).
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.model.attention import Attend
-from isomorph.kernels.rms_norm import add_rms_norm, rms_norm, takes_triton
+from isomorph.kernels.rms_norm import add_rms_norm, fused_body, rms_norm
 from isomorph.kernels.rotary import rotary
 from isomorph.kernels.swiglu import swiglu
 
@@ -74,7 +74,7 @@ def _fused_norm(own: type) -> type:
 
 
 def _runs_fused(hidden: Tensor, weight_D: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and takes_triton(hidden, weight_D)
+    return not torch.compiler.is_compiling() and fused_body(hidden, weight_D) is not None
 
 
 def _decoded(layer: Any, hidden_BTD: Tensor, cos_sin: Rotary, attend: Attend) -> Tensor:

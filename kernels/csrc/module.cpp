@@ -10,4 +10,5 @@ NB_MODULE(_native, module) {
     isomorph::bind_gemm(module);
     isomorph::bind_bit_hash(module);
     isomorph::bind_rows(module);
+    isomorph::bind_layer(module);
 }

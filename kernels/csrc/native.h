@@ -41,5 +41,6 @@ void bind_decode(nanobind::module_& module);
 void bind_gemm(nanobind::module_& module);
 void bind_bit_hash(nanobind::module_& module);
 void bind_rows(nanobind::module_& module);
+void bind_layer(nanobind::module_& module);
 
 }  // namespace isomorph

@@ -1,4 +1,4 @@
-"""Decoder layers with fused kernels (Triton, interpreted) beside transformers' own in float64, for every family."""
+"""Decoder layers with fused kernels (C++, and Triton interpreted) beside transformers in float64, for every family."""
 
 import copy
 from typing import Any
@@ -14,11 +14,12 @@ from isomorph.engine.model.attention import registered_attention
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.types import PackedBatch
-from isomorph.kernels import backend
+from isomorph.kernels import backend, layer_native
 from isomorph.kernels.packed_layout import PackedLayout
 
-pytestmark = pytest.mark.skipif(bool(backend.triton_reason()), reason=backend.triton_reason())
-FUSED = "rms_norm=triton,swiglu=triton,rotary=triton"
+needs_triton = pytest.mark.skipif(bool(backend.triton_reason()), reason=backend.triton_reason())
+needs_native = pytest.mark.skipif(not backend.native_available(), reason=backend.native_reason())
+BODIES = [pytest.param("triton", marks=needs_triton), pytest.param("native", marks=needs_native)]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(attention_bias=True, mlp_bias=True),
     "mistral": dict(sliding_window=None, head_dim=8),
@@ -26,6 +27,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(head_dim=6),
 }
+
+
+def fused(body: str) -> str:
+    return f"rms_norm={body},swiglu={body},rotary={body}"
 
 
 def policies(family: str, **changes: Any) -> tuple[Policy, Policy]:
@@ -74,10 +79,12 @@ def hidden_and_gradients(policy: Policy, batch: PackedBatch) -> dict[str, Tensor
     return {"hidden": hidden_TD.detach(), **found}
 
 
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_layers_are_transformers_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isomorph.kernels.gpu import layer
-
+def test_fused_layers_are_transformers_layers(family: str, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = layer_native
+    if body == "triton":
+        from isomorph.kernels.gpu import layer
     calls: list[str] = []
     for name in ("rms_norm", "rms_norm_gradient", "swiglu", "swiglu_gradient", "rotary"):
         run = getattr(layer, name)
@@ -85,7 +92,7 @@ def test_fused_layers_are_transformers_layers(family: str, monkeypatch: pytest.M
     single, exact = policies(family)
     batch = batch_of([6, 1], [[4, 9], [3]])
     truth = hidden_and_gradients(exact, batch)
-    with backend.using(FUSED):
+    with backend.using(fused(body)):
         found = hidden_and_gradients(single, batch)
     norms = 2 + 1 + (2 if family in ("qwen3", "olmo2") else 0)  # of the layer, the last one, of queries and keys
     assert calls.count("rms_norm") == calls.count("rms_norm_gradient") == norms
@@ -96,17 +103,19 @@ def test_fused_layers_are_transformers_layers(family: str, monkeypatch: pytest.M
         assert (found[name] - want).norm() <= 1e-5 * want.norm(), name
 
 
-def test_another_activation_than_silu_is_computed_by_transformers_forward() -> None:
+@pytest.mark.parametrize("body", BODIES)
+def test_another_activation_than_silu_is_computed_by_transformers_forward(body: str) -> None:
     single, exact = policies("llama", hidden_act="gelu")
     batch = batch_of([6], [[4]])
     with torch.no_grad():
         truth = exact.hidden(batch)
-        with backend.using(FUSED):
+        with backend.using(fused(body)):
             found = single.hidden(batch)
     assert (found - truth).norm() <= 1e-5 * truth.norm()
 
 
-def test_decoding_several_rows_at_their_own_positions_is_the_same() -> None:
+@pytest.mark.parametrize("body", BODIES)
+def test_decoding_several_rows_at_their_own_positions_is_the_same(body: str) -> None:
     """The sampler passes a batch of rows of one token, each at a position of its own."""
     single, exact = policies("llama")
     token_ids, positions = torch.tensor([[5], [9], [7]]), torch.tensor([[0], [3], [17]])
@@ -117,7 +126,7 @@ def test_decoding_several_rows_at_their_own_positions_is_the_same() -> None:
         return v.repeat_interleave(2, 1).transpose(1, 2)
 
     found = []
-    for policy, wanted in ((exact, "reference"), (single, FUSED)):
+    for policy, wanted in ((exact, "reference"), (single, fused(body))):
         seen: list[Tensor] = []
         with torch.no_grad(), backend.using(wanted):
             hidden_BTD = policy.backbone(token_ids, positions, attend)
@@ -125,13 +134,13 @@ def test_decoding_several_rows_at_their_own_positions_is_the_same() -> None:
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 
 
-def test_on_the_cpu_transformers_own_forward_runs_bit_for_bit() -> None:
+def test_without_fused_kernels_transformers_own_forward_runs_bit_for_bit() -> None:
     single, _ = policies("qwen3")
     own = copy.deepcopy(single.model)
     for module in (*own.model.layers, own.model.norm):
         module.__class__ = type(module).__mro__[1]
     batch = batch_of([6], [[4, 2]])
-    with torch.no_grad():
+    with torch.no_grad(), backend.using("reference"):
         before = single.hidden(batch)
         single.model.model.layers, single.model.model.norm = own.model.layers, own.model.norm
         assert torch.equal(single.hidden(batch), before)

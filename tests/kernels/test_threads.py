@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,10 @@ from isomorph.kernels.decode_attention import CachedKV, decode_attention, decode
 from isomorph.kernels.linear_logprob import linear_loss, linear_loss_ref
 from isomorph.kernels.packed_attention import packed_attention, packed_attention_ref
 from isomorph.kernels.packed_layout import PackedLayout
+from isomorph.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from isomorph.kernels.rotary import rotary, rotary_ref
 from isomorph.kernels.sample_token import sample_token, sample_token_ref
+from isomorph.kernels.swiglu import swiglu, swiglu_ref
 from isomorph.kernels.token_logprob import TokenStats, row_gradient, row_stats, token_logprob_ref
 
 pytestmark = pytest.mark.skipif(not backend.native_available(), reason=backend.native_reason())
@@ -170,6 +173,31 @@ def _decode(dtype: torch.dtype) -> Problem:
     return Problem(lambda: run(decode_attention, dtype), lambda: run(decode_attention_ref, torch.float64))
 
 
+# -- layers
+def _layer(name: str, dtype: torch.dtype) -> Problem:
+    """Of 531 rows: several tasks, the last one not full, and vectors that the width does not fill."""
+    x, residual, weight = _randn(531, 130), _randn(531, 130, seed=1), 1 + 0.1 * _randn(130, seed=2)
+    q, k = _randn(531, 5, 26), _randn(531, 2, 26, seed=1)
+    angle = torch.arange(531)[:, None] / 10 ** torch.arange(13)
+    cos, sin = (torch.cat([f(angle), f(angle)], 1) for f in (torch.cos, torch.sin))
+    op, reference, inputs, constants = {
+        "rms_norm": (rms_norm, rms_norm_ref, [x, weight], ()),
+        "add_rms_norm": (add_rms_norm, add_rms_norm_ref, [x, residual, weight], ()),
+        "swiglu": (swiglu, swiglu_ref, [x, residual], ()),
+        "rotary": (rotary, rotary_ref, [q, k], (cos, sin)),
+    }[name]
+    rest = (1e-5,) if "norm" in name else ()
+
+    def run(op: Callable[..., Any], wide: torch.dtype) -> Results:
+        leaves = [t.to(dtype).to(wide).requires_grad_() for t in inputs]
+        out = op(*leaves, *(t.to(dtype).to(wide) for t in constants), *rest)
+        out = out if isinstance(out, tuple) else (out,)
+        factors = [_randn(*y.shape, seed=3 + i).to(wide) for i, y in enumerate(out)]
+        return *(y.detach() for y in out), *torch.autograd.grad(out, leaves, factors)
+
+    return Problem(lambda: run(op, dtype), lambda: run(reference, torch.float64))
+
+
 def _gae() -> Problem:
     reward, value = _randn(2, 3000)
     offsets = torch.tensor([0, 1, 700, 700, 2999, 3000])
@@ -201,6 +229,8 @@ def _cases() -> Iterator[Case]:
     for dtype, limit in ((torch.float32, FLOAT32), (torch.bfloat16, 2 * BFLOAT16)):
         yield Case("packed_attention", f"{str(dtype)[6:]}, T=460", limit, partial(_attention, dtype))
         yield Case("decode_attention", f"{str(dtype)[6:]}, B=9", limit, partial(_decode, dtype))
+        for name in ("rms_norm", "add_rms_norm", "swiglu", "rotary"):
+            yield Case(name, f"{str(dtype)[6:]}, N=531", limit, partial(_layer, name, dtype))
     yield Case("gae", "T=3000", FLOAT32, _gae)
     yield Case("bit_hash", "1200004 bytes", 0.0, _bit_hash)
 
