@@ -100,6 +100,7 @@ def swiglu(is_bfloat16: bool, size: int, gate: int, up: int, y: int, /) -> None:
 def swiglu_gradient(is_bfloat16: bool, size: int, gate: int, up: int, dy: int, dgate: int, dup: int, /) -> None: ...
 def rotary(
     is_bfloat16: bool,
+    is_angle_bfloat16: bool,
     num: int,
     dim: int,
     cos: int,

@@ -84,12 +84,14 @@ def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor, *, tran
     num_k = k_NKd.shape[1]
     check_unit_stride(q=q_NHd, k=k_NKd)
     check_contiguous(cos=cos_Nd, sin=sin_Nd)
-    _check("q, k, cos and sin", q_NHd, k_NKd, cos_Nd, sin_Nd)
+    _check("q and k", q_NHd, k_NKd)
+    _check("cos and sin", cos_Nd, sin_Nd, float32=q_NHd.dtype != cos_Nd.dtype)
     _check_sizes(num * num_k * dim, k=k_NKd)
     _check_sizes(num * dim, cos=cos_Nd, sin=sin_Nd)
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_NHd, k_NKd))
     backend.native().rotary(
-        q_NHd.dtype == torch.bfloat16, num, dim, cos_Nd.data_ptr(), sin_Nd.data_ptr(), transposed,
+        q_NHd.dtype == torch.bfloat16, cos_Nd.dtype == torch.bfloat16, num, dim,
+        cos_Nd.data_ptr(), sin_Nd.data_ptr(), transposed,
         q_NHd.data_ptr(), num_q, q_NHd.stride(0), q_NHd.stride(1), q_out.data_ptr(),
         k_NKd.data_ptr(), num_k, k_NKd.stride(0), k_NKd.stride(1), k_out.data_ptr(),
     )  # fmt: skip

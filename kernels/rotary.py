@@ -19,13 +19,13 @@ from isomorph.kernels.strides import unit_stride
 
 # -- reference: the specification
 def rotary_ref(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tuple[Tensor, Tensor]:
-    """The specification of ``rotary``. Each product is rounded to the dtype, as in transformers' models."""
+    """The specification of ``rotary``. Each product is rounded to the dtype of cos, as in transformers' models."""
     return _rotated(q_NHd, cos_Nd, sin_Nd), _rotated(k_NKd, cos_Nd, sin_Nd)
 
 
 def _rotated(x_NHd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> Tensor:
     first, second = x_NHd.chunk(2, -1)
-    return x_NHd * cos_Nd[:, None] + torch.cat((-second, first), -1) * sin_Nd[:, None]
+    return (x_NHd * cos_Nd[:, None] + torch.cat((-second, first), -1) * sin_Nd[:, None]).to(x_NHd.dtype)
 
 
 # -- fused
@@ -50,21 +50,23 @@ class _Rotary(torch.autograd.Function):
 def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated queries [N, H, d] and keys [N, K, d] of N tokens; cos and sin [N, d]. Differentiable once in q and k.
 
-    One dtype, d even. Triton on CUDA for float32, bfloat16 and float16, C++ on the CPU for float32 and bfloat16, both
-    rounded once; elsewhere the specification. Raises ValueError for shapes or dtypes that do not agree.
+    q and k have one dtype, cos and sin the same or float32 (OLMo-2); d is even. Triton on CUDA for float32, bfloat16
+    and float16, C++ on the CPU for float32 and bfloat16, both rounded once; elsewhere the specification. ValueError
+    is raised for shapes or dtypes that do not agree.
     """
     num, dim = cos_Nd.shape
     for name, x in (("q", q_NHd), ("k", k_NKd)):
-        if x.ndim != 3 or x.shape[0] != num or x.shape[2] != dim or x.dtype != cos_Nd.dtype:
+        if x.ndim != 3 or x.shape[0] != num or x.shape[2] != dim or x.dtype != q_NHd.dtype:
             raise ValueError(
-                f"{name} must be [{num}, heads, {dim}] of {cos_Nd.dtype}, as cos, got {tuple(x.shape)} {x.dtype}"
+                f"{name} must be [{num}, heads, {dim}] of {q_NHd.dtype}, as cos and q, got {tuple(x.shape)} {x.dtype}"
             )
-    if sin_Nd.shape != cos_Nd.shape or sin_Nd.dtype != cos_Nd.dtype or dim % 2:
+    fits = cos_Nd.dtype in (q_NHd.dtype, torch.float32) and q_NHd.dtype.itemsize <= cos_Nd.dtype.itemsize
+    if sin_Nd.shape != cos_Nd.shape or sin_Nd.dtype != cos_Nd.dtype or dim % 2 or not fits:
         raise ValueError(
-            f"cos and sin must be [N, d] of one dtype, d even, got {tuple(cos_Nd.shape)} {cos_Nd.dtype} and "
-            f"{tuple(sin_Nd.shape)} {sin_Nd.dtype}"
+            f"cos and sin must be [N, d] of one dtype, {q_NHd.dtype} as q or float32, d even, got "
+            f"{tuple(cos_Nd.shape)} {cos_Nd.dtype} and {tuple(sin_Nd.shape)} {sin_Nd.dtype}"
         )
-    body = layer_body("rotary", q_NHd, k_NKd, cos_Nd, sin_Nd)
+    body = layer_body("rotary", q_NHd, k_NKd)
     if body is None:
         return rotary_ref(q_NHd, k_NKd, cos_Nd, sin_Nd)
     return _Rotary.apply(body, unit_stride(q_NHd), unit_stride(k_NKd), cos_Nd.contiguous(), sin_Nd.contiguous())

@@ -98,10 +98,10 @@ struct Rotated {
     int64_t num_heads, row_stride, head_stride;
 };
 
-void rotary(bool is_bfloat16, int64_t num, int64_t dim, Address cos, Address sin, bool transposed, Address q,
+void rotary(bool is_bfloat16, bool is_angle_bfloat16, int64_t num, int64_t dim, Address cos, Address sin, bool transposed, Address q,
             int64_t num_q, int64_t q_row, int64_t q_head, Address q_out, Address k, int64_t num_k, int64_t k_row,
             int64_t k_head, Address k_out) {
-    const Storage type = storage(is_bfloat16);
+    const Storage type = storage(is_bfloat16), angle_type = storage(is_angle_bfloat16);
     const int64_t bytes = item_bytes(type), rows = std::max<int64_t>(1, kTask / std::max<int64_t>((num_q + num_k) * dim, 1));
     const Rotated operands[2] = {{q, q_out, num_q, q_row, q_head}, {k, k_out, num_k, k_row, k_head}};
 #define ISOMORPH_ROTATE(isa) isa::LayerBody::rotate
@@ -110,8 +110,8 @@ void rotary(bool is_bfloat16, int64_t num, int64_t dim, Address cos, Address sin
     nb::gil_scoped_release release;
     for_each_task(divided_up(num, rows), [&](int64_t task, int64_t) noexcept {
         for (int64_t row = task * rows; row < std::min((task + 1) * rows, num); ++row) {
-            const int64_t offset = row * dim * bytes;
-            const Rotation rotation = {type, dim / 2, at(cos) + offset, at(sin) + offset, transposed};
+            const int64_t offset = row * dim * item_bytes(angle_type);
+            const Rotation rotation = {type, angle_type, dim / 2, at(cos) + offset, at(sin) + offset, transposed};
             for (const Rotated& x : operands) {
                 run(rotation, at(x.from) + row * x.row_stride * bytes, x.head_stride, x.num_heads,
                     at(x.to) + row * x.num_heads * dim * bytes);

@@ -16,9 +16,9 @@ struct Norm {
     const void* weight;
 };
 
-// Rotates heads [num_heads, 2 half] of one token; cos and sin [2 half].
+// Rotates heads [num_heads, 2 half] of one token; cos and sin [2 half], of angle_type.
 struct Rotation {
-    Storage type;
+    Storage type, angle_type;  // the same, or bfloat16 and float32
     int64_t half;
     const void *cos, *sin;
     bool transposed;  // the transposed rotation: the gradient

@@ -161,13 +161,13 @@ void swiglu_gradient_as(const void* gate_data, const void* up_data, const void* 
     });
 }
 
-template <typename T>
+template <typename T, typename C>
 void rotate_as(const Rotation& rotation, const void* x_data, int64_t head_stride, int64_t num_heads, void* out_data) {
     const int64_t half = rotation.half;
-    const T *cos = static_cast<const T*>(rotation.cos), *sin = static_cast<const T*>(rotation.sin);
+    const C *cos = static_cast<const C*>(rotation.cos), *sin = static_cast<const C*>(rotation.sin);
     // the sine that the other half of the input is multiplied by: of the row, or transposed of the column
-    const T* low_sin = sin + (rotation.transposed ? half : 0);
-    const T* high_sin = sin + (rotation.transposed ? 0 : half);
+    const C* low_sin = sin + (rotation.transposed ? half : 0);
+    const C* high_sin = sin + (rotation.transposed ? 0 : half);
     const float sign = rotation.transposed ? -1.0f : 1.0f;
     for (int64_t head = 0; head < num_heads; ++head) {
         const T* x = static_cast<const T*>(x_data) + head * head_stride;
@@ -203,8 +203,9 @@ void LayerBody::swiglu_gradient(Storage type, const void* gate, const void* up, 
     ISOMORPH_AS(swiglu_gradient, gate, up, dy, size, dgate, dup);
 }
 void LayerBody::rotate(const Rotation& rotation, const void* x, int64_t head_stride, int64_t num_heads, void* out) {
-    const Storage type = rotation.type;
-    ISOMORPH_AS(rotate, rotation, x, head_stride, num_heads, out);
+    if (rotation.type == Storage::kFloat32) rotate_as<float, float>(rotation, x, head_stride, num_heads, out);
+    else if (rotation.angle_type == Storage::kFloat32) rotate_as<BFloat16, float>(rotation, x, head_stride, num_heads, out);
+    else rotate_as<BFloat16, BFloat16>(rotation, x, head_stride, num_heads, out);
 }
 #undef ISOMORPH_AS
 

@@ -5,6 +5,7 @@ and writes its results once. No atomics: the gradient of a norm's weight is summ
 over its rows in ascending order, and then over the programs.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def rotated_heads(
 @triton.jit
 def rotary_kernel(
     q_ptr, k_ptr,
-    cos_ptr,  # [N, d], contiguous
+    cos_ptr,  # [N, d], contiguous; as sin, of the dtype of q or float32
     sin_ptr,
     q_out_ptr, k_out_ptr,
     q_stride_n, q_stride_h, k_stride_n, k_stride_h,
@@ -338,9 +339,11 @@ def _rotary_variants() -> list[Variant]:
         for q_heads, k_heads, dim in HEADS if dtype == "bf16" else HEADS[:: len(HEADS) - 1]:
             pointers = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
             strides = ("q_stride_n", "q_stride_h", "k_stride_n", "k_stride_h")
-            signature = {**{name: f"*{dtype}" for name in pointers}, **{name: "i32" for name in strides}}
-            for transposed in (False, True):
-                label = f"{dtype}, {q_heads}/{k_heads} heads of {dim}{', transposed' if transposed else ''}"
+            for transposed, angle in itertools.product((False, True), dict.fromkeys((dtype, "fp32"))):
+                signature = {name: f"*{dtype}" for name in pointers} | {name: "i32" for name in strides}
+                signature |= {name: f"*{angle}" for name in ("cos_ptr", "sin_ptr")}  # in the order above
+                label = f"{dtype}, angles {angle}, {q_heads}/{k_heads} heads of {dim}"
+                label += ", transposed" if transposed else ""
                 constants = {"TRANSPOSED": transposed, **_rotary_blocks(q_heads, k_heads, dim)}
                 found.append(Variant(rotary_kernel, label, signature, constants, num_warps=4))
     return found

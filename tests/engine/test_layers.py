@@ -103,6 +103,22 @@ def test_fused_layers_are_transformers_layers(family: str, body: str, monkeypatc
         assert (found[name] - want).norm() <= 1e-5 * want.norm(), name
 
 
+@needs_native
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_take_the_dtypes_of_transformers_models(family: str) -> None:
+    """In bfloat16 OLMo-2 rotates by angles in float32, the others by angles in bfloat16."""
+    single, exact = policies(family)
+    half = Policy(copy.deepcopy(single.model).bfloat16(), single.text)
+    batch = batch_of([6, 1], [[4, 9], [3]])
+    errors = {}
+    with torch.no_grad():
+        truth = exact.hidden(batch)
+        for body in ("native", "reference"):
+            with backend.using(fused(body)):
+                errors[body] = (half.hidden(batch) - truth).norm() / truth.norm()
+    assert errors["native"] <= 1.5 * errors["reference"] < 0.05
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_another_activation_than_silu_is_computed_by_transformers_forward(body: str) -> None:
     single, exact = policies("llama", hidden_act="gelu")

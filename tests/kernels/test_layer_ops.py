@@ -80,6 +80,7 @@ def test_rotary_and_its_gradients(heads: int, kv_heads: int, dim: int, body: str
     angle = torch.arange(7)[:, None] / 10 ** torch.arange(dim // 2)
     cos, sin = (torch.cat([f(angle), f(angle)], 1).to(dtype) for f in (torch.cos, torch.sin))
     check(body, "rotary", rotary, rotary_ref, [q, k], (cos, sin))
+    check(body, "rotary", rotary, rotary_ref, [q, k], (cos.float(), sin.float()))  # as OLMo-2's
     sliced = random(7, 2 * heads, dim).to(dtype)[:, ::2]  # heads apart: read by stride, not copied
     check(body, "rotary", rotary, rotary_ref, [sliced, k], (cos, sin))
 
@@ -121,6 +122,8 @@ def test_shapes_and_dtypes_that_do_not_agree_are_refused() -> None:
         swiglu(x, x[:2])
     with pytest.raises(ValueError, match=r"k must be \[3, heads, 8\]"):
         rotary(x[:, None], x[:2, None], x, x)
+    with pytest.raises(ValueError, match="as q or float32"):
+        rotary(x[:, None], x[:, None], x.bfloat16(), x.bfloat16())
     with pytest.raises(ValueError, match="d even"):
         rotary(x[:, None, :7], x[:, None, :7], x[:, :7], x[:, :7])
 
