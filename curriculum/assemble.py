@@ -365,7 +365,7 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
         "rows": {name: source.summary() for name, source in components.source.sources.items()},
         "best": best and {**best, "folder": str(components.log.folder / BEST)},
         "judge": count_failures(components.judge, components.ranks),
-        "environments": count_environments(components.source.environments, components.ranks),
+        "environments": components.source.environment_counts(),
         "memory_growth_alarms": components.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(components.policy.weights()),
     }
@@ -382,14 +382,6 @@ def count_failures(judge: TableJudge, ranks: Ranks) -> dict[str, int]:
     counted = ranks.gather(own)
     names = dict.fromkeys(name for counts in counted for name in counts)
     return {name: sum(counts.get(name, 0) for counts in counted) for name in names}
-
-
-def count_environments(environments: Environments | None, ranks: Ranks) -> dict[str, int]:
-    """``Environments.counts`` over all ranks; of a resumed run since it resumed. {}: no data has an environment."""
-    if environments is None or not environments.tables:
-        return {}
-    counted = ranks.gather(environments.counts())
-    return {name: sum(counts[name] for counts in counted) for name in counted[0]}
 
 
 def _status(error: BaseException) -> str:

@@ -7,8 +7,9 @@ seeded with (run seed, prompt number), so that a resumed run gets the prompts of
 import dataclasses
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.evaluation import evaluation_keys, evaluation_tasks, sequential_baseline
@@ -20,8 +21,10 @@ from isomorph.curriculum.sources import as_prompt, open_sources
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
-from isomorph.engine.types import Answers, EvaluationRecord, EvaluationRequest, Group, Prompt
+from isomorph.engine.rollout.turns import count_failures
+from isomorph.engine.types import Answers, EnvironmentFailure, EvaluationRecord, EvaluationRequest, Group, Prompt
 
+ROWS_SKIPPED = "rows_skipped"
 MOST_UNFIT = 1000  # rows in succession that an environment cannot begin on, or whose messages are too long
 
 
@@ -55,6 +58,9 @@ class Curriculum:
         self.positions: dict[str, int] = {}  # of each source and representation: rows taken or skipped so far
         self.evaluations: list[dict[str, Any]] = []  # results so far
         self.finished: list[dict[str, Any]] = []  # name, steps and end of the stages that are over
+        # rollouts by how their environment failed, evaluations included; and training rows that it did not begin on
+        self.environment_failures: Counter[str] = Counter()
+        self._num_unbegun_evaluation = 0  # rows for evaluation that it did not begin on
         self._evaluation_keys = evaluation_keys(recipe, self.sources)
         self._evaluation_prompts: tuple[Prompt, ...] | None = None
         self._baseline: dict[str, float | None] | None = None
@@ -91,6 +97,7 @@ class Curriculum:
         stage = self._present()
         if rewards := [reward for group in groups for reward in group.known_rewards]:
             self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-stage.reward_window :]
+        self.environment_failures += Counter(count_failures(r for group in groups for r in group.rollouts))
         self.response_tok += sum(rollout.num_model_tok for group in groups for rollout in group.rollouts)
         self.steps_done += 1
         if reason := self._why_over(stage):
@@ -122,6 +129,8 @@ class Curriculum:
         self, request: EvaluationRequest, greedy: Answers, sampled: Answers | None
     ) -> EvaluationRecord:
         """Records results and baseline; ``best_by`` and ``score`` are of the set that ``eval.keep_best`` names."""
+        for answers in (greedy, sampled):
+            self.environment_failures += Counter(answers.environment_failures if answers else {})
         keys = [prompt.representation for prompt in request.prompts]
         results = results_by_key(keys, greedy, sampled)
         of_sets = results_by_key([self._evaluation_keys[key][0].name for key in keys], greedy, sampled)
@@ -168,6 +177,16 @@ class Curriculum:
         found = {"before": by_label.get(self.recipe.warm_up_label), "after": by_label.get(self.recipe.stage[-1].name)}
         return {when: done for when, done in found.items() if done is not None}
 
+    def environment_counts(self) -> dict[str, int]:
+        """Rollouts of all ranks that their environment did not end, by how, and rows on which one did not begin.
+
+        Those of a resumed run include what was before. {}: no data has an environment.
+        """
+        if self.environments is None or not self.environments.tables:
+            return {}
+        found = {kind: self.environment_failures[kind] for kind in (*get_args(EnvironmentFailure), ROWS_SKIPPED)}
+        return {**found, ROWS_SKIPPED: found[ROWS_SKIPPED] + self._num_unbegun_evaluation}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "stage_index": self.stage_index,
@@ -178,10 +197,12 @@ class Curriculum:
             "positions": dict(self.positions),
             "exams": list(self.evaluations),
             "finished": list(self.finished),
+            "environments": dict(self.environment_failures),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError for the state of another version, or of a recipe with more stages."""
+        state = {"environments": {}, **state}  # earlier versions did not count
         self._refuse(state)
         self.stage_index = state["stage_index"]
         self.steps_done = state["steps_done"]
@@ -191,6 +212,7 @@ class Curriculum:
         self.positions = dict(state["positions"])
         self.evaluations = list(state["exams"])
         self.finished = list(state["finished"])
+        self.environment_failures = Counter(state["environments"])
 
     def reopen_extended(self) -> bool:
         """Goes on with the last stage if it has ended by ``steps`` and the recipe now gives it more; whether it did.
@@ -259,6 +281,10 @@ class Curriculum:
     def _begun(self, task: Task, *, is_evaluation: bool = False) -> Task | None:
         """``task`` as its environment begins it; None where that fails, or makes too long a prompt."""
         begun = task if self.environments is None else self.environments.begun(task)
+        if begun is None and is_evaluation:
+            self._num_unbegun_evaluation += 1
+        elif begun is None:
+            self.environment_failures[ROWS_SKIPPED] += 1
         if begun is task or begun is None or self.limits is None:
             return begun
         of = self.limits.misfit_of_evaluation if is_evaluation else self.limits.misfit_of_training

@@ -26,6 +26,7 @@ from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.step_record import StepResult, completion_rows, console_line, evaluation_rows, step_row
 from isomorph.engine.rescue import KEEP_ALL, rescue
 from isomorph.engine.rollout.tripwire import check_publication
+from isomorph.engine.rollout.turns import count_failures
 from isomorph.engine.types import (
     Answers,
     EvaluationRecord,
@@ -133,6 +134,7 @@ def step(components: Components, progress: RunProgress, stage: Stage) -> None:
         num_replaced=num_replaced,
         stats=stats,
         publication=publication,
+        has_environments=components.dialogue is not None,
     )
     _record(components, progress.state, result)
 
@@ -251,7 +253,7 @@ def evaluate(components: Components, state: RunState, request: EvaluationRequest
 def _answers(components: Components, request: EvaluationRequest, *, is_greedy: bool) -> Answers:
     """Responses of all ranks to the request's prompts, with their rewards."""
     sampling = evaluation_sampling(components, request, is_greedy=is_greedy)
-    _, texts, scores = sample_and_reward(
+    rollouts, texts, scores = sample_and_reward(
         components, components.sampler, request.prompts, sampling, lambda phase: contextlib.nullcontext()
     )
     found = answers_found(components.finds_answer, request.prompts, texts)
@@ -264,6 +266,7 @@ def _answers(components: Components, request: EvaluationRequest, *, is_greedy: b
         rewards=tuple(scores.rewards),
         correct=tuple(correct),
         found=None if found is None else tuple(found),
+        environment_failures=count_failures(rollouts),
     )
 
 

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from isomorph.engine.types import Rollout, ScoredRollouts, Scores
 
-_PLAIN = ("prompt_id", "sample", "finish", "policy_version", "environment_reward", "num_turns")  # a rollout's JSON
+# a rollout's JSON
+_PLAIN = (
+    *("prompt_id", "sample", "finish", "policy_version", "num_turns"),
+    *("environment_reward", "environment_failure"),
+)
 
 
 def split_scored(scored: ScoredRollouts) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -21,6 +21,9 @@ from isomorph.engine.config import Stage
 from isomorph.kernels.packed_layout import PackedLayout
 
 Finish = Literal["stop", "length"]
+# why an environment did not end a rollout by itself: it raised, did not answer in time, ended its process; or the limit
+# of turns was reached
+EnvironmentFailure = Literal["errors", "timeouts", "crashes", "out_of_turns"]
 
 
 class RunFailed(RuntimeError):
@@ -76,6 +79,7 @@ class Rollout:
     context_mask: Tensor | None = None  # [n] bool, on the CPU; True: of the environment, never a target; None: no such
     environment_reward: float | None = None  # None: no environment gave one
     num_turns: int = 1  # of the model
+    environment_failure: EnvironmentFailure | None = None
 
     @property
     def num_model_tok(self) -> int:
@@ -327,6 +331,7 @@ class Reply:
 
     token_ids: tuple[int, ...] = ()  # what follows the turn's stop token, up to where the model's next turn begins
     reward: float | None = None  # of the rollout, where this ends it
+    failure: EnvironmentFailure | None = None  # where this ends it
 
 
 class Dialogue(Protocol):
@@ -403,6 +408,7 @@ class Answers:
     rewards: tuple[float, ...]
     correct: tuple[bool, ...]  # whether it solves its prompt; partial credit does not
     found: tuple[bool, ...] | None  # whether an answer was found in it; None: not measured
+    environment_failures: Mapping[EnvironmentFailure, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,9 +81,9 @@ def seed_of(run_seed: int, task: Task) -> int:
 
 def _reply(turns: Turns, outcome: Outcome, is_last: bool) -> Reply:
     if outcome.failed:
-        return Reply(reward=0.0 if turns.spec.environment is not None else None)
+        return Reply(reward=0.0 if turns.spec.environment is not None else None, failure=outcome.kind)
     if outcome.done is not None:
         return Reply(reward=outcome.done.reward)
     if is_last:
-        return Reply()
+        return Reply(failure="out_of_turns")
     return Reply(token_ids=turns.format.encode(outcome.messages))

@@ -119,12 +119,6 @@ class Environments:
         own = outcome.messages if outcome.messages[0]["role"] == "system" else (*shown, *outcome.messages)
         return dataclasses.replace(task, question=outcome.messages[-1]["content"], messages=own)
 
-    def counts(self) -> dict[str, int]:
-        """Rollouts that ended because their environment failed, by how, and rows on which one did not begin."""
-        return {name: self.pool.failures[name] for name in ("errors", "timeouts", "crashes")} | {
-            "rows_skipped": self.num_skipped
-        }
-
     def dialogue(self) -> EnvironmentDialogue | None:
         """The engine's Dialogue; None where every rollout has one turn."""
         return EnvironmentDialogue(self.turns, self.pool, self.text.decode, self.seed) if self.turns else None

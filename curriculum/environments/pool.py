@@ -146,10 +146,9 @@ class EnvironmentPool:
 
     def _counted(self, outcome: Outcome) -> Outcome:
         if outcome.failed:
-            kind = "timeouts" if outcome.is_late else "crashes" if outcome.is_crash else "errors"
             with self._lock:
-                self.failures[kind] += 1
-                is_first = self.failures[kind] == 1
+                self.failures[outcome.kind] += 1
+                is_first = self.failures[outcome.kind] == 1
             if is_first:
                 self.say(
                     f"warning: the environment of a rollout failed: {outcome.failed}; the rollout ends there with a "

@@ -23,6 +23,7 @@ from isomorph.curriculum.environments.done import Done, Message
 from isomorph.curriculum.environments.methods import MethodTools, has_methods
 from isomorph.curriculum.environments.spec import VERIFIERS
 from isomorph.curriculum.rewards.worker import DeadlineAlarm, load, prepare
+from isomorph.engine.types import EnvironmentFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class Outcome:
     is_late: bool = False  # with ``failed``: the deadline was over
     is_crash: bool = False  # with ``failed``: the worker has died
     is_lost: bool = False  # this worker does not hold the environment: it has to be built again
+
+    @property
+    def kind(self) -> EnvironmentFailure:
+        """Of what ``failed`` says."""
+        return "timeouts" if self.is_late else "crashes" if self.is_crash else "errors"
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     response/masked                      sampled responses that may not enter the loss: masked, or without a reward
     response/tok_mean  response/stopped  tokens of a response, mean; share of responses that end with a stop token
     response/turns                       turns of a response, mean
+    environment/errors  .../timeouts     responses whose environment raised; did not answer in time;
+    environment/crashes  .../out_of_turns   ended its process; reached the limit of turns without an end
     tok/prompt  tok/response             tokens of the prompts, once a group; of the responses, written by the model
     tok/context                          tokens of the responses that environments added
     tok/trunk                            tokens through the decoder in passes with gradient
@@ -45,7 +47,8 @@ import torch
 
 from isomorph.engine.drift import Surprise
 from isomorph.engine.record.runlog import Row
-from isomorph.engine.types import Answers, Group, Prompt, Publication, RunState, StepStats
+from isomorph.engine.rollout.turns import count_failures
+from isomorph.engine.types import Answers, Group, Prompt, Publication, Rollout, RunState, StepStats
 from isomorph.engine.update.score import share_without_answer
 
 Decode = Callable[[Sequence[int]], str]
@@ -65,6 +68,7 @@ class StepResult:
     num_replaced: int  # groups that were sampled and not trained on, because refills replaced them
     stats: StepStats
     publication: Publication | None  # None: the sampler's weights were up to date
+    has_environments: bool = False  # of the run: responses may have several turns
 
 
 def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], str]) -> Row:
@@ -93,6 +97,7 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         "response/tok_mean": sum(response_tok) / len(response_tok),
         "response/stopped": sum(r.finish == "stop" for r in rollouts) / len(rollouts),
         "response/turns": sum(r.num_turns for r in rollouts) / len(rollouts),
+        **(_failed_environments(rollouts) if result.has_environments else {}),
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
         "tok/response": sum(response_tok),
         "tok/context": sum(len(r.token_ids) for r in rollouts) - sum(response_tok),
@@ -147,6 +152,10 @@ def _parts_of_rewards(groups: Sequence[Group]) -> Row:
     return found
 
 
+def _failed_environments(rollouts: Sequence[Rollout]) -> Row:
+    return {f"environment/{kind}": num for kind, num in count_failures(rollouts).items()}
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -157,6 +166,7 @@ def console_line(row: Row) -> str:
         f"step {row['step']:4d} {row['stage']:<10}",
         f"reward {row['reward/mean']:.3f}",
         *_console_parts(row),
+        *(f"{key.replace('_', ' ')} {n}" for key, n in row.items() if key.startswith("environment/") and n),
         f"no answer {row['judge/no_answer']:.0%}" if row["judge/no_answer"] > 0 else "",
         f"zero-variance groups {row['groups/flat']}/{row['groups/all']}",
         "no update" if row["updates"] == 0 else f"entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}",

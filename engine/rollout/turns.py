@@ -7,15 +7,16 @@ responses are decoded, and its rollout goes on when its reply comes. On a GPU a 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from isomorph.engine.types import Dialogue, OnStep, Prompt, Reply
+from isomorph.engine.types import Dialogue, EnvironmentFailure, OnStep, Prompt, Reply, Rollout
 
 REPLY_STEPS = 8  # decoding steps on the CPU between a turn and its reply
 PATIENCE_S = 2.0  # on the CPU: how long after its turn a reply is waited for while others could be decoded
@@ -30,6 +31,7 @@ class Conversation:
     sample: int
     spans: list[tuple[int, int]] = field(default_factory=list)  # of its tokens: what the environment added
     reward: float | None = None
+    failure: EnvironmentFailure | None = None
 
     @property
     def turn_start(self) -> int:
@@ -43,7 +45,18 @@ class Conversation:
             mask = torch.zeros(num_tok, dtype=torch.bool)
             for start, end in self.spans:
                 mask[start:end] = True
-        return {"context_mask": mask, "num_turns": len(self.spans) + 1, "environment_reward": self.reward}
+        return {
+            "context_mask": mask,
+            "num_turns": len(self.spans) + 1,
+            "environment_reward": self.reward,
+            "environment_failure": self.failure,
+        }
+
+
+def count_failures(rollouts: Iterable[Rollout]) -> dict[EnvironmentFailure, int]:
+    """Rollouts that their environment did not end by itself, by the kinds of failure."""
+    found = Counter(rollout.environment_failure for rollout in rollouts)
+    return {kind: found[kind] for kind in get_args(EnvironmentFailure)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +133,7 @@ class Conversations:
         reply, start = waiting.reply.result(), len(waiting.token_ids)
         end = start + len(reply.token_ids)
         if not reply.token_ids:
-            waiting.conversation.reward = reply.reward
+            waiting.conversation.reward, waiting.conversation.failure = reply.reward, reply.failure
         if not reply.token_ids or end >= self.max_new_tok:
             return ()
         waiting.conversation.spans.append((start, end))

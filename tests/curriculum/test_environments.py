@@ -21,7 +21,7 @@ from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.reply import HEARD, ReplyFormat
 from isomorph.engine.model.text import ANSWER, PROBE, WORD, TextCodec, word_tokenizer
-from isomorph.engine.types import Prompt
+from isomorph.engine.types import Prompt, Reply
 
 GAME = '''
 import os, random, time
@@ -404,7 +404,7 @@ def test_limits_end_a_conversation(pool: EnvironmentPool, game: Path) -> None:
     first = dialogue.turn(prompt, 0, [*hello, *stop], 0).result(timeout=60)
     assert text.decode(first.token_ids).startswith("hello")
     second = dialogue.turn(prompt, 0, [*hello, *stop, *first.token_ids, *hello, *stop], 4).result(timeout=60)
-    assert (second.token_ids, second.reward) == ((), None)
+    assert second == Reply(failure="out_of_turns")
     dialogue.end(prompt, 0)
     assert not dialogue._open
 
@@ -416,6 +416,6 @@ def test_a_failed_environment_gives_a_reward_of_0(pool: EnvironmentPool, game: P
     prompt = make_prompt(game)
     dialogue.begin(prompt, 0)
     reply = dialogue.turn(prompt, 0, [5, *text.stop_ids], 0).result(timeout=60)
-    assert (reply.token_ids, reply.reward) == ((), 0.0)
+    assert reply == Reply(reward=0.0, failure="errors")
     dialogue.end(prompt, 0)
     json.dumps(dict(pool.failures))

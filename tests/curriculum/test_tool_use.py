@@ -121,6 +121,11 @@ def test_an_environment_gives_the_reward_and_costs_its_own_rollouts(whole: tuple
     assert all(row["reward"] == row.get("environment_reward", 0.0) for row in rows)
     assert len({row["reward"] for row in rows}) > 5
     counts = summary_of(folder)["environments"]
+    assert 0 < sum(step["environment/errors"] for step in steps) <= counts["errors"]
+    assert all(step[f"environment/{kind}"] == 0 for step in steps for kind in ("timeouts", "crashes", "out_of_turns"))
+    told = [step["environment/errors"] for step in steps if step["environment/errors"]]
+    lines = re.findall(r"environment/errors (\d+)", printed)  # of some steps
+    assert lines and set(lines) <= set(map(str, told)) and "environment/cra" not in printed
     assert counts["errors"] > 0 and counts["timeouts"] == counts["crashes"] == 0 and counts["rows_skipped"] > 0
     assert sum(row["reward"] == 0 for row in rows) >= counts["errors"] - 4
     line = next(i for i, text in enumerate(GAME.splitlines(), start=1) if "raise KeyError" in text)
@@ -140,6 +145,7 @@ def test_a_run_killed_in_the_middle_of_turns_resumes_bit_for_bit(whole: tuple[Pa
     folder, printed = run(recipe, resume=True)
     assert "resuming after step" in printed
     assert summary_of(whole[0])["weights_sha256"] == summary_of(folder)["weights_sha256"]
+    assert summary_of(whole[0])["environments"] == summary_of(folder)["environments"]  # of the steps before, too
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,10 @@ def test_a_run_trains_on_its_rows_and_rewards(tmp_path: Path, monkeypatch: pytes
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     summary = run_recipe(recipe, tmp_path / "run", Console(file=io.StringIO()), lambda: False, ALONE, resume=False)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert summary["environments"] == {"errors": 0, "timeouts": 0, "crashes": 0, "rows_skipped": 0}
+    assert summary["environments"] == {
+        **{"errors": 0, "timeouts": 0, "crashes": 0, "rows_skipped": 0},
+        "out_of_turns": 0,
+    }
     assert any(row["response/turns"] > 1 for row in read_steps(tmp_path / "run"))
     ended = 0
     for file in sorted((tmp_path / "run" / "completions").glob("step-*.jsonl")):

@@ -19,7 +19,7 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.rollout import builtin, turns
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.rollout.turns import Conversations
+from isomorph.engine.rollout.turns import Conversations, count_failures
 from isomorph.engine.serialise import join_scored, split_scored
 from isomorph.engine.types import Group, Prompt, Reply, Rollout, RunFailed, Sampling, ScoredRollouts, Scores
 from isomorph.engine.update.micro_batches import pack
@@ -82,6 +82,7 @@ def several_turns() -> Rollout:
         context_mask=torch.tensor([False, False, True, True, False, False, True, False]),
         environment_reward=0.25,
         num_turns=3,
+        environment_failure="timeouts",
     )
 
 
@@ -117,16 +118,17 @@ def test_the_environments_tokens_are_in_the_sequence_and_no_targets(scored: bool
 
 
 def test_turns_come_back_from_a_checkpoint() -> None:
-    single = replace(several_turns(), context_mask=None, environment_reward=None, num_turns=1)
+    single = replace(several_turns(), context_mask=None, environment_reward=None, num_turns=1, environment_failure=None)
     scored = ScoredRollouts(rollouts=(single, several_turns()), texts=("a", "b"), scores=Scores(rewards=(0.0, 1.0)))
     one, several = join_scored(*split_scored(scored)).rollouts
     assert (one.context_mask, one.environment_reward, one.num_turns) == (None, None, 1)
     assert several.context_mask is not None
     assert several.context_mask.tolist() == [False, False, True, True, False, False, True, False]
-    assert (several.environment_reward, several.num_turns) == (0.25, 3)
+    assert (several.environment_reward, several.num_turns, several.environment_failure) == (0.25, 3, "timeouts")
+    assert count_failures([one, several]) == {"errors": 0, "timeouts": 1, "crashes": 0, "out_of_turns": 0}
     fields, tensors = split_scored(scored)
     for rollout in fields["rollouts"]:  # as versions without turns wrote them
-        del rollout["environment_reward"], rollout["num_turns"]
+        del rollout["environment_reward"], rollout["num_turns"], rollout["environment_failure"]
     del tensors["context_mask"]
     assert [r.num_turns for r in join_scored(fields, tensors).rollouts] == [1, 1]
 
