@@ -1,16 +1,12 @@
 """The report: one self-contained HTML page and its figures as PNG files, of one run or comparing several."""
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from isomorph.curriculum.report import figures
+from isomorph.curriculum.report import document, figures
 from isomorph.curriculum.report.run_record import (
     EvaluationResult,
     RunRecord,
@@ -42,7 +38,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         raise UserError("a report needs at least one run folder, got none")
     records = [read_run(run) for run in runs]
     names = _names(records)
-    album = _Album(out)
+    album = document.Album(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         body = _comparison(records, names, album) if len(records) > 1 else ""
@@ -51,25 +47,10 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             for i, (record, name) in enumerate(zip(records, names, strict=True), 1)
         )
         page = out / PAGE
-        page.write_text(_page(", ".join(names), body), encoding="utf-8")
+        page.write_text(document.page(", ".join(names), body), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: the report cannot be written there: {error}") from error
     return page
-
-
-class _Album:
-    """Saves figures as PNG files and returns them as HTML with the image embedded."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def add(self, name: str, figure: Figure, caption: str) -> str:
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)  # draws once; savefig draws twice
-        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
-        data = base64.b64encode(buffer.getvalue()).decode()
-        alt = html.escape(caption)
-        return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>\n'
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
@@ -78,17 +59,17 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
     return [str(r.folder) if names.count(r.name) > 1 else r.name for r in records]
 
 
-def _comparison(records: Sequence[RunRecord], names: Sequence[str], album: _Album) -> str:
+def _comparison(records: Sequence[RunRecord], names: Sequence[str], album: document.Album) -> str:
     parts = ["<h2>Comparison</h2>", _runs_table(records, names)]
     unfinished = [name for record, name in zip(records, names, strict=True) if not record.is_done]
     if unfinished:
-        parts.append(_note(f"Unfinished runs, shown by their last evaluation: {', '.join(unfinished)}"))
+        parts.append(document.note(f"Unfinished runs, shown by their last evaluation: {', '.join(unfinished)}"))
     matrix = _matrix_of_runs(records, names)
     if matrix.trained_on:
         parts.append("<h3>Transfer matrix</h3>" + _matrix_table(matrix))
         caption = "Accuracy by what was trained on (rows) and evaluated on (columns), with 95 % intervals."
         parts.append(album.add("transfer", figures.transfer_picture(matrix), caption))
-        parts.append(_note("Runs that differ only in the seed are pooled into one row."))
+        parts.append(document.note("Runs that differ only in the seed are pooled into one row."))
     if any(not span.stage.objective.is_supervised for record in records for span in record.spans):
         caption = "Mean reward per step, moving average; one colour per run."
         parts.append(album.add("compare-reward", figures.compare_rewards(records, names), caption))
@@ -109,7 +90,7 @@ def _runs_table(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         ]
         for record, name in zip(records, names, strict=True)
     ]
-    return _table(["run", "trained on", "seed", "status", "steps"], rows)
+    return document.table(["run", "trained on", "seed", "status", "steps"], rows)
 
 
 def _matrix_of_runs(records: Sequence[RunRecord], names: Sequence[str]) -> TransferMatrix:
@@ -148,12 +129,12 @@ def _matrix_table(matrix: TransferMatrix) -> str:
     cells = [
         [row, *(_accuracy(matrix.cell(row, column)) for column in matrix.evaluated_on)] for row in matrix.trained_on
     ]
-    return _table(["trained on \\ evaluated on", *matrix.evaluated_on], cells)
+    return document.table(["trained on \\ evaluated on", *matrix.evaluated_on], cells)
 
 
-def _section(record: RunRecord, name: str, album: _Album, *, prefix: str) -> str:
+def _section(record: RunRecord, name: str, album: document.Album, *, prefix: str) -> str:
     title = f"<h2>{html.escape(name)}</h2>" if prefix else ""  # of a single run the page's title is enough
-    parts = [title, _status(record), *map(_note, record.notes), _facts(record)]
+    parts = [title, _status(record), *map(document.note, record.notes), _facts(record)]
     parts += ["<h3>Accuracy</h3>", _accuracy_table(record)]
     if record.evaluations:
         if len(record.evaluations) > len(record.boundaries):
@@ -211,7 +192,7 @@ def _facts(record: RunRecord) -> str:
     if record.is_done:
         assert record.summary is not None
         rows.append(["weights", f"sha256 {record.summary['weights_sha256'][:16]}..."])
-    return _table(["", ""], rows, css="facts")
+    return document.table(["", ""], rows, css="facts")
 
 
 def _end(span: Span, ended: dict[str, str]) -> str:
@@ -221,7 +202,7 @@ def _end(span: Span, ended: dict[str, str]) -> str:
 def _accuracy_table(record: RunRecord) -> str:
     before, latest = record.before, record.latest
     if before is None and latest is None:
-        return _note("There has been no evaluation yet.")
+        return document.note("There has been no evaluation yet.")
     names = list(dict.fromkeys(name for done in (before, latest) if done for name in done.accuracy))
     rows = [_accuracy_row(name, before, latest, record.baseline.get(name)) for name in names]
     after = "after" if record.is_done else "so far"
@@ -231,7 +212,7 @@ def _accuracy_table(record: RunRecord) -> str:
         "Intervals are 95 % (Wilson). Sequential baseline: accuracy of answering with the sum of all durations. "
         "No answer: share of responses of the latest evaluation that state none; they count as wrong."
     )
-    return _table(head, rows) + _note(note) + _best(record) + _sampled_table(record)
+    return document.table(head, rows) + document.note(note) + _best(record) + _sampled_table(record)
 
 
 def _best(record: RunRecord) -> str:
@@ -239,7 +220,9 @@ def _best(record: RunRecord) -> str:
     if not best:
         return ""
     where = f"step {best['step']}" if best["step"] else "the start"
-    return _note(f"The best model by {best['set']} is that of {where}, with {best['score']:.1%}: {best['folder']}.")
+    return document.note(
+        f"The best model by {best['set']} is that of {where}, with {best['score']:.1%}: {best['folder']}."
+    )
 
 
 def _sampled_table(record: RunRecord) -> str:
@@ -250,7 +233,7 @@ def _sampled_table(record: RunRecord) -> str:
     names = next(iter(latest.sampled.values())).means()
     rows = [[key, *map(str, sampled.means().values())] for key, sampled in latest.sampled.items()]
     note = "Of sampled responses, in the latest evaluation; intervals are 95 %, over questions."
-    return _table(["representation", *names], rows) + _note(note)
+    return document.table(["representation", *names], rows) + document.note(note)
 
 
 def _column(title: str, done: EvaluationResult | None) -> str:
@@ -287,7 +270,7 @@ def phase_rows(record: RunRecord) -> list[list[str]]:
 
 
 def _phase_table(record: RunRecord) -> str:
-    return _table(PHASE_COLUMNS, phase_rows(record)) + _note(
+    return document.table(PHASE_COLUMNS, phase_rows(record)) + document.note(
         "tokens/s counts response tokens for generate and rewards, and all forward tokens for pack and update. "
         "Supervised stages generate nothing: their responses are demonstrations."
     )
@@ -321,7 +304,7 @@ def _samples(record: RunRecord) -> str:
     files = [record.folder / "completions" / f"exam-{done.label}.jsonl" for done in record.evaluations[-1:]]
     files += sorted((record.folder / "completions").glob("step-*.jsonl"))[-1:]
     parts = [part for file in files for part in _samples_of(file)]
-    return "".join(parts) if parts else _note("There are no files in completions/ yet.")
+    return "".join(parts) if parts else document.note("There are no files in completions/ yet.")
 
 
 def _samples_of(file: Path) -> Iterable[str]:
@@ -340,44 +323,3 @@ def _samples_of(file: Path) -> Iterable[str]:
 def _cut(text: str) -> str:
     left = len(text) - MAX_SAMPLE_CHARS
     return html.escape(text[:MAX_SAMPLE_CHARS]) + (f" ... ({left} more characters)" if left > 0 else "")
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, css: str = "numbers") -> str:
-    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    # browsers break lines inside "->"
-    lines = ["".join(f"<td>{html.escape(cell.replace('->', '→'))}</td>" for cell in row) for row in rows]
-    top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table class="{css}">{top}<tbody>{body}</tbody></table></div>\n'
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
-  margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 2px solid #ddd; }
-h3 { font-size: 1.1rem; margin-top: 1.8rem; } h4 { font-size: 1rem; margin-bottom: .3rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top; }
-table.numbers th, table.numbers td { text-align: right; white-space: nowrap; }
-table.numbers th:first-child, table.numbers td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
-table.facts td:first-child { color: #666; white-space: nowrap; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption, .note { color: #666; font-size: .85rem; }
-.warning { background: #fff3cd; padding: .6rem .8rem; border-left: 4px solid #e0a800; }
-pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem;
-  margin: .3rem 0; }
-pre.prompt { background: #eef4fb; } summary { cursor: pointer; font-size: .9rem; }
-"""
-
-
-def _page(title: str, body: str) -> str:
-    shown = html.escape(title)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>isomorph: {shown}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>isomorph: {shown}</h1>\n{body}\n</body>\n</html>\n"
-    )
