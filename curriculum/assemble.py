@@ -59,11 +59,13 @@ def run_recipe(
     *,
     resume: bool,
     changes: Changes | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Trains in ``folder`` to the end of the last stage; returns the summary, which rank 0 writes to summary.json.
 
     On several ranks, relative paths of a recipe are relative to each rank's working folder.
-    ``changes``: what a resumed run changes of the recipe in run.json; ``recipe`` includes it.
+    ``changes``: what a resumed run changes of the recipe in run.json; ``recipe`` includes it. ``report``: also write
+    the HTML report.
     """
     if recipe.parallel.kind == "fsdp" and ranks.size == 1:
         raise UserError('parallel.kind = "fsdp" needs several ranks, got 1: start with torchrun, or set "data"')
@@ -103,12 +105,14 @@ def run_recipe(
             with contextlib.suppress(RunFailed):  # on a full disk this fails, too; the first error is raised
                 log.write_json("summary.json", {"status": _status(error), "reason": str(error)})
             raise
-        summary = _leave_results(recipe, components, state, folder)
+        summary = _leave_results(recipe, components, state, folder, report=report)
         ranks.wait()  # for rank 0; then samplers close, and vLLM destroys the process group
         return summary
 
 
-def _leave_results(recipe: Recipe, components: Components, state: RunState, folder: Path) -> dict[str, Any]:
+def _leave_results(
+    recipe: Recipe, components: Components, state: RunState, folder: Path, *, report: bool
+) -> dict[str, Any]:
     """Writes model, summary.json and report of a finished run, on the first rank; returns the summary. A collective."""
     log, ranks = components.log, components.ranks
     with components.policy.unsharded():
@@ -118,7 +122,8 @@ def _leave_results(recipe: Recipe, components: Components, state: RunState, fold
                 save_model(components.policy, folder)
     if ranks.is_first:
         log.write_json("summary.json", summary)
-        write_report([folder], folder / "report")
+        if report:
+            write_report([folder], folder / "report")
         if address := push(recipe.run.push_to_hub, folder / "model"):
             log.say(f"pushed to {address}")
     return summary

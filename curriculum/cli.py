@@ -209,6 +209,50 @@ def report(
 
 
 @app.command()
+def study(
+    file: Annotated[Path | None, typer.Argument(metavar="STUDY", help="The study's file (TOML)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The study's folder; default: its name, beside its file")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Runs of this condition only; repeatable")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seeds", help="Runs of this seed only; repeatable")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs at a time; default: study.jobs, or as many as fit")
+    ] = None,
+    stop_after: Annotated[
+        float | None, typer.Option("--stop-after", min=0, help="Minutes; runs then write a checkpoint and end")
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="Take the test exam: once, after all runs")] = False,
+    test_again: Annotated[
+        bool, typer.Option("--test-again", help="Take the test exam although it was taken; the page will say so")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Only make the page of this study's folder, from its rows")
+    ] = None,
+) -> None:
+    """Run conditions x seeds at equal budgets, compare them with intervals over seeds; resume what is unfinished."""
+    from isomorph.curriculum.commands.study import Options, report_study
+    from isomorph.curriculum.commands.study import study as run_study
+
+    if (file is None) == (report is None):
+        raise UserError("give either a study's file or --report DIR: isomorph study STUDY.toml")
+    if report is not None:
+        report_study(report, console)
+        return
+    assert file is not None
+    options = Options(
+        out=out,
+        only=tuple(only or ()),
+        seeds=tuple(seeds or ()),
+        jobs=jobs,
+        stop_after_min=stop_after,
+        test=test,
+        test_again=test_again,
+    )
+    run_study(file, options, console)
+
+
+@app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     step: Annotated[

@@ -44,6 +44,24 @@ def load_recipe(path: Path, overrides: list[str], schema: type[C]) -> C:
     return loaded
 
 
+def load_variant(path: Path, own: dict[str, Any], schema: type[C], *, without: Iterable[KeyPath] = (), where: str) -> C:
+    """Returns the recipe at ``path`` with the tables ``own`` over it, as if a recipe with them extended it.
+
+    ``without``: keys of the recipe that are taken out first. ``where``: of ``own``, for messages. Raises UserError.
+    """
+    tables = read_tables(path)
+    for *parents, leaf in without:
+        node: Any = tables
+        for name in parents:
+            node = node.get(name, {})
+        node.pop(leaf, None)
+    tables = _merged(tables, own)
+    loaded = _loaded(tables, schema, path, where)
+    if sentences := _idle_in(tables, leaves(own), loaded):
+        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(sentences)))
+    return loaded
+
+
 def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C], *, where: str) -> C:
     """Returns ``tables`` of a run.json, changed by overrides. Raises UserError, also if an override has no effect."""
     changed = copy.deepcopy(tables)
@@ -55,10 +73,11 @@ def overridden(tables: dict[str, Any], overrides: Sequence[str], schema: type[C]
     return loaded
 
 
-def _loaded(tables: dict[str, Any], schema: type[C], path: Path) -> C:
+def _loaded(tables: dict[str, Any], schema: type[C], path: Path, where: str = "") -> C:
+    where = where or str(path)
     for name, section in STAGE_TABLES.items():  # so that a defect is reported once and not for each stage
-        check_tables(tables.get(name, {}), section, where=str(path), inside=name)
-    return check_tables(_stages_resolved(tables), schema, where=str(path), folder=path.parent)
+        check_tables(tables.get(name, {}), section, where=where, inside=name)
+    return check_tables(_stages_resolved(tables), schema, where=where, folder=path.parent)
 
 
 def _idle_in(tables: dict[str, Any], given: Iterable[KeyPath], loaded: Section) -> list[str]:
@@ -72,6 +91,11 @@ def _takers(tables: dict[str, Any], path: KeyPath) -> list[KeyPath] | None:
     name, stages = str(path[0]), tables.get("stage", [])
     own = [(i, stage.get(name, {})) for i, stage in enumerate(stages)]
     return [("stage", i, *path) for i, table in own if path[1] not in table and not _is_renamed(name, tables, table)]
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """Returns the tables of a TOML file, with those of the files it extends. Raises UserError."""
+    return _merged(*_read_toml(path))
 
 
 def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -62,8 +62,8 @@ def missing_paths(root: Path) -> list[str]:
 
 
 def _is_written_by(m: Mention) -> bool:
-    """A benchmark names the file that it will write."""
-    return m.file.startswith("benchmarks/") and m.name.startswith("benchmarks/results/")
+    """A benchmark names the file that it will write; a study's author writes its plan."""
+    return m.name == "PLAN.md" or (m.file.startswith("benchmarks/") and m.name.startswith("benchmarks/results/"))
 
 
 def _exists(root: Path, name: str) -> bool:

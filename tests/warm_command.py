@@ -24,7 +24,10 @@ def serve(path: str) -> None:
     import isomorph.curriculum.commands.plan
     import isomorph.curriculum.commands.report
     import isomorph.curriculum.commands.show
+    import isomorph.curriculum.commands.study
     import isomorph.curriculum.commands.train
+    import isomorph.curriculum.study.exam
+    import isomorph.curriculum.study.page
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # waiters are reaped at once
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

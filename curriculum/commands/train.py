@@ -45,20 +45,40 @@ def train(recipe: Path | None, overrides: Sequence[str], run: Path | None, resum
         KeyboardInterrupt: the run was stopped, with a checkpoint where there was one.
     """
     loaded, changes, folder = _what_to_run(recipe, list(overrides), run, resume)
+    train_in(folder, loaded, out, changes=changes, is_named=run is not None, resume=resume is not None)
+
+
+def train_in(
+    folder: Path,
+    recipe: Recipe,
+    out: Console,
+    *,
+    changes: Changes | None = None,
+    is_named: bool,
+    resume: bool,
+    report: bool = True,
+) -> None:
+    """Trains by ``recipe`` in ``folder``, a new one or with ``resume`` that of a run. Raises as ``train`` does.
+
+    ``is_named``: the folder has to have that name; ``changes``: what ``recipe`` changes of the resumed run's own;
+    ``report``: also write the HTML report.
+    """
     check_backends()
     with _stop_on_signal(out) as stop, open_ranks() as ranks, contextlib.ExitStack() as stack:
         out.quiet = not ranks.is_first
-        if resume is None:
-            folder = ranks.from_first(lambda: new_folder(folder, is_named=run is not None))
+        if not resume:
+            folder = ranks.from_first(lambda: new_folder(folder, is_named=is_named))
         ranks.from_first(lambda: stack.enter_context(locked(folder)))
         out.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
         try:
-            summary = run_recipe(loaded, folder, out, stop.requested, ranks, resume=resume is not None, changes=changes)
+            summary = run_recipe(
+                recipe, folder, out, stop.requested, ranks, resume=resume, changes=changes, report=report
+            )
         except KeyboardInterrupt:
             _say_interrupted(folder, out)
             raise
         except (UserError, DataError):
-            if resume is None:
+            if not resume:
                 _remove_if_empty(folder, ranks)
             raise
         except RunFailed as error:
@@ -178,7 +198,8 @@ def _print_result(summary: dict[str, Any], folder: Path, out: Console) -> None:
         where = f"by {best['set']}, {best['score']:.1%} after {place_of(best['label'])}"
         out.print(f"best model {where}: {folder / 'best' / 'model'}", highlight=False, soft_wrap=True)
     out.print(f"summary: {folder / 'summary.json'}", highlight=False, soft_wrap=True)
-    out.print(f"report: {folder / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
+    if (page := folder / "report" / "report.html").is_file():
+        out.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def _print_summary(summary: dict[str, Any], out: Console) -> None:

@@ -1,0 +1,328 @@
+"""``isomorph study``: a real tiny study that is killed and goes on, its test exam, and what is refused."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulated_study import write_study
+
+from isomorph.curriculum.study import page, seeds
+from isomorph.curriculum.study.analysis import analyse, best_shortcut
+from isomorph.curriculum.study.design import WARM_SEED, Design
+from isomorph.curriculum.study.exam import committed
+from isomorph.curriculum.study.results import append_lines, read_lines, read_results
+from isomorph.engine.config import UserError
+
+BASE = """
+[model.tiny]
+hidden_size = 16
+num_layers = 1
+num_heads = 2
+num_kv_heads = 1
+intermediate_size = 16
+max_model_len = 160
+[log]
+tensorboard = false
+[data.plans]
+kind = "async_plan"
+[data.plans.difficulty]
+form = "terse"
+demonstration = "compact"
+min_steps = 2
+max_steps = 3
+max_duration = 4
+[sampling]
+max_new_tok = 24
+samples_per_prompt = 2
+[objective]
+name = "dapo"
+[batch]
+prompts = 2
+micro_batch_tok = 512
+[eval]
+data = "plans"
+representations = ["natural", "graph"]
+prompts = 8
+max_new_tok = 24
+every = 2
+"""
+STUDY = """
+[study]
+name = "tiny"
+question = "Does graph -> words beat words only?"
+recipe = "base.toml"
+seeds = [1, 2]
+budgets = [2, 4]
+test_budgets = [4]
+baseline = "words"
+jobs = 1
+[test]
+seed = 5
+prompts = 6
+[[warm_start.stage]]
+name = "warm-up"
+steps = 2
+objective.name = "sft"
+batch = { prompts = 4, micro_batch_tok = 512 }
+sampling = { max_new_tok = 48, samples_per_prompt = 1 }
+mixture = [{ data = "plans", representation = "graph" }, { data = "plans" }]
+[[condition.words.stage]]
+name = "words"
+steps = 4
+mixture = [{ data = "plans" }]
+[[condition.graph_words.stage]]
+name = "graph"
+steps = 2
+mixture = [{ data = "plans", representation = "graph" }]
+[[condition.graph_words.stage]]
+name = "words"
+steps = 2
+mixture = [{ data = "plans" }]
+"""
+ALL = {f"{name}-seed{seed}" for name in ("warm", "words", "graph_words") for seed in (1, 2)}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "study.toml").write_text(STUDY)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def started(isomorph: list[str], place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*isomorph, "study", "study.toml", *arguments]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    until = time.monotonic() + 120
+    while not (found := what()):
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    return found
+
+
+def owner(folder: Path) -> int:
+    """The process that writes into ``folder``, as its lock says; 0: none yet."""
+    words = (folder / ".lock").read_text().split() if (folder / ".lock").exists() else []
+    return int(words[1]) if len(words) > 1 else 0
+
+
+def finished(place: Path) -> dict[str, float]:
+    """Run -> when its summary was written."""
+    rows = read_lines(place / "tiny" / "runs.jsonl")
+    assert len({(row["condition"], row["seed"]) for row in rows}) == len(rows)
+    folders = {f"{r['condition']}-seed{r['seed']}": folder_of(place, r["condition"], r["seed"]) for r in rows}
+    return {name: (folder / "summary.json").stat().st_mtime for name, folder in folders.items()}
+
+
+def folder_of(place: Path, condition: str, seed: int) -> Path:
+    return place / "tiny" / (f"warm/seed{seed}" if condition == "warm" else f"runs/{condition}-seed{seed}")
+
+
+def test_a_study_that_is_killed_goes_on_and_repeats_nothing(place: Path, warm_isomorph: list[str]) -> None:
+    runs = place / "tiny" / "runs"
+    with started(warm_isomorph, place) as study:
+        wait_for(lambda: len(read_lines(place / "tiny" / "runs.jsonl")) >= 2)  # a warm start and a condition
+        victim = wait_for(lambda: owner(runs / "graph_words-seed1"))
+        os.kill(owner(place / "tiny"), signal.SIGKILL)
+        study.communicate(timeout=60)
+    before = finished(place)
+    assert {"warm-seed1", "words-seed1"} <= before.keys() < ALL
+
+    with started(warm_isomorph, place) as study:
+        wait_for(lambda: owner(runs / "graph_words-seed1") not in (0, victim))
+        other = wait_for(lambda: owner(runs / "words-seed2"))
+        os.kill(other, signal.SIGKILL)
+        printed, _ = study.communicate(timeout=120)
+    assert study.returncode == 0, printed
+    after = finished(place)
+    assert after.keys() == ALL and {name: after[name] for name in before} == before
+    assert not any(f"] {name} {word}" in printed for name in before for word in ("started", "resumed"))
+    assert "words-seed2 was killed by SIGKILL; it goes on" in printed
+
+    results = read_results(place / "tiny")
+    steps = {key: [point.step for point in curve] for key, curve in results.curves.items()}
+    assert len(steps) == 8 and all(own == [0, 2, 4] for own in steps.values())
+    for seed in (1, 2):  # one warm start: the same answers before the first step
+        first = [results.curve(name, seed, "natural")[0].row["right"] for name in ("words", "graph_words")]
+        assert first[0] == first[1]
+    for (name, seed), row in results.runs.items():
+        rows = [json.loads(line) for line in (runs / f"{name}-seed{seed}" / "steps.jsonl").read_text().splitlines()]
+        tokens = [sum(r["tok/response"] for r in rows[:step]) for step in (0, 2, 4)]
+        assert [p.response_tok for p in results.curve(name, seed, "natural")] == tokens
+        assert row["tokens"]["response_tok"] == tokens[-1]
+
+    before = finished(place)
+    again = subprocess.run([*warm_isomorph, "study", "study.toml"], cwd=place, capture_output=True, text=True)
+    assert again.returncode == 0 and "started" not in again.stdout and finished(place) == before
+    assert "6 done (6 of them before)" in again.stdout
+    takes_its_test_exam_once(place, warm_isomorph)
+
+
+def takes_its_test_exam_once(place: Path, isomorph: list[str]) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*isomorph, "study", "study.toml", *arguments]
+        return subprocess.run(command, cwd=place, capture_output=True, text=True)
+
+    refused = call("--test")
+    assert refused.returncode == 2 and "PLAN.md must be there" in refused.stderr
+    (place / "PLAN.md").write_text("graph_words - words after 4 steps\n")
+    taken = call("--test")
+    assert taken.returncode == 0, taken.stderr
+    results = read_results(place / "tiny")
+    points = [p for p in results.points if p.exam == "test"]
+    assert len(points) == 8 and {(p.step, len(p.right_I)) for p in points} == {(4, 6)}
+    analysis = analyse(results)
+    assert analysis.exam == "test" and [c.budget for c in analysis.planned()] == [4]
+    twice = call("--test")
+    assert twice.returncode == 2 and "was taken on" in twice.stderr and "--test-again" in twice.stderr
+    alone = place / "rows"
+    alone.mkdir()
+    for name in ("study.json", "runs.jsonl", "results.jsonl", "items.jsonl"):
+        shutil.copy(place / "tiny" / name, alone / name)
+    made = subprocess.run([*isomorph, "study", "--report", "rows"], cwd=place, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert (alone / "study.html").read_text() == (place / "tiny" / "study.html").read_text()
+    assert "taken once" in (alone / "study.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("steps = 4\n", "steps = 5\n", "equal numbers of steps, got words 5, graph_words 4"),
+        ("budgets = [2, 4]\ntest_budgets = [4]", "budgets = [3, 4]", "no evaluation after 3 steps: set eval.every = 1"),
+        (
+            'name = "graph"\nsteps',
+            'name = "graph"\nstep',
+            "condition.graph_words: stage.0.steps: must be given; stage.0.step: unknown key",
+        ),
+        ('baseline = "words"', 'baseline = "word"', "baseline must be one of the conditions, words, graph_words"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be different"),
+        ('recipe = "base.toml"', 'recipe = "base.toml"\nmeasure = ["code"]', "has no code, only natural, graph"),
+        ("seed = 5", "seeds = 5", "test: eval.seeds: unknown key"),
+        ('objective.name = "sft"', 'objective.name = "sft"\nobjective.clip_low = 0.1', "warm_start: stage.0.objective"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_run(place: Path, old: str, new: str, error: str) -> None:
+    assert old in STUDY
+    (place / "study.toml").write_text(STUDY.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        Design(place / "study.toml")
+    assert error in str(caught.value) and "study.toml" in str(caught.value)
+    assert not (place / "tiny").exists()
+
+
+def test_an_identity_changes_with_all_that_matters_and_with_nothing_else(place: Path) -> None:
+    def identities(study: str = STUDY, base: str = BASE) -> list[str]:
+        (place / "study.toml").write_text(study)
+        (place / "base.toml").write_text(base)
+        design = Design(place / "study.toml")
+        runs = design.runs(("words",), (1,))
+        assert [run.recipe.run.seed for run in runs] == [1 + WARM_SEED, 1]
+        return [design.identity(run, "sha" if run.warm else None) for run in runs]
+
+    warm, words = identities()
+    assert identities(base=BASE.replace("[log]", "[run]\nthreads = 2\n[log]")) == [warm, words]
+    assert identities(study=STUDY.replace("jobs = 1", "jobs = 2")) == [warm, words]
+    changed = identities(study=STUDY.replace('name = "warm-up"\nsteps = 2', 'name = "warm-up"\nsteps = 3'))
+    assert changed[0] != warm
+    other = identities(base=BASE.replace("max_duration = 4", "max_duration = 5"))
+    assert other[0] != warm and other[1] != words
+    design = Design(place / "study.toml")
+    run = design.run("words", 1)
+    assert design.identity(run, "sha") != design.identity(run, "another warm start")
+    assert design.identity(run, "sha") != design.identity(design.run("words", 2), "sha")
+
+
+def test_a_row_that_a_kill_cut_off_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    append_lines(file, [{"a": 1}])
+    with file.open("a") as opened:
+        opened.write('{"a": 2')
+    assert read_lines(file) == [{"a": 1}]
+    append_lines(file, [{"a": 3}])
+    assert read_lines(file) == [{"a": 1}, {"a": 3}]
+    file.write_text('{"a": \n{"a": 1}\n')
+    with pytest.raises(UserError, match="runs.jsonl, line 1"):
+        read_lines(file)
+
+
+def test_a_plan_has_to_be_committed(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    plan = tmp_path / "PLAN.md"
+    with pytest.raises(UserError, match="must be there"):
+        committed(plan)
+    plan.write_text("the plan\n")
+    assert committed(plan) is None  # no repository
+    git("init", "-q")
+    with pytest.raises(UserError, match="must be committed"):
+        committed(plan)
+    git("add", "PLAN.md")
+    git("commit", "-qm", "plan")
+    assert len(committed(plan) or "") == 40
+    plan.write_text("another plan\n")
+    with pytest.raises(UserError, match="without changes"):
+        committed(plan)
+
+
+def test_the_page_shows_pairs_difficulty_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeds, "NUM_RESAMPLES", 500)
+    write_study(tmp_path, {"words": 0.0, "graph_words": 0.15}, num_items=60, representations=("natural", "graph"))
+    rows = [r for r in read_lines(tmp_path / "runs.jsonl") if (r["condition"], r["seed"]) != ("words", 6)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = read_results(tmp_path)
+    analysis = analyse(results)
+    assert analysis.missing == ("words-seed6",) and all(c.seeds == (1, 2, 3, 4, 5) for c in analysis.comparisons)
+    assert best_shortcut(results) == ("back along last listed", 0.33)
+    by_steps = [group for group in analysis.groups if group.by == "steps"]
+    items = next(iter(results.items.values()))
+    assert sum(group.num_items for group in by_steps) == 60 and len(items["keys"]) == 60
+    first = by_steps[0]  # by hand, from the rows
+    low = int(first.name.split(" to ")[-1])
+    at = [i for i, steps in enumerate(items["steps"]) if steps <= low]
+    rates = [
+        [int(p.row["right"][i]) for i in at]
+        for p in results.points
+        if (p.condition, p.step, p.representation) == ("words", 80, "natural")
+    ]
+    assert first.num_items == len(at)
+    assert first.rates["words"] == pytest.approx(sum(map(sum, rates)) / sum(map(len, rates)))
+    text = page.write_study(tmp_path).read_text()
+    assert "Not finished: words-seed6" in text and "cannot be below 0.0625" in text
+    assert "src=&quot;" not in text and text.count("<img") == text.count("data:image/png;base64,") == 5
+    assert json.loads((tmp_path / "summary.json").read_text())["comparisons"][0]["effect"]["method"] == "bootstrap"
+
+
+def test_tokens_are_compared_between_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cheapest run ends; the others are interpolated there, item by item."""
+    monkeypatch.setattr(seeds, "NUM_RESAMPLES", 200)
+    write_study(tmp_path, {"words": 0.0, "graph_words": 0.1}, seeds=(1,), num_items=40, representations=("natural",))
+    results = read_results(tmp_path)
+    analysis = analyse(results)
+    curves = {name: results.curve(name, 1, "natural") for name in ("words", "graph_words")}
+    budget = min(curve[-1].response_tok for curve in curves.values())
+    (one,) = [c for c in analysis.comparisons if c.kind == "tokens"]
+    assert one.budget == budget == analysis.token_budget
+    expected = {}
+    for name, (*_, before, after) in curves.items():
+        share = (budget - before.response_tok) / (after.response_tok - before.response_tok)
+        expected[name] = before.rate + share * (after.rate - before.rate)
+    assert one.effect.mean == pytest.approx(expected["graph_words"] - expected["words"])
