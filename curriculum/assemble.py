@@ -15,7 +15,7 @@ from isomorph.curriculum.environment import describe_run, fallbacks, notes_on_op
 from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
 from isomorph.curriculum.hub import prepare_push, push
-from isomorph.curriculum.inputs import changed_files, changed_rewards, describe_files, located
+from isomorph.curriculum.inputs import changed_files, changed_rewards, describe_files, located, pinned
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
@@ -76,7 +76,7 @@ def run_recipe(
     if resume:
         ranks.from_first(lambda: _refuse_changed_files(recipe, folder, partial(console.print, highlight=False)))
     else:
-        recipe = located(recipe)
+        recipe = pinned(located(recipe), ranks)
     log = (RunLog if ranks.is_first else QuietLog)(folder, console, every=recipe.log.every)
     with contextlib.ExitStack() as stack:
         with log.time("load"):
@@ -228,10 +228,10 @@ def _refuse_changed_files(recipe: Recipe, folder: Path, say: Callable[[str], Non
         say(f"warning: {sentence}")
 
 
-def finds_answer(prompt: Prompt, text: str) -> bool:
-    """Whether ``text`` states an answer."""
+def finds_answer(prompt: Prompt, text: str) -> bool | None:
+    """Whether ``text`` states an answer; None for rows, of which only their rewards know what an answer is."""
     task: Task = prompt.payload
-    return task.family == ROWS or answer_found(task.family, text)  # what an answer to a row is, its rewards know
+    return None if task.family == ROWS else answer_found(task.family, text)
 
 
 def _refuse_long_responses(recipe: Recipe, max_model_len: int) -> None:
@@ -312,7 +312,7 @@ def _open_judge(recipe: Recipe, curriculum: Curriculum, pool: RewardPool, log: R
         log=log.folder / "rewards.log",
         say=log.say,
         seed=recipe.run.seed,
-        max_new_tok=lambda: (curriculum.stage() or recipe.stage[-1]).sampling.max_new_tok,
+        max_new_tok=curriculum.max_new_tok,
         progress=lambda: Progress(step=curriculum.total_steps(), max_steps=total),
     )
 

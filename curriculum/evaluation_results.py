@@ -49,7 +49,7 @@ class Result:
 
     accuracy: Accuracy  # of greedy responses; partial credit counts as wrong
     reward: float | None  # mean, of the greedy responses that a reward applies to; None: to none of them
-    no_answer: float | None  # share of greedy responses that state no answer, which count as wrong; None: not measured
+    no_answer: float | None  # share of greedy responses that state no answer, as ``judge/no_answer`` of a step
     sampled: Sampled | None  # None: none were asked for
 
     @classmethod
@@ -59,11 +59,12 @@ class Result:
         samples = 0 if sampled is None else len(sampled.rewards) // num
         drawn = [] if sampled is None else [sampled.correct[i * samples + j] for i in at for j in range(samples)]
         rewards = [greedy.rewards[i] for i in at if not math.isnan(greedy.rewards[i])]
-        found = None if greedy.found is None else [greedy.found[i] for i in at]
+        told = [greedy.found[i] for i in at] if greedy.found else []
+        found = [is_found for is_found in told if is_found is not None]
         return cls(
             accuracy=Accuracy.of(sum(greedy.correct[i] for i in at), len(at)),
             reward=sum(rewards) / len(rewards) if rewards else None,
-            no_answer=None if found is None else 1 - sum(found) / len(found),
+            no_answer=1 - sum(found) / len(found) if found else None,
             sampled=Sampled.of(drawn, samples) if samples else None,
         )
 

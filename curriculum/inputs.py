@@ -1,7 +1,7 @@
 """The files that a run reads: their absolute paths, and whether they changed since the run began."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.paths import resolve
 from isomorph.curriculum.recipe import JsonlData, Recipe
 from isomorph.curriculum.rewards.spec import RewardTable
-from isomorph.curriculum.rows.spec import RowsData
+from isomorph.curriculum.rows.spec import HUB, RowsData
 from isomorph.curriculum.rows.table import files_of
 from isomorph.engine.config import UserError
+from isomorph.engine.distributed.ranks import Ranks
 
 # of a model folder: what determines tokenisation; the weights are in the checkpoints
 MODEL_FILES = (
@@ -44,6 +45,31 @@ def located(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(tables, context={"folder": recipe.folder})
 
 
+def pinned(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """``recipe`` with the present commit of each dataset of the hub, so that a resumed run reads the same rows.
+
+    Raises UserError where the hub has no such dataset. A collective.
+    """
+    paths = _hub_paths(recipe)
+    if not paths:
+        return recipe
+    from isomorph.curriculum.rows.hub import with_revision
+
+    found = ranks.from_first(lambda: {at: HUB + with_revision(path.removeprefix(HUB)) for at, path in paths.items()})
+    tables = recipe.model_dump()
+    for place, path in found.items():
+        _, name, key = place.split(".")
+        tables["data"][name][key] = path
+    return Recipe.model_validate(tables, context={"folder": recipe.folder})
+
+
+def _hub_paths(recipe: Recipe) -> dict[str, str]:
+    """Place in the recipe -> path of a dataset of the hub."""
+    rows = {name: data for name, data in recipe.data.items() if isinstance(data, RowsData)}
+    found = {f"data.{n}.{key}": getattr(data, key) or "" for n, data in rows.items() for key in ("path", "eval_path")}
+    return {place: path for place, path in found.items() if path.startswith(HUB)}
+
+
 def input_files(recipe: Recipe) -> dict[str, Path]:
     """Place in the recipe -> file: data files, and the model's configuration and tokenizer."""
     found: dict[str, Path] = {}
@@ -51,15 +77,26 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
         if isinstance(data, RowsData):
             found |= {f"data.{name}.{place}": file for place, file in _files_of_rows(data).items()}
         if isinstance(data, RewardTable):
-            files = [entry.function.rpartition(":")[0] for entry in data.rewards if entry.is_file]
-            found |= {f"data.{name}{REWARDS}{Path(file).name}": Path(file) for file in files}
+            files = [Path(entry.function.rpartition(":")[0]) for entry in data.rewards if entry.is_file]
+            found |= {f"data.{name}{REWARDS}{place}": file for place, file in _told_apart(files).items()}
         if isinstance(data, EnvironmentTable):
-            found |= {f"data.{name}{ENVIRONMENT}{file.name}": file for file in data.files_of_code()}
+            own = _told_apart(data.files_of_code())
+            found |= {f"data.{name}{ENVIRONMENT}{place}": file for place, file in own.items()}
         if isinstance(data, JsonlData):
             found |= {f"data.{name}.files.{form}": Path(path) for form, path in data.files.items()}
     if recipe.model.path is not None:
         folder = Path(recipe.model.path)
         found |= {f"model.path/{name}": folder / name for name in MODEL_FILES if (folder / name).is_file()}
+    return found
+
+
+def _told_apart(files: Sequence[Path]) -> dict[str, Path]:
+    """Each file by its name; by as many folders before it as tell it from others of the name, where there are some."""
+    found: dict[str, Path] = {}
+    for file in dict.fromkeys(files):
+        others = [other for other in files if other != file]
+        count = next(n for n in range(1, len(file.parts) + 1) if all(o.parts[-n:] != file.parts[-n:] for o in others))
+        found["/".join(file.parts[-count:])] = file
     return found
 
 
@@ -77,15 +114,23 @@ def _files_of_rows(data: RowsData) -> dict[str, Path]:
 
 
 def describe_files(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Path and SHA-256 of each of ``input_files``, for run.json. Raises UserError for a file that cannot be read."""
-    return {place: {"path": str(path), "sha256": _sha256(path)} for place, path in input_files(recipe).items()}
+    """Path and SHA-256 of each of ``input_files``, for run.json; of a dataset of the hub hub:NAME@COMMIT, and None.
+
+    Raises UserError for a file that cannot be read.
+    """
+    of_hub = {place: {"path": path, "sha256": None} for place, path in _hub_paths(recipe).items()}
+    return of_hub | {place: {"path": str(path), "sha256": _sha256(path)} for place, path in input_files(recipe).items()}
 
 
 def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> list[str]:
     """A sentence for each file whose content differs from what ``describe_files`` recorded when the run began."""
-    found, sentences = input_files(recipe), []
+    found, sentences, of_hub = input_files(recipe), [], _hub_paths(recipe)
     for place in sorted({*recorded, *(found if recorded else ())}):
         if REWARDS in place or ENVIRONMENT in place:
+            continue
+        if place in recorded and recorded[place]["path"].startswith(HUB):
+            if of_hub.get(place) != (before := recorded[place]["path"]):
+                sentences.append(f"{place} is {of_hub.get(place)}, and was {before} when the run began")
             continue
         if place not in recorded:
             sentences.append(f"{found[place]} did not exist when the run began")

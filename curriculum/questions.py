@@ -67,7 +67,7 @@ def open_exam(
         known = _RecipeQuestions(recipe, open_sources(recipe, policy.text, limits), prompts)
         environments.start()
         rewarded = rewarded_sources(recipe.data, {name: source.columns for name, source in known.sources.items()})
-        judge = TableJudge(rewarded, pool, say=say, seed=recipe.run.seed, max_new_tok=lambda: max_new_tok)
+        judge = TableJudge(rewarded, pool, say=say, seed=recipe.run.seed, max_new_tok=lambda prompt: max_new_tok)
         stack.enter_context(judge)
         judge.start()
         asked = [_begun(one, environments) for one in _of_recipe(known, wanted)]

@@ -264,6 +264,21 @@ class Recipe(EngineConfig):
             data = self.data[one.data]
             if isinstance(data, RewardTable):
                 data.refuse_unrewarded(one.data, "[eval]")
+                data.refuse_evaluation(self.eval.max_new_tok, f"[eval] of data {one.data!r}: eval.max_new_tok")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_are_told_apart(self) -> "Recipe":
+        """Rewards of several tables under one name are one column of steps.jsonl: they must be one function."""
+        known: dict[str, tuple[str, str]] = {}
+        for name, data in self.data.items():
+            for entry in data.rewards if isinstance(data, RewardTable) else ():
+                before, function = known.setdefault(entry.label, (name, entry.normal_place))
+                if function != entry.normal_place:
+                    raise ValueError(
+                        f"rewards of data.{before} and data.{name} would both be logged as {entry.label!r}, and are "
+                        f'different functions, {function} and {entry.normal_place}: give one of them name = "..."'
+                    )
         return self
 
     @model_validator(mode="after")

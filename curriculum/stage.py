@@ -82,6 +82,12 @@ class Curriculum:
     def take(self, num_prompts: int) -> list[Prompt]:
         return [self._next_prompt() for _ in range(num_prompts)]
 
+    def max_new_tok(self, prompt: Prompt) -> int:
+        """The length limit of responses to ``prompt``: the present stage's, or that of evaluations."""
+        if prompt.prompt_id < 0:
+            return self.recipe.eval.max_new_tok
+        return (self.stage() or self.recipe.stage[-1]).sampling.max_new_tok
+
     def demonstrate(self, prompt: Prompt) -> str | None:
         task: Task = prompt.payload
         return task.demonstration

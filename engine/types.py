@@ -407,7 +407,7 @@ class Answers:
     texts: tuple[str, ...]
     rewards: tuple[float, ...]
     correct: tuple[bool, ...]  # whether it solves its prompt; partial credit does not
-    found: tuple[bool, ...] | None  # whether an answer was found in it; None: not measured
+    found: tuple[bool | None, ...] | None  # whether an answer was found in it; None: not measured
     environment_failures: Mapping[EnvironmentFailure, int] = field(default_factory=dict)
 
 

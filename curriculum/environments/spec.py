@@ -69,6 +69,9 @@ class EnvironmentTable(Section):
                     raise ValueError(f'{key} must be "file.py:NAME" or "package.module:NAME", got {place!r}')
         if self.is_of_verifiers and self.tools:
             raise ValueError("tools cannot be given with an environment of verifiers, which has its own")
+        called = [tool.rpartition(":")[2] for tool in self.tools]
+        if twice := sorted({name for name in called if called.count(name) > 1}):
+            raise ValueError(f"two of tools would be called {twice[0]!r} by the model: give one function another name")
         return self
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from isomorph.curriculum.environments.calls import CallFormat, split_calls, words_as_arguments
 from isomorph.curriculum.environments.done import Done, Message
 from isomorph.curriculum.environments.spec import VERIFIERS, VERIFIERS_VERSION
-from isomorph.curriculum.rewards.worker import load
+from isomorph.curriculum.rewards.user_code import load
 
 SPLITS = ("train", "eval")  # of an environment's own rows
 

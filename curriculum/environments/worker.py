@@ -22,7 +22,8 @@ from isomorph.curriculum.environments.calls import CallFormat, called
 from isomorph.curriculum.environments.done import Done, Message
 from isomorph.curriculum.environments.methods import MethodTools, has_methods
 from isomorph.curriculum.environments.spec import VERIFIERS
-from isomorph.curriculum.rewards.worker import DeadlineAlarm, load, prepare
+from isomorph.curriculum.rewards.user_code import enter, home_of, load
+from isomorph.curriculum.rewards.worker import DeadlineAlarm, prepare
 from isomorph.engine.types import EnvironmentFailure
 
 
@@ -40,6 +41,11 @@ class EnvironmentSpec:
     @property
     def is_of_verifiers(self) -> bool:
         return self.environment is not None and self.environment.startswith(VERIFIERS)
+
+    @property
+    def home(self) -> str:
+        """The folder whose modules the environment may import, or the first tool without one; "" for packages."""
+        return home_of((self.environment or self.tools[0]).removeprefix(VERIFIERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +234,7 @@ def _begin(spec: EnvironmentSpec, row: dict[str, Any], seed: int) -> tuple[Any, 
     _seed(f"{seed}")
     if spec.environment is None:
         return None, Outcome()
+    enter(spec.home)
     if spec.is_of_verifiers:
         conversation = verifiers_form.Conversation(_made_by(spec), spec.calls)
         return conversation, Outcome(messages=_messages(conversation.reset(row), "reset"))
@@ -251,6 +258,7 @@ def _made_by(spec: EnvironmentSpec) -> Any:
 def _answer(spec: EnvironmentSpec, state: _Open, text: str, seed: int, *, is_last: bool) -> Outcome:
     _seed(f"{seed}:{state.num_steps}")
     state.num_steps += 1
+    enter(spec.home)
     tools = {tool.rpartition(":")[2]: located_object(tool) for tool in spec.tools}
     by_methods = isinstance(state.environment, MethodTools)
     if by_methods:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from isomorph.curriculum.rewards.answer import Answer
+from isomorph.curriculum.rewards.user_code import DoesNotFit
 
 Form = Literal["answer", "answers", "trl", "verl", "verl_batch"]
 FORMS = (
@@ -30,10 +31,6 @@ _VERL_BATCH = {f"{name}s" for name in _VERL}
 
 
 OURS = "isomorph.curriculum.rewards.builtin"  # the module of the functions that a recipe names without a file
-
-
-class DoesNotFit(ValueError):
-    """The function cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +69,7 @@ class RewardFunction:
     is_async: bool
     wants_messages: bool | None  # TRL: by the annotation of ``completions``; None: as the prompt is
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    home: str = ""  # folder of its file, whose modules it may import
 
     @property
     def is_for_group(self) -> bool:

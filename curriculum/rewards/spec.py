@@ -10,6 +10,7 @@ to a response (it returned None) is left out of its sum or product. What ``overl
 """
 
 import difflib
+import os
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -50,6 +51,12 @@ class RewardEntry(Section):
     def place(self) -> str:
         """``file.py:name`` or ``package.module:name``, also of one of our functions."""
         return self.function if ":" in self.function else f"{OURS}:{BUILTINS[self.function].function}"
+
+    @property
+    def normal_place(self) -> str:
+        """``place`` with the shortest path of its file, for comparing."""
+        where, _, name = self.place.rpartition(":")
+        return f"{os.path.normpath(where)}:{name}" if self.is_file else self.place
 
     @field_validator("function")
     @classmethod
@@ -116,6 +123,11 @@ class RewardTable(Section):
                 f'{where} needs rewards for data {name!r}: rewards = [{{ function = "rewards.py:right" }}] in '
                 f"[data.{name}], or one of {', '.join(BUILTINS)}"
             )
+
+    def refuse_evaluation(self, max_new_tok: int, where: str) -> None:
+        """Raises ValueError where ``overlong`` would punish every response of an evaluation; ``where``: its limit."""
+        if self.overlong is not None and self.overlong.soft > max_new_tok:
+            raise ValueError(f"{where} must be at least overlong.soft, got {max_new_tok} and {self.overlong.soft}")
 
     def refuse_stage(self, stage: Stage) -> None:
         """Raises ValueError where the rewards do not go with the objective or the length limit of ``stage``."""

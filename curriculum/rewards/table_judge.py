@@ -10,9 +10,10 @@ from typing import Any, Self
 from isomorph.curriculum.rewards.builtin import BUILTINS
 from isomorph.curriculum.rewards.code_pool import CodePool
 from isomorph.curriculum.rewards.pool import RewardPool
-from isomorph.curriculum.rewards.signature import TRIAL, DoesNotFit, GroupInput, Progress, RewardFunction, classify
+from isomorph.curriculum.rewards.signature import TRIAL, GroupInput, Progress, RewardFunction, classify
 from isomorph.curriculum.rewards.spec import RewardEntry, RewardTable
-from isomorph.curriculum.rewards.worker import Call, Fault, Place, Result, called, load
+from isomorph.curriculum.rewards.user_code import DoesNotFit, load
+from isomorph.curriculum.rewards.worker import Call, Fault, Place, Result, called
 from isomorph.curriculum.rows.spec import ROWS
 from isomorph.curriculum.tasks.task import FULL_MARKS, Task
 from isomorph.engine.config import UserError
@@ -45,6 +46,7 @@ class _Given:
     task: Task
     rollouts: Sequence[Rollout]
     group: GroupInput
+    max_new_tok: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,13 +88,13 @@ class TableJudge:
         log: Path | None = None,
         say: Callable[[str], None] = lambda sentence: None,
         seed: int = 0,
-        max_new_tok: Callable[[], int] = lambda: 1 << 62,
+        max_new_tok: Callable[[Prompt], int] = lambda prompt: 1 << 62,
         progress: Callable[[], Progress] = lambda: Progress(step=0, max_steps=0),
         max_workers: int | None = None,
     ) -> None:
         """``log``: what functions print is appended to it. ``say``: prints a warning. ``seed``: the run's.
 
-        ``max_new_tok``: the length limit of the present responses, for ``overlong``.
+        ``max_new_tok``: the length limit of the responses to a prompt, for ``overlong``.
         """
         self.sources, self.pool, self.say, self.seed = sources, pool, say, seed
         self.max_new_tok, self.progress = max_new_tok, progress
@@ -232,8 +234,8 @@ class TableJudge:
             # a rollout that a limit ended before its environment gave a reward is worth 0 to it
             extra["environment"] = [0.0 if reward is None else reward for reward in told]
         if table.overlong is not None:
-            limit, soft = self.max_new_tok(), table.overlong.soft
-            punished = [soft_overlong(n, limit, soft) for n in given.group.num_tok]
+            soft = table.overlong.soft
+            punished = [soft_overlong(n, given.max_new_tok, soft) for n in given.group.num_tok]
             extra["overlong"] = [table.overlong.penalty * value for value in punished]
         weights |= dict.fromkeys(extra, 1.0)
         everything = {**values, **extra}
@@ -334,4 +336,4 @@ def _given(
         token_ids=tuple(tuple(r.token_ids.tolist()) for r in own) if judge.wants_token_ids(task.data) else (),
         seed=zlib.crc32(f"{judge.seed}:{prompts[start].prompt_id}".encode()),
     )
-    return _Given(task=task, rollouts=own, group=group)
+    return _Given(task=task, rollouts=own, group=group, max_new_tok=judge.max_new_tok(prompts[start]))

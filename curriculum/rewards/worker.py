@@ -15,8 +15,6 @@ import asyncio
 import contextlib
 import ctypes
 import functools
-import importlib
-import importlib.util
 import io
 import math
 import os
@@ -28,21 +26,20 @@ import threading
 import time
 import traceback
 import warnings
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from isomorph.curriculum.rewards.signature import (
     OURS,
     TRIAL,
-    DoesNotFit,
     GroupInput,
     Progress,
     RewardFunction,
     classify,
     keywords,
 )
+from isomorph.curriculum.rewards.user_code import DoesNotFit, enter, home_of, load
 
 MAX_LOG_BYTES = 16 << 20  # of the file that prints go to
 MAX_MESSAGE_CHARS = 300
@@ -113,7 +110,7 @@ def _loaded(place: Place, import_s: float) -> RewardFunction | Fault:
     where = place.function
     try:
         with _deadline(import_s):
-            function = classify(load(where), place.arguments)
+            function = replace(classify(load(where), place.arguments), home=home_of(where))
             if where.startswith(f"{OURS}:"):
                 _try(function)
             return function
@@ -128,38 +125,6 @@ def _loaded(place: Place, import_s: float) -> RewardFunction | Fault:
 def _try(function: RewardFunction) -> None:
     response = None if function.is_for_group else 0
     function.call(**keywords(function, TRIAL, response, Progress(step=0, max_steps=0)))
-
-
-def load(where: str) -> Any:
-    """The object at ``file.py:name`` or ``package.module:name``. Raises DoesNotFit, or what importing it raises."""
-    module_name, _, name = where.rpartition(":")
-    if module_name.endswith(".py"):
-        if not os.path.isfile(module_name):
-            raise DoesNotFit("there is no such file")
-        sys.path.insert(0, os.path.dirname(module_name))  # for files beside it
-        # a name of its own: a file called json.py must not take the place of that module
-        unique = f"reward_file_{zlib.crc32(module_name.encode()):08x}_{os.path.basename(module_name)[:-3]}"
-        spec = importlib.util.spec_from_file_location(unique, module_name)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules.get(unique)
-        if module is None:
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[unique] = module  # dataclasses and pickle look there
-            spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module_name.startswith(error.name):
-                raise
-            raise DoesNotFit(f"there is no package {error.name}") from None
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-            raise DoesNotFit(f"it has no {name!r}; it has {', '.join(known[:20]) or 'no functions'}")
-        found = getattr(found, part)
-    return found
 
 
 # -- jobs
@@ -198,6 +163,7 @@ def called(
 ) -> list[Result]:
     """The results of one call. ``deadline_s``: None: without an alarm, for a function that is known to return."""
     size = 1 if response is not None else len(group.texts)
+    enter(function.home)
     try:
         if deadline_s is None:
             value = function.call(**keywords(function, group, response, progress))
@@ -240,6 +206,7 @@ async def _all_at_once(
                 return [Fault("deadline", f"must return within {deadline_s:g} s")] * size
             return [Fault("error", _described(error, _file_of(function)))] * size
 
+    enter(function.home)
     return list(await asyncio.gather(*map(one, calls)))
 
 

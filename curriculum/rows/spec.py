@@ -34,8 +34,8 @@ class RowsData(RewardTable, EnvironmentTable):
     """
 
     kind: Literal["rows"]
-    # .jsonl, .json, .parquet, .csv, .tsv, .arrow, a folder of one of these, or "hub:NAME"; None: the rows of the
-    # environment, which is one of verifiers
+    # .jsonl, .json, .parquet, .csv, .tsv, .arrow, a folder of one of these, "hub:NAME" or "hub:NAME@REVISION"; None:
+    # the rows of the environment, which is one of verifiers
     path: str | None = None
     split: str | None = None  # of a hub dataset or a folder, such as "train"; of an environment "train" or "eval"
     subset: str | None = None  # of a hub dataset: its configuration

@@ -8,7 +8,8 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     reward/<name>/mean  reward/<name>/std   of one reward of several: of the responses that it has a number for
     reward/<name>/none  reward/<name>/nan   share of the responses that it does not apply to; for which it gave NaN
     reward/<name>/errors  .../deadlines  responses for which it failed, and for which it took too long: both worth 0
-    judge/no_answer                      share of the sampled responses in which no answer was found
+    judge/no_answer                      share of the sampled responses in which no answer was found, of those whose
+                                         family says what an answer is; what one is to a row, only its rewards know
     groups/all  groups/flat              sampled groups; those whose rewards are all equal
     groups/refilled                      groups that were replaced (batch.refills)
     response/masked                      sampled responses that may not enter the loss: masked, or without a reward
@@ -63,7 +64,7 @@ class StepResult:
     stage_step: int  # completed steps of the stage before this one
     groups: Sequence[Group]  # all that were sampled
     texts: Sequence[str]  # of all responses, in the order of ``groups``
-    found: Sequence[bool] | None  # whether an answer was found in each text; None: not measured
+    found: Sequence[bool | None] | None  # whether an answer was found in each text; None: not measured
     is_supervised: bool  # the responses are demonstrations
     num_replaced: int  # groups that were sampled and not trained on, because refills replaced them
     stats: StepStats

@@ -21,7 +21,8 @@ from isomorph.kernels.advantage import group_advantage
 from isomorph.kernels.types import EPS
 
 Decode = Callable[[Sequence[int]], str]
-FindsAnswer = Callable[[Prompt, str], bool]  # whether an answer can be found in a response, right or wrong
+# whether an answer can be found in a response, right or wrong; None: its task does not say what an answer is
+FindsAnswer = Callable[[Prompt, str], bool | None]
 POLL_S = 0.2  # while waiting for rewards, interval of looking whether a stop was requested
 
 
@@ -168,8 +169,8 @@ def normalised_sum(parts: Mapping[str, Sequence[float]], weights: Mapping[str, f
 
 def answers_found(
     finds_answer: FindsAnswer | None, prompts: Sequence[Prompt], texts: Sequence[str]
-) -> list[bool] | None:
-    """Returns for each text whether an answer was found in it; None without ``finds_answer``.
+) -> list[bool | None] | None:
+    """Returns for each text what ``finds_answer`` says of it; None without ``finds_answer``.
 
     ``texts``: the same number for each prompt, in the order of the prompts.
     """
@@ -179,22 +180,27 @@ def answers_found(
     return [finds_answer(prompts[i // size], text) for i, text in enumerate(texts)]
 
 
-def share_without_answer(found: Sequence[bool] | None) -> float:
-    """Share of responses in which no answer was found, 0 to 1; NaN if that was not measured."""
-    return math.nan if found is None else 1 - sum(found) / len(found)
+def share_without_answer(found: Sequence[bool | None] | None) -> float:
+    """Share of responses in which no answer was found, 0 to 1, of those for which ``found`` tells; NaN: of none."""
+    known = [is_found for is_found in found or () if is_found is not None]
+    return 1 - sum(known) / len(known) if known else math.nan
 
 
-def warning_of_no_answer(where: str, found: Sequence[bool] | None, texts: Sequence[str], cut_off: float | None) -> str:
-    """Returns a warning with an example if no answer was found in any of ``texts``; else "".
+def warning_of_no_answer(
+    where: str, found: Sequence[bool | None] | None, texts: Sequence[str], cut_off: float | None
+) -> str:
+    """Returns a warning with an example if no answer was found in any of the texts for which ``found`` tells; else "".
 
     ``cut_off``: share of the responses that were ended by their length limit; None if that is not known.
     """
-    if found is None or any(found):
+    asked = [text for text, is_found in zip(texts, found or [None] * len(texts), strict=True) if is_found is not None]
+    if not asked or any(found or ()):
         return ""
+    whose = "" if len(asked) == len(texts) else " whose task says what an answer is"
     cut = "" if not cut_off else f", {cut_off:.0%} of which were cut off at their length limit"
     return (
-        f"warning: no answer was found in any of the {len(texts)} responses of {where}{cut}, so every reward is 0. "
-        f'One of them: "{shortened(texts[0])}"'
+        f"warning: no answer was found in any of the {len(asked)} responses of {where}{whose}{cut}, so every reward "
+        f'is 0. One of them: "{shortened(asked[0])}"'
     )
 
 

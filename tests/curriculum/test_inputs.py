@@ -77,7 +77,7 @@ def test_the_same_rows_elsewhere_are_the_same(tmp_path: Path) -> None:
 
 
 def test_files_of_rows_are_recorded_with_the_run(tmp_path: Path) -> None:
-    """Rows, their files for evaluation, the chat template and the files of rewards; not a hub dataset."""
+    """Rows, their files for evaluation, the chat template and the files of rewards; of a hub dataset its path."""
     for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"prompt": "a"}\n')
     for name in ("chat.jinja", "score.py"):
@@ -94,7 +94,7 @@ def test_files_of_rows_are_recorded_with_the_run(tmp_path: Path) -> None:
     assert recipe.data["hub"].path == "hub:a/b"  # type: ignore[union-attr]
     recorded = describe_files(recipe)
     assert {Path(file["path"]).name for file in recorded.values()} == {
-        *("train-0.jsonl", "train-1.jsonl", "test.jsonl", "chat.jinja", "score.py")
+        *("train-0.jsonl", "train-1.jsonl", "test.jsonl", "chat.jinja", "score.py", "b")
     }
     (tmp_path / "train-1.jsonl").write_text('{"prompt": "b"}\n')
     (tmp_path / "train-2.jsonl").write_text('{"prompt": "c"}\n')

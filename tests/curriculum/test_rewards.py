@@ -60,7 +60,7 @@ class Asked:
             RewardPool(),
             log=log,
             say=self.said.append,
-            max_new_tok=lambda: 10,
+            max_new_tok=lambda prompt: 10,
             progress=lambda: Progress(step=7, max_steps=9),
             max_workers=workers,
         )

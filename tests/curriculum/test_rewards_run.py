@@ -278,6 +278,7 @@ TWO = '{ function = "exact" }, { function = "numeric" }'
         ),
         (TWO, 'combine = "normalized"', ["objective.scale=none"], "scale has no effect, because combine"),
         (TWO, "overlong = { soft = 7 }", [], "soft must be at most sampling.max_new_tok, got 7 and 6"),
+        (TWO, "overlong = { soft = 5 }", [], "eval.max_new_tok must be at least overlong.soft, got 4 and 5"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(
@@ -300,6 +301,38 @@ def test_gdpo_with_overlong_and_masks_trains(tmp_path: Path) -> None:
     assert step["response/masked"] == sum(row["finish"] == "length" for row in rows)
     assert step["reward/overlong/mean"] <= 0 and step["updates"] == (step["response/masked"] < len(rows))
     assert sum(row["advantage"] for row in rows) == pytest.approx(0, abs=1e-4)
+
+
+def test_overlong_in_an_evaluation_is_of_its_own_length_limit(tmp_path: Path) -> None:
+    """L is 6 in training and 4 in evaluations."""
+    length = {"length": "def reward(answer):\n    return float(answer.num_tok)\n"}
+    recipe = write(tmp_path, '{ function = "length.py:reward" }', length)
+    text = recipe.read_text().replace("[sampling]", "overlong = { soft = 2 }\n[sampling]", 1)
+    recipe.write_text(text.replace("steps = 3", "steps = 1"))
+    folder, _ = run(recipe, "run")
+    evaluated = [row for file in folder.glob("completions/exam-*.jsonl") for row in map(json.loads, file.open())]
+    found = {row["reward"] for row in evaluated}
+    assert 3.0 in found <= {1.0, 2.0, 3 - 0.5, 4 - 1.0}  # n - (n - (4 - 2)) / 2 from n = 2 on
+    assert {row["reward"] for row in completions(folder)} <= {1.0, 2.0, 3.0, 4.0, 5 - 0.5, 6 - 1.0}
+
+
+def test_answers_are_counted_where_the_family_says_what_an_answer_is(tmp_path: Path) -> None:
+    """A mixture of generated tasks, none of which a random model answers, and of rows."""
+    recipe = write(tmp_path, '{ function = "exact" }')
+    more = '[data.plans]\nkind = "async_plan"\ndifficulty = { form = "terse", demonstration = "compact" }\n[sampling]'
+    text = recipe.read_text().replace("[sampling]", more, 1).replace("steps = 3", "steps = 1")
+    text = text.replace('{ data = "gsm" }]', '{ data = "gsm" }, { data = "plans", representation = "code" }]')
+    sets = 'sets = [{ data = "gsm", prompts = 2 }, { data = "plans", prompts = 2 }]'
+    text = text.replace('data = "gsm"\nrepresentations = ["natural"]\nprompts = 2', sets)
+    recipe.write_text(text.replace("max_model_len = 128", "max_model_len = 1024"))
+    folder, printed = run(recipe, "run")
+    (step,) = read_steps(folder)
+    assert {row["task"]: row["answered"] for row in completions(folder)} == {"rows": None, "async_plan": False}
+    assert step["judge/no_answer"] == step["exam/plans/code/no_answer"] == 1.0
+    assert step["exam/gsm/natural/no_answer"] is None
+    assert "responses of step 1, the first of stage rl whose task says what an answer is" in printed
+    told = summary_of(folder)["exams"][-1]["no_answer"]
+    assert told and all(key.startswith("plans:") and share == 1.0 for key, share in told.items())
 
 
 def test_rows_without_rewards_are_refused(tmp_path: Path) -> None:
