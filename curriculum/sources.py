@@ -40,6 +40,14 @@ class Source(Protocol):
         """Rows found too long so far, by representation."""
         ...
 
+    def left_out_rows(self) -> dict[str, list[int]]:
+        """The rows that ``num_too_long`` counts and that a resumed run would not find again: JSON-able."""
+        ...
+
+    def restore_left_out(self, rows: Mapping[str, list[int]]) -> None:
+        """Counts the rows that ``left_out_rows`` told before the run was resumed."""
+        ...
+
     def draw(self, representation: str, position: int, seed: int) -> tuple[Task, int]:
         """The next training task from ``position`` on, in a stream without end, and the position after it."""
         ...
@@ -203,6 +211,13 @@ class TaskFiles:
             else:
                 kept.append(task)
         return kept
+
+    def left_out_rows(self) -> dict[str, list[int]]:
+        """{}: all rows are measured before the first step."""
+        return {}
+
+    def restore_left_out(self, rows: Mapping[str, list[int]]) -> None:
+        """All rows are measured again."""
 
     def summary(self) -> dict[str, Any]:
         """Rows that are left out, by representation."""

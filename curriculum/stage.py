@@ -201,6 +201,7 @@ class Curriculum:
             "recent_rewards": list(self.recent_rewards),
             "response_tok": self.response_tok,
             "positions": dict(self.positions),
+            "left_out": {name: source.left_out_rows() for name, source in self.sources.items()},
             "exams": list(self.evaluations),
             "finished": list(self.finished),
             "environments": dict(self.environment_failures),
@@ -208,7 +209,7 @@ class Curriculum:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError for the state of another version, or of a recipe with more stages."""
-        state = {"environments": {}, **state}  # earlier versions did not count
+        state = {"environments": {}, "left_out": {}, **state}  # earlier versions did not count
         self._refuse(state)
         self.stage_index = state["stage_index"]
         self.steps_done = state["steps_done"]
@@ -216,6 +217,8 @@ class Curriculum:
         self.recent_rewards = list(state["recent_rewards"])
         self.response_tok = state["response_tok"]
         self.positions = dict(state["positions"])
+        for name, rows in state["left_out"].items():
+            self.sources[name].restore_left_out(rows)
         self.evaluations = list(state["exams"])
         self.finished = list(state["finished"])
         self.environment_failures = Counter(state["environments"])

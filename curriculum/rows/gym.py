@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from isomorph.curriculum.lengths import LengthLimits, at_most_in_prompt
@@ -32,7 +33,21 @@ class GymSource:
         self._evaluation = {task: self._generator(task, data.seed + EVAL_OFFSET) for task in data.tasks}
         self.columns = COLUMNS
         self.left_out: list[str] = []
-        self.num_too_long: dict[str, int] = {}
+        self._too_long: dict[str, set[int]] = {}  # task -> entries of training; of evaluation negative, from -1 on
+
+    @property
+    def num_too_long(self) -> dict[str, int]:
+        """Questions found too long so far, by task."""
+        return {name: len(entries) for name, entries in self._too_long.items()}
+
+    def left_out_rows(self) -> dict[str, list[int]]:
+        """The entries that ``num_too_long`` counts, by task."""
+        return {name: sorted(entries) for name, entries in self._too_long.items()}
+
+    def restore_left_out(self, rows: Mapping[str, list[int]]) -> None:
+        """Counts what ``left_out_rows`` told before the run was resumed."""
+        for name, entries in rows.items():
+            self._too_long.setdefault(name, set()).update(entries)
 
     def draw(self, representation: str, position: int, seed: int) -> tuple[Task, int]:
         """The next training task from entry ``position`` on, and the position after it."""
@@ -53,7 +68,7 @@ class GymSource:
 
     def summary(self) -> dict[str, Any]:
         """Questions found too long so far, by task."""
-        return {"left_out": dict(self.num_too_long)}
+        return {"left_out": self.num_too_long}
 
     def _next(self, name: str, position: int, *, is_training: bool) -> tuple[Task, int]:
         entries = (self._training if is_training else self._evaluation)[name]
@@ -67,6 +82,7 @@ class GymSource:
             task = self._task(name, entry, place)
             if self._fits(task, is_training=is_training):
                 return task, at + 1
+            self._too_long.setdefault(name, set()).add(at if is_training else -1 - at)
         side = "training" if is_training else "evaluation"
         raise UserError(
             f"data.{self._name}.tasks.{name}: none of {MAX_TRIES} questions is for {side} and fits: give it arguments "
@@ -93,8 +109,6 @@ class GymSource:
         if is_short and self._limits is not None:
             of = self._limits.misfit_of_training if is_training else self._limits.misfit_of_evaluation
             is_short = of(self._name, task.representation)(task) is None
-        if not is_short:
-            self.num_too_long[task.representation] = self.num_too_long.get(task.representation, 0) + 1
         return is_short
 
     def _generator(self, name: str, seed: int) -> Any:

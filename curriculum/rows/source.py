@@ -5,6 +5,7 @@ it is drawn, because tokenising a million takes minutes before the first step; a
 the next one, and counted. Either way the same rows are trained on, in the same order.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,18 @@ class RowsSource:
         if not found:
             raise UserError(self._none_fits(representation, len(self.dataset.held_out[representation])))
         return found
+
+    def left_out_rows(self) -> dict[str, list[int]]:
+        """The numbers of rows that were found not to fit when they were drawn, by label."""
+        if len(self.dataset.side.rows) <= CHECKED_AT_ONCE:
+            return {}  # all rows are measured before the first step
+        return {label: sorted(rows) for label, rows in self.misfits.items()}
+
+    def restore_left_out(self, rows: Mapping[str, list[int]]) -> None:
+        """Counts what ``left_out_rows`` told before the run was resumed."""
+        for label, numbers in rows.items():
+            known = self.misfits.setdefault(label, {})
+            self.misfits[label] = {number: "found before the run was resumed" for number in numbers} | known
 
     def summary(self) -> dict[str, object]:
         """Which rows were shown as examples, and which were found not to fit: for run.json and summary.json."""

@@ -1,5 +1,6 @@
 """Tasks of reasoning-gym: which are for training, and their scorers."""
 
+import json
 from typing import Any
 
 import pytest
@@ -95,17 +96,21 @@ def test_questions_that_do_not_fit_are_left_out_and_counted() -> None:
 def test_a_recipe_trains_on_two_tasks_and_goes_on_where_it_was() -> None:
     tables = {
         "model": {"tiny": {"tokenizer": "bytes"}},
-        "data": {"gym": {"kind": "reasoning_gym", "tasks": {**SMALL, "leg_counting": {}}}},
+        "data": {"gym": {"kind": "reasoning_gym", "tasks": {**SMALL, "leg_counting": {}}, "max_prompt_tok": 300}},
         "stage": [
-            {"name": "rl", "steps": 1, "mixture": [{"data": "gym", "representation": name} for name in SMALL]},
+            {"name": "rl", "steps": 1, "mixture": [{"data": "gym", "representation": "leg_counting"}]},
         ],
         "eval": {"data": "gym", "representations": ["chain_sum", "leg_counting"], "prompts": 3},
     }
     recipe = check_tables(tables, Recipe, where="test")
     one, other = (Curriculum(recipe, codec(), 2048) for _ in range(2))
-    one.take(5)
-    other.load_state_dict(one.state_dict())
-    assert one.take(5) == other.take(5)
+    one.take(20)
+    left_out = one.sources["gym"].num_too_long["leg_counting"]
+    assert left_out > other.sources["gym"].num_too_long.get("leg_counting", 0)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.sources["gym"].num_too_long["leg_counting"] == left_out  # it does not begin again
+    assert one.take(100) == other.take(100)
+    assert one.sources["gym"].summary() == other.sources["gym"].summary() != {"left_out": {"leg_counting": left_out}}
     request = one.pending_evaluation()
     assert request is not None
     assert [prompt.representation for prompt in request.prompts] == ["chain_sum"] * 3 + ["leg_counting"] * 3

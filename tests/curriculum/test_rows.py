@@ -274,6 +274,11 @@ def test_rows_that_do_not_fit_are_counted_by_number_whenever_they_are_measured(
     assert not any("long" in task.question for task in drawn(at_once, 50))
     assert at_once.summary() == at_the_draw.summary()
     assert at_the_draw.num_too_long["natural"] > 5
+    resumed = source(file, max_prompt_tok=100)
+    resumed.restore_left_out(json.loads(json.dumps(at_the_draw.left_out_rows())))
+    assert resumed.summary() == at_the_draw.summary()
+    drawn(resumed, 50)  # rows that are measured again count once
+    assert resumed.summary() == at_the_draw.summary()
     assert {(n - 1) % 5 for n in at_the_draw.summary()["left_out_rows"]["natural"]} == {0}  # type: ignore[index]
     with pytest.raises(UserError, match="no natural row fits: .*54 of 54"):
         drawn(source(file, max_prompt_tok=1), 1)
