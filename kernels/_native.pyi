@@ -81,7 +81,6 @@ def rms_norm(
     y: int,
     total: int,
     rstd: int,
-    /,
 ) -> None: ...
 def rms_norm_gradient(
     is_bfloat16: bool,
@@ -94,10 +93,9 @@ def rms_norm_gradient(
     dtotal: int,
     dx: int,
     dweight: int,
-    /,
 ) -> None: ...
-def swiglu(is_bfloat16: bool, size: int, gate: int, up: int, y: int, /) -> None: ...
-def swiglu_gradient(is_bfloat16: bool, size: int, gate: int, up: int, dy: int, dgate: int, dup: int, /) -> None: ...
+def swiglu(is_bfloat16: bool, size: int, gate: int, up: int, y: int) -> None: ...
+def swiglu_gradient(is_bfloat16: bool, size: int, gate: int, up: int, dy: int, dgate: int, dup: int) -> None: ...
 def rotary(
     is_bfloat16: bool,
     is_angle_bfloat16: bool,
@@ -116,5 +114,4 @@ def rotary(
     k_row: int,
     k_head: int,
     k_out: int,
-    /,
 ) -> None: ...

@@ -156,7 +156,19 @@ def choose(op: str, device: torch.device | str = "cpu") -> str:
 
     Raises ValueError for an unknown op, and for a request (see ``requested``) that ``op`` cannot meet on ``device``.
     """
-    return requested(op, device) or bodies(op, torch.device(device).type)[0]
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    return _chosen(op, kind, request(), _machine())
+
+
+def _machine() -> tuple[bool, ...]:
+    """What ``bodies`` depends on besides its arguments."""
+    return (interpreting(), _native_module is None, _cuda_module is None, bool(triton_reason()), bool(flash_reason()))
+
+
+@functools.cache
+def _chosen(op: str, device_type: str, wanted: str, machine: tuple[bool, ...]) -> str:
+    """``choose``, once for each request on a machine: a tiny model's layer asks for every op."""
+    return requested(op, device_type) or bodies(op, device_type)[0]
 
 
 def requested(op: str, device: torch.device | str = "cpu") -> str:

@@ -123,11 +123,20 @@ void rotary(bool is_bfloat16, bool is_angle_bfloat16, int64_t num, int64_t dim, 
 }  // namespace
 
 void bind_layer(nb::module_& module) {
-    module.def("rms_norm", &rms_norm);
-    module.def("rms_norm_gradient", &rms_norm_gradient);
-    module.def("swiglu", &swiglu);
-    module.def("swiglu_gradient", &swiglu_gradient);
-    module.def("rotary", &rotary);
+    module.def("rms_norm", &rms_norm, nb::arg("is_bfloat16"), nb::arg("num"), nb::arg("dim"), nb::arg("x"),
+               nb::arg("residual"), nb::arg("weight"), nb::arg("eps"), nb::arg("y"), nb::arg("total"),
+               nb::arg("rstd"));
+    module.def("rms_norm_gradient", &rms_norm_gradient, nb::arg("is_bfloat16"), nb::arg("num"), nb::arg("dim"),
+               nb::arg("total"), nb::arg("weight"), nb::arg("rstd"), nb::arg("dy"), nb::arg("dtotal"),
+               nb::arg("dx"), nb::arg("dweight"));
+    module.def("swiglu", &swiglu, nb::arg("is_bfloat16"), nb::arg("size"), nb::arg("gate"), nb::arg("up"),
+               nb::arg("y"));
+    module.def("swiglu_gradient", &swiglu_gradient, nb::arg("is_bfloat16"), nb::arg("size"), nb::arg("gate"),
+               nb::arg("up"), nb::arg("dy"), nb::arg("dgate"), nb::arg("dup"));
+    module.def("rotary", &rotary, nb::arg("is_bfloat16"), nb::arg("is_angle_bfloat16"), nb::arg("num"),
+               nb::arg("dim"), nb::arg("cos"), nb::arg("sin"), nb::arg("transposed"), nb::arg("q"),
+               nb::arg("num_q"), nb::arg("q_row"), nb::arg("q_head"), nb::arg("q_out"), nb::arg("k"),
+               nb::arg("num_k"), nb::arg("k_row"), nb::arg("k_head"), nb::arg("k_out"));
 }
 
 }  // namespace isomorph
