@@ -84,6 +84,7 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
             found |= {f"data.{name}{ENVIRONMENT}{place}": file for place, file in own.items()}
         if isinstance(data, JsonlData):
             found |= {f"data.{name}.files.{form}": Path(path) for form, path in data.files.items()}
+            found |= {f"data.{name}.eval_files.{form}": Path(path) for form, path in data.eval_files.items()}
     if recipe.model.path is not None:
         folder = Path(recipe.model.path)
         found |= {f"model.path/{name}": folder / name for name in MODEL_FILES if (folder / name).is_file()}

@@ -16,7 +16,7 @@ from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.evaluation import Asked, evaluation_keys, evaluation_tasks
 from isomorph.curriculum.evaluation_spec import EvalSet
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.recipe import Recipe, evaluated_on
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, FAMILIES
 from isomorph.curriculum.rewards.pool import RewardPool
 from isomorph.curriculum.rewards.table_judge import TableJudge, rewarded_sources
@@ -129,7 +129,7 @@ def _sets_of(recipe: Recipe | None) -> dict[str, EvalSet]:
     if recipe is None:
         return {}
     others = {
-        name: EvalSet(data=name, name=name, representations=data.representations, prompts=PROMPTS)
+        name: EvalSet(data=name, name=name, representations=evaluated_on(data), prompts=PROMPTS)
         for name, data in recipe.data.items()
     }
     return others | {one.name: one for one in recipe.evaluation_sets}

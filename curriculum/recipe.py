@@ -90,17 +90,31 @@ class JsonlData(Section):
     family: Family
     reward: Reward = "strict"  # or "paper": the reward of arXiv 2602.03542, for comparisons with it
     files: dict[str, str] = Field(min_length=1)  # representation -> path, relative to the recipe's folder
+    # files that are evaluated on alone, such as an official test split; training then takes all rows of ``files``
+    eval_files: dict[str, str] = {}
     eval_share: float = Field(0.1, gt=0, lt=1)  # share of the procedures that is kept for evaluation
     split_seed: int = 0
     max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
 
+    def idle(self) -> dict[KeyPath, str]:
+        why = "eval_files holds what is evaluated on"
+        return {("eval_share",): why, ("split_seed",): why} if self.eval_files else {}
+
     @property
     def representations(self) -> tuple[str, ...]:
+        """Of the rows that are trained on."""
         return tuple(self.files)
+
+    @property
+    def eval_representations(self) -> tuple[str, ...]:
+        return tuple(self.eval_files or self.files)
 
     def located(self, folder: Path) -> dict[str, Any]:
         """The keys that name files, as absolute paths; ``folder``: of the recipe."""
-        return {"files": {form: resolve(path, folder) for form, path in self.files.items()}}
+        return {
+            key: {form: resolve(path, folder) for form, path in files.items()}
+            for key, files in (("files", self.files), ("eval_files", self.eval_files))
+        }
 
     @model_validator(mode="after")
     def _family_has_the_reward(self) -> "JsonlData":
@@ -109,6 +123,11 @@ class JsonlData(Section):
 
 
 Data = GeneratedData | JsonlData | RowsData | ReasoningGymData
+
+
+def evaluated_on(data: Data) -> tuple[str, ...] | None:
+    """The representations that ``data`` can be evaluated on; None where only the rows tell."""
+    return data.eval_representations if isinstance(data, JsonlData) else data.representations
 
 
 class Ingredient(Section):
@@ -207,7 +226,7 @@ class Recipe(EngineConfig):
     def evaluation_sets(self) -> tuple[EvalSet, ...]:
         """The sets of [eval], each with its name and all its representations, None where only the rows tell."""
         return tuple(
-            one.model_copy(update={"representations": one.representations or self.data[one.data].representations})
+            one.model_copy(update={"representations": one.representations or evaluated_on(self.data[one.data])})
             for one in self.eval.all_sets
         )
 
@@ -251,17 +270,18 @@ class Recipe(EngineConfig):
                 raise ValueError(f"a stage must not be called {name!r}, as evaluations are: give it another name")
         for stage in self.stage:
             for part in stage.mixture:
-                self._check_source(part.data, part.representation, f"stage {stage.name!r}")
-                data = self.data[part.data]
+                where = f"stage {stage.name!r}"
+                data = self._named(part.data, where)
+                self._check_form(part.data, part.representation, data.representations, where)
                 if isinstance(data, RewardTable) and not stage.objective.is_supervised:
                     data.refuse_unrewarded(part.data, f"stage {stage.name!r}")
                     data.refuse_stage(stage)
                 if part.representation in HELD_OUT:
                     raise ValueError(f"stage {stage.name!r}: {part.representation!r} is for evaluation only")
         for one in self.eval.all_sets:
-            for representation in one.representations or (None,):
-                self._check_source(one.data, representation, "eval")
-            data = self.data[one.data]
+            data = self._named(one.data, "eval")
+            for representation in one.representations or ():
+                self._check_form(one.data, representation, evaluated_on(data), "eval")
             if isinstance(data, RewardTable):
                 data.refuse_unrewarded(one.data, "[eval]")
                 data.refuse_evaluation(self.eval.max_new_tok, f"[eval] of data {one.data!r}: eval.max_new_tok")
@@ -292,11 +312,13 @@ class Recipe(EngineConfig):
                 )
         return self
 
-    def _check_source(self, data: str, representation: str | None, where: str) -> None:
+    def _named(self, data: str, where: str) -> Data:
         if data not in self.data:
             raise ValueError(f"{where}: no [data.{data}]; there is {', '.join(sorted(self.data))}")
-        known = self.data[data].representations
-        if known is not None and representation is not None and representation not in known:
+        return self.data[data]
+
+    def _check_form(self, data: str, representation: str, known: tuple[str, ...] | None, where: str) -> None:
+        if known is not None and representation not in known:
             raise ValueError(
                 f"{where}: data {data!r} has no representation {representation!r}, only {', '.join(known)}"
             )

@@ -22,7 +22,7 @@ MAY_CHANGE = (
     *("run.max_mean_drift", "run.profile*", "run.push_to_hub", "log.*"),
     *("eval.every", "eval.samples", "eval.temperature"),
     *("model.gradient_checkpointing_every", "model.compile", "model.path", "data.*.files.*"),
-    *("data.*.path", "data.*.eval_path", "data.*.chat_template"),
+    *("data.*.eval_files.*", "data.*.path", "data.*.eval_path", "data.*.chat_template"),
 )
 IN_WORDS = (
     "a stage's steps and other ends, optim and batch.micro_batch_tok; the sampler's kv_tok, max_seqs, memory_frac and "

@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from isomorph.curriculum.lengths import LengthLimits, Misfit, at_most_in_prompt, left_out
@@ -15,7 +16,7 @@ from isomorph.curriculum.rows.gym import GymSource
 from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
-from isomorph.curriculum.tasks.jsonl import read_rows, split_rows
+from isomorph.curriculum.tasks.jsonl import read_rows, read_test_rows, split_rows
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import WORD, TextCodec
@@ -128,13 +129,31 @@ def _texts(data: JsonlData | RowsData | ReasoningGymData, name: str) -> Iterator
         raise UserError(
             f'the words of data.{name} are not known before they are generated: set model.tiny.tokenizer = "bytes"'
         )
-    training, _ = split_rows(_rows(data), eval_share=data.eval_share, seed=data.split_seed)
-    for task in itertools.chain.from_iterable(training.values()):
+    for task in itertools.chain.from_iterable(file.training or () for file in _read(data)):
         yield from (task.question, task.answer, task.demonstration or "")
 
 
-def _rows(data: JsonlData) -> dict[str, list[Task]]:
-    return {form: read_rows(path, data.family, form, reward=data.reward) for form, path in data.files.items()}
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file's rows of one representation, in order, and which of them train or are held out."""
+
+    form: str
+    path: str
+    tasks: list[Task]
+    training: list[Task] | None  # None: the file is for evaluation alone
+    held_out: list[Task] | None  # None: the file is for training alone
+
+
+def _read(data: JsonlData) -> list[_File]:
+    rows = {form: read_rows(path, data.family, form, reward=data.reward) for form, path in data.files.items()}
+    if data.eval_files:
+        tests = read_test_rows(data.eval_files, data.family, reward=data.reward)
+        return [
+            *(_File(form, data.files[form], tasks, tasks, None) for form, tasks in rows.items()),
+            *(_File(form, data.eval_files[form], tasks, None, tasks) for form, tasks in tests.items()),
+        ]
+    train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
+    return [_File(form, data.files[form], tasks, train[form], held_out[form]) for form, tasks in rows.items()]
 
 
 def open_sources(recipe: Recipe, text: TextCodec, limits: LengthLimits | None) -> dict[str, Source]:
@@ -171,30 +190,30 @@ class TaskFiles:
     """
 
     def __init__(self, data: JsonlData, text: TextCodec, name: str = "", limits: LengthLimits | None = None) -> None:
-        rows = _rows(data)
-        train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
         self.columns: tuple[str, ...] = ()  # tasks of a reward family have no row
         self.num_too_long: dict[str, int] = {}
         self.left_out: list[str] = []
         self.training: dict[str, list[Task]] = {}
         self.held_out: dict[str, list[Task]] = {}
-        self._data, self._text = data, text
-        for form, tasks in rows.items():
-            reasons: dict[int, str] = {}
-            number = {id(task): i for i, task in enumerate(tasks, start=1)}
-            for_training, for_evaluation = (
-                (limits.misfit_of_training(name, form), limits.misfit_of_evaluation(name, form))
-                if limits
-                else (_always_fits, _always_fits)
-            )
-            self.training[form] = self._fitting(train[form], for_training, number, reasons)
-            self.held_out[form] = self._fitting(held_out[form], for_evaluation, number, reasons)
-            if not (self.training[form] and self.held_out[form]):
-                raise UserError(f"no {form} row fits: {left_out(data.files[form], len(tasks), reasons)}")
-            self.num_too_long[form] = len(reasons)
-            if reasons:
-                self.left_out.append(left_out(data.files[form], len(tasks), reasons))
+        self._data, self._text, self._name, self._limits = data, text, name, limits
+        for file in _read(data):
+            self._keep_fitting(file)
         self._epochs: dict[str, tuple[tuple[int, int], list[int]]] = {}  # representation -> (seed, epoch), its order
+
+    def _keep_fitting(self, file: _File) -> None:
+        number = {id(task): i for i, task in enumerate(file.tasks, start=1)}
+        limits, form, reasons = self._limits, file.form, dict[int, str]()
+        if file.training is not None:
+            misfit = limits.misfit_of_training(self._name, form) if limits else _always_fits
+            self.training[form] = self._fitting(file.training, misfit, number, reasons)
+        if file.held_out is not None:
+            misfit = limits.misfit_of_evaluation(self._name, form) if limits else _always_fits
+            self.held_out[form] = self._fitting(file.held_out, misfit, number, reasons)
+        if not (self.training.get(form, True) and self.held_out.get(form, True)):
+            raise UserError(f"no {form} row fits: {left_out(file.path, len(number), reasons)}")
+        self.num_too_long[form] = self.num_too_long.get(form, 0) + len(reasons)
+        if reasons:
+            self.left_out.append(left_out(file.path, len(number), reasons))
 
     def _fitting(
         self, tasks: list[Task], misfit: Misfit, number: dict[int, int], reasons: dict[int, str]

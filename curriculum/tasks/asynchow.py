@@ -200,6 +200,7 @@ def _weights(edges: dict[Any, Any]) -> dict[Any, str]:
 
 
 _READERS = {"natural": _read_natural, "graph": _read_graph, "code": _read_code}
+FORMS = tuple(_READERS)  # whose questions ``parse_question`` reads
 
 
 def _literal(text: str, kind: type = dict) -> Any:

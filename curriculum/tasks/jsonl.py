@@ -12,6 +12,7 @@ from typing import Any
 from isomorph.curriculum.rewards.families import ASYNC_PLAN, check_answer, check_reward
 from isomorph.curriculum.rewards.pool import unreadable_answers
 from isomorph.curriculum.tasks.asynchow import (
+    FORMS,
     demonstrate_plan,
     demonstrate_question,
     parse_question,
@@ -21,13 +22,15 @@ from isomorph.curriculum.tasks.asynchow import (
 )
 from isomorph.curriculum.tasks.task import DataError, Task
 
-__all__ = ["demonstrate_question", "has_solver", "read_rows", "solve_question", "split_rows"]
+__all__ = ["demonstrate_question", "has_solver", "read_rows", "read_test_rows", "solve_question", "split_rows"]
 
 MAX_ROW_CHARS = 1_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one character
 
 
-def read_rows(path: str | PathLike[str], family: str, representation: str, *, reward: str = "strict") -> list[Task]:
+def read_rows(
+    path: str | PathLike[str], family: str, representation: str, *, reward: str = "strict", is_test: bool = False
+) -> list[Task]:
     """The tasks of a file, in its order. A task's key is the number of the first row with the same procedure.
 
     Async-planning tasks get a demonstration and the sequential answer: worked out from questions of the paper's form,
@@ -45,13 +48,30 @@ def read_rows(path: str | PathLike[str], family: str, representation: str, *, re
     numbers: list[int] = []  # of their lines
     for number, line in _lines(path):
         try:
-            task = _task(line, family, representation)
+            task = _task(line, family, representation, is_solved=not is_test or representation in FORMS)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         tasks.append(replace(task, reward=reward, key=str(first_rows.setdefault(task.key, len(tasks)))))
         numbers.append(number)
     _refuse_unreadable_answers(path, numbers, tasks)
     return tasks
+
+
+def read_test_rows(files: Mapping[str, str], family: str, *, reward: str = "strict") -> dict[str, list[Task]]:
+    """The tasks of files that are evaluated on alone, by representation.
+
+    Where all files have equally many rows, row i of each is the same procedure: a row of a form whose questions are not
+    parsed, such as a dialect, then gets the key of row i of a form whose questions are.
+
+    Raises:
+        ValueError, DataError: as ``read_rows``.
+    """
+    rows = {form: read_rows(path, family, form, reward=reward, is_test=True) for form, path in files.items()}
+    parsed = next((tasks for form, tasks in rows.items() if form in FORMS), None)
+    for form, tasks in rows.items():
+        if parsed is not None and form not in FORMS and len(tasks) == len(parsed):
+            rows[form] = [replace(task, key=known.key) for task, known in zip(tasks, parsed, strict=True)]
+    return rows
 
 
 def _refuse_unreadable_answers(path: str | PathLike[str], numbers: list[int], tasks: list[Task]) -> None:
@@ -127,7 +147,7 @@ def _lines(path: str | PathLike[str]) -> list[tuple[int, str]]:
     return rows
 
 
-def _task(line: str, family: str, representation: str) -> Task:
+def _task(line: str, family: str, representation: str, *, is_solved: bool) -> Task:
     record = _record(line)
     question, answer = _question_and_answer(record)
     try:
@@ -135,7 +155,7 @@ def _task(line: str, family: str, representation: str) -> Task:
     except ValueError as error:
         raise DataError(f"answer: {error}") from error
     task = Task(family=family, representation=representation, question=question, answer=answer, key=question)
-    solve = _SOLVERS.get(family)
+    solve = _SOLVERS.get(family) if is_solved or "key" in record else None
     return task if solve is None else solve(task, record)
 
 

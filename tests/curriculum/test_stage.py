@@ -247,22 +247,12 @@ def test_the_sequential_baseline_counts_chains_whose_answer_is_right() -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda p: str(p.relative_to(RECIPES)))
 def test_every_recipe_is_valid(path: Path) -> None:
-    if path.name == "base.toml":
+    if path.stem.endswith("base"):
         with pytest.raises(UserError, match="stage: must be given"):
             load_recipe(path, [], Recipe)
         return
     recipe = load_recipe(path, [], Recipe)
     assert recipe.stage
-
-
-def test_the_papers_constants_stand_in_its_recipes() -> None:
-    recipe = load_recipe(RECIPES / "paper" / "graph_natural.toml", [], Recipe)
-    assert [s.name for s in recipe.stage] == ["graph", "natural"]
-    for present in recipe.stage:
-        assert (present.batch.prompts, present.sampling.samples_per_prompt) == (512, 16)
-        assert present.batch.prompts_per_update is not None
-        assert present.batch.prompts_per_update * present.sampling.samples_per_prompt == 128
-        assert (present.objective.kl_estimator, present.objective.kl_coef, present.optim.lr) == ("k3", 0.01, 1e-6)
 
 
 def test_an_evaluation_counts_right_answers_not_partial_rewards() -> None:

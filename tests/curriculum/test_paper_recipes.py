@@ -1,0 +1,115 @@
+"""The paper's recipes on stand-ins for its files: budgets and constants, and a step of every stage."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from isomorph.curriculum import assemble
+from isomorph.curriculum.named_recipes import FOLDER, recipe_names
+from isomorph.curriculum.recipe import Recipe
+from isomorph.engine.config import UserError
+from isomorph.engine.recipe_file import load_recipe
+
+NAMES = [Path(name).name for name in recipe_names() if name.startswith("paper/")]
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+def script(name: str) -> ModuleType:
+    if name not in sys.modules:
+        found = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
+        assert found is not None and found.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleType, dict[str, Path]]]:
+    """The script, and a folder of a tiny random model for each family; the variables name the stand-ins."""
+    recipes, scratch = script("paper_recipes"), tmp_path_factory.mktemp("paper")
+    threads = torch.get_num_threads()
+    with recipes.data_folder(scratch, is_real=False):
+        yield recipes, {family: recipes.make_model(scratch / family, family) for family in recipes.FAMILIES}
+    torch.set_num_threads(threads)  # the recipes ask for one
+
+
+# studies/paper_recipes.py runs all of them
+@pytest.mark.parametrize(
+    ("name", "family"), [("graph_natural", "olmo2"), ("sft_graph_natural", "llama"), ("math_natural", "qwen2")]
+)
+def test_a_recipe_runs_a_step_of_every_stage(
+    name: str, family: str, small_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, models = small_world
+    monkeypatch.setattr(assemble, "write_report", lambda *_: None)  # drawing takes seconds; test_report.py has it
+    row = recipes.exercise(f"paper/{name}", models[family], tmp_path / "run", steps=1)
+    recipe = load_recipe(FOLDER / "paper" / f"{name}.toml", [], Recipe)
+    assert (row["status"], row["family"]) == ("done", family)
+    assert row["stages"] == {stage.name: 1 for stage in recipe.stage}
+    assert row["evaluated_on"] == sorted(recipe.eval.representations or ())
+
+
+NATURAL, GRAPH, CODE = {"natural"}, {"graph"}, {"code"}
+BUDGETS: dict[str, list[tuple[set[str], int]]] = {  # arXiv 2602.03542: what its stages train on, and their steps
+    "natural": [(NATURAL, 80)],
+    "graph": [(GRAPH, 80)],
+    "code": [(CODE, 80)],
+    "natural_40": [(NATURAL, 40)],
+    "graph_40": [(GRAPH, 40)],
+    "code_40": [(CODE, 40)],
+    "graph_natural": [(GRAPH, 40), (NATURAL, 40)],
+    "code_natural": [(CODE, 40), (NATURAL, 40)],
+    "graph_code_natural": [(GRAPH | CODE, 40), (NATURAL, 40)],
+    "natural_graph": [(NATURAL, 40), (GRAPH, 40)],
+    "mixed": [(GRAPH | NATURAL, 80)],
+    "math_natural": [(NATURAL, 80)],
+    "math_code": [(CODE, 80)],
+    "math_code_natural": [(CODE, 40), (NATURAL, 40)],
+    "physics_natural": [(NATURAL, 80)],
+    "physics_code": [(CODE, 80)],
+    "physics_code_natural": [(CODE, 40), (NATURAL, 40)],
+}
+
+
+def loaded(name: str, *overrides: str) -> Recipe:
+    return load_recipe(FOLDER / "paper" / f"{name}.toml", list(overrides), Recipe)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_budgets_and_constants_of_grpo_are_the_papers(name: str) -> None:
+    recipe = loaded(name)
+    assert [({part.representation for part in s.mixture}, s.steps) for s in recipe.stage] == BUDGETS[name]
+    for i, stage in enumerate(recipe.stage):
+        batch, sampling, objective = stage.batch, stage.sampling, stage.objective
+        assert (batch.prompts, sampling.samples_per_prompt) == (512, 16)
+        assert batch.prompts_per_update is not None
+        assert batch.prompts_per_update * sampling.samples_per_prompt == 128  # responses of an optimizer step
+        assert (objective.name, objective.kl_coef, objective.kl_estimator) == ("grpo", 0.01, "k3")
+        assert (stage.optim.lr, sampling.temperature, sampling.max_new_tok) == (1e-6, 1.0, 6000)
+        if i:  # the paper's curriculum is a second run on the first one's model
+            assert (stage.optimizer_state, stage.reference) == ("reset", "snapshot")
+    data = recipe.data[recipe.stage[0].mixture[0].data]
+    assert data.reward == ("strict" if name.startswith("physics") else "paper")  # type: ignore[union-attr]
+
+
+def test_the_supervised_constants_are_the_papers() -> None:
+    for name in ("sft_natural", "sft_graph", "sft_code", "sft_graph_natural"):
+        for stage in loaded(name).stage:
+            optim = stage.optim
+            assert (optim.lr, optim.schedule, optim.warmup_share, optim.final_lr_frac) == (1e-5, "cosine", 0.05, 0.0)
+            assert 8 * (stage.steps - 1) < 2 * 1373 <= 8 * stage.steps == stage.batch.prompts * stage.steps
+
+
+def test_a_form_that_is_only_evaluated_on_cannot_be_trained_on() -> None:
+    with pytest.raises(UserError, match="no representation 'aave', only natural, graph, code"):
+        loaded("natural", "stage.0.mixture.0.representation=aave")
+    with pytest.raises(UserError, match=r"eval_share.*eval_files holds what is evaluated on"):
+        loaded("natural", "data.asynchow.eval_share=0.2")
+    apart = ("data.asynchow.eval_files={}", "data.asynchow.eval_share=0.2", 'eval.representations=["graph"]')
+    assert loaded("natural", *apart)
