@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from isomorph.curriculum import machine
-from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
+from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.sources import tiny_vocabulary
+from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.engine.config import UserError
 from isomorph.engine.model.load import read_shape, shape_of
 from isomorph.engine.model.policy import Policy

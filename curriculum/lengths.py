@@ -5,7 +5,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from isomorph.curriculum.recipe import GeneratedData, Recipe, StageRecipe
+from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, content_text
@@ -76,7 +77,7 @@ class LengthLimits:
             ),
         ]
         most = stage.sampling.max_new_tok
-        if stage.objective.is_supervised:
+        if stage.has_demonstrations:
             if task.demonstration is None:
                 return f"has no demonstration, and stage {stage.name} is supervised"
             num_tok = at_most_in_response(self.text, task.demonstration, most)

@@ -20,6 +20,7 @@ from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_rewar
 from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.spec import RowsData
+from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.curriculum.tasks.async_plan import (
     HELD_OUT,
     REPRESENTATIONS,
@@ -29,7 +30,7 @@ from isomorph.curriculum.tasks.async_plan import (
     vocabulary,
 )
 from isomorph.curriculum.tasks.task import Split, Task
-from isomorph.engine.config import EngineConfig, Section, Stage
+from isomorph.engine.config import EngineConfig, Section
 from isomorph.engine.effect import KeyPath
 
 
@@ -130,56 +131,6 @@ def evaluated_on(data: Data) -> tuple[str, ...] | None:
     return data.eval_representations if isinstance(data, JsonlData) else data.representations
 
 
-class Ingredient(Section):
-    """One part of a stage's mixture."""
-
-    renamed = {"naive_rate": "sequential_rate"}
-
-    data: str
-    representation: str = "natural"
-    weight: float = Field(1.0, gt=0)
-    sequential_rate: float = Field(0.0, ge=0, le=1)  # share of demonstrations that give the sequential answer
-
-
-class Mastery(Section):
-    """Ends a stage early once the mean reward of its last ``window`` steps reaches ``pass_rate``."""
-
-    pass_rate: float = Field(gt=0, le=1)
-    window: int = Field(10, ge=1)
-
-
-class Plateau(Section):
-    """Ends a stage early once a window's mean reward is less than ``min_gain`` above the previous window's."""
-
-    window: int = Field(10, ge=1)
-    min_gain: float = Field(0.01, ge=0, le=1)
-
-
-class StageRecipe(Stage):
-    """Ends after ``steps``, or at the first of its other stop conditions."""
-
-    mixture: tuple[Ingredient, ...] = Field(min_length=1)
-    mastery: Mastery | None = None
-    plateau: Plateau | None = None
-    max_response_tok: int | None = Field(
-        None, ge=1
-    )  # summed over the stage's steps; the step that reaches it is the last
-
-    def idle(self) -> dict[KeyPath, str]:
-        keys = super().idle()
-        if len(self.mixture) == 1:
-            keys[("mixture", 0, "weight")] = "the mixture has one part"
-        if not self.objective.is_supervised:
-            why = "it applies to demonstrations, and this stage samples its responses"
-            keys |= {("mixture", i, "sequential_rate"): why for i in range(len(self.mixture))}
-        return keys
-
-    @property
-    def reward_window(self) -> int:
-        """Number of last steps whose mean rewards the stop conditions need."""
-        return max(self.mastery.window if self.mastery else 1, 2 * self.plateau.window if self.plateau else 1)
-
-
 class Recipe(EngineConfig):
     """A whole recipe: the engine's tables, data, stages and evaluation."""
 
@@ -216,7 +167,7 @@ class Recipe(EngineConfig):
             )
         if self.model.tiny is not None and all(isinstance(data, GeneratedData) for data in self.data.values()):
             keys[("model", "tiny", "max_words")] = "the words of generated tasks are a closed set"
-        supervised = {part.data for stage in self.stage if stage.objective.is_supervised for part in stage.mixture}
+        supervised = {part.data for stage in self.stage if stage.has_demonstrations for part in stage.mixture}
         for name, data in self.data.items():
             if isinstance(data, GeneratedData) and name not in supervised and data.difficulty.form != "terse":
                 keys[("data", name, "difficulty", "demonstration")] = "no supervised stage uses it"
@@ -244,7 +195,7 @@ class Recipe(EngineConfig):
         """
         label = START
         for stage in self.stage:
-            if not stage.objective.is_supervised:
+            if not stage.has_demonstrations:
                 break
             label = stage.name
         return label
@@ -273,7 +224,9 @@ class Recipe(EngineConfig):
                 where = f"stage {stage.name!r}"
                 data = self._named(part.data, where)
                 self._check_form(part.data, part.representation, data.representations, where)
-                if isinstance(data, RewardTable) and not stage.objective.is_supervised:
+                if isinstance(data, EnvironmentTable) and data.has_turns and stage.star is not None:
+                    raise ValueError(f"{where}: star is not supported with an environment or tools")
+                if isinstance(data, RewardTable) and not stage.has_demonstrations:
                     data.refuse_unrewarded(part.data, f"stage {stage.name!r}")
                     data.refuse_stage(stage)
                 if part.representation in HELD_OUT:

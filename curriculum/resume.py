@@ -98,6 +98,11 @@ def depends_on_steps(recipe: Recipe, changes: Changes) -> list[str]:
     for i, stage in enumerate(recipe.stage):
         keys = [f'optim.schedule = "{stage.optim.schedule}"'] if stage.optim.schedule != "constant" else []
         keys += ["optim.warmup_share"] if stage.optim.warmup_share else []
+        if f"stage.{i}.steps" in changes and stage.fade:
+            found.append(
+                f"stage {stage.name} goes on with the shares of {stage.steps} steps (fade), so it is not the run that "
+                "had this number from the start"
+            )
         if f"stage.{i}.steps" in changes and keys:
             found.append(
                 f"stage {stage.name} goes on with the learning rate of {stage.steps} steps ({', '.join(keys)}), so it "

@@ -15,14 +15,26 @@ from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.evaluation import evaluation_keys, evaluation_tasks, sequential_baseline
 from isomorph.curriculum.evaluation_results import results_by_key, results_record, row_keys, row_values
 from isomorph.curriculum.evaluation_spec import START, label_of, place_of
+from isomorph.curriculum.exits import Moments, StepOutcome, has_levelled_off, has_mastered
 from isomorph.curriculum.lengths import LengthLimits
-from isomorph.curriculum.recipe import GeneratedData, Ingredient, Mastery, Plateau, Recipe, StageRecipe
+from isomorph.curriculum.mixing import AdaptiveMixture, part_labels, weights_at
+from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.sources import as_prompt, open_sources
+from isomorph.curriculum.stage_spec import Ingredient, StageRecipe
+from isomorph.curriculum.star import StarRounds
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.rollout.turns import count_failures
-from isomorph.engine.types import Answers, EnvironmentFailure, EvaluationRecord, EvaluationRequest, Group, Prompt
+from isomorph.engine.types import (
+    Answers,
+    EnvironmentFailure,
+    EvaluationRecord,
+    EvaluationRequest,
+    Group,
+    Prompt,
+    SampleRequest,
+)
 
 ROWS_SKIPPED = "rows_skipped"
 MOST_UNFIT = 1000  # rows in succession that an environment cannot begin on, or whose messages are too long
@@ -53,7 +65,10 @@ class Curriculum:
         self.stage_index = 0
         self.steps_done = 0  # of the present stage
         self.next_prompt_id = 0
-        self.recent_rewards: list[float] = []  # mean of each of the last steps, for mastery and plateau
+        self.recent: list[StepOutcome] = []  # of the stage's last steps, for mastery and plateau
+        self.adaptive: AdaptiveMixture | None = None  # of the present stage, if it has one
+        self.star: StarRounds | None = None  # of the present stage, if it has them
+        self.asked = 0  # prompts of the step under way
         self.response_tok = 0  # of the present stage
         self.positions: dict[str, int] = {}  # of each source and representation: rows taken or skipped so far
         self.evaluations: list[dict[str, Any]] = []  # results so far
@@ -64,16 +79,19 @@ class Curriculum:
         self._evaluation_keys = evaluation_keys(recipe, self.sources)
         self._evaluation_prompts: tuple[Prompt, ...] | None = None
         self._baseline: dict[str, float | None] | None = None
+        self._begin_stage()
         if limits is not None:
             limits.refuse_generated()
             limits.refuse_evaluation([task for _, task in self._evaluation_tasks()])
 
     def stage(self) -> StageRecipe | None:
-        stages = self.recipe.stage
-        return stages[self.stage_index] if self.stage_index < len(stages) else None
+        """Of a stage in rounds with the steps of its present round, which ``stage_step`` counts."""
+        if self.stage_index == len(self.recipe.stage):
+            return None
+        return self.recipe.stage[self.stage_index] if self.star is None else self.star.stage()
 
     def stage_step(self) -> int:
-        return self.steps_done
+        return self.steps_done if self.star is None else self.star.step
 
     def total_steps(self) -> int:
         """Completed steps of all stages."""
@@ -101,17 +119,57 @@ class Curriculum:
 
     def observe(self, groups: Sequence[Group]) -> None:
         stage = self._present()
-        if rewards := [reward for group in groups for reward in group.known_rewards]:
-            self.recent_rewards = [*self.recent_rewards, sum(rewards) / len(rewards)][-stage.reward_window :]
+        self.recent = [*self.recent, self._outcome(groups)][-stage.reward_window :]
+        if self.adaptive is not None:
+            self.adaptive.observe(groups)
+        self.asked = 0
         self.environment_failures += Counter(count_failures(r for group in groups for r in group.rollouts))
         self.response_tok += sum(rollout.num_model_tok for group in groups for rollout in group.rollouts)
         self.steps_done += 1
+        if self.star is not None:
+            self.star.step += 1
         if reason := self._why_over(stage):
-            self.finished.append({"name": stage.name, "steps": self.steps_done, "ended_by": reason})
-            self.stage_index += 1
-            self.steps_done = 0
-            if self.stage() is not None:  # those of the last stage stay: it may be extended
-                self.response_tok, self.recent_rewards = 0, []
+            self._end_stage(reason)
+
+    def pending_samples(self) -> SampleRequest | None:
+        """Of a stage in rounds, at the start of each round."""
+        if self.star is None or self.stage() is None or not self.star.needs_samples:
+            return None
+        questions = [self._drawn() for _ in range(self.star.star.prompts)]
+        return self.star.request(questions, self.recipe.stop_strings)
+
+    def record_samples(self, groups: Sequence[Group], texts: Sequence[str]) -> str:
+        assert self.star is not None
+        line = self.star.record(groups, texts, [group.correct(self.is_correct) for group in groups], self.text)
+        self.response_tok += sum(rollout.num_model_tok for group in groups for rollout in group.rollouts)
+        if self.star.is_over:  # no right answer in the last round
+            self._end_stage("rounds")
+        return line
+
+    def _end_stage(self, reason: str) -> None:
+        stage = self.recipe.stage[self.stage_index]
+        left = {} if self.adaptive is None else {"left_symbols_after": self.adaptive.left_after}
+        rounds = {} if self.star is None else {"rounds": self.star.rounds}
+        self.finished.append({"name": stage.name, "steps": self.steps_done, "ended_by": reason, **left, **rounds})
+        self.stage_index += 1
+        self.steps_done = 0
+        if self.stage() is not None:  # those of the last stage stay: it may be extended
+            self._begin_stage()
+
+    def step_values(self) -> dict[str, float | None]:
+        """Shares of a mixture that changes, ``share/LABEL``; of an adaptive one also what it has measured so far."""
+        stage = self._present()
+        labels = part_labels(stage.mixture)
+        if self.adaptive is not None:
+            counts = self.adaptive.counts()
+            shares = {f"share/{label}": count / sum(counts) for label, count in zip(labels, counts, strict=True)}
+            return {**shares, **self.adaptive.values()}
+        if self.star is not None:
+            return self.star.values()
+        if stage.fade is None:
+            return {}
+        weights = weights_at(stage, self.steps_done)
+        return {f"share/{label}": weight / sum(weights) for label, weight in zip(labels, weights, strict=True)}
 
     def pending_evaluation(self) -> EvaluationRequest | None:
         """The evaluation that is due, once.
@@ -198,7 +256,9 @@ class Curriculum:
             "stage_index": self.stage_index,
             "steps_done": self.steps_done,
             "next_prompt_id": self.next_prompt_id,
-            "recent_rewards": list(self.recent_rewards),
+            "recent": [[list(moments) for moments in outcome] for outcome in self.recent],
+            "adaptive": None if self.adaptive is None else self.adaptive.state_dict(),
+            "star": None if self.star is None else self.star.state_dict(),
             "response_tok": self.response_tok,
             "positions": dict(self.positions),
             "left_out": {name: source.left_out_rows() for name, source in self.sources.items()},
@@ -214,8 +274,13 @@ class Curriculum:
         self.stage_index = state["stage_index"]
         self.steps_done = state["steps_done"]
         self.next_prompt_id = state["next_prompt_id"]
-        self.recent_rewards = list(state["recent_rewards"])
+        self._begin_stage()
+        self.recent = [StepOutcome(*(Moments(*moments) for moments in outcome)) for outcome in state["recent"]]
         self.response_tok = state["response_tok"]
+        if self.adaptive is not None and state["adaptive"] is not None:
+            self.adaptive.load_state_dict(state["adaptive"])
+        if self.star is not None and state["star"] is not None:
+            self.star.load_state_dict(state["star"])
         self.positions = dict(state["positions"])
         for name, rows in state["left_out"].items():
             self.sources[name].restore_left_out(rows)
@@ -255,29 +320,50 @@ class Curriculum:
         return stage
 
     def _why_over(self, stage: StageRecipe) -> str | None:
-        if stage.mastery and self._has_mastered(stage.mastery):
+        if stage.mastery and has_mastered(self.recent, self.steps_done, stage.mastery):
             return "mastery"
-        if stage.plateau and self._has_levelled_off(stage.plateau):
+        if stage.plateau and has_levelled_off(self.recent, self.steps_done, stage.plateau):
             return "plateau"
         if stage.max_response_tok is not None and self.response_tok >= stage.max_response_tok:
             return "max_response_tok"
-        return "steps" if self.steps_done == stage.steps else None
+        if self.star is not None and self.star.is_over:
+            return "rounds"
+        return "steps" if self.steps_done == self.recipe.stage[self.stage_index].steps else None
 
-    def _has_mastered(self, mastery: Mastery) -> bool:
-        last = self.recent_rewards[-mastery.window :]
-        return len(last) == mastery.window and sum(last) / mastery.window >= mastery.pass_rate
+    def _outcome(self, groups: Sequence[Group]) -> StepOutcome:
+        """Mean reward of each group with rewards, and pass rate of each group."""
+        rewards = [math.fsum(group.known_rewards) / len(group.known_rewards) for group in groups if group.known_rewards]
+        correct = [group.correct(self.is_correct) for group in groups]
+        return StepOutcome(rewards=Moments.of(rewards), passed=Moments.of([sum(c) / len(c) for c in correct if c]))
 
-    def _has_levelled_off(self, plateau: Plateau) -> bool:
-        size = plateau.window
-        last, before = self.recent_rewards[-size:], self.recent_rewards[-2 * size : -size]
-        return len(before) == size and (sum(last) - sum(before)) / size < plateau.min_gain
+    def _begin_stage(self) -> None:
+        """What is counted within a stage; of a run that is over, within its last one."""
+        stage, seed = self.recipe.stage[min(self.stage_index, len(self.recipe.stage) - 1)], self.recipe.run.seed
+        self.response_tok, self.recent, self.asked = 0, [], 0
+        self.adaptive = AdaptiveMixture(stage, stage.adaptive, seed) if stage.adaptive else None
+        self.star = StarRounds(stage, stage.star, seed) if stage.star else None
+
+    def _part(self, rng: random.Random) -> Ingredient:
+        """The part of the mixture that the next prompt is of."""
+        stage = self._present()
+        if self.adaptive is None:
+            return rng.choices(stage.mixture, weights_at(stage, self.steps_done))[0]
+        order = self.adaptive.order()
+        self.asked += 1
+        return stage.mixture[order[(self.asked - 1) % len(order)]]  # refills begin again
 
     def _next_prompt(self) -> Prompt:
+        if self.star is None:
+            return self._drawn()
+        self.next_prompt_id += 1
+        return as_prompt(self.next_prompt_id - 1, self.star.next_task(), self.text)
+
+    def _drawn(self) -> Prompt:
+        """A question from the mixture."""
         prompt_id = self.next_prompt_id
         self.next_prompt_id += 1
         rng = random.Random(f"{self.recipe.run.seed}:{prompt_id}")
-        mixture = self._present().mixture
-        part = rng.choices(mixture, [p.weight for p in mixture])[0]
+        part = self._part(rng)
         for _ in range(MOST_UNFIT):
             task = self._begun(self._task(part, rng))
             if task is not None:
@@ -316,7 +402,7 @@ class Curriculum:
             return label_of(step) if every and step % every == 0 else None
         if self.stage_index:
             return self.recipe.stage[self.stage_index - 1].name
-        return None if self.recipe.stage[0].objective.is_supervised else START
+        return None if self.recipe.stage[0].has_demonstrations else START
 
     def _prompts_of_evaluation(self) -> tuple[Prompt, ...]:
         """The same ones in every evaluation; their ids are negative, those of training are not.

@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 from isomorph.engine.components import Components, RunProgress, StopRequested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import check_ends
-from isomorph.engine.types import EvaluationRequest, Group, Prompt, Rollout, Sampler, Sampling, ScoredRollouts, Scores
+from isomorph.engine.types import (
+    EvaluationRequest,
+    Group,
+    Prompt,
+    Rollout,
+    Sampler,
+    SampleRequest,
+    Sampling,
+    ScoredRollouts,
+    Scores,
+)
 from isomorph.engine.update.score import RewardThread, score
 
 
@@ -103,6 +113,22 @@ def _training_sampling(components: Components, stage: Stage) -> Sampling:
         stop=stage.sampling.stop,
         seed=components.config.seed,
     )
+
+
+def sample_for_source(components: Components, request: SampleRequest, stage: Stage) -> tuple[list[Group], list[str]]:
+    """Responses to a source's request, of all ranks: a group for each prompt, and the texts of all responses."""
+    sampling = Sampling(
+        temperature=request.temperature,
+        max_new_tok=request.max_new_tok,
+        samples_per_prompt=request.samples,
+        stop_ids=components.policy.text.stop_ids,
+        stop=request.stop,
+        seed=request.seed,
+    )
+    rollouts, texts, scores = sample_and_reward(
+        components, components.sampler, request.prompts, sampling, lambda phase: contextlib.nullcontext()
+    )
+    return score(request.prompts, rollouts, scores, stage.objective), texts
 
 
 def evaluation_sampling(components: Components, request: EvaluationRequest, *, is_greedy: bool) -> Sampling:

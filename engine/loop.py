@@ -16,14 +16,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from isomorph.engine.collect import Collector, evaluation_sampling, refill, sample_and_reward
+from isomorph.engine.collect import Collector, evaluation_sampling, refill, sample_and_reward, sample_for_source
 from isomorph.engine.components import Components, RunProgress, StopRequested, stop_if_requested
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import Surprise, check_step
 from isomorph.engine.record.best import BEST, is_better, write_best
 from isomorph.engine.record.checkpoint import checkpoint_path, discard, keep_copy, save_checkpoint
 from isomorph.engine.record.profile import profiled
-from isomorph.engine.record.step_record import StepResult, completion_rows, console_line, evaluation_rows, step_row
+from isomorph.engine.record.step_record import (
+    StepResult,
+    completion_rows,
+    console_line,
+    evaluation_rows,
+    sample_rows,
+    step_row,
+)
 from isomorph.engine.rescue import KEEP_ALL, rescue
 from isomorph.engine.rollout.tripwire import check_publication
 from isomorph.engine.rollout.turns import count_failures
@@ -36,6 +43,7 @@ from isomorph.engine.types import (
     Publication,
     RunState,
     Sampler,
+    SampleRequest,
     StepDrift,
     StepStats,
 )
@@ -92,10 +100,41 @@ def _all_stages(components: Components, progress: RunProgress) -> RunState:
             with log.time("enter"):
                 components.learner.enter(stage)
             progress.state = dataclasses.replace(progress.state, stage=stage.name)
+        with log.time("sample"):
+            if wanted := source.pending_samples():
+                _begin_round(components, progress, wanted, stage)
+                is_new = True
+                continue
         profiled_steps = components.config.profile if components.ranks.is_first else None
         with profiled(log.folder, progress.state.step + 1, profiled_steps):
             step(components, progress, stage)
         is_new = True
+
+
+def _begin_round(components: Components, progress: RunProgress, request: SampleRequest, stage: Stage) -> None:
+    """Samples what the source wants, hands it over, and prepares the learner for training on it.
+
+    Interrupted before its end it leaves ``progress.state`` as it was, so that a resumed run samples the same again.
+    """
+    source, state = components.source, progress.state
+    publish_if_stale(components, components.sampler, state.policy_version)
+    groups, texts = sample_for_source(components, request, stage)
+    components.log.say(source.record_samples(groups, texts))
+    progress.matches_weights = False
+    components.learner.restart(stage, from_start=request.start_from == "start")
+    rows = sample_rows(groups, texts, components.policy.text.decode, source.is_correct)
+    components.log.write_completions(request.label, rows)
+    added = {
+        "prompt_tok": sum(len(group.prompt.token_ids) for group in groups),
+        "response_tok": sum(rollout.num_model_tok for group in groups for rollout in group.rollouts),
+    }
+    progress.state = dataclasses.replace(
+        state,
+        source=source.state_dict(),
+        policy_version=state.policy_version + (request.start_from == "start"),
+        totals={**state.totals, **{key: state.totals.get(key, 0) + value for key, value in added.items()}},
+    )
+    progress.matches_weights = True
 
 
 def step(components: Components, progress: RunProgress, stage: Stage) -> None:
@@ -120,6 +159,7 @@ def step(components: Components, progress: RunProgress, stage: Stage) -> None:
     num_replaced = len(groups) - len(trained)
     stats = _update(components, progress, stage, stage_step, trained, num_replaced)
     with log.time("record"):
+        told = source.step_values()
         source.observe(groups)
         progress.state = _advanced(progress.state, source.state_dict(), groups, stats, log.wall_s())
         progress.matches_weights = True
@@ -131,6 +171,7 @@ def step(components: Components, progress: RunProgress, stage: Stage) -> None:
         texts=texts,
         found=found,
         is_supervised=stage.objective.is_supervised,
+        told=told,
         num_replaced=num_replaced,
         stats=stats,
         publication=publication,

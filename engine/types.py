@@ -401,6 +401,21 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleRequest:
+    """Prompts to which the source wants rewarded responses before its next step, to make demonstrations of them."""
+
+    label: str  # name of the file that the responses are written to
+    prompts: tuple[Prompt, ...]
+    samples: int  # responses to each prompt
+    temperature: float
+    max_new_tok: int
+    seed: int
+    stop: tuple[str, ...]  # stop strings
+    # the weights that the following steps begin with: the present ones, or those at the start of the stage
+    start_from: Literal["previous", "start"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answers:
     """Responses to the prompts of an evaluation, in the prompts' order, the same number to each."""
 
@@ -468,6 +483,10 @@ class PromptSource(Protocol):
         """Returns what a prompt is counted under: the mean reward of a label is logged as ``reward/<label>``."""
         ...
 
+    def step_values(self) -> Mapping[str, float | None]:
+        """Returns what the source tells of the step under way, as keys of its row; called before ``observe``."""
+        ...
+
     def observe(self, groups: Sequence[Group]) -> None:
         """Ends the step, and with it possibly the stage. ``groups``: all that were sampled, trained on or not."""
         ...
@@ -480,6 +499,14 @@ class PromptSource(Protocol):
         self, request: EvaluationRequest, greedy: Answers, sampled: Answers | None
     ) -> EvaluationRecord:
         """Stores the result of ``request`` and returns what is written of it. ``sampled``: None without samples."""
+        ...
+
+    def pending_samples(self) -> SampleRequest | None:
+        """Returns the responses that are wanted before the next step; None if there are none to sample."""
+        ...
+
+    def record_samples(self, groups: Sequence[Group], texts: Sequence[str]) -> str:
+        """Takes the responses to the pending request, a group a prompt; returns a line for the console."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 from trl import GRPOConfig
 
 from isomorph.curriculum.environments.spec import EnvironmentTable
-from isomorph.curriculum.recipe import Recipe, StageRecipe
+from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rows.spec import RowsData
+from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.engine.config import LoraConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()

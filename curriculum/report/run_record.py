@@ -10,7 +10,8 @@ import numpy as np
 
 from isomorph.curriculum.evaluation_results import Sampled
 from isomorph.curriculum.evaluation_spec import START, step_of
-from isomorph.curriculum.recipe import Recipe, StageRecipe
+from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.engine.config import UserError
 from isomorph.engine.recipe_file import check_tables

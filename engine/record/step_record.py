@@ -8,6 +8,10 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     reward/<name>/mean  reward/<name>/std   of one reward of several: of the responses that it has a number for
     reward/<name>/none  reward/<name>/nan   share of the responses that it does not apply to; for which it gave NaN
     reward/<name>/errors  .../deadlines  responses for which it failed, and for which it took too long: both worth 0
+    share/<label>                        of the step's prompts, a part of a mixture that changes (fade, adaptive)
+    progress/symbols  progress/words     adaptive: learning progress over its standard error before the step
+    forgetting/symbols                   adaptive: loss of symbols' reward since they were left, over its error
+    star/round  star/answers             STaR: number of the round, from 1; answers that it trains on
     judge/no_answer                      share of the sampled responses in which no answer was found, of those whose
                                          family says what an answer is; what one is to a row, only its rewards know
     groups/all  groups/flat              sampled groups; those whose rewards are all equal
@@ -41,7 +45,7 @@ The curriculum names the ``exam/`` keys, which ``RunLog.write_evaluation`` fills
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +70,7 @@ class StepResult:
     texts: Sequence[str]  # of all responses, in the order of ``groups``
     found: Sequence[bool | None] | None  # whether an answer was found in each text; None: not measured
     is_supervised: bool  # the responses are demonstrations
+    told: Mapping[str, float | None]  # by the prompt source, of the step
     num_replaced: int  # groups that were sampled and not trained on, because refills replaced them
     stats: StepStats
     publication: Publication | None  # None: the sampler's weights were up to date
@@ -90,6 +95,7 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         "reward/mean": _mean(rewards),
         **{f"reward/{label}": _mean(values) for label, values in by_label.items()},
         **_parts_of_rewards(groups),
+        **result.told,
         "judge/no_answer": share_without_answer(result.found),
         "groups/flat": sum(g.has_zero_variance for g in groups),
         "groups/all": len(groups),
@@ -168,6 +174,7 @@ def console_line(row: Row) -> str:
         f"reward {row['reward/mean']:.3f}",
         *_console_parts(row),
         *(f"{key.replace('_', ' ')} {n}" for key, n in row.items() if key.startswith("environment/") and n),
+        *(f"share {key.removeprefix('share/')} {value:.0%}" for key, value in row.items() if key.startswith("share/")),
         f"no answer {row['judge/no_answer']:.0%}" if row["judge/no_answer"] > 0 else "",
         f"zero-variance groups {row['groups/flat']}/{row['groups/all']}",
         "no update" if row["updates"] == 0 else f"entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}",
@@ -207,6 +214,16 @@ def completion_rows(result: StepResult, decode: Decode, is_correct: IsCorrect) -
             parts = {n: part[i] for n, part in group.scores.parts.items()} if group.scores else {}
             answer |= {"rewards": parts} if parts else {}
             rows.append({**_of_prompt(group.prompt, decode), **drawn, **answer})
+    return rows
+
+
+def sample_rows(groups: Sequence[Group], texts: Sequence[str], decode: Decode, is_correct: IsCorrect) -> list[Row]:
+    """A row of completions/STAGE-round-N.jsonl for every response from which demonstrations were chosen."""
+    rows: list[Row] = []
+    for group in groups:
+        for rollout, reward, ok in zip(group.rollouts, group.rewards, group.correct(is_correct), strict=True):
+            answer = {"text": texts[len(rows)], "reward": reward, "correct": ok, "finish": rollout.finish}
+            rows.append({**_of_prompt(group.prompt, decode), "sample": rollout.sample, **answer})
     return rows
 
 

@@ -56,6 +56,7 @@ class Learner:
         self.optimizer_on_host = optimizer_on_host
         self.optimizer: MasterAdamW | None = None
         self.reference: list[Tensor] | None = None  # weights of the KL reference, in host memory
+        self.start: list[Tensor] | None = None  # weights at the start of the stage, in host memory, if it needs them
         self.round: Round | None = None  # None: between rounds
         self._interrupted: dict[str, Tensor] = {}  # tensors of the round that ``begin`` resumes
         self.on_batch: Callable[[], None] = lambda: None  # called before each micro-batch; what it raises ends the call
@@ -63,6 +64,7 @@ class Learner:
 
     def enter(self, stage: Stage) -> None:
         """Prepares a new stage: sets up or resets the optimizer, takes or keeps the snapshot of the KL reference."""
+        self.start = None
         if self.optimizer is None:
             self._open_optimizer(stage)
         elif stage.optimizer_state == "reset":
@@ -74,6 +76,20 @@ class Learner:
                 self.reference = None
         elif self.reference is None or stage.reference == "snapshot":
             self.reference = self.policy.snapshot()
+
+    def restart(self, stage: Stage, *, from_start: bool) -> None:
+        """Begins another round of SFT within ``stage``: moments are cleared.
+
+        ``from_start``: weights are set to those at the start of the stage, which the first such call must find.
+        """
+        assert self.optimizer is not None, "enter a stage first"
+        if not from_start:
+            self.optimizer.reset(stage.optim)
+            return
+        if self.start is None:
+            self.start = self.policy.snapshot()
+        self.policy.overwrite(self.start)
+        self._open_optimizer(stage)
 
     def update(self, updates: Sequence[Update], stage: Stage, stage_step: int) -> StepStats:
         """Makes all optimizer steps on one step's rollouts."""
@@ -214,9 +230,8 @@ class Learner:
             for rank, tensors in enumerate(self.ranks.gather(under_way))
             for name, tensor in tensors.items()
         }
-        named = zip(self.policy.named_parameters().items(), self.reference or [], strict=False)
-        reference = {f"reference/{name}": full_from_shard(weight, parameter) for (name, parameter), weight in named}
-        return {**self.optimizer.state_tensors(), **reference, **rounds}
+        kept = {**self._kept("reference", self.reference), **self._kept("start", self.start)}
+        return {**self.optimizer.state_tensors(), **kept, **rounds}
 
     def restore(self, stage: Stage, tensors: dict[str, Tensor]) -> None:
         """Restores ``state_tensors`` in the middle of ``stage``, after the policy's weights have been restored."""
@@ -225,11 +240,19 @@ class Learner:
         self.optimizer.load_state_tensors(tensors)
         own = f"round/{self.ranks.rank}/"
         self._interrupted = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
-        named = {f"reference/{name}": p for name, p in self.policy.named_parameters().items()}
-        is_there = all(name in tensors for name in named)
-        self.reference = (
-            [local_shard(shard_like(tensors[name], p)).cpu() for name, p in named.items()] if is_there else None
-        )
+        self.reference, self.start = self._found("reference", tensors), self._found("start", tensors)
+
+    def _kept(self, kind: str, weights: Sequence[Tensor] | None) -> dict[str, Tensor]:
+        """Weights in host memory as tensors of a checkpoint, unsharded."""
+        named = zip(self.policy.named_parameters().items(), weights or [], strict=False)
+        return {f"{kind}/{name}": full_from_shard(weight, parameter) for (name, parameter), weight in named}
+
+    def _found(self, kind: str, tensors: dict[str, Tensor]) -> list[Tensor] | None:
+        """The inverse of ``_kept``; None where the checkpoint has none."""
+        named = {f"{kind}/{name}": p for name, p in self.policy.named_parameters().items()}
+        if not all(name in tensors for name in named):
+            return None
+        return [local_shard(shard_like(tensors[name], p)).cpu() for name, p in named.items()]
 
     def close(self) -> None:
         """Releases the policy's parameters, masters and moments: another learner can be made on this policy."""

@@ -107,42 +107,55 @@ def test_stages_follow_one_another_and_end_by_steps() -> None:
     ]
 
 
-def test_mastery_is_the_mean_of_the_last_steps() -> None:
-    source = curriculum(stage("one", steps=9, mastery={"pass_rate": 0.8, "window": 3}))
+def test_mastery_needs_a_bound_above_its_rate_over_a_whole_window() -> None:
+    source = curriculum(stage("one", steps=20, mastery={"pass_rate": 0.8, "window": 3, "min_steps": 2}))
     for reward in (0.0, 1.0, 1.0):
         do_step(source, reward)
-    assert source.stage() is not None  # mean 0.67
-    do_step(source, 0.5)
+    assert source.stage() is not None  # 8 of 12 groups
+    do_step(source, 1.0)  # 12 of 12: 12 / (12 + 1.645^2) = 0.816
     assert source.stage() is None and source.finished[0] == {"name": "one", "steps": 4, "ended_by": "mastery"}
 
 
-def test_a_plateau_is_a_window_that_gains_too_little_over_the_one_before() -> None:
-    source = curriculum(stage("one", steps=20, plateau={"window": 2, "min_gain": 0.1}))
-    for reward in (0.0, 0.1, 0.2, 0.3, 0.4):  # each pair of steps gains 0.2 over the pair before
+def test_a_plateau_ends_a_stage_that_no_longer_gains() -> None:
+    end = {"window": 5, "min_gain": 0.1, "patience": 2, "min_steps": 1}
+    source = curriculum(stage("one", steps=20, plateau=end))
+    for reward in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
         do_step(source, reward)
-    assert source.stage() is not None
-    do_step(source, 0.4)  # (0.4 + 0.4) - (0.2 + 0.3), halved: 0.15
-    assert source.stage() is not None
-    do_step(source, 0.45)  # 0.425 against 0.35
-    assert source.stage() is None and source.finished[0] == {"name": "one", "steps": 7, "ended_by": "plateau"}
+    for _ in range(4):
+        do_step(source, 0.6)
+    assert source.stage() is not None  # 0.5 in the window before the last
+    do_step(source, 0.6)
+    assert source.stage() is None and source.finished[0] == {"name": "one", "steps": 11, "ended_by": "plateau"}
 
 
-def test_a_plateau_needs_two_whole_windows() -> None:
-    source = curriculum(stage("one", steps=20, plateau={"window": 3}))
-    for _ in range(5):
-        do_step(source, 0.0)
-    assert source.stage() is not None
-    do_step(source, 0.0)
-    assert source.stage() is None
-
-
-def test_windows_of_mastery_and_plateau_do_not_disturb_each_other() -> None:
-    ends = {"mastery": {"pass_rate": 0.8, "window": 1}, "plateau": {"window": 2, "min_gain": 0.0}}
+def test_the_tests_of_mastery_and_plateau_do_not_disturb_each_other() -> None:
+    ends = {"mastery": {"pass_rate": 0.5, "window": 1, "min_steps": 1}, "plateau": {"window": 6, "min_steps": 1}}
     source = curriculum(stage("one", steps=20, **ends))
-    for reward in (0.1, 0.2, 0.3, 0.4, 0.9):
+    for reward in (0.1, 0.2, 0.3, 0.4, 1.0):
         assert source.stage() is not None
         do_step(source, reward)
     assert source.finished[0]["ended_by"] == "mastery"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"mastery": {"pass_rate": 1.0}}, "less than 1"),
+        ({"plateau": {"window": 4}}, "greater than or equal to 5"),
+        ({"plateau": {}}, "min_steps must be below steps"),
+        ({"plateau": {"min_steps": 1}}, "window \\+ patience must be at most steps"),
+        ({"fade": "cosine"}, "fade needs a weight_end"),
+        ({"adaptive": {}}, "parts of the representation target and parts of others"),
+    ],
+)
+def test_an_end_or_a_mixture_that_cannot_act_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        curriculum(stage("one", steps=20, **changes))
+
+
+def test_demonstrations_neither_master_nor_level_off() -> None:
+    with pytest.raises(UserError, match="mastery is not supported with objective.name = 'sft'"):
+        curriculum(supervised("one", mastery={"pass_rate": 0.5, "min_steps": 1}))
 
 
 def test_a_budget_of_response_tokens_ends_each_stage_by_itself() -> None:
@@ -155,7 +168,7 @@ def test_a_budget_of_response_tokens_ends_each_stage_by_itself() -> None:
     ]
 
 
-@pytest.mark.parametrize("end", [{"plateau": {"min_gain": -0.1}}, {"plateau": {"window": 0}}, {"max_response_tok": 0}])
+@pytest.mark.parametrize("end", [{"plateau": {"min_gain": -0.1}}, {"mastery": {"window": 0}}, {"max_response_tok": 0}])
 def test_an_impossible_end_is_refused(end: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="greater than or equal to"):
         curriculum(stage("one", **end))
@@ -212,16 +225,20 @@ def test_training_and_evaluation_never_share_a_procedure() -> None:
 
 
 def test_a_restored_curriculum_asks_what_the_first_one_would_have_asked() -> None:
-    ends = {"mastery": {"pass_rate": 0.9, "window": 2}, "plateau": {"window": 1}, "max_response_tok": 99}
-    stages = (stage("one", **ends), stage("two"))
+    ends = {
+        "mastery": {"pass_rate": 0.9, "window": 2, "min_steps": 1},
+        "plateau": {"window": 5, "patience": 1, "min_steps": 1, "min_gain": 1},
+        "max_response_tok": 99,
+    }
+    stages = (stage("one", steps=7, **ends), stage("two"))
     first, second = curriculum(*stages), curriculum(*stages)
     evaluate(first, 0.0)
     do_step(first, 0.4)
     do_step(first, 0.5)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    for _ in range(4):
+    for _ in range(5):
         assert do_step(first, 0.5) == do_step(second, 0.5)
-    assert first.state_dict() == second.state_dict()
+    assert first.state_dict() == second.state_dict() and first.finished[0]["ended_by"] == "plateau"
 
 
 def test_a_state_that_does_not_fit_the_recipe_is_refused() -> None:

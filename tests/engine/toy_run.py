@@ -61,6 +61,15 @@ class Questions:
     def label(self, prompt: Prompt) -> str:
         return prompt.representation
 
+    def pending_samples(self) -> None:
+        return None
+
+    def record_samples(self, groups: Sequence[Group], texts: Sequence[str]) -> str:
+        raise AssertionError("nothing was asked for")
+
+    def step_values(self) -> dict[str, float | None]:
+        return {}
+
     def observe(self, groups: Sequence[Group]) -> None:
         self.observed.append(list(groups))
         self.steps_done += 1
