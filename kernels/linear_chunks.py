@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
+from isomorph.kernels.kept_tokens import KeptTokens
 from isomorph.kernels.linear import ROW_MULTIPLE, product, rounded_rows, takes_onednn
 from isomorph.kernels.strides import aligned, has_unit_stride
 from isomorph.kernels.token_logprob import RowGrads, TokenStats, row_gradient, row_stats
@@ -32,6 +33,7 @@ class Head(NamedTuple):
     bias_V: Tensor | None  # in the dtype of the statistics
     temperature: float
     rows_body: str  # implementation of row_stats and row_gradient
+    kept: KeptTokens | None = None  # of each target; None: no logit is left out
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,10 +76,11 @@ def make_head(
     bias_V: Tensor | None,
     temperature: float,
     op: str,
+    kept: KeptTokens | None = None,
 ) -> Head:
     bias_V = None if bias_V is None else bias_V.to(stats_dtype(weight_VD.dtype)).contiguous()
     rows_body = backend.choose(op, hidden_TD.device)
-    return Head(hidden_TD, weight_VD, target_ids_N.contiguous(), row_index_N, bias_V, temperature, rows_body)
+    return Head(hidden_TD, weight_VD, target_ids_N.contiguous(), row_index_N, bias_V, temperature, rows_body, kept)
 
 
 def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
@@ -120,7 +123,10 @@ class LogitChunks:
         self.inv_temperature = 1.0 / head.temperature
 
     def load(self, rows: slice) -> None:
-        """Computes the logits of these rows, without bias and temperature, which row_stats and row_gradient apply."""
+        """Computes the logits of these rows, without bias and temperature, which row_stats and row_gradient apply.
+
+        What is not kept becomes -inf, of which all of their implementations make probability and gradient 0.
+        """
         num_rows = rows.stop - rows.start
         hidden_nD = self.head.hidden_rows(rows)
         num_more = multiplied_rows(num_rows, hidden_nD.device) - num_rows
@@ -131,6 +137,8 @@ class LogitChunks:
         self.logits_nV = self.logits_mV[:num_rows]
         for columns, weight_vD in self.head.weight_blocks():
             _mm(self.hidden_mD, weight_vD.T, self.logits_mV[:, columns])
+        if self.head.kept is not None:
+            self.head.kept.exclude_(self.logits_nV, self.target_n, rows)
 
     def stats(self) -> TokenStats:
         """Statistics of the loaded rows."""
@@ -172,6 +180,8 @@ class OffsetChunks:
         from isomorph.kernels.gpu import offset, offset_rows
 
         reason = offset.refusal(head.hidden_TD, head.bias_V is not None)
+        if head.kept is not None:
+            reason = "it has no logits that kept tokens could be taken from"
         if reason:
             raise ValueError(f"linear_loss=offset is not supported here: {reason}; use linear_loss=triton")
         self.offset, self.rows, self.head = offset, offset_rows, head

@@ -5,6 +5,8 @@
     logprob = z[y] - lse               d logprob / d z[v] = (v == y) - p[v]
     entropy = lse - sum_v p[v] z[v]    d entropy / d z[v] = -p[v] (log p[v] + entropy)
 
+With ``kept``, v runs over the kept tokens of target i alone; the other logits get the gradient 0.
+
 Logits are stored for one chunk of rows at a time. ``linear_logprob`` recomputes them in its backward (4 GEMMs in all).
 ``linear_loss`` computes the gradients in its forward, chunk by chunk, from the derivative of ``loss_of`` (3 GEMMs).
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isomorph.kernels import backend
+from isomorph.kernels.kept_tokens import KeptTokens
 from isomorph.kernels.linear_chunks import (
     Gradients,
     LogitChunks,
@@ -47,13 +50,18 @@ def linear_logprob_ref(
     row_index_N: Tensor | None = None,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
+    kept: KeptTokens | None = None,
 ) -> TokenStats:
     """The specification of ``linear_logprob``, with all logits at once and gradients by autograd."""
-    compute_dtype = _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
+    compute_dtype = _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, kept)
     hidden_ND = hidden_TD if row_index_N is None else hidden_TD[row_index_N]
     logits_NV = hidden_ND.to(compute_dtype) @ weight_VD.to(compute_dtype).T
     if bias_V is not None:
         logits_NV = logits_NV + bias_V.to(compute_dtype)
+    if kept is not None:
+        mask_NV = kept.mask(logits_NV.device)
+        check_all(mask_NV.gather(1, target_ids_N[:, None]), "each target must be among its kept tokens")
+        logits_NV = logits_NV.masked_fill(~mask_NV, -torch.inf)
     return token_logprob_ref(logits_NV, target_ids_N, temperature=temperature)
 
 
@@ -67,11 +75,12 @@ def linear_loss_ref(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     chunk_rows: int = 8192,
+    kept: KeptTokens | None = None,
 ) -> Tensor:
     """The specification of ``linear_loss``: the sum of ``loss_of`` over slices of ``chunk_rows`` rows."""
     _check_chunk_rows(chunk_rows)
     stats = linear_logprob_ref(
-        hidden_TD, weight_VD, target_ids_N, row_index_N=row_index_N, bias_V=bias_V, temperature=temperature
+        hidden_TD, weight_VD, target_ids_N, row_index_N=row_index_N, bias_V=bias_V, temperature=temperature, kept=kept
     )
     loss = stats.logprob.new_zeros(()) + 0 * stats.logprob.sum()
     for rows in row_chunks(len(target_ids_N), chunk_rows):
@@ -87,6 +96,7 @@ def _check(
     row_index_N: Tensor | None,
     bias_V: Tensor | None,
     temperature: float,
+    kept: KeptTokens | None,
 ) -> torch.dtype:
     if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
@@ -116,6 +126,11 @@ def _check(
             f"target_ids must have one id for each of the {num_rows} rows, got {target_ids_N.shape[0]}; "
             "pass row_index if several targets read one row, or if some rows have none"
         )
+    if kept is not None and (len(kept), kept.num_vocab) != (num_rows, num_vocab):
+        raise ValueError(
+            f"kept must have one set for each of the {num_rows} targets, of {num_vocab} tokens, got {len(kept)} of "
+            f"{kept.num_vocab}"
+        )
     return stats_dtype(hidden_TD.dtype)
 
 
@@ -135,9 +150,10 @@ class _LinearLogprob(torch.autograd.Function):
         target_ids_N: Tensor,
         row_index_N: Tensor | None,
         temperature: float,
+        kept: KeptTokens | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # unused outputs get None instead of zero gradients
-        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_logprob")
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_logprob", kept)
         chunk_rows = default_chunk_rows(head)
         chunks = LogitChunks(head, chunk_rows)
         out = TokenStats(*(hidden_TD.new_empty(len(target_ids_N), dtype=head.dtype) for _ in TokenStats._fields))
@@ -146,7 +162,7 @@ class _LinearLogprob(torch.autograd.Function):
             for whole, part in zip(out, chunks.stats(), strict=True):
                 whole[rows] = part
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *out)
-        ctx.temperature, ctx.bodies = temperature, backend.request()
+        ctx.temperature, ctx.kept, ctx.bodies = temperature, kept, backend.request()
         return tuple(out)
 
     @staticmethod
@@ -158,7 +174,9 @@ class _LinearLogprob(torch.autograd.Function):
 
 def _logprob_backward(ctx: Any, grads_N: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, *stats_N = ctx.saved_tensors
-    head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature, "linear_logprob")
+    head = make_head(
+        hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, ctx.temperature, "linear_logprob", ctx.kept
+    )
     chunk_rows = default_chunk_rows(head)
     gradients = Gradients(head, ctx.needs_input_grad[:3], chunk_rows)
     chunks = LogitChunks(head, chunk_rows)
@@ -168,7 +186,7 @@ def _logprob_backward(ctx: Any, grads_N: tuple[Tensor | None, ...]) -> tuple[Ten
         stats = TokenStats(*(stat[rows] for stat in stats_N))
         chunks.add_gradients(rows, stats, (dlogprob_n, dentropy_n, dlse_n), gradients)
     dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-    return *gradients.cast(dtypes), None, None, None
+    return *gradients.cast(dtypes), None, None, None, None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -184,8 +202,9 @@ class _LinearLoss(torch.autograd.Function):
         loss_of: LossOf,
         chunk_rows: int,
         needs: tuple[bool, bool, bool],
+        kept: KeptTokens | None,
     ) -> Tensor:
-        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_loss")
+        head = make_head(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, "linear_loss", kept)
         gradients = Gradients(head, needs, chunk_rows)
         chunks = (OffsetChunks if head.rows_body == "offset" else LogitChunks)(head, chunk_rows)
         loss = hidden_TD.new_zeros((), dtype=head.dtype)
@@ -212,7 +231,7 @@ class _LinearLoss(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(dloss)
-        return *gradients, None, None, None, None, None, None
+        return *gradients, *(None,) * 7
 
 
 def _loss_and_grads(loss_of: LossOf, stats: TokenStats, rows: slice) -> tuple[Tensor, RowGrads]:
@@ -237,17 +256,20 @@ def linear_logprob(
     row_index_N: Tensor | None = None,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
+    kept: KeptTokens | None = None,
 ) -> TokenStats:
     """Returns log-probability, entropy and LSE, each [N] in nats, of softmax((hidden @ weight.T + bias) / temperature).
 
     hidden [T, D] and weight [V, D] have the same floating-point dtype; target_ids [N] int64 in 0..V-1; bias [V].
     row_index [N] int64 in 0..T-1 is the hidden row that predicts target i (default: row i). A row may be read many
-    times; its gradient is the sum over its targets. Statistics are float32 (float64 for float64).
+    times; its gradient is the sum over its targets. ``kept``: for each target the tokens that it was drawn from, itself
+    among them; softmax, entropy and LSE are over these alone. Statistics are float32 (float64 for float64).
     Differentiable once, through all three statistics, in hidden, weight and bias. N = 0 returns empty statistics.
     Peak memory besides the gradients: one buffer of about 32 MiB (2 GiB on a GPU), and 16 MiB more if low-precision
-    weights are widened.
-    Raises ValueError or TypeError for shapes and dtypes that do not fit, a bias that is not finite, ids out of range,
-    and a temperature that is not > 0 and finite. On CUDA, values are checked by device-side assertions.
+    weights are widened; with ``kept``, masks of at most 64 MiB.
+    Raises ValueError or TypeError for shapes and dtypes that do not fit, a bias that is not finite, ids out of range, a
+    target that is not kept, and a temperature that is not > 0 and finite. On CUDA, values are checked by device-side
+    assertions.
     """
     if backend.choose("linear_logprob", hidden_TD.device) == "reference":
         return linear_logprob_ref(
@@ -257,9 +279,11 @@ def linear_logprob(
             row_index_N=row_index_N,
             bias_V=bias_V,
             temperature=temperature,
+            kept=kept,
         )
-    _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
-    return TokenStats(*_LinearLogprob.apply(hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, temperature))
+    _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, kept)
+    operands = (hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N)
+    return TokenStats(*_LinearLogprob.apply(*operands, temperature, kept))
 
 
 def linear_loss(
@@ -272,6 +296,7 @@ def linear_loss(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     chunk_rows: int = 8192,
+    kept: KeptTokens | None = None,
 ) -> Tensor:
     """Returns the scalar loss of the target tokens; computes its gradients chunk-wise in the forward, with 3 GEMMs.
 
@@ -281,7 +306,7 @@ def linear_loss(
     as a mean over a sequence, needs all of them in one slice.
     The other arguments are those of ``linear_logprob``. N = 0 returns 0 with zero gradients.
     Peak memory besides the gradients: one buffer of [chunk_rows, V] float32, and 16 MiB more if low-precision weights
-    are widened. Gradients are accumulated in float32 and rounded once.
+    are widened; with ``kept``, masks of at most 64 MiB. Gradients are accumulated in float32 and rounded once.
     Raises what ``linear_logprob`` raises, and ValueError for chunk_rows < 1 or a ``loss_of`` that returns no scalar.
     The result can be differentiated once; a second backward raises RuntimeError.
     """
@@ -295,11 +320,12 @@ def linear_loss(
             bias_V=bias_V,
             temperature=temperature,
             chunk_rows=chunk_rows,
+            kept=kept,
         )
-    _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature)
+    _check(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V, temperature, kept)
     _check_chunk_rows(chunk_rows)
     inputs = (hidden_TD, weight_VD, bias_V)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     return _LinearLoss.apply(
-        hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, temperature, loss_of, chunk_rows, needs
+        hidden_TD, weight_VD, bias_V, target_ids_N, row_index_N, temperature, loss_of, chunk_rows, needs, kept
     )
