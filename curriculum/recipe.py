@@ -30,7 +30,7 @@ from isomorph.curriculum.tasks.async_plan import (
     vocabulary,
 )
 from isomorph.curriculum.tasks.task import Split, Task
-from isomorph.engine.config import EngineConfig, Section
+from isomorph.engine.config import NO_KEPT_TOKENS, EngineConfig, Section
 from isomorph.engine.effect import KeyPath
 
 
@@ -252,6 +252,13 @@ class Recipe(EngineConfig):
                         f"rewards of data.{before} and data.{name} would both be logged as {entry.label!r}, and are "
                         f'different functions, {function} and {entry.normal_place}: give one of them name = "..."'
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_says_what_it_keeps(self) -> "Recipe":
+        for stage in self.stage:
+            if self.sampler.kind == "vllm" and stage.sampling.truncation.is_on:
+                raise ValueError(f"stage {stage.name!r}: {NO_KEPT_TOKENS}")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from isomorph.engine.components import Components, RunProgress, StopRequested
 from isomorph.engine.config import Stage
-from isomorph.engine.drift import check_ends
+from isomorph.engine.drift import check_ends, check_kept
 from isomorph.engine.types import (
     EvaluationRequest,
     Group,
@@ -79,6 +79,7 @@ class Collector:
         rollouts, texts, scores = sample_and_reward(components, self.sampler, prompts, sampling, components.log.time)
         if self.sampler is components.sampler:
             check_ends(rollouts, sampling)
+            check_kept(rollouts, sampling)
         return ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), scores=scores)
 
 
@@ -112,6 +113,7 @@ def _training_sampling(components: Components, stage: Stage) -> Sampling:
         stop_ids=components.policy.text.stop_ids,
         stop=stage.sampling.stop,
         seed=components.config.seed,
+        truncation=stage.sampling.truncation,
     )
 
 

@@ -5,7 +5,7 @@ UserError that names the place in the recipe. ``engine.recipe_file`` reads TOML 
 """
 
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -151,25 +151,55 @@ class SamplerConfig(Section):
         return {(key,): f'sampler.kind is "{self.kind}"' for key in keys}
 
 
+class Truncation(NamedTuple):
+    """Which tokens are drawn from: top-k, of these top-p, of these min-p (kernels/kept_tokens.py)."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        return self != Truncation()
+
+
+# vLLM 0.32 has return_sampling_mask, but an engine that has it refuses requests without top_k and greedy ones, which
+# evaluations are made of, and needs another model runner than the one that weights are shared with here
+NO_KEPT_TOKENS = (
+    'sampling.top_k, top_p and min_p are not supported with sampler.kind = "vllm", which does not say which tokens it '
+    "kept, so that the loss could not have the log-probabilities that were sampled from: remove them, or set "
+    'sampler.kind = "builtin"'
+)
+
+
 class SamplingConfig(Section):
-    """How responses are sampled. Temperature only: top-k and top-p would sample from another distribution."""
+    """How responses are sampled. With top_k, top_p or min_p the loss, too, is over the tokens that they keep."""
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0)  # draws from the k likeliest tokens; 0: from all
+    # of these, from the fewest whose probabilities add up to it; 1: from all
+    top_p: float = Field(1.0, gt=0, le=1)
+    # of these, from those with at least this share of the likeliest one's probability; 0: from all
+    min_p: float = Field(0.0, ge=0, le=1)
     max_new_tok: int = Field(72, ge=1)  # longest response, tokens
     samples_per_prompt: int = Field(8, ge=1)
     # strings that end a response, which then ends with the token that completes one; the rest of that token is kept.
     # model.stop has single tokens
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_policy(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (cut := sorted({"top_p", "top_k", "min_p"} & given.keys())):
+    @property
+    def truncation(self) -> Truncation:
+        return Truncation(self.top_k, self.top_p, self.min_p)
+
+    @model_validator(mode="after")
+    def _leaves_a_choice(self) -> "SamplingConfig":
+        if self.top_k == 1 or self.min_p == 1:
+            name = "top_k" if self.top_k == 1 else "min_p"
             raise ValueError(
-                f"{', '.join(cut)} is not supported, because the sampler would draw from another distribution than the "
-                "policy's, whose log-probabilities are in the loss: remove it, or lower temperature, which is in both"
+                f"{name} = 1 leaves a single token to draw, whose log-probability is 0 and has no gradient: "
+                "raise top_k, lower min_p"
             )
-        return given
+        return self
 
 
 class BatchConfig(Section):
@@ -385,9 +415,21 @@ class Stage(Section):
         """Temperature of the loss: 1 for sft and rft, which are cross-entropies; else the sampling temperature."""
         return 1.0 if self.objective.name in ("sft", "rft") else self.sampling.temperature
 
+    @property
+    def loss_is_truncated(self) -> bool:
+        """Whether the loss is over the kept tokens alone: not with sft and rft, which are cross-entropies."""
+        return self.sampling.truncation.is_on and self.objective.name not in ("sft", "rft")
+
+    @property
+    def loss_is_as_sampled(self) -> bool:
+        """Whether the log-probabilities in the loss are of the distribution that was sampled from."""
+        same_tokens = self.loss_is_truncated == self.sampling.truncation.is_on
+        return same_tokens and self.loss_temperature == self.sampling.temperature
+
     def idle(self) -> dict[KeyPath, str]:
         if self.objective.is_supervised:
-            return {("sampling", key): "demonstrations are not sampled" for key in ("temperature", "stop")}
+            keys = ("temperature", "top_k", "top_p", "min_p", "stop")
+            return {("sampling", key): "demonstrations are not sampled" for key in keys}
         is_one_update = self.batch.num_iterations == 1 and self.batch.prompts_per_update in (None, self.batch.prompts)
         if is_one_update and self.objective.old_logprob == "trainer":
             why = "a step makes one update (batch.prompts_per_update, batch.num_iterations), where every ratio is 1"

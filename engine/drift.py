@@ -314,3 +314,20 @@ def check_ends(rollouts: Sequence[Rollout], sampling: Sampling) -> None:
                 f"response {rollout.sample} to prompt {rollout.prompt_id} with finish={rollout.finish!r} must hold "
                 f"{wanted}, got {n} tokens with stop tokens at {at}: the sampler drops stop tokens, or ignores them"
             )
+
+
+def check_kept(rollouts: Sequence[Rollout], sampling: Sampling) -> None:
+    """Raises RunFailed unless each token comes with the set it was drawn from, exactly where that was truncated."""
+    is_on, keys = sampling.truncation.is_on, sampling.truncation._asdict().items()
+    for rollout in rollouts:
+        kept, n = rollout.kept, len(rollout.token_ids)
+        if is_on and kept is not None and len(kept) == n and bool(kept.has(rollout.token_ids).all()):
+            continue
+        if is_on or kept is not None:
+            wanted = f"a set of kept tokens for each of its {n} tokens, which holds it" if is_on else "no kept tokens"
+            raise RunFailed(
+                f"response {rollout.sample} to prompt {rollout.prompt_id} must have {wanted}, with "
+                f"{', '.join(f'{name} = {value}' for name, value in keys)}, got "
+                f"{'none' if kept is None else f'{len(kept)} sets'}: the sampler must obey Sampling.truncation and "
+                "return Rollout.kept"
+            )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.types import PackedBatch, Prompt, Rollout
+from isomorph.kernels.kept_tokens import KeptTokens
 from isomorph.kernels.packed_layout import PackedLayout
 
 
@@ -34,7 +35,7 @@ def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
     Tokens of an environment are in the sequence, attended to, and no targets; tokens without a finite sampler
     log-probability neither.
 
-    Raises ValueError if some rollouts have sampler log-probabilities and others do not.
+    Raises ValueError if some rollouts have sampler log-probabilities or kept tokens and others do not.
     """
     token_ids: list[Tensor] = []
     row_index: list[Tensor] = []
@@ -53,7 +54,7 @@ def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
     lens = torch.tensor([len(r.token_ids) for r in rollouts])
     rows, targets = torch.cat(row_index), torch.cat([r.token_ids for r in rollouts])
     seq_id = torch.arange(len(rollouts)).repeat_interleave(lens)
-    sampler_logprob = _sampler_logprob(rollouts)
+    sampler_logprob, kept = _sampler_logprob(rollouts), _kept(rollouts)
     layout = PackedLayout.from_groups(
         [len(part.prompt.token_ids) for part in parts],
         [[len(r.token_ids) - 1 for r in part.rollouts] for part in parts],
@@ -71,6 +72,7 @@ def pack_parts(parts: Sequence[Part], device: torch.device) -> PackedBatch:
         seq_id=seq_id.to(device),
         sampler_logprob=None if sampler_logprob is None else sampler_logprob.to(device),
         advantage=torch.tensor([a for part in parts for a in part.advantages]).to(device),
+        kept=None if kept is None else kept.where(is_target),
     )
 
 
@@ -81,6 +83,15 @@ def _sampler_logprob(rollouts: Sequence[Rollout]) -> Tensor | None:
             "either all rollouts of a micro-batch must have sampler_logprob or none, got some with and some without"
         )
     return torch.cat(known) if known else None
+
+
+def _kept(rollouts: Sequence[Rollout]) -> KeptTokens | None:
+    known = [r.kept for r in rollouts if r.kept is not None]
+    if known and len(known) != len(rollouts):
+        raise ValueError(
+            "either all rollouts of a micro-batch must have kept tokens or none, got some with and some without"
+        )
+    return KeptTokens.cat(known, known[0].num_vocab) if known else None
 
 
 def _is_target(rollout: Rollout) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 
 from isomorph.engine.config import EngineConfig, Stage, UserError
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
+from isomorph.kernels.kept_tokens import BLOCK_BYTES, most_bytes
 from isomorph.kernels.linear import linear
 
 Moment = Literal["generate", "update", "step"]
@@ -31,6 +32,7 @@ FLOAT64_BYTES = 8  # of a weight; the fused kernels of a layer do not take float
 CONTEXT_BYTES = GIB  # on a GPU: driver, cuBLAS and Triton before the first tensor
 VLLM_OVERHEAD_BYTES = 2 * GIB  # vLLM: CUDA graphs and the activations of its largest batch
 SAMPLER_LOGIT_COPIES = 4  # float32 [rows, V]: logits, log-probabilities, probabilities, their sums
+TRUNCATED_LOGIT_COPIES = 8  # with top-k, top-p or min-p: sorted ones with their int64 ids, too
 UPDATE_TRAFFIC = 3  # passes over an activation: written, read by the next op, read or written in backward
 HOST_BANDWIDTH = 50e9  # bytes/s of an optimizer in host memory, transfers included: assumed, not measured
 OPTIMIZER_TRAFFIC = 32  # bytes a parameter: gradient read twice (norm), master and moments read and written
@@ -91,6 +93,7 @@ class Facts:
     response_tok: float  # mean
     micro_tok: float  # packed tokens of the largest micro-batch
     num_updates: int
+    kept_bytes: float  # of the kept tokens of all rollouts, at most; 0: nothing is truncated
     device_gib: float
     optimizer_on_host: bool
 
@@ -182,6 +185,9 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         MemoryUse("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         MemoryUse("prepacked weights", _prepacked_bytes(facts), ("generate",)),
+        MemoryUse("kept tokens, at most", facts.kept_bytes, MOMENTS, is_host=True),
+        MemoryUse("packed kept tokens", facts.kept_bytes, ("update", "step"), is_host=True),
+        MemoryUse("kept masks", min(BLOCK_BYTES, chunk_rows * shape.num_vocab) if facts.kept_bytes else 0, ("update",)),
         MemoryUse("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
     ]
     return [use for use in found if use.num_bytes]
@@ -249,7 +255,8 @@ def _vllm_share_bytes(facts: Facts) -> float:
 def _sampler_bytes(facts: Facts) -> float:
     if facts.sampler == "vllm":
         return VLLM_OVERHEAD_BYTES
-    return SAMPLER_LOGIT_COPIES * 4 * facts.num_rows * facts.shape.num_vocab
+    copies = TRUNCATED_LOGIT_COPIES if facts.kept_bytes else SAMPLER_LOGIT_COPIES
+    return copies * 4 * facts.num_rows * facts.shape.num_vocab
 
 
 def _prepacked_bytes(facts: Facts) -> float:
@@ -334,6 +341,10 @@ def facts_of(
     """Facts of the longest step of ``stage``: all responses of maximum length, on the rank with most prompts."""
     is_supervised, batch = stage.objective.is_supervised, stage.batch
     num_updates = batch.num_iterations * (batch.prompts // (batch.prompts_per_update or batch.prompts))
+    num_tok, cut = (
+        batch.prompts * stage.sampling.samples_per_prompt * stage.sampling.max_new_tok,
+        stage.sampling.truncation,
+    )
     facts = Facts(
         shape=shape,
         weight_bytes={"float32": 4, "bfloat16": 2}[config.model.dtype],
@@ -355,6 +366,7 @@ def facts_of(
         response_tok=stage.sampling.max_new_tok,
         micro_tok=batch.micro_batch_tok,
         num_updates=num_updates,
+        kept_bytes=most_bytes(num_tok, shape.num_vocab, cut.top_k) if cut.is_on and not is_supervised else 0,
         device_gib=device_gib,
         optimizer_on_host=config.model.offload_optimizer,
     )

@@ -4,6 +4,7 @@ Token ids and log-probabilities of all rollouts are concatenated, because thousa
 and to write; everything else is JSON.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.types import Rollout, ScoredRollouts, Scores
+from isomorph.kernels.kept_tokens import KeptTokens
 
 # a rollout's JSON
 _PLAIN = (
@@ -24,19 +26,25 @@ def split_scored(scored: ScoredRollouts) -> tuple[dict[str, Any], dict[str, Tens
 
     Tensors: ``token_ids`` [sum of lengths] int64; unless the rollouts have none (demonstrations, greedy responses),
     ``sampler_logprob`` [sum of lengths] float32, in nats; where a rollout has one, ``context_mask`` [sum of lengths]
-    bool.
+    bool; where they have kept tokens, ``kept_words`` int32 and ``kept_counts`` [sum of lengths] int32.
     """
     tensors = {"token_ids": torch.cat([torch.empty(0, dtype=torch.int64), *(r.token_ids for r in scored.rollouts)])}
     if known := [r.sampler_logprob for r in scored.rollouts if r.sampler_logprob is not None]:
         tensors["sampler_logprob"] = torch.cat(known)
     if any(r.context_mask is not None for r in scored.rollouts):
         tensors["context_mask"] = torch.cat([_context_mask(r) for r in scored.rollouts])
+    kept = [r.kept for r in scored.rollouts if r.kept is not None]
+    if kept:
+        joined = KeptTokens.cat(kept, kept[0].num_vocab)
+        tensors |= {"kept_words": joined.words, "kept_counts": joined.offsets.diff().int()}
     fields = {
         "rollouts": [{name: getattr(r, name) for name in _PLAIN} for r in scored.rollouts],
         "lens": [len(r.token_ids) for r in scored.rollouts],
         "texts": list(scored.texts),
         "scores": scored.scores.columns(),
     }
+    if kept:
+        fields["kept_vocab"] = kept[0].num_vocab
     return fields, tensors
 
 
@@ -47,18 +55,27 @@ def join_scored(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sco
     logprobs = [None] * len(token_ids) if joined is None else joined.split(fields["lens"])
     joined = tensors.get("context_mask")
     masks = [None] * len(token_ids) if joined is None else joined.split(fields["lens"])
+    kept = _kept(fields, tensors) if "kept_vocab" in fields else [None] * len(token_ids)
     rollouts = tuple(
         Rollout(
             **rollout,
             token_ids=ids,
             sampler_logprob=logprob,
             context_mask=None if mask is None or not mask.any() else mask,
+            kept=sets,
         )
-        for rollout, ids, logprob, mask in zip(fields["rollouts"], token_ids, logprobs, masks, strict=True)
+        for rollout, ids, logprob, mask, sets in zip(fields["rollouts"], token_ids, logprobs, masks, kept, strict=True)
     )
     known = fields["scores"] if "scores" in fields else {"rewards": fields["rewards"]}  # as earlier versions wrote it
     scores = Scores(**{name: _as_tuples(column) for name, column in known.items()})
     return ScoredRollouts(rollouts=rollouts, texts=tuple(fields["texts"]), scores=scores)
+
+
+def _kept(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[KeptTokens | None]:
+    offsets = torch.nn.functional.pad(tensors["kept_counts"].long().cumsum(0), (1, 0))
+    joined = KeptTokens(tensors["kept_words"], offsets, fields["kept_vocab"])
+    ends = list(itertools.accumulate(fields["lens"]))
+    return [joined.rows(slice(end - n, end)) for n, end in zip(fields["lens"], ends, strict=True)]
 
 
 def _as_tuples(column: Any) -> Any:

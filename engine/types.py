@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
-from isomorph.engine.config import Stage
+from isomorph.engine.config import Stage, Truncation
+from isomorph.kernels.kept_tokens import KeptTokens
 from isomorph.kernels.packed_layout import PackedLayout
 
 Finish = Literal["stop", "length"]
@@ -49,7 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Sampling parameters. Temperature only: top-k and top-p would sample from another distribution than the policy."""
+    """Sampling parameters. A sampler that obeys ``truncation`` tells in ``Rollout.kept`` what it kept."""
 
     temperature: float  # 0: greedy decoding, for evaluation; such rollouts have no log-probabilities
     max_new_tok: int
@@ -57,6 +58,7 @@ class Sampling:
     stop_ids: tuple[int, ...]
     stop: tuple[str, ...] = ()  # strings that end a response, with the token that completes one
     seed: int  # the same seed, weights and prompts give the same rollouts
+    truncation: Truncation = Truncation()  # top-k, top-p and min-p; without effect on greedy decoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,8 +73,8 @@ class Rollout:
     prompt_id: int
     sample: int  # 0 .. G-1
     token_ids: Tensor  # [n] int64, on the CPU, n >= 1
-    # [n] float32, at the sampling temperature, NaN for a token of the environment; None for a demonstration or a greedy
-    # response
+    # [n] float32, at the sampling temperature and over the kept tokens, NaN for a token of the environment; None for a
+    # demonstration or a greedy response
     sampler_logprob: Tensor | None
     finish: Finish
     policy_version: int  # of the weights that it was sampled from
@@ -80,6 +82,7 @@ class Rollout:
     environment_reward: float | None = None  # None: no environment gave one
     num_turns: int = 1  # of the model
     environment_failure: EnvironmentFailure | None = None
+    kept: KeptTokens | None = None  # n sets; of a token of the environment: all; None: nothing was truncated
 
     @property
     def num_model_tok(self) -> int:
@@ -229,6 +232,7 @@ class PackedBatch:
     seq_id: Tensor  # [N] int64 in 0..S-1, ascending
     sampler_logprob: Tensor | None  # [N] float32; None for demonstrations
     advantage: Tensor  # [S] float32
+    kept: KeptTokens | None = None  # N sets, in host memory: what each target was drawn from; None: all tokens
 
     @property
     def num_seqs(self) -> int:

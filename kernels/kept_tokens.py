@@ -116,9 +116,15 @@ class KeptTokens:
 
     @classmethod
     def from_mask(cls, mask_NV: Tensor) -> Self:
-        """Of [N, V] bool: which tokens are kept. Raises ValueError where none is; on CUDA by a device-side assertion."""
+        """Of [N, V] bool: which are kept. Raises ValueError where none is; on CUDA by a device-side assertion."""
         num_vocab = mask_NV.shape[1]
         return cls.cat([cls._from_block(mask_NV[rows]) for rows in _blocks(*mask_NV.shape)], num_vocab)
+
+    @classmethod
+    def from_bits(cls, words_NW: Tensor, num_vocab: int) -> Self:
+        """Of [N, V / 32 rounded up] int32 by ``packed_bits``."""
+        blocks = (unpacked_bits(words_NW[rows], num_vocab) for rows in _blocks(len(words_NW), num_vocab))
+        return cls.cat([cls._from_block(mask_nV) for mask_nV in blocks], num_vocab)
 
     @classmethod
     def _from_block(cls, mask_nV: Tensor) -> Self:
@@ -188,6 +194,16 @@ class KeptTokens:
         parts = [self.rows(rows).mask().sum(1) for rows in _blocks(len(self), self.num_vocab)]
         return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
 
+    def has(self, token_ids_N: Tensor) -> Tensor:
+        """[N] bool: whether token_ids[i] (int64, on the CPU) is in set i."""
+        counts_N, start_N = self.offsets.diff(), self.offsets[:-1]
+        is_bits_N, has_N = counts_N == num_words_of(self.num_vocab), counts_N == 0
+        row_K = torch.arange(len(self)).repeat_interleave(counts_N)
+        has_N[row_K[~is_bits_N[row_K] & (self.words == token_ids_N[row_K])]] = True
+        ids = token_ids_N[is_bits_N]
+        has_N[is_bits_N] = (self.words[start_N[is_bits_N] + ids // WORD] >> ids % WORD & 1).bool()
+        return has_N
+
     def exclude_(self, logits_nV: Tensor, target_n: Tensor, rows: slice) -> None:
         """Sets the logits [n, V] of ``rows`` to -inf where they are not kept; a block of masks is held at a time.
 
@@ -198,6 +214,12 @@ class KeptTokens:
             mask_bV = kept.rows(block).mask(logits_nV.device)
             check_all(mask_bV.gather(1, target_n[block, None]), "each target must be among its kept tokens")
             logits_nV[block].masked_fill_(~mask_bV, -math.inf)
+
+
+def most_bytes(num_tok: int, num_vocab: int, top_k: int = 0) -> int:
+    """The most that the sets of ``num_tok`` tokens can take; ``top_k`` as in ``keep_tokens``, ties left aside."""
+    num_words = min(num_words_of(num_vocab), top_k or num_vocab)
+    return num_tok * (4 * num_words + 8)
 
 
 def num_words_of(num_vocab: int) -> int:

@@ -198,7 +198,7 @@ def test_a_signal_before_the_first_poll_ends_the_process_at_once() -> None:
         ("stage.0.optim.learning_rate=1", "unknown key"),
         ("stage.1.sampling.samples_per_prompt=1", "samples_per_prompt must be >= 2"),
         ("stage.1.sampling.temperature=0", "greater than 0"),
-        ("sampling.top_p=0.9", "top_p is not supported, because the sampler would draw from another distribution"),
+        ("sampling.top_k=1", "top_k = 1 leaves a single token to draw"),
         ("stage.1.objective.name=ppo", "'grpo'"),
         ("eval.data=nothing", "no [data.nothing]"),
         ("stage.9.steps=1", "must be a stage's number, 0 to 2"),

@@ -17,7 +17,7 @@ from isomorph.kernels.linear_logprob import TokenStats, linear_logprob
 
 
 def batch_stats(policy: Policy, batch: PackedBatch, *, temperature: float) -> TokenStats:
-    """Log-probability, entropy and log-sum-exp of the N targets of ``batch`` at ``temperature``.
+    """Log-probability, entropy and log-sum-exp of the N targets of ``batch`` at ``temperature``, over ``batch.kept``.
 
     Three tensors [N] on the policy's device, in nats; float32, or float64 where the policy is float64. Gradients reach
     the policy's parameters unless the caller turns them off.
@@ -28,6 +28,7 @@ def batch_stats(policy: Policy, batch: PackedBatch, *, temperature: float) -> To
         batch.target_ids,
         row_index_N=batch.row_index,
         temperature=temperature,
+        kept=batch.kept,
     )
 
 

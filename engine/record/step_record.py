@@ -23,6 +23,7 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     environment/crashes  .../out_of_turns   ended its process; reached the limit of turns without an end
     tok/prompt  tok/response             tokens of the prompts, once a group; of the responses, written by the model
     tok/context                          tokens of the responses that environments added
+    kept/bytes                           of the kept tokens of all responses; only with top_k, top_p or min_p
     tok/trunk                            tokens through the decoder in passes with gradient
     tok/loss  tok/dropped                tokens in the loss; left out: their sampler log-probability is not finite
     loss  grad_norm  lr                  mean over the step's updates; norm before clipping, likewise; learning rate
@@ -86,6 +87,7 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         by_label.setdefault(label_of(group.prompt), []).extend(group.known_rewards)
     rollouts = [r for g in groups for r in g.rollouts]
     response_tok = [r.num_model_tok for r in rollouts]
+    kept = [r.kept for r in rollouts if r.kept is not None]
     surprise = Surprise.of(state.totals)
     return {
         "step": state.step,
@@ -108,6 +110,7 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
         "tok/response": sum(response_tok),
         "tok/context": sum(len(r.token_ids) for r in rollouts) - sum(response_tok),
+        **({"kept/bytes": sum(sets.nbytes for sets in kept)} if kept else {}),
         "tok/trunk": stats.num_forward_tok,
         "tok/loss": stats.num_loss_tok,
         "tok/dropped": stats.num_dropped_tok,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.config import SamplerConfig, Truncation, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.decoder import Decoder, DecoderSpec
 from isomorph.engine.rollout.stop_strings import StopStrings, refuse_strings_in_turns
@@ -120,6 +120,7 @@ def plan_decoder(prompt_lens: Sequence[int], sampling: Sampling, max_seqs: int, 
             max_new_tok=sampling.max_new_tok,
             temperature=sampling.temperature,
             stop_ids=sampling.stop_ids,
+            truncation=Truncation() if sampling.temperature == 0 else sampling.truncation,
         )
 
     most = min(max_seqs, len(prompt_lens) * sampling.samples_per_prompt)
@@ -269,6 +270,7 @@ class _Batch:
             sampler_logprob=None if self.sampling.temperature == 0 else logprob.clone(),
             finish="stop" if is_stop else "length",
             policy_version=self.policy_version,
+            kept=self.decoder.kept_of(slot, len(token_ids)),
             **request.conversation.facts(len(token_ids)),
         )
         if len(self.finished[index]) == self.sampling.samples_per_prompt:

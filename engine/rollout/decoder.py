@@ -4,7 +4,7 @@ The KV cache has prompt slots and response slots. A prompt's keys and values are
 response slot holds those of its own tokens. The state of a response is on the device, indexed by its slot:
 
     prompt_slot, prompt_len, rng_key    fixed when the response is admitted
-    length, token_ids, logprob, ended   updated by every step
+    length, token_ids, logprob, ended   updated by every step; with top-k, top-p or min-p also ``kept_log``
 
 Between two turns a response keeps its slot: ``append`` adds the environment's tokens to it, many tokens in one pass.
 
@@ -18,10 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isomorph.engine.config import Truncation
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.rollout.kept_log import KeptLog
 from isomorph.engine.types import Prompt
 from isomorph.kernels import backend
 from isomorph.kernels.decode_attention import CachedKV, decode_attention
+from isomorph.kernels.kept_tokens import KeptTokens, keep_tokens
 from isomorph.kernels.linear_chunks import make_logits
 from isomorph.kernels.packed_attention import packed_attention
 from isomorph.kernels.packed_layout import PackedLayout
@@ -40,6 +43,7 @@ class DecoderSpec:
     max_new_tok: int
     temperature: float
     stop_ids: tuple[int, ...]
+    truncation: Truncation = Truncation()
 
     @property
     def kv_tok(self) -> int:
@@ -65,6 +69,7 @@ class Decoder:
         self.ended = torch.ones(num_slots, dtype=torch.bool, device=device)
         self.token_ids = _zeros(device, num_slots, spec.max_new_tok)
         self.logprob = torch.zeros(num_slots, spec.max_new_tok, dtype=torch.float32, device=device)
+        self.kept = KeptLog(num_slots, len(policy.unembedding), device) if spec.truncation.is_on else None
         self.stop_ids = torch.tensor(spec.stop_ids, dtype=torch.int64, device=device)
         # the reference implementation runs each row by itself: the last bits of a matrix product depend on its number
         # of rows
@@ -121,8 +126,11 @@ class Decoder:
             state[slot_B] = torch.tensor(values, device=device)
         self.length[slot_B] = 0
         self.ended[slot_B] = False
+        if self.kept is not None:
+            self.kept.begin(slots)
         for part_B in self._parts(slot_B):
             self._sample(part_B, self.prompt_hidden[self.prompt_slot[part_B]])
+        self._take_kept(slots)
 
     # -- turns
     def append(self, slots: Sequence[int], added: Sequence[Sequence[int]]) -> None:
@@ -137,6 +145,8 @@ class Decoder:
             self.token_ids[slot, n : n + m] = torch.tensor(ids, device=self.policy.device)
             self.logprob[slot, n : n + m] = torch.nan
             self.length[slot], self.ended[slot] = n + m, False
+            if self.kept is not None:
+                self.kept.skip(slot, m)
             # the token that ended the turn has been sampled, but never been an input
             rows += [(slot, place, place == n + m - 1) for place in range(n - 1, n + m)]
         size = 1 if self.is_row_by_row else PREFILL_TOK
@@ -146,6 +156,7 @@ class Decoder:
             ends_R = is_last_R.nonzero().flatten()
             if len(ends_R):
                 self._sample(slot_R[ends_R], hidden_RD[ends_R])
+        self._take_kept(slots)
 
     def _hidden(self, slot_R: Tensor, place_R: Tensor) -> Tensor:
         """The hidden row [D] of each token at ``place_R`` of ``slot_R`` [R], its keys and values written on the way.
@@ -172,11 +183,16 @@ class Decoder:
             slot_B.copy_(torch.tensor(pad_slots(slots, len(slot_B), self.spec.seqs)), non_blocking=True)
             for _ in range(num_steps):
                 graph.replay()
-            return
-        slot_B = torch.tensor(slots, device=self.policy.device)
-        for _ in range(num_steps):
-            for part_B in self._parts(slot_B):
-                self._advance(part_B)
+        else:
+            slot_B = torch.tensor(slots, device=self.policy.device)
+            for _ in range(num_steps):
+                for part_B in self._parts(slot_B):
+                    self._advance(part_B)
+        self._take_kept(slots)
+
+    def _take_kept(self, slots: Sequence[int]) -> None:
+        if self.kept is not None:
+            self.kept.take(slots, self.lengths())
 
     def _parts(self, slot_B: Tensor) -> tuple[Tensor, ...]:
         return slot_B.split(1) if self.is_row_by_row else (slot_B,)
@@ -206,6 +222,13 @@ class Decoder:
         if self.spec.temperature == 0:
             token_B, logprob_B = logits_BV.argmax(-1), torch.zeros_like(logits_BV[:, 0])
         else:
+            if self.kept is not None:
+                cut, temperature = self.spec.truncation, self.spec.temperature
+                is_kept_BV = keep_tokens(
+                    logits_BV, temperature=temperature, top_k=cut.top_k, top_p=cut.top_p, min_p=cut.min_p
+                )
+                self.kept.note(slot_B, length_B, is_kept_BV)
+                logits_BV.masked_fill_(~is_kept_BV, -torch.inf)
             rng_key_B = self.rng_key[slot_B]
             token_B, logprob_B = sample_token(logits_BV, rng_key_B, length_B, temperature=self.spec.temperature)
         at_B = length_B.clamp(max=self.spec.max_new_tok - 1)
@@ -243,6 +266,10 @@ class Decoder:
         """
         slot_B = torch.tensor(slots, device=self.policy.device)
         return self.token_ids[slot_B].cpu(), self.logprob[slot_B].cpu()
+
+    def kept_of(self, slot: int, num_tok: int) -> KeptTokens | None:
+        """What each of the first ``num_tok`` tokens of ``slot`` was drawn from; None without truncation."""
+        return None if self.kept is None else self.kept.of(slot, num_tok)
 
 
 def padded_size(num_rows: int) -> int:

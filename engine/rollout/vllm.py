@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.config import NO_KEPT_TOKENS, SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.stop_strings import StopStrings, refuse_strings_in_turns
 from isomorph.engine.rollout.turns import Conversations
@@ -190,6 +190,8 @@ class VllmSampler:
             raise UserError(
                 f"sampling.temperature must be 0 or >= {LEAST_TEMPERATURE} with vLLM, got {sampling.temperature}"
             )
+        if sampling.temperature > 0 and sampling.truncation.is_on:
+            raise UserError(NO_KEPT_TOKENS)
         longest = max((len(p.token_ids) for p in prompts), default=0) + sampling.max_new_tok
         if longest > self.max_model_len:
             raise UserError(

@@ -9,8 +9,9 @@ counted over all micro-batches and ranks before, so that the gradient does not d
 
 The first optimizer step of a round uses its own detached log-probabilities as old_logprob. For the later ones a forward
 without gradient computes old_logprob before the first step. With reward_kl_coef, or where the loss has another
-temperature than the sampler, the first optimizer step needs that forward, too. With objective.old_logprob = "sampler"
-no update needs it, and the mismatch with the sampler is measured on the tokens of the first update alone.
+temperature than the sampler or is not over its kept tokens (rft), the first optimizer step needs that forward, too.
+With objective.old_logprob = "sampler" no update needs it, and the mismatch with the sampler is measured on the tokens
+of the first update alone.
 
 Between two optimizer steps a round can be saved in a checkpoint and resumed bit for bit.
 """
@@ -118,8 +119,8 @@ class Learner:
             work.load(self._interrupted)
             self._interrupted = {}
             return work
-        # the first update computes its own in its forward, unless the loss has another temperature than the sampler
-        num_own = 1 if stage.loss_temperature == stage.sampling.temperature or stage.objective.is_supervised else 0
+        # the first update computes its own in its forward, unless the loss is of another distribution than sampled
+        num_own = 1 if stage.loss_is_as_sampled or stage.objective.is_supervised else 0
         if stage.objective.old_logprob == "sampler":
             num_own = len(work.trained)  # no update needs the trainer's
         work.old = [None for _ in work.trained[:num_own]]
@@ -301,11 +302,14 @@ class Learner:
         hidden_TD = self.policy.hidden(batch)
         head = (hidden_TD, self.policy.unembedding, batch.target_ids)
         row_index, temperature = batch.row_index, stage.loss_temperature
+        kept = batch.kept if stage.loss_is_truncated else None
         if stage.objective.is_per_token:
             chunk_rows = logits_chunk_rows(len(self.policy.unembedding), is_gpu=self.policy.device.type == "cuda")
-            loss = linear_loss(*head, loss_of, row_index_N=row_index, temperature=temperature, chunk_rows=chunk_rows)
+            loss = linear_loss(
+                *head, loss_of, row_index_N=row_index, temperature=temperature, chunk_rows=chunk_rows, kept=kept
+            )
         else:  # the loss of a token depends on its whole sequence, so it cannot be computed chunk by chunk
-            stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature)
+            stats = linear_logprob(*head, row_index_N=row_index, temperature=temperature, kept=kept)
             loss = loss_of(stats, slice(0, batch.num_loss_tok))
         loss.backward()
         logprob, entropy = (

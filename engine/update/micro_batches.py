@@ -152,5 +152,6 @@ def _empty_batch(group: Group, device: torch.device) -> PackedBatch:
     prompt = dataclasses.replace(group.prompt, token_ids=group.prompt.token_ids[:1])
     unknown = torch.full((1,), torch.nan)
     first = group.rollouts[0]
-    rollout = dataclasses.replace(first, token_ids=first.token_ids[:1], sampler_logprob=unknown, context_mask=None)
+    ids, kept = first.token_ids[:1], None if first.kept is None else first.kept.rows(slice(0, 1))
+    rollout = dataclasses.replace(first, token_ids=ids, sampler_logprob=unknown, context_mask=None, kept=kept)
     return pack_parts([Part(prompt, (rollout,), (0.0,))], device)

@@ -57,16 +57,22 @@ def test_without_vllm_nothing_is_corrected_by_default() -> None:
         ("stage.1.optim.decay_norms_and_biases=true", "has no effect, because optim.weight_decay is 0"),
         ("stage.1.optim.clip_norm=0", "clip_norm: input should be greater than 0"),
         ("stage.0.sampling.stop=['x']", "stop has no effect, because demonstrations are not sampled"),
-        (
-            "stage.1.sampling.top_p=0.9",
-            "top_p is not supported, because the sampler would draw from another distribution",
-        ),
+        ("stage.0.sampling.top_p=0.9", "top_p has no effect, because demonstrations are not sampled"),
+        ("stage.1.sampling.top_p=0.0", "top_p: input should be greater than 0"),
+        ("stage.1.sampling.min_p=1", "min_p = 1 leaves a single token to draw"),
         ("stage.1.sampling.stop=['']", "string should have at least 1 character"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(override: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         load_recipe(SMOKE, [override], Recipe)
+
+
+def test_vllm_which_does_not_say_what_it_kept_is_refused_with_top_p() -> None:
+    expected = "stage 'symbols': sampling.top_k, top_p and min_p are not supported with sampler.kind = \"vllm\""
+    for key in ("top_p=0.9", "top_k=20", "min_p=0.1"):
+        with pytest.raises(UserError, match=expected):
+            load_recipe(SMOKE, ["sampler.kind=vllm", f"stage.1.sampling.{key}"], Recipe)
 
 
 def test_a_run_takes_the_options_and_its_evaluations_end_by_the_same_strings(tmp_path: Path) -> None:

@@ -60,8 +60,12 @@ def test_a_configuration_is_frozen() -> None:
         (SamplingConfig, dict(temperature=0.0)),
         (SamplingConfig, dict(temperature=math.inf)),
         (SamplingConfig, dict(temperature=math.nan)),
-        (SamplingConfig, dict(top_p=0.9)),  # the sampled log-probabilities would be another policy's
-        (SamplingConfig, dict(top_k=5)),
+        (SamplingConfig, dict(top_p=0.0)),
+        (SamplingConfig, dict(top_p=1.1)),
+        (SamplingConfig, dict(top_k=-1)),
+        (SamplingConfig, dict(top_k=1)),  # one token to draw: no gradient
+        (SamplingConfig, dict(min_p=-0.1)),
+        (SamplingConfig, dict(min_p=1.0)),
         (BatchConfig, dict(prompts=0)),
         (BatchConfig, dict(num_iterations=0)),
         (BatchConfig, dict(refills=-1)),

@@ -145,6 +145,20 @@ def test_old_log_probabilities_of_the_sampler_need_no_forward() -> None:
         assert facts.is_repeated == is_repeated
 
 
+def test_kept_tokens_are_counted_in_host_memory_at_their_most() -> None:
+    config, shape = EngineConfig(model=ModelConfig(path="a-model")), seven_b().shape
+    for cut, num_words in (({}, None), ({"top_p": 0.9}, -(-shape.num_vocab // 32)), ({"top_k": 50, "min_p": 0.1}, 50)):
+        sampling = {"max_new_tok": 100, "samples_per_prompt": 8, **cut}
+        stage = Stage.model_validate({"name": "s", "steps": 1, "sampling": sampling, "batch": {"prompts": 6}})
+        facts = facts_of(config, stage, shape, prompt_tok=10, device_gib=80, is_gpu=True, num_ranks=2)
+        found = {use.name: use for use in memory_uses(facts)}
+        if num_words is None:
+            assert "kept tokens, at most" not in found
+            continue
+        use = found["kept tokens, at most"]
+        assert use.num_bytes == 6 * 8 * 100 * (4 * num_words + 8) and use.is_host  # every rank has all rollouts
+
+
 def test_frozen_weights_need_no_gradients_of_their_own() -> None:
     endless = Ceilings(1e15, 1e30, "test")
     options: dict[str, Any] = dict(has_reference=False, is_repeated=False, gradient_checkpointing_every=None)
