@@ -21,7 +21,7 @@ from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.report.run_record import trained_on
 from isomorph.curriculum.study.design import Design
 from isomorph.curriculum.study.execute import DONE, FAILED, RUNNING, WAITING, Execution, Job, default_jobs
-from isomorph.curriculum.study.results import STUDY
+from isomorph.curriculum.study.results import STUDY, newest_warm_starts
 from isomorph.engine.config import UserError
 from isomorph.engine.record.runlog import locked
 
@@ -72,6 +72,7 @@ def study(file: Path, options: Options, out: Console) -> None:
             failed: list[Job] = []
         else:
             failed = _runs(design, conditions, seeds, options, out)
+            _describe(design)
         _page(design, out)
     if failed:
         fail(f"{len(failed)} of the runs failed: " + "; ".join(f"{job.run.name}: {job.why}" for job in failed), 1)
@@ -230,6 +231,7 @@ def _describe(design: Design) -> None:
         "contrasts": [[one.first, one.second] for one in design.spec.contrasts],
         "warm_start": warm,
         "test_taken": read_taken(design.out),
+        "identities": design.identities(newest_warm_starts(design.out)),
     }
     partial = design.out / f"{STUDY}.partial"
     partial.write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

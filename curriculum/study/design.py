@@ -134,6 +134,17 @@ class Design:
         text = json.dumps([tables, files, weights, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def identities(self, warm_rows: dict[int, Tables]) -> dict[str, str]:
+        """Run -> identity, where the warm start is the design's. ``warm_rows``: seed -> its row of runs.jsonl."""
+        found = {}
+        for run in self.runs(tuple(self.spec.condition), self.spec.study.seeds):
+            row = warm_rows.get(run.seed)
+            if run.warm is None:
+                found[run.name] = self.identity(run, None)
+            elif row is not None and row["identity"] == found[f"{WARM_START}-seed{run.seed}"]:
+                found[run.name] = self.identity(run, row["weights_sha256"])
+        return found
+
     def _weights_of(self, path: Path) -> dict[str, str]:
         """Of a folder or a .gguf file; {} for a hub name, whose weights are those of its name."""
         found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []

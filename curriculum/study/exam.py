@@ -9,7 +9,7 @@ from typing import Any
 
 from isomorph.curriculum.assemble import open_sampler
 from isomorph.curriculum.candidates import find_candidate
-from isomorph.curriculum.evaluation import Asked, ModelScore, evaluate_tasks
+from isomorph.curriculum.evaluation import ModelScore, evaluate_tasks
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.questions import open_exam
 from isomorph.curriculum.recipe import Recipe
@@ -155,13 +155,9 @@ def _scores(model: Path, recipe: Recipe, say: Say) -> list[ModelScore]:
 
 
 def _items(score: ModelScore) -> list[Row]:
-    asked: Asked = score.asked
+    """Of each question the key, or one made of its text, and what else its row says."""
     return [
-        {
-            "representation": asked.key,
-            "key": getattr(task, "key", None) or text_key(str(task.messages or task.question)),
-            "correct": right,
-            **{name: getattr(task, name) for name in ("steps", "width", "path_len") if hasattr(task, name)},
-        }
-        for task, right in zip(asked.tasks, score.greedy.correct, strict=True)
+        {**row, "representation": row["data"], "key": row.get("key") or text_key(str(row["prompt"]))}
+        for row in score.rows()
+        if row["sample"] is None
     ]

@@ -15,7 +15,7 @@ from isomorph.curriculum.machine import usable_cores
 from isomorph.curriculum.report.run_record import read_summary
 from isomorph.curriculum.study.child import has_gpu, start
 from isomorph.curriculum.study.design import Design, PlannedRun
-from isomorph.curriculum.study.results import RUNS, harvest, read_lines
+from isomorph.curriculum.study.results import RUNS, harvest, newest_warm_starts, read_lines
 from isomorph.curriculum.study.spec import WARM_START
 from isomorph.engine.record.checkpoint import latest_checkpoint
 
@@ -112,8 +112,7 @@ class Execution:
                 job.status = DONE
 
     def _warm_row(self, seed: int) -> dict[str, Any] | None:
-        rows = [r for r in read_lines(self.design.out / RUNS) if r["condition"] == WARM_START and r["seed"] == seed]
-        return rows[-1] if rows else None
+        return newest_warm_starts(self.design.out).get(seed)
 
     def _warm_job(self, job: Job) -> Job:
         return next(other for other in self.jobs if other.run.folder == job.run.warm)

@@ -5,7 +5,8 @@ runs.jsonl     a row for each finished run: steps, tokens, seconds, stages, hash
 results.jsonl  a row for each run, evaluation and representation: right answers item by item, as a string of 0 and 1
 items.jsonl    a row for each list of items that evaluations ask: their keys, and what is known of their difficulty
 
-Rows are only appended. Of a condition and seed that was trained again (another identity) the newest run counts.
+Rows are only appended. Of a condition and seed the newest run counts, if it is one of the present design: study.json
+has the identities. So no run of an earlier recipe is compared with one of the present.
 """
 
 import hashlib
@@ -113,7 +114,10 @@ def read_results(folder: Path) -> StudyResults:
         raise UserError(f"{folder} must be the folder of a study, with a {STUDY}: {error}") from None
     rows = read_lines(folder / RUNS)
     runs = {(row["condition"], row["seed"]): row for row in rows if row["condition"] != WARM_START}
-    warm = {row["seed"]: row for row in rows if row["condition"] == WARM_START}
+    runs = {
+        key: row for key, row in runs.items() if study["identities"].get(f"{key[0]}-seed{key[1]}") == row["identity"]
+    }
+    warm = newest_warm_starts(folder)
     newest = {(*key, row["identity"]) for key, row in runs.items()}
     found: dict[tuple[Any, ...], Point] = {}
     for row in read_lines(folder / RESULTS):
@@ -125,6 +129,11 @@ def read_results(folder: Path) -> StudyResults:
         curves.setdefault((point.condition, point.seed, point.representation, point.exam), []).append(point)
     items = {row["items"]: row for row in read_lines(folder / ITEMS)}
     return StudyResults(study=study, runs=runs, warm=warm, curves=curves, items=items)
+
+
+def newest_warm_starts(out: Path) -> dict[int, Row]:
+    """Seed -> newest row of its warm start."""
+    return {row["seed"]: row for row in read_lines(out / RUNS) if row["condition"] == WARM_START}
 
 
 def _point(row: Row) -> Point:
@@ -231,7 +240,8 @@ def _item_rows(run: Path, label: str) -> list[Row]:
     """Of one evaluation: evaluations/LABEL.jsonl, or the greedy responses, whose prompt is then the key."""
     file = run / "evaluations" / f"{label}.jsonl"
     if file.is_file():
-        return [row for row in read_lines(file) if row.get("sample") is None]
+        # ``set``: what its result is listed under, as in summary.json; the representation where there is one set
+        return [{**row, "representation": row.get("set", row["representation"])} for row in read_lines(file)]
     file = run / "completions" / f"exam-{label}.jsonl"
     answers = read_completions(file)
     if answers is None:

@@ -43,6 +43,7 @@ def write_study(
         "contrasts": [[name, names[0]] for name in names[1:]],
         "warm_start": "sft graph+natural (500 steps), once per seed, shared by all conditions",
         "test_taken": [],
+        "identities": {f"{name}-seed{seed}": "x" for name in names for seed in seeds},
     }
     results, runs, items = [], [], []
     for form in representations:

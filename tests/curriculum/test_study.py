@@ -249,6 +249,36 @@ def test_an_identity_changes_with_all_that_matters_and_with_nothing_else(place: 
     assert design.identity(run, "sha") != design.identity(design.run("words", 2), "sha")
 
 
+def test_a_failed_run_ends_no_other_and_is_named(place: Path, warm_isomorph: list[str]) -> None:
+    broken = """
+[condition.broken]
+batch = { prompts = 2, micro_batch_tok = 30 }
+[[condition.broken.stage]]
+name = "words"
+steps = 4
+mixture = [{ data = "plans" }]
+"""
+    before, _, after = STUDY.partition("[[warm_start.stage]]")
+    (place / "study.toml").write_text(before + after[after.index("[[condition.words.stage]]") :] + broken)
+    only = ["--only", "broken", "--only", "words", "--seeds", "1"]
+    made = subprocess.run([*warm_isomorph, "study", "study.toml", *only], cwd=place, capture_output=True, text=True)
+    assert made.returncode == 1 and "words-seed1 done" in made.stdout
+    (error,) = made.stderr.splitlines()
+    assert error.startswith("error: 1 of the runs failed: broken-seed1: stage words") and "micro_batch_tok=30" in error
+    assert "log: tiny/logs/broken-seed1.log" in made.stdout
+    assert set(finished(place)) == set(runs_of_page(place)) == {"words-seed1"}
+
+    (place / "base.toml").write_text(BASE.replace("max_duration = 4", "max_duration = 5"))
+    only = ["--only", "words", "--seeds", "1", "--stop-after", "0"]
+    stopped = subprocess.run([*warm_isomorph, "study", "study.toml", *only], cwd=place, capture_output=True, text=True)
+    assert stopped.returncode == 0 and "stopped after 0 min; go on with: isomorph study study.toml" in stopped.stdout
+    assert not runs_of_page(place)  # the run of the earlier recipe is no result of this one
+
+
+def runs_of_page(place: Path) -> list[str]:
+    return [f"{name}-seed{seed}" for name, seed in read_results(place / "tiny").runs]
+
+
 def test_a_row_that_a_kill_cut_off_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     append_lines(file, [{"a": 1}])
