@@ -143,6 +143,7 @@ class Curriculum:
         line = self.star.record(groups, texts, [group.correct(self.is_correct) for group in groups], self.text)
         self.response_tok += sum(rollout.num_model_tok for group in groups for rollout in group.rollouts)
         if self.star.is_over:  # no right answer in the last round
+            self.star.refuse_if_nothing_was_learned(self.steps_done)
             self._end_stage("rounds")
         return line
 

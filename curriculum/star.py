@@ -13,6 +13,7 @@ from typing import Any
 
 from isomorph.curriculum.stage_spec import StageRecipe, Star
 from isomorph.curriculum.tasks.task import Task
+from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.types import Group, Prompt, SampleRequest
 
@@ -89,6 +90,15 @@ class StarRounds:
             f"{self.recipe.name}, round {len(self.rounds)} of {self.star.rounds}: {right} of {len(texts)} answers are "
             f"right, to {solved} of {len(groups)} questions; {what}"
         )
+
+    def refuse_if_nothing_was_learned(self, num_steps: int) -> None:
+        """Raises UserError where the stage has ended without a step."""
+        if not num_steps:
+            raise UserError(
+                f"stage {self.recipe.name}: none of the {sum(r['sampled'] for r in self.rounds)} answers of its "
+                f"{len(self.rounds)} round(s) is right and fits, so that there is nothing to train on: raise "
+                "star.samples, ask easier questions, or put another stage before it"
+            )
 
     def next_task(self) -> Task:
         """The next question and answer; each pass over them is in an order of its own."""

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_stage import curriculum, group, stage, supervised
+from test_stage import curriculum, do_step, group, stage, supervised
 
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import resumed_recipe
+from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.recipe_file import load_recipe
@@ -145,17 +146,29 @@ def test_a_round_begins_with_the_weights_at_the_start_or_with_those_of_the_round
     assert torch.equal(*weights)
 
 
+def sampled(source: Curriculum, reward: float) -> str:
+    """A round in which all answers get ``reward``; the line that is told."""
+    request = source.pending_samples()
+    assert request is not None and len(request.prompts) == 3
+    groups = [group(prompt, reward, reward) for prompt in request.prompts]
+    return source.record_samples(groups, ["<answer> 1 min </answer>"] * 6)
+
+
 def test_a_round_without_a_right_answer_is_told_and_passed_over() -> None:
-    source = curriculum(supervised("one", star={"rounds": 2, "samples": 2, "prompts": 3}), stage("two"))
-    for number in (1, 2):
-        request = source.pending_samples()
-        assert request is not None and len(request.prompts) == 3
-        groups = [group(prompt, 0.0, 0.0) for prompt in request.prompts]
-        said = source.record_samples(groups, ["wrong"] * 6)
-        assert f"round {number} of 2: 0 of 6 answers are right, to 0 of 3 questions; nothing to train on" in said
+    source = curriculum(supervised("one", star={"rounds": 3, "samples": 2, "prompts": 3}), stage("two"))
+    assert "round 1 of 3: 0 of 6 answers are right, to 0 of 3 questions; nothing to train on" in sampled(source, 0.0)
+    assert "round 2 of 3: 6 of 6 answers are right, to 3 of 3 questions; 1 steps on 3" in sampled(source, 1.0)
+    do_step(source, 1.0)
+    sampled(source, 0.0)
     present = source.stage()
     assert present is not None and present.name == "two"
-    assert source.finished[0]["ended_by"] == "rounds" and source.finished[0]["steps"] == 0
+    assert source.finished[0]["ended_by"] == "rounds" and source.finished[0]["steps"] == 1
+
+
+def test_rounds_that_never_find_a_right_answer_end_the_run() -> None:
+    source = curriculum(supervised("one", star={"samples": 2, "prompts": 3}))
+    with pytest.raises(UserError, match="stage one: none of the 6 answers of its 1 round"):
+        sampled(source, 0.0)
 
 
 @pytest.mark.parametrize(
