@@ -1,6 +1,7 @@
 """Compiles every Triton kernel in every configuration that we launch, without a GPU, and checks the machine code.
 
     python -m isomorph.kernels.aot [--arch 90] [--json]        the same as: isomorph kernels compile
+    python -m isomorph.kernels.aot --save-bounds               after a change of a kernel: also saves the bounds
 
 No driver is needed: Triton includes ptxas, cuobjdump and nvdisasm. The checks ("gates"):
 
@@ -10,10 +11,13 @@ No driver is needed: Triton includes ptxas, cuobjdump and nvdisasm. The checks (
               products of fewer than 64 rows
     atomics   none in the IR: sums would depend on the order in which programs run
     barriers  as many as the variant requires, where warps read memory that other warps overwrite
+    bound     the highest rate that the inner loop allows (kernels/bound.py), at most 2 % below the one saved in
+              kernels/gpu/bounds.jsonl; of the Triton version with which those were saved
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -21,16 +25,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from isomorph.kernels import sass
+from isomorph.kernels.bound import ARCHS as MODELS
+from isomorph.kernels.bound import Bound, Code, bound
 from isomorph.kernels.gpu import advantage, attention, decode, layer, offset, rows, sample
 from isomorph.kernels.gpu.variant import ARCHS, SHARED_LIMIT, Variant
 
@@ -39,6 +47,8 @@ MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
 # Triton 3.6 keeps a convergence barrier of some loops on the stack: 8 bytes a thread, one store and one load.
 STACK_SLACK = 8 if triton.__version__.startswith("3.6.") else 0
+BOUNDS = Path(__file__).parent / "gpu" / "bounds.jsonl"
+BOUND_SLACK = 0.02
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -52,6 +62,7 @@ class Compiled:
     stack: int  # bytes a thread
     shared: int  # bytes a block
     instructions: dict[str, int]  # count per instruction in COUNTED, if not 0
+    bound: Bound
     compile_s: float
     failures: tuple[str, ...]  # failed gates; empty if all pass
 
@@ -88,6 +99,10 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
         failures.append(f"barriers {found} < {variant.barriers}")
     if re.search(r"\btt\.atomic", made.asm["ttir"]):
         failures.append("atomics")
+    program = sass.parse(code)
+    kind = Code(program, variant.num_warps, registers, made.metadata.shared, variant.peak, variant.inner_iterations)
+    model = bound(kind, MODELS[arch])
+    failures += fallen(variant.name, arch, model, saved_bounds())
     return Compiled(
         kernel=variant.name,
         arch=arch,
@@ -95,9 +110,49 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
         stack=stack,
         shared=made.metadata.shared,
         instructions={name: count for name, count in counts.items() if count},
+        bound=model,
         compile_s=round(compile_s, 3),
         failures=tuple(failures),
     )
+
+
+@functools.cache
+def saved_bounds() -> dict[tuple[str, int], tuple[float, float | None]]:
+    """Bound and schedule in percent, by kernel and architecture; empty where another Triton made them."""
+    version, *rows = map(json.loads, BOUNDS.read_text(encoding="utf-8").splitlines())
+    if version["triton"] != _minor_version():
+        return {}
+    return {(row["kernel"], row["arch"]): (row["percent"], row["schedule_percent"]) for row in rows}
+
+
+def fallen(
+    kernel: str, arch: int, new: Bound, saved: Mapping[tuple[str, int], tuple[float, float | None]]
+) -> list[str]:
+    """What of a bound is more than 2 % below the saved one; also that none is saved, but others of the architecture."""
+    if not any(saved_arch == arch for _, saved_arch in saved):
+        return []
+    if (kernel, arch) not in saved:
+        return ["no bound is saved"]
+    pairs = zip(("bound", "schedule"), saved[kernel, arch], (new.percent, new.schedule_percent), strict=True)
+    return [
+        f"{name} {now} % < {before} %"
+        for name, before, now in pairs
+        if before is not None and (now or 0.0) < (1 - BOUND_SLACK) * before
+    ]
+
+
+def save_bounds(found: Iterable[Compiled]) -> None:
+    """Replaces the saved bounds of the kernels in ``found``; those of kernels that exist no more go."""
+    rows = {key: pair for key, pair in saved_bounds().items() if key[0] in {v.name for v in variants(key[1])}}
+    rows |= {(one.kernel, one.arch): (one.bound.percent, one.bound.schedule_percent) for one in found}
+    lines: list[dict[str, Any]] = [{"triton": _minor_version()}]
+    for (kernel, arch), (percent, schedule) in sorted(rows.items()):
+        lines.append({"kernel": kernel, "arch": arch, "percent": percent, "schedule_percent": schedule})
+    BOUNDS.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _minor_version() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def _position(variant: Variant, name: str) -> int:
@@ -129,14 +184,18 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def compile_all(archs: Iterable[int] = ARCHS, *, num_processes: int | None = None) -> Iterator[Compiled]:
+def compile_all(
+    archs: Iterable[int] = ARCHS, only: str = "", *, num_processes: int | None = None
+) -> Iterator[Compiled]:
     """Compiles every variant for every architecture, in order, in ``num_processes`` (default: one per core).
+
+    ``only``: what the names of variants must contain.
 
     Raises RuntimeError if TRITON_INTERPRET=1.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1; unset it before Python starts")
-    jobs = [(arch, index) for arch in archs for index in range(len(list(variants(arch))))]
+    jobs = [(arch, i) for arch in archs for i, variant in enumerate(variants(arch)) if only in variant.name]
     # spawn, because a forked child of a process with OpenMP threads can hang
     with ProcessPoolExecutor(num_processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile_job, jobs)
@@ -153,22 +212,37 @@ def describe(compiled: Compiled) -> str:
     verdict = "; ".join(compiled.failures) or "ok"
     return (
         f"sm_{compiled.arch:<4}{compiled.kernel:<58} {compiled.registers:>4} {compiled.stack:>6} "
-        f"{compiled.shared:>8}  {verdict:<6} {instructions}"
+        f"{compiled.shared:>8}  {_percent(compiled.bound):<28} {verdict:<6} {instructions}"
     )
 
 
-HEADER = f"{'arch':<7}{'kernel':<58} {'regs':>4} {'stack':>6} {'shared':>8}  gate   instructions"
+def _percent(model: Bound) -> str:
+    """For a line: 58 of 88 % matrix, shared: in order and overlapped, of which peak, and what binds."""
+    in_order = "" if model.schedule_percent is None else f"{model.schedule_percent:.0f} of "
+    return f"{in_order}{model.percent:.0f} % {model.peak}, {model.unit}"
 
 
-def report(archs: Iterable[int], *, as_json: bool) -> int:
-    """Prints one line per kernel and architecture; returns 0 if every gate passes, else 1."""
+def as_row(compiled: Compiled) -> dict[str, Any]:
+    """For JSON."""
+    return {**dataclasses.asdict(compiled), "bound": compiled.bound._asdict()}
+
+
+HEADER = f"{'arch':<7}{'kernel':<58} {'regs':>4} {'stack':>6} {'shared':>8}  {'bound':<28} gate   instructions"
+
+
+def report(archs: Iterable[int], only: str = "", *, as_json: bool, save: bool = False) -> int:
+    """Prints one line per kernel and architecture; returns 0 if every gate passes, else 1. ``save``: bounds, too."""
     num_bad = num_all = 0
+    found = []
     if not as_json:
         print(f"Triton {triton.__version__}\n{HEADER}")
-    for compiled in compile_all(archs):
-        print(json.dumps(dataclasses.asdict(compiled)) if as_json else describe(compiled), flush=True)
+    for compiled in compile_all(archs, only):
+        found.append(compiled)
+        print(json.dumps(as_row(compiled)) if as_json else describe(compiled), flush=True)
         num_all += 1
         num_bad += bool(compiled.failures)
+    if save:
+        save_bounds(found)
     print(f"{num_all - num_bad} of {num_all} pass", file=sys.stderr)
     return 1 if num_bad or not num_all else 0
 
@@ -185,8 +259,10 @@ def main() -> int:
         help="GPU architecture, 90 for sm_90; repeatable; default: all",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--save-bounds", action="store_true", help="replace the saved bounds by the new ones")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
     args = parser.parse_args()
-    return report(args.arch or ARCHS, as_json=args.json)
+    return report(args.arch or ARCHS, args.only, as_json=args.json, save=args.save_bounds)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ No atomics. The specification is ``packed_attention_ref`` in ``kernels/packed_at
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -43,17 +43,23 @@ LOG2_E = math.log2(math.e)
 
 # -- kernels
 @triton.jit
+def products(
+    q, k_ptr, stride_kt, start, end, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Products of the queries with one block of keys [start, end); MASKED if it is not full."""
+    k_ptr = step(k_ptr, start, stride_kt)
+    k_KD = load_rows(k_ptr, tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), stride_kt, end - start, MASKED, D, BLOCK_D)
+    return tl.dot(q, k_KD.T, input_precision="ieee")
+
+
+@triton.jit
 def forward_block(
-    out, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, start, end, row, scale,
+    out, total, top, product_QK, v_ptr, stride_vt, start, end, row, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of keys [start, end); MASKED if it is not full or crosses the diagonal."""
     at = tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
-    k_ptr = step(k_ptr, start, stride_kt)
-    v_ptr = step(v_ptr, start, stride_vt)
-    k_KD = load_rows(k_ptr, at, d, stride_kt, end - start, MASKED, D, BLOCK_D)
-    score_QK = tl.dot(q, k_KD.T, input_precision="ieee") * scale
+    score_QK = product_QK * scale
     if MASKED:
         seen_QK = ((start + at)[None, :] <= row[:, None]) & (at[None, :] < end - start)
         score_QK = tl.where(seen_QK, score_QK, float("-inf"))
@@ -61,7 +67,8 @@ def forward_block(
     p_QK = tl.exp2(score_QK - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p_QK, 1)
-    v_KD = load_rows(v_ptr, at, d, stride_vt, end - start, MASKED, D, BLOCK_D)
+    v_ptr = step(v_ptr, start, stride_vt)
+    v_KD = load_rows(v_ptr, at, tl.arange(0, BLOCK_D), stride_vt, end - start, MASKED, D, BLOCK_D)
     out = tl.dot(p_QK.to(v_KD.dtype), v_KD, out * shrink[:, None], input_precision="ieee")
     return out, total, new_top
 
@@ -81,6 +88,7 @@ def forward_kernel(
     repeats,  # H / K
     scale,  # in base 2
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,  # the products of a block are issued before the softmax of the block before it
 ):  # fmt: skip
     tile_ptr, head = tile_and_head(tile_ptr, H, 6)
     start = tl.load(tile_ptr)
@@ -94,18 +102,35 @@ def forward_kernel(
     out = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row = start + at
     for i in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):
-        for k0 in range(tl.load(full_ptr + 2 * i), tl.load(full_ptr + 2 * i + 1), BLOCK_K):
+        first = tl.load(full_ptr + 2 * i)
+        last = tl.load(full_ptr + 2 * i + 1) - BLOCK_K
+        if AHEAD:
+            product_QK = products(q, k_ptr, stride_kt, first, 0, False, D, BLOCK_K, BLOCK_D)
+            for k0 in range(first, last, BLOCK_K):
+                # runs while the exponentials of the block before are computed
+                next_QK = products(q, k_ptr, stride_kt, k0 + BLOCK_K, 0, False, D, BLOCK_K, BLOCK_D)
+                out, total, top = forward_block(
+                    out, total, top, product_QK, v_ptr, stride_vt, k0, 0, row, scale, False, D, BLOCK_K, BLOCK_D
+                )
+                product_QK = next_QK
             out, total, top = forward_block(
-                out, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, k0, k0 + BLOCK_K, start + at, scale,
-                False, D, BLOCK_K, BLOCK_D,
-            )  # fmt: skip
+                out, total, top, product_QK, v_ptr, stride_vt, last, 0, row, scale, False, D, BLOCK_K, BLOCK_D
+            )
+        else:
+            for k0 in range(first, last + BLOCK_K, BLOCK_K):
+                product_QK = products(q, k_ptr, stride_kt, k0, 0, False, D, BLOCK_K, BLOCK_D)
+                out, total, top = forward_block(
+                    out, total, top, product_QK, v_ptr, stride_vt, k0, 0, row, scale, False, D, BLOCK_K, BLOCK_D
+                )
     for i in tl.range(tl.load(tile_ptr + 4), tl.load(tile_ptr + 5), num_stages=1):  # few iterations: no pipeline
         k0 = tl.load(block_ptr + 2 * i)
+        end = tl.load(block_ptr + 2 * i + 1)
+        product_QK = products(q, k_ptr, stride_kt, k0, end, True, D, BLOCK_K, BLOCK_D)
         out, total, top = forward_block(
-            out, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, k0, tl.load(block_ptr + 2 * i + 1), start + at,
-            scale, True, D, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
+            out, total, top, product_QK, v_ptr, stride_vt, k0, end, row, scale, True, D, BLOCK_K, BLOCK_D
+        )
     out_ptr = row_of_head(out_ptr, start, head, H * D, D)
     store_rows(out_ptr, at, d, H * D, num_rows, out / total[:, None], D, BLOCK_D)
     lse_ptr = step(lse_ptr, head, T) + start
@@ -289,7 +314,8 @@ def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
     forward_kernel[(len(tables.tiles) * num_heads,)](
         q_THD, k_TKD, v_TKD, out_THD, lse_HT, *tables,
         *q_THD.stride()[:2], *k_TKD.stride()[:2], *v_TKD.stride()[:2],
-        num_tok, num_heads, num_heads // k_TKD.shape[1], scale * LOG2_E, **_launch(config.forward, dim),
+        num_tok, num_heads, num_heads // k_TKD.shape[1], scale * LOG2_E,
+        AHEAD=config.forward.ahead, **_launch(config.forward, dim),
     )  # fmt: skip
     return out_THD, lse_HT
 
@@ -366,9 +392,12 @@ def variants(arch: int) -> list[Variant]:
             (grad_q_kernel, config.grad_q),
             (grad_kv_kernel, config.grad_kv),
         ):
-            blocks = {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
+            blocks: dict[str, int] = {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
+            if kernel is forward_kernel:
+                blocks["AHEAD"] = tile.ahead
             made = variant(kernel, dtype, dim, tile.num_warps, tile.num_stages, **blocks)
             is_half = dtype != "fp32"  # IEEE float32 has no matrix instruction
             stack = SPILLING.get((kernel, arch), 0) if IS_OLD and is_half else 0
-            found.append(dataclasses.replace(made, uses_dot=is_half, stack_allowed=stack))
+            peak: Literal["matrix", "fp32"] = "matrix" if is_half else "fp32"
+            found.append(dataclasses.replace(made, uses_dot=is_half, peak=peak, stack_allowed=stack))
     return found

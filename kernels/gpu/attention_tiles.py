@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    ahead: bool = False  # forward alone: products of the next block before the softmax of this one; more registers
 
 
 class Config(NamedTuple):
@@ -29,23 +30,23 @@ class Config(NamedTuple):
     forward: Tile
     grad_q: Tile
     grad_kv: Tile
-    piece: int = 4096  # queries per program of grad_kv; a multiple of every block_q and block_k
+    piece: int = 1024  # queries per program of grad_kv; a multiple of every block_q and block_k
 
 
 # By (architecture, head dimension, bytes per element). Chosen to compile without spills; not measured on a GPU yet.
 CONFIGS = {
     (80, 64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-    (90, 64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
+    (90, 64, 2): Config(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
     (100, 64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 4, 2), Tile(32, 128, 8, 3)),
     (120, 64, 2): Config(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 128, 8, 2)),
     (80, 128, 2): Config(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 128, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
+    (90, 128, 2): Config(Tile(128, 64, 8, 3, True), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
     (100, 128, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
     (120, 128, 2): Config(Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     **{(arch, 64, 4): Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)) for arch in ARCHS},
     **{(arch, 128, 4): Config(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)) for arch in ARCHS},
 }
-INTERPRETED = Config(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), piece=64)
+INTERPRETED = Config(Tile(32, 16, 4, 1, True), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), piece=64)
 
 
 # -- tables

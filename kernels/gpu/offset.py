@@ -55,6 +55,7 @@ MAIN = {
 }
 MAIN_FLOAT32 = Tile(32, 64, 32, 4, 2)
 TAIL_BLOCK_N = 128
+USUAL_DIM = 1536  # of the hidden rows, where the bound of the machine code is computed
 
 
 @triton.jit
@@ -278,4 +279,6 @@ def _exp_variant(dtype: str, tile: Tile, is_tail: bool, store: bool) -> Variant:
         num_stages=tile.num_stages,
         uses_dot=dtype == "bf16",  # float32 in IEEE precision has no matrix instruction
         unaligned=("M", "V") if is_tail else ("M",),
+        peak="matrix" if dtype == "bf16" else "fp32",
+        inner_iterations=USUAL_DIM // tile.block_k,
     )

@@ -1,7 +1,7 @@
 """A launch configuration of a Triton kernel, which ``kernels/aot.py`` compiles and checks without a GPU."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 FLOAT_TYPES = ("bf16", "fp16", "fp32", "fp64")
 SHARED_LIMIT = {
@@ -30,6 +30,8 @@ class Variant:
     dot_rows: int = 64  # rows of the product; with fewer than 64 the instruction is HMMA on every GPU
     barriers: int = 0  # the code must contain as many; the interpreter does not show a missing one
     unaligned: tuple[str, ...] = ()  # pointers and sizes that need not be multiples of 16; all others are
+    peak: Literal["matrix", "fp32", "copy"] = "copy"  # what bounds it at best; see kernels/bound.py
+    inner_iterations: int = 1  # of the inner loop for each of the loop around it, at a usual size; 1: the inner alone
     stack_allowed: int = 0  # accepted bytes of stack per thread; give the reason beside the number
 
     @property

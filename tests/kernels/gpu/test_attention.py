@@ -265,6 +265,22 @@ def test_longest_tiles_come_first_and_long_ones_are_cut() -> None:
     assert query_tiles(layout.segments, 64, 64).tiles[0, 0] >= 300  # a response sees more than its prompt does
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the compiler may order the sums of the two differently")
+def test_products_that_are_issued_ahead_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of no, one and several whole blocks of 16 keys; a tree, so that a tile has two ranges."""
+    from isomorph.kernels.gpu import attention, attention_tiles
+
+    layout = PackedLayout.from_tree([71, 41, 16, 3], [-1, 0, 1, 0])
+    q, k, v, _ = _qkv(layout.num_tok, 2, 1, 64)
+    config = attention_tiles.INTERPRETED
+    found = []
+    for is_ahead in (False, True):
+        tile = config.forward._replace(ahead=is_ahead)
+        monkeypatch.setattr(attention, "config_of", lambda x, tile=tile: config._replace(forward=tile))
+        found.append(attention.attend(q.detach(), k.detach(), v.detach(), layout, 0.125))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
 def test_every_gpu_has_a_row_whose_tiles_fit_it() -> None:
     from isomorph.kernels.gpu.attention_rows import ADD_ROWS
     from isomorph.kernels.gpu.attention_tiles import CONFIGS, INTERPRETED, table_arch

@@ -332,7 +332,8 @@ MUTANTS = [
     Mutant("gradient: target of the first block", "offset_rows", "tl.where(v == target, dlogprob, 0.0)",
            "tl.where(v - start == target, dlogprob, 0.0)"),
     # attention
-    Mutant("forward: one whole block", "attention", FULL, ONE_FULL, 0, 2),
+    Mutant("forward: one whole block", "attention", "range(first, last + BLOCK_K, BLOCK_K)",
+           "range(first, last, BLOCK_K)"),
     Mutant("forward: one range", "attention", RANGES, ONE_RANGE, 0, 2),
     Mutant("forward: one partial block", "attention", PARTIAL, ONE_PARTIAL, 0, 2),
     Mutant("forward: total not rescaled", "attention", "total = total * shrink + ", "total = total + "),
@@ -340,7 +341,7 @@ MUTANTS = [
     Mutant("forward: the future is seen", "attention", SEEN, "at[None, :] < end - start + 0 * row[:, None]", 0, 2),
     Mutant("forward: the mask ends late", "attention", SEEN, "(start + at)[None, :] <= row[:, None]", 0, 2),
     Mutant("forward: LSE in base 2", "attention", " * 0.6931471805599453", ""),
-    Mutant("dq: one whole block", "attention", FULL, ONE_FULL, 1, 2),
+    Mutant("dq: one whole block", "attention", FULL, ONE_FULL),
     Mutant("dq: one range", "attention", RANGES, ONE_RANGE, 1, 2),
     Mutant("dq: one partial block", "attention", PARTIAL, ONE_PARTIAL, 1, 2),
     Mutant("dq: the future is seen", "attention", SEEN, "at[None, :] < end - start + 0 * row[:, None]", 1, 2),
