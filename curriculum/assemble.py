@@ -365,6 +365,7 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
             when: done.get("no_answer", {}) for when, done in components.source.boundary_evaluations().items()
         },
         "floor": components.source.sequential_baseline(),
+        "shortcuts": components.source.shortcuts(),
         "stages": components.source.finished,
         "exams": components.source.evaluations,
         "rows": {name: source.summary() for name, source in components.source.sources.items()},

@@ -175,6 +175,9 @@ def evaluate(
         list[str] | None, typer.Option("--stop", help="String that ends a response; repeatable; default: the run's")
     ] = None,
     sampler: Annotated[str, typer.Option("--sampler", help="builtin or vllm")] = "builtin",
+    split: Annotated[
+        str | None, typer.Option("--split", help="Of generated questions: dev or test; default: the run's, or dev")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write every response here, JSON Lines")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")] = False,
 ) -> None:
@@ -190,6 +193,7 @@ def evaluate(
         temperature=temperature,
         stop=tuple(stop or ()),
         sampler=sampler,
+        split=split,
         out=out,
     )
     evaluate(targets, options, console, as_json=as_json)
@@ -272,9 +276,19 @@ def make_data(
     representation: Annotated[
         list[str] | None, typer.Option("--representation", help="Repeatable; default: all")
     ] = None,
-    prompts: Annotated[int, typer.Option("--prompts", help="Tasks per representation")] = 10,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the generator")] = 0,
-    split: Annotated[str, typer.Option("--split", help="train or eval; no procedure is in both")] = "train",
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Write what this recipe asks, in place of --seed and --set")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--data", help="Of a recipe: one [data.NAME]")] = None,
+    prompts: Annotated[
+        int | None, typer.Option("--prompts", help="Tasks per representation; default: the recipe's, or 10")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the generator; default: the recipe's, or 0")
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="train, dev or test; no procedure is in two; eval is dev")
+    ] = "train",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Difficulty as key=value, for example max_steps=8; repeatable")
     ] = None,
@@ -282,9 +296,18 @@ def make_data(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file")] = False,
 ) -> None:
     """Generate async-planning tasks as JSON Lines. For a recipe of kind "jsonl" write one file per representation."""
-    from isomorph.curriculum.commands.data import make
+    from isomorph.curriculum.commands.data import PROMPTS, make, make_of_recipe
 
-    make(representation or [], prompts, settings or [], out, seed=seed, split=split, force=force)
+    asked = representation or []
+    if recipe is not None:
+        if settings or seed is not None:
+            raise UserError("--recipe says how its tasks are drawn: remove --set and --seed")
+        make_of_recipe(recipe, name, asked, prompts, out, split=split, force=force)
+        return
+    if name is not None:
+        raise UserError("--data selects one of a recipe's [data.NAME]: name the recipe by --recipe")
+    num = PROMPTS if prompts is None else prompts
+    make(asked, num, settings or [], out, seed=seed or 0, split=split, force=force)
 
 
 @data.command("inspect")

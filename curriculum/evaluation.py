@@ -17,6 +17,7 @@ from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.rewards.pool import answer_found
 from isomorph.curriculum.rows.spec import ROWS
 from isomorph.curriculum.sources import Source, as_prompt
+from isomorph.curriculum.tasks.facts import item_record, rates_of
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.policy import Policy
@@ -37,7 +38,7 @@ def evaluation_tasks(
     most = num_prompts or one.prompts
     data = recipe.data[one.data]
     if isinstance(data, GeneratedData):
-        return data.tasks(representation, most, seed=recipe.eval.seed, split="eval")
+        return data.tasks(representation, most, seed=recipe.eval.seed, split=recipe.eval.split)
     return sources[one.data].held_out_tasks(representation, most)
 
 
@@ -90,6 +91,7 @@ class ModelScore:
     greedy: Answers
     sampled: Answers | None
     baseline: float | None  # accuracy of the sequential baseline; None where it is not known
+    shortcuts: dict[str, float]  # shortcut -> its accuracy; {} where the questions are not generated
     warning: str  # with an example, where none of the greedy responses states an answer; else ""
     stopped: float  # share of all responses that ended before the length limit
     num_tok: int  # of all responses
@@ -106,6 +108,7 @@ class ModelScore:
             "reward": self.result.reward,
             **{name: mean.to_dict() for name, mean in means.items()},
             "floor": self.baseline,
+            "shortcuts": self.shortcuts,
             "no_answer": self.result.no_answer,
             "stopped": self.stopped,
             "tokens": self.num_tok,
@@ -126,9 +129,13 @@ class ModelScore:
                     "sample": None if is_greedy else i % size,
                     "prompt": task.question if task.messages is None else list(task.messages),
                     "text": answers.texts[i],
-                    "gold": task.answer,
                     "reward": None if math.isnan(reward) else reward,
-                    "correct": answers.correct[i],
+                    **item_record(
+                        task,
+                        answers.texts[i],
+                        is_correct=answers.correct[i],
+                        has_answer=None if answers.found is None else answers.found[i],
+                    ),
                 }
 
 
@@ -169,6 +176,7 @@ def evaluate_tasks(
         greedy=greedy,
         sampled=sampled,
         baseline=sequential_baseline(tasks),
+        shortcuts=rates_of(tasks),
         warning=warning_of_no_answer(asked.key, greedy.found, greedy.texts, 1 - stopped),
         stopped=stopped,
         num_tok=sum(rollout.num_model_tok for rollout in rollouts),

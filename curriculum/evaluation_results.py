@@ -1,13 +1,15 @@
 """What an evaluation found, by what results are listed under: accuracy, mean reward, avg@k and pass@k."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from isomorph.curriculum.evaluation_spec import EvalSet
 from isomorph.curriculum.study.statistics import Accuracy, Mean, pass_at
-from isomorph.engine.types import Answers
+from isomorph.curriculum.tasks.facts import item_record
+from isomorph.curriculum.tasks.task import Task
+from isomorph.engine.types import Answers, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,20 @@ def row_values(
         if key in results:
             values |= {f"exam/{one.name}/{form}/{what}": value for what, value in results[key].values().items()}
     return values
+
+
+def best_shortcut(rates: Mapping[str, float]) -> str:
+    """`` (shortcut 31.0%)``, to stand beside an accuracy; "" where none is known."""
+    return f" (shortcut {max(rates.values()):.1%})" if rates else ""
+
+
+def item_rows(prompts: Sequence[Prompt], greedy: Answers) -> Iterator[dict[str, Any]]:
+    """Of each question what ``item_record`` keeps, and ``set``: what its result is listed under."""
+    for i, prompt in enumerate(prompts):
+        task: Task = prompt.payload
+        has_answer = None if greedy.found is None else greedy.found[i]
+        record = item_record(task, greedy.texts[i], is_correct=greedy.correct[i], has_answer=has_answer)
+        yield {"set": prompt.representation, **record}
 
 
 def results_record(results: Mapping[str, Result]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Schema of [eval]: what is evaluated on, how often, and by which set the best model is kept."""
 
 import re
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +39,9 @@ class EvalConfig(Section):
     sets: tuple[EvalSet, ...] = ()
     max_new_tok: int = Field(72, ge=1)
     seed: int = 999  # of generated questions, and of the samples
+    # of generated questions: "dev" while a recipe is worked on, "test" for what is claimed; they share no procedure,
+    # and half of the test exam's wordings occur nowhere else
+    split: Literal["dev", "test"] = "dev"
     every: int = Field(0, ge=0)  # steps of the run, of all stages; 0: at the boundaries only
     samples: int = Field(0, ge=0)  # further responses to each question, for avg@k and pass@k; 0: greedy only
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)  # of these

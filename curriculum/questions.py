@@ -23,6 +23,7 @@ from isomorph.curriculum.rewards.table_judge import TableJudge, rewarded_sources
 from isomorph.curriculum.sources import Source, open_sources
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
+from isomorph.curriculum.tasks.task import Split
 from isomorph.engine.config import UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.types import Dialogue, Judge
@@ -48,18 +49,21 @@ def open_exam(
     *,
     prompts: int | None,
     max_new_tok: int,
+    split: Split = "dev",
     say: Callable[[str], None],
 ) -> Iterator[Exam]:
     """Tells ``policy`` the chat formats of its questions. Closes reward functions and environments at the end.
 
-    ``prompts``: per representation; None: what the recipe says, or PROMPTS. Rows that are too long for ``policy`` in
+    ``prompts``: per representation; None: what the recipe says, or PROMPTS. ``split``: of generated questions that are
+    not the recipe's. Rows that are too long for ``policy`` in
     the recipe are left out. Raises UserError and DataError.
     """
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(RewardPool())
         if recipe is None:
-            asked = [_of_family(text, None, prompts) for text in wanted]
-            yield Exam(asked=asked or [_drawn(name, prompts) for name in REPRESENTATIONS], judge=pool, dialogue=None)
+            asked = [_of_family(text, None, prompts, split) for text in wanted]
+            asked = asked or [_drawn(name, prompts, split) for name in REPRESENTATIONS]
+            yield Exam(asked=asked, judge=pool, dialogue=None)
             return
         environments = stack.enter_context(Environments(recipe, say=say))
         environments.load(policy.text)
@@ -70,7 +74,7 @@ def open_exam(
         judge = TableJudge(rewarded, pool, say=say, seed=recipe.run.seed, max_new_tok=lambda prompt: max_new_tok)
         stack.enter_context(judge)
         judge.start()
-        asked = [_begun(one, environments) for one in _of_recipe(known, wanted)]
+        asked = [_begun(one, environments) for one in _of_recipe(known, wanted, split)]
         yield Exam(asked=asked, judge=judge, dialogue=environments.dialogue())
 
 
@@ -83,7 +87,7 @@ def _begun(asked: Asked, environments: Environments) -> Asked:
     return dataclasses.replace(asked, tasks=tasks)
 
 
-def _of_recipe(known: "_RecipeQuestions", wanted: Sequence[str]) -> list[Asked]:
+def _of_recipe(known: "_RecipeQuestions", wanted: Sequence[str], split: Split) -> list[Asked]:
     if not wanted:
         keys = evaluation_keys(known.recipe, known.sources)
         return [known.asked(key, one, form) for key, (one, form) in keys.items()]
@@ -94,7 +98,7 @@ def _of_recipe(known: "_RecipeQuestions", wanted: Sequence[str]) -> list[Asked]:
         if name in sets:
             found += known.of_set(sets[name], form)
         else:
-            found.append(_of_family(text, known, known.prompts))
+            found.append(_of_family(text, known, known.prompts, split))
     return found
 
 
@@ -154,7 +158,7 @@ def _parse_family(text: str, sets: Sequence[str]) -> tuple[str, str, Path | None
     return family, representation, Path(file).expanduser() if file else None
 
 
-def _of_family(text: str, known: _RecipeQuestions | None, prompts: int | None) -> Asked:
+def _of_family(text: str, known: _RecipeQuestions | None, prompts: int | None, split: Split) -> Asked:
     family, representation, file = _parse_family(text, ())
     if file is not None:
         tasks = read_rows(file, family, representation)[: prompts or PROMPTS]
@@ -166,9 +170,9 @@ def _of_family(text: str, known: _RecipeQuestions | None, prompts: int | None) -
         raise UserError(f"--data {text}: only {ASYNC_PLAN.name} tasks can be generated; name a file: {text}=FILE")
     if representation not in REPRESENTATIONS:
         raise UserError(f"--data {text}: the representation must be one of {', '.join(REPRESENTATIONS)}")
-    return _drawn(representation, prompts)
+    return _drawn(representation, prompts, split)
 
 
-def _drawn(representation: str, prompts: int | None) -> Asked:
-    tasks = draw_tasks(Difficulty(), representation, prompts or PROMPTS, seed=SEED, split="eval")
+def _drawn(representation: str, prompts: int | None, split: Split) -> Asked:
+    tasks = draw_tasks(Difficulty(), representation, prompts or PROMPTS, seed=SEED, split=split)
     return Asked(key=f"{ASYNC_PLAN.name}:{representation}", tasks=tuple(tasks))

@@ -165,6 +165,8 @@ class Recipe(EngineConfig):
             keys[("eval", "seed")] = (
                 "its questions are not generated; data.NAME.split_seed chooses the held-out ones of files"
             )
+        if not is_drawn:
+            keys[("eval", "split")] = "its questions are not generated"
         if self.model.tiny is not None and all(isinstance(data, GeneratedData) for data in self.data.values()):
             keys[("model", "tiny", "max_words")] = "the words of generated tasks are a closed set"
         supervised = {part.data for stage in self.stage if stage.has_demonstrations for part in stage.mixture}

@@ -13,7 +13,14 @@ from typing import Any, get_args
 
 from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.evaluation import evaluation_keys, evaluation_tasks, sequential_baseline
-from isomorph.curriculum.evaluation_results import results_by_key, results_record, row_keys, row_values
+from isomorph.curriculum.evaluation_results import (
+    best_shortcut,
+    item_rows,
+    results_by_key,
+    results_record,
+    row_keys,
+    row_values,
+)
 from isomorph.curriculum.evaluation_spec import START, label_of, place_of
 from isomorph.curriculum.exits import Moments, StepOutcome, has_levelled_off, has_mastered
 from isomorph.curriculum.lengths import LengthLimits
@@ -22,6 +29,7 @@ from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.sources import as_prompt, open_sources
 from isomorph.curriculum.stage_spec import Ingredient, StageRecipe
 from isomorph.curriculum.star import StarRounds
+from isomorph.curriculum.tasks.facts import rates_of
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
@@ -80,6 +88,7 @@ class Curriculum:
         self._evaluation_prompts: tuple[Prompt, ...] | None = None
         self._baseline: dict[str, float | None] | None = None
         self._begin_stage()
+        self._shortcuts: dict[str, dict[str, float]] | None = None
         if limits is not None:
             limits.refuse_generated()
             limits.refuse_evaluation([task for _, task in self._evaluation_tasks()])
@@ -207,15 +216,17 @@ class Curriculum:
                 **results_record(results),
                 "sets": {name: result.accuracy.to_dict() for name, result in of_sets.items()},
                 "floor": self.sequential_baseline(),
+                "shortcuts": self.shortcuts(),
             }
         )
         best_by = self.recipe.eval.keep_best
         return EvaluationRecord(
             line=f"eval after {place_of(request.label)}: "
-            + "  ".join(f"{key} {result}" for key, result in results.items()),
+            + "  ".join(f"{key} {result}{best_shortcut(self.shortcuts()[key])}" for key, result in results.items()),
             values=row_values(self._evaluation_keys, results, of_sets),
             best_by=best_by or "",
             score=of_sets[best_by].accuracy.rate if best_by else math.nan,
+            items=tuple(item_rows(request.prompts, greedy)),
         )
 
     def evaluation_row_keys(self) -> tuple[str, ...]:
@@ -231,6 +242,16 @@ class Curriculum:
                 for key in self._evaluation_keys
             }
         return dict(self._baseline)
+
+    def shortcuts(self) -> dict[str, dict[str, float]]:
+        """By what results are listed under: shortcut -> share of the questions that it answers; {} of other data."""
+        if self._shortcuts is None:
+            asked = self._prompts_of_evaluation()
+            self._shortcuts = {
+                key: rates_of([prompt.payload for prompt in asked if prompt.representation == key])
+                for key in self._evaluation_keys
+            }
+        return dict(self._shortcuts)
 
     def accuracy(self) -> dict[str, dict[str, Any]]:
         """Results by representation, of ``boundary_evaluations``."""

@@ -287,6 +287,7 @@ def evaluate(components: Components, state: RunState, request: EvaluationRequest
     if sampled is not None:
         rows += evaluation_rows(request.prompts, sampled, decode, is_greedy=False)
     log.write_completions(f"exam-{request.label}", rows)
+    log.write_items(request.label, record.items)
     log.write_evaluation(state.step, record.values)
     return record
 

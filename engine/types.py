@@ -438,6 +438,7 @@ class EvaluationRecord:
     values: dict[str, float | None]  # for the row of its step, and for the sinks; None: not measured
     best_by: str = ""  # what ``score`` is of; "": no best model is kept
     score: float = math.nan  # a higher one than all before makes this model the best so far
+    items: tuple[dict[str, Any], ...] = ()  # JSON-able: a row for each question's greedy response
 
 
 class Judge(Protocol):

@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import math
-import random
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from isomorph.curriculum.recipe import GeneratedData, Recipe
-from isomorph.curriculum.tasks.procedure import draw
-from isomorph.curriculum.tasks.shortcuts import shortcut_rates
+from isomorph.curriculum.tasks.facts import rates_of
 from isomorph.engine.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +68,7 @@ def floors() -> dict[str, float]:
     (asked,) = recipe.eval.all_sets
     data = recipe.data[asked.data]
     assert isinstance(data, GeneratedData)
-    rngs = (random.Random(f"{recipe.eval.seed}:{i}") for i in range(asked.prompts))
-    return shortcut_rates(draw(rng, data.difficulty, split="eval") for rng in rngs)
+    return rates_of(data.tasks("graph", asked.prompts, seed=recipe.eval.seed, split=recipe.eval.split))
 
 
 def section(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""``isomorph data``: generates tasks as JSON Lines; checks such files."""
+"""``isomorph data``: generates tasks as JSON Lines, by a difficulty or a recipe; checks such files."""
 
 import json
 import os
@@ -14,14 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from isomorph.curriculum.judge import judge
+from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.rewards.families import FAMILIES
 from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import has_solver, read_rows
 from isomorph.curriculum.tasks.task import Split, Task
 from isomorph.engine.config import Section, UserError
 from isomorph.engine.foreign import printable
-from isomorph.engine.recipe_file import check_tables, toml_value
+from isomorph.engine.recipe_file import check_tables, load_recipe, toml_value
 
+PROMPTS = 10
 NUM_SAMPLES = 3
 MAX_LISTED = 10
 
@@ -39,6 +41,41 @@ def make(
     """Writes generated tasks to ``out`` or the standard output. Raises UserError and DataError."""
     rows = make_rows(representations, num_tasks, parse_difficulty(settings), seed=seed, split=split)
     write_rows(rows, out, force=force)
+
+
+def make_of_recipe(
+    file: Path,
+    name: str | None,
+    representations: Sequence[str],
+    num_tasks: int | None,
+    out: Path | None,
+    *,
+    split: str,
+    force: bool,
+) -> None:
+    """Writes what a recipe asks: of ``train`` the tasks that its stages draw, else those of an exam of its [eval].
+
+    ``name``: of the [data.NAME]; None: the one that is generated. ``num_tasks``: None: as many as [eval] asks. Raises
+    UserError and DataError.
+    """
+    recipe = load_recipe(file, [], Recipe)
+    data = _generated(recipe, name, file)
+    part = _checked_split(split)
+    most = num_tasks or next((one.prompts for one in recipe.eval.all_sets if recipe.data[one.data] is data), PROMPTS)
+    seed = recipe.run.seed if part == "train" else recipe.eval.seed
+    write_rows(make_rows(representations, most, data.difficulty, seed=seed, split=part), out, force=force)
+
+
+def _generated(recipe: Recipe, name: str | None, file: Path) -> GeneratedData:
+    known = {key: data for key, data in recipe.data.items() if isinstance(data, GeneratedData)}
+    if name is None and len(known) != 1:
+        raise UserError(
+            f"{file} has {len(known)} generated [data.NAME]: name one by --data ({', '.join(known) or '-'})"
+        )
+    chosen = next(iter(known)) if name is None else name
+    if chosen not in known:
+        raise UserError(f"{file}: --data must be one of {', '.join(known) or 'none'}, got {name!r}")
+    return known[chosen]
 
 
 def inspect(file: Path, family: str, representation: str, console: Console) -> None:
@@ -82,11 +119,11 @@ def make_rows(
 
 
 def _checked_split(split: str) -> Split:
-    if split == "train":
-        return "train"
-    if split == "eval":
-        return "eval"
-    raise UserError(f"--split must be train or eval, got {split!r}")
+    splits: tuple[Split, ...] = ("train", "dev", "test", "eval")
+    for known in splits:
+        if split == known:
+            return known
+    raise UserError(f"--split must be train, dev or test, got {split!r}")
 
 
 def _row(task: Task) -> str:

@@ -16,10 +16,11 @@ from isomorph.curriculum.candidates import Candidate, find_candidate
 from isomorph.curriculum.commands.evaluate_tables import show_comparison, show_scores
 from isomorph.curriculum.environment import check_backends
 from isomorph.curriculum.evaluation import Asked, ModelScore, evaluate_tasks, refuse_long
+from isomorph.curriculum.evaluation_results import best_shortcut
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.lengths import at_most_in_prompt
 from isomorph.curriculum.questions import SEED, check_wanted, open_exam
-from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.study.statistics import mcnemar, paired_difference
 from isomorph.engine.config import SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
@@ -47,6 +48,7 @@ class Options:
     stop: tuple[str, ...] = ()  # strings that end a response
     sampler: str = "builtin"
     out: Path | None = None  # file for every response
+    split: str | None = None  # of generated questions: "dev" or "test"
 
     def check(self) -> None:
         """Raises UserError, before minutes are spent on loading a model."""
@@ -57,6 +59,8 @@ class Options:
             raise UserError(f"--samples must not be negative, got {self.samples}")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"--temperature must be positive, got {self.temperature}")
+        if self.split not in (None, "dev", "test"):
+            raise UserError(f"--split must be dev or test, got {self.split!r}")
         if self.sampler not in SAMPLERS:
             raise UserError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
 
@@ -98,6 +102,8 @@ def evaluate_targets(targets: Sequence[str], options: Options, *, say: Say) -> d
     recipe = next((one.recipe for one in candidates if one.recipe is not None), None)
     if options.recipe is not None:
         recipe = located(load_recipe(options.recipe, [], Recipe))
+    if options.split is not None and recipe is not None:
+        recipe = _with_split(recipe, options.split)
     for text in options.wanted:
         check_wanted(text, recipe)
     asked: list[Asked] = []
@@ -115,6 +121,14 @@ def evaluate_targets(targets: Sequence[str], options: Options, *, say: Say) -> d
             gc.collect()  # before the next model is loaded
     pairs = zip(targets[1:], scores[1:], strict=True)
     return {"models": models, "comparisons": [_compared(targets[0], scores[0], *pair) for pair in pairs]}
+
+
+def _with_split(recipe: Recipe, split: str) -> Recipe:
+    """Raises UserError where none of the recipe's questions are generated."""
+    if not any(isinstance(recipe.data[one.data], GeneratedData) for one in recipe.eval.all_sets):
+        raise UserError("--split chooses generated questions, and the recipe's [eval] has none: leave it out")
+    changed = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"split": split})})
+    return changed
 
 
 def _opened(candidate: Candidate, say: Say) -> Policy:
@@ -150,7 +164,15 @@ def _evaluated(
     check_stop_strings(greedy.stop, policy.text)
     most = greedy.max_new_tok
     scores: list[ModelScore] = []
-    with open_exam(policy, recipe, options.wanted, prompts=options.prompts, max_new_tok=most, say=say) as exam:
+    with open_exam(
+        policy,
+        recipe,
+        options.wanted,
+        prompts=options.prompts,
+        max_new_tok=most,
+        split="test" if options.split == "test" else "dev",
+        say=say,
+    ) as exam:
         for one in asked or exam.asked:
             refuse_long(policy, one, most)
         with _open_sampler(policy, asked or exam.asked, most, recipe, options) as sampler:
@@ -160,7 +182,7 @@ def _evaluated(
                     policy, sampler, exam.judge, one, samplings, exam.dialogue, num_before=num_before
                 )
                 scores.append(score)
-                say(f"{one.key} {scores[-1].result}")
+                say(f"{one.key} {scores[-1].result}{best_shortcut(scores[-1].shortcuts)}")
                 if scores[-1].warning:
                     say(scores[-1].warning)
     described = {

@@ -16,7 +16,7 @@ def show_scores(result: dict[str, Any], console: Console) -> None:
     means = _means(scores[0])
     has_rewards = _has_rewards(scores)
     columns = ["data", "accuracy", "95 % interval", *(["reward"] if has_rewards else []), *means]
-    for column in (*columns, "sequential baseline", "no answer", "questions", "ended"):
+    for column in (*columns, "sequential baseline", "best shortcut", "no answer", "questions", "ended"):
         table.add_column(column, justify="left" if column == "data" else "right")
     for score in scores:
         table.add_row(
@@ -25,6 +25,7 @@ def show_scores(result: dict[str, Any], console: Console) -> None:
             *([_known(score["reward"], ".3f")] if has_rewards else []),
             *(_interval(score[name]) for name in means),
             _known(score["floor"], ".1%"),
+            _known(max(score["shortcuts"].values(), default=None), ".1%"),
             _known(score["no_answer"], ".1%"),
             str(score["n"]),
             f"{score['stopped']:.0%}",
@@ -32,8 +33,8 @@ def show_scores(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     num_tok, seconds = (sum(score[key] for score in scores) for key in ("tokens", "generate_s"))
     console.print(
-        "sequential baseline: accuracy of answering with the sum of all durations; ended: share of responses that "
-        "ended before the length limit",
+        "sequential baseline: accuracy of answering with the sum of all durations; best shortcut: of the best answer "
+        "that does not plan; ended: share of responses that ended before the length limit",
         highlight=False,
     )
     console.print(f"{num_tok} tokens in {seconds:.1f} s: {num_tok / seconds:.0f} tokens/s", highlight=False)

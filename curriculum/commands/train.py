@@ -22,6 +22,7 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
 from isomorph.curriculum.report.run_record import read_run, read_run_json
 from isomorph.curriculum.resume import Changes, resumed_recipe
+from isomorph.curriculum.tasks.shortcuts import best_of
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.launch import open_ranks
@@ -207,7 +208,10 @@ def _print_summary(summary: dict[str, Any], out: Console) -> None:
     before = summary["accuracy"].get("before", {})
     no_answer = summary["no_answer"].get("after", {})
     baselines = {name: value for name, value in summary["floor"].items() if name in after and value is not None}
-    some = {"sequential baseline": baselines, "no answer": no_answer}  # columns that not all data have
+    solved = {name: rates for name, rates in summary.get("shortcuts", {}).items() if rates}
+    shortcuts = {name: max(rates.values()) for name, rates in solved.items() if name in after}
+    # columns that not all data have
+    some = {"sequential baseline": baselines, "best shortcut": shortcuts, "no answer": no_answer}
     extra = {column: found for column, found in some.items() if found}
     table = Table(title=f"{summary['steps']} steps in {summary['wall_s']:.0f} s", title_justify="left")
     for column in ("accuracy", "before", "after", "95 % interval", *extra):
@@ -223,6 +227,13 @@ def _print_summary(summary: dict[str, Any], out: Console) -> None:
     out.print(table)
     if baselines:
         out.print("sequential baseline: accuracy of answering with the sum of all durations", highlight=False)
+    for best in dict.fromkeys(_named_shortcut(rates) for rates in solved.values()):
+        out.print(f"best shortcut, which does not plan: {best}", highlight=False)
+
+
+def _named_shortcut(rates: dict[str, float]) -> str:
+    name = best_of(rates)
+    return f"{name}, {rates[name]:.1%}"
 
 
 def _print_phases(folder: Path, out: Console) -> None:

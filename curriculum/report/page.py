@@ -1,7 +1,7 @@
 """The report: one self-contained HTML page and its figures as PNG files, of one run or comparing several."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -204,15 +204,35 @@ def _accuracy_table(record: RunRecord) -> str:
     if before is None and latest is None:
         return document.note("There has been no evaluation yet.")
     names = list(dict.fromkeys(name for done in (before, latest) if done for name in done.accuracy))
-    rows = [_accuracy_row(name, before, latest, record.baseline.get(name)) for name in names]
+    rows = [
+        _accuracy_row(name, before, latest, record.baseline.get(name), record.shortcuts.get(name, {})) for name in names
+    ]
     after = "after" if record.is_done else "so far"
     columns = [_column("before", before), _column(after, latest)]
-    head = ["representation", *columns, "change", "sequential baseline", "no answer", "questions"]
+    head = ["representation", *columns, "change", "sequential baseline", "best shortcut", "no answer", "questions"]
     note = (
         "Intervals are 95 % (Wilson). Sequential baseline: accuracy of answering with the sum of all durations. "
+        "Best shortcut: accuracy of the best answer that does not plan. "
         "No answer: share of responses of the latest evaluation that state none; they count as wrong."
     )
-    return document.table(head, rows) + document.note(note) + _best(record) + _sampled_table(record)
+    return (
+        document.table(head, rows)
+        + document.note(note)
+        + _shortcut_table(record)
+        + _best(record)
+        + _sampled_table(record)
+    )
+
+
+def _shortcut_table(record: RunRecord) -> str:
+    """What each shortcut reaches on the evaluation's questions; "" where they are not known."""
+    known = {name: rates for name, rates in record.shortcuts.items() if rates}
+    if not known:
+        return ""
+    names = list(dict.fromkeys(name for rates in known.values() for name in rates))
+    rows = [[name.replace("_", " "), *(f"{rates[name]:.1%}" for rates in known.values())] for name in names]
+    note = "Accuracy of answers that do not take the longest path: a model below the best of them may not plan."
+    return "<h4>Shortcuts</h4>" + document.table(["shortcut", *known], rows) + document.note(note)
 
 
 def _best(record: RunRecord) -> str:
@@ -241,7 +261,11 @@ def _column(title: str, done: EvaluationResult | None) -> str:
 
 
 def _accuracy_row(
-    name: str, before: EvaluationResult | None, latest: EvaluationResult | None, baseline: float | None
+    name: str,
+    before: EvaluationResult | None,
+    latest: EvaluationResult | None,
+    baseline: float | None,
+    shortcuts: Mapping[str, float],
 ) -> list[str]:
     first = before.accuracy.get(name) if before else None
     last = latest.accuracy.get(name) if latest else None
@@ -255,6 +279,7 @@ def _accuracy_row(
         _accuracy(last),
         change,
         "-" if baseline is None else f"{baseline:.1%}",
+        f"{max(shortcuts.values()):.1%}" if shortcuts else "-",
         f"{missing[name]:.1%}" if name in missing else "-",
         "-" if known is None else str(known.n),
     ]

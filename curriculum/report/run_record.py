@@ -52,6 +52,7 @@ class RunRecord:
     spans: tuple[Span, ...]  # in order; only stages that have rows
     evaluations: tuple[EvaluationResult, ...]  # in order
     baseline: dict[str, float | None]  # accuracy of the sequential baseline; {} where it is not known yet
+    shortcuts: dict[str, dict[str, float]]  # shortcut -> its accuracy, of each representation; {} in older runs
     summary: dict[str, Any] | None  # None: the run has not ended
     notes: tuple[str, ...]  # what could not be read, in sentences
 
@@ -106,7 +107,8 @@ def read_run(folder: Path) -> RunRecord:
         rows=rows,
         spans=spans,
         evaluations=evaluations,
-        baseline=_baseline(folder, summary),
+        baseline=_of_evaluation(folder, summary, "floor"),
+        shortcuts=_of_evaluation(folder, summary, "shortcuts"),
         summary=summary,
         notes=(*notes, *further_notes),
     )
@@ -252,16 +254,16 @@ def _without_answer(answers: Sequence[Row]) -> dict[str, float]:
     return {name: 1 - sum(got) / len(got) for name, got in found.items()}
 
 
-def _baseline(folder: Path, summary: dict[str, Any] | None) -> dict[str, float | None]:
-    """From the summary, or else from the newest checkpoint's last evaluation."""
-    if summary is not None and "floor" in summary:
-        return dict(summary["floor"])
+def _of_evaluation(folder: Path, summary: dict[str, Any] | None, key: str) -> dict[str, Any]:
+    """``key`` of the summary, or else of the newest checkpoint's last evaluation; {} where neither has it."""
+    if summary is not None and key in summary:
+        return dict(summary[key])
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         return {}
     state = _json_object(newest / "state.json", f"{newest} must be a readable checkpoint")
     done = state.get("source", {}).get("exams", [])
-    return dict(done[-1]["floor"]) if done else {}
+    return dict(done[-1].get(key, {})) if done else {}
 
 
 def _json_object(file: Path, must: str) -> dict[str, Any]:

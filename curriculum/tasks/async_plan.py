@@ -1,17 +1,21 @@
 """Generated async-planning tasks: how long a procedure takes whose steps may overlap, the longest path of a DAG."""
 
+import functools
 import random
 import re
+from typing import Any
 
 from isomorph.curriculum.rewards.families import ASYNC_PLAN
 from isomorph.curriculum.tasks import wording
+from isomorph.curriculum.tasks.draw import draw, part_of
+from isomorph.curriculum.tasks.facts import facts_of
 from isomorph.curriculum.tasks.longest_path import (
     Working,
     finish_times,
     with_unit,
     worked_solution,
 )
-from isomorph.curriculum.tasks.procedure import SECONDS, Difficulty, Procedure, draw
+from isomorph.curriculum.tasks.procedure import SECONDS, Difficulty, Part, Procedure
 from isomorph.curriculum.tasks.render import (
     HELD_OUT,
     REPRESENTATIONS,
@@ -41,6 +45,8 @@ __all__ = [
 ]
 
 MAX_NUMBERS = 100_000
+KEPT_SHARE = 0.5  # of the test exam's questions whose wordings are used nowhere else
+MOST_REPEATS = 300  # draws of procedures that the exam has already, for one question
 TOKEN = re.compile(r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
 
 
@@ -72,7 +78,20 @@ def make_task(
     if not 0 <= sequential_rate <= 1:
         raise ValueError(f"sequential_rate must be in 0..1, got {sequential_rate}")
     procedure = draw(rng, difficulty, split=split)
-    question = render(procedure, representation, rng, difficulty)
+    return _task(rng, procedure, difficulty, representation, split=split, sequential_rate=sequential_rate)
+
+
+def _task(
+    rng: random.Random,
+    procedure: Procedure,
+    difficulty: Difficulty,
+    representation: str,
+    *,
+    split: Split,
+    sequential_rate: float,
+) -> Task:
+    is_kept = split == "test" and rng.random() < KEPT_SHARE
+    question = render(procedure, representation, rng, difficulty, is_kept=is_kept)
     is_sequential = rng.random() < sequential_rate
     return Task(
         family=ASYNC_PLAN.name,
@@ -83,13 +102,46 @@ def make_task(
         sequential_answer=sequential_sum(procedure),
         key=procedure.key,
         difficulty=difficulty.model_dump(mode="json"),
+        row={**facts_of(procedure), "wording": "kept" if is_kept else "trained"},
     )
 
 
 def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
-    """``num_tasks`` tasks; task i is the same procedure in every representation."""
-    rngs = (random.Random(f"{seed}:{i}") for i in range(num_tasks))
-    return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
+    """``num_tasks`` tasks; task i is the same procedure in every representation.
+
+    In an exam ("dev" or "test") no two tasks are of one procedure. Raises DataError where there are too few.
+    """
+    if part_of(split) == "train":
+        rngs = (random.Random(f"{seed}:{i}") for i in range(num_tasks))
+        return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
+    tasks = []
+    for procedure, state in _exam(difficulty, num_tasks, seed, part_of(split)):
+        rng = random.Random()
+        rng.setstate(state)
+        tasks.append(_task(rng, procedure, difficulty, representation, split=split, sequential_rate=0.0))
+    return tasks
+
+
+@functools.lru_cache(maxsize=8)
+def _exam(difficulty: Difficulty, num_tasks: int, seed: int, part: Part) -> list[tuple[Procedure, Any]]:
+    """Different procedures, each with the state of the generator that its wording is drawn by."""
+    prefix = "" if part == "dev" else "test:"  # other seeds
+    found: list[tuple[Procedure, Any]] = []
+    seen: set[str] = set()
+    for i in range(num_tasks):
+        for attempt in range(MOST_REPEATS):
+            rng = random.Random(f"{prefix}{seed}:{i}" + (f":{attempt}" if attempt else ""))
+            procedure = draw(rng, difficulty, split=part)
+            if procedure.key not in seen:
+                break
+        else:
+            raise DataError(
+                f"the {part} exam has hardly more than {len(found)} different procedures, {num_tasks} are asked for: "
+                "ask for fewer, or raise max_steps or max_duration"
+            )
+        seen.add(procedure.key)
+        found.append((procedure, rng.getstate()))
+    return found
 
 
 def demonstration(procedure: Procedure, representation: str, difficulty: Difficulty, *, sequential: bool) -> str:

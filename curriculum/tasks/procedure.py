@@ -1,18 +1,21 @@
 """Procedures to plan: named activities with durations and a partial order, generated from a seed.
 
 All representations of a task describe one procedure. Its key does not depend on how steps are numbered, worded or
-measured, and decides which split it belongs to.
+measured; its key, or that of its structure alone, decides which split it belongs to.
 """
 
+import functools
+import hashlib
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isomorph.curriculum.tasks.canonical import canonical_key
-from isomorph.curriculum.tasks.longest_path import Style, finish_times
-from isomorph.curriculum.tasks.task import DataError, Split
+from isomorph.curriculum.tasks.longest_path import Style, finish_times, topological_order
+from isomorph.curriculum.tasks.shortcuts import StepGraph
 from isomorph.curriculum.tasks.wording import MAX_STEPS, SCENARIOS, TERSE_ACTIVITIES
 
 # Weeks at most: months and years have no fixed length, so answers would not be exact.
@@ -20,8 +23,10 @@ Unit = Literal["sec", "min", "hour", "day", "week"]
 UNITS: tuple[str, ...] = get_args(Unit)  # ascending
 SECONDS: dict[str, int] = {"sec": 1, "min": 60, "hour": 3_600, "day": 86_400, "week": 604_800}
 
-EVAL_SHARE = 8  # one procedure in eight belongs to the evaluation split
-MAX_DRAWS = 10_000
+Part = Literal["train", "dev", "test"]
+# chosen among 3,000 so that both exams get an even share of the structures of 3 to 6 steps, frequent ones included
+STRUCTURE_SALT = 287
+EXAM_SHARE = 8  # of so many procedures one belongs to the development exam, another to the test exam
 
 
 class Difficulty(BaseModel):
@@ -41,6 +46,10 @@ class Difficulty(BaseModel):
     max_duration: int = Field(9, ge=1, le=10_000)
     units: tuple[Unit, ...] = ("min",)  # one is sampled for each step; with several, answering needs conversion
     shuffled: bool = False  # number the steps at random instead of in a topological order
+    hard_share: float = Field(0.0, ge=0, le=1)  # of procedures that no shortcut solves; the others are as they come
+    # what training and the exams do not share: whole procedures, or structures, which are procedures whatever their
+    # durations, so that no procedure of an exam differs from one of training in its durations only
+    split_by: Literal["procedure", "structure"] = "procedure"
     form: Literal["full", "terse"] = "full"  # terse: short prompts from a small vocabulary, for tiny models
     templates: int = Field(4, ge=1, le=4)  # number of wordings per kind of sentence
     demonstration: Style = "sentences"
@@ -88,12 +97,12 @@ class Procedure:
     @property
     def unit(self) -> str:
         """The smallest unit of the durations; every finish time is a whole number of it."""
-        return min((d.unit for d in self.durations), key=SECONDS.__getitem__)
+        return smallest_unit(self.durations)
 
     @property
     def amounts(self) -> list[int]:
         """The durations in ``unit``."""
-        return [d.seconds // SECONDS[self.unit] for d in self.durations]
+        return amounts_of(self.durations)
 
     @property
     def successors(self) -> list[list[int]]:
@@ -108,40 +117,60 @@ class Procedure:
         return max(sum(s <= t < f for s, f in zip(start, finish, strict=True)) for t in start)
 
     @property
+    def graph(self) -> StepGraph:
+        """What shortcuts see of it."""
+        return StepGraph.of(self.amounts, self.predecessors)
+
+    @property
     def key(self) -> str:
         """The same for procedures that differ only in numbering, units and redundant edges."""
         return canonical_key([d.seconds for d in self.durations], self.predecessors)
 
     @property
-    def split(self) -> Split:
-        return "eval" if int(self.key, 16) % EVAL_SHARE == 0 else "train"
+    def structure(self) -> str:
+        """The same for procedures that differ only in numbering, durations and redundant edges."""
+        return canonical_key([0] * self.num_steps, self.predecessors)
+
+    def part(self, split_by: Literal["procedure", "structure"]) -> Part:
+        """The split that it belongs to."""
+        if split_by == "procedure":
+            return _part(int(self.key, 16))
+        return _part_of_structure(self.predecessors, topological_order(self.predecessors))
 
 
-def draw(rng: random.Random, difficulty: Difficulty, *, split: Split) -> Procedure:
-    """A random procedure of the given difficulty that belongs to ``split``. No procedure belongs to both.
+def _part(number: int) -> Part:
+    chosen = number % EXAM_SHARE
+    return "dev" if chosen == 0 else "test" if chosen == 1 else "train"
 
-    Raises:
-        ValueError: split is not "train" or "eval".
-        DataError: MAX_DRAWS attempts gave no such procedure; the limits may contradict each other.
-    """
-    if split not in ("train", "eval"):
-        raise ValueError(f'split must be "train" or "eval", got {split!r}')
-    for _ in range(MAX_DRAWS):
-        procedure = _draw(rng, difficulty)
-        if _wide_enough(procedure, difficulty) and procedure.split == split:
-            return procedure
-    raise DataError(
-        f"the difficulty must allow procedures for the {split} split, got none in {MAX_DRAWS} draws with "
-        f"{difficulty}; widen the width, the edge probability, the predecessors or the durations"
+
+def _part_of_structure(predecessors: Sequence[Sequence[int]], order: Sequence[int]) -> Part:
+    """``order``: topological. Structures in such an order, transitively closed, are few enough to be remembered."""
+    place = {j: k for k, j in enumerate(order)}
+    above: list[int] = []  # for each place the set of places before it, as bits
+    for j in order:
+        mask = 0
+        for i in predecessors[j]:
+            mask |= above[place[i]] | 1 << place[i]
+        above.append(mask)
+    return _part_of_closure(tuple(above))
+
+
+@functools.lru_cache(maxsize=65_536)
+def _part_of_closure(above: tuple[int, ...]) -> Part:
+    structure = canonical_key(
+        [0] * len(above), [[i for i in range(j) if mask >> i & 1] for j, mask in enumerate(above)]
     )
+    return _part(int(hashlib.sha256(f"{STRUCTURE_SALT}:{structure}".encode()).hexdigest(), 16))
 
 
-def _wide_enough(procedure: Procedure, difficulty: Difficulty) -> bool:
+def is_wide_enough(procedure: Procedure, difficulty: Difficulty) -> bool:
+    """Whether its width is within the difficulty's limits."""
     any_width = difficulty.min_width == 1 and difficulty.max_width >= difficulty.max_steps
     return any_width or difficulty.min_width <= procedure.width <= difficulty.max_width
 
 
-def _draw(rng: random.Random, difficulty: Difficulty) -> Procedure:
+def random_procedure(rng: random.Random, difficulty: Difficulty) -> Procedure:
+    """One of any split, width and hardness."""
     n = rng.randint(difficulty.min_steps, difficulty.max_steps)
     durations = [
         Duration(
@@ -153,10 +182,53 @@ def _draw(rng: random.Random, difficulty: Difficulty) -> Procedure:
     predecessors = [_draw_predecessors(rng, difficulty, j) for j in range(n)]
     if difficulty.shuffled:
         predecessors = _renumber(predecessors, rng.sample(range(n), n))
+    return named(rng, difficulty, durations, predecessors)
+
+
+def random_graph(rng: random.Random, difficulty: Difficulty, part: Part) -> tuple[list[Duration], StepGraph] | None:
+    """Durations and graph as those of ``random_procedure``, at a fraction of its time; other draws of ``rng``.
+
+    None where ``difficulty`` splits by structure, and this one does not belong to ``part``.
+    """
+    n = rng.randint(difficulty.min_steps, difficulty.max_steps)
+    predecessors = [_draw_predecessors(rng, difficulty, j) for j in range(n)]
+    if difficulty.split_by == "structure" and _part_of_structure(predecessors, range(n)) != part:
+        return None
+    drawn = rng.random
+    low, span = difficulty.min_duration, difficulty.max_duration - difficulty.min_duration + 1
+    units = difficulty.units
+    durations = [
+        Duration(value=low + int(span * drawn()), unit=units[int(len(units) * drawn())] if len(units) > 1 else units[0])
+        for _ in range(n)
+    ]
+    order = rng.sample(range(n), n) if difficulty.shuffled else list(range(n))
+    if difficulty.shuffled:
+        predecessors = _renumber(predecessors, order)
+    return durations, StepGraph(amounts_of(durations), tuple(map(tuple, predecessors)), order)
+
+
+def amounts_of(durations: Sequence[Duration]) -> list[int]:
+    """In the smallest of their units."""
+    seconds = [d.seconds for d in durations]
+    ratio = SECONDS[smallest_unit(durations)]
+    return [s // ratio for s in seconds]
+
+
+def smallest_unit(durations: Sequence[Duration]) -> str:
+    return min((d.unit for d in durations), key=SECONDS.__getitem__)
+
+
+def named(
+    rng: random.Random,
+    difficulty: Difficulty,
+    durations: Sequence[Duration],
+    predecessors: Iterable[Iterable[int]],
+) -> Procedure:
+    """The procedure with activities of a random scenario."""
     goal, activities = ("", TERSE_ACTIVITIES) if difficulty.form == "terse" else rng.choice(SCENARIOS)
     return Procedure(
         goal=goal,
-        activities=tuple(rng.sample(activities, n)),
+        activities=tuple(rng.sample(activities, len(durations))),
         durations=tuple(durations),
         predecessors=tuple(map(tuple, predecessors)),
     )

@@ -28,8 +28,12 @@ def check_representation(representation: str) -> None:
         raise ValueError(f"representation must be one of {REPRESENTATIONS}, got {representation!r}")
 
 
-def render(procedure: Procedure, representation: str, rng: random.Random, difficulty: Difficulty) -> str:
+def render(
+    procedure: Procedure, representation: str, rng: random.Random, difficulty: Difficulty, *, is_kept: bool = False
+) -> str:
     """The whole question in one representation. Only ``natural``, whose wordings vary, uses ``rng``.
+
+    ``is_kept``: in wordings that are kept for the test exam; the terse form has some where ``templates`` is 4.
 
     Raises:
         ValueError: an unknown representation.
@@ -37,7 +41,12 @@ def render(procedure: Procedure, representation: str, rng: random.Random, diffic
     check_representation(representation)
     terse = difficulty.form == "terse"
     if representation == "natural":
-        return (_natural_terse if terse else _natural)(procedure, rng, difficulty.templates)
+        if not terse:
+            return _natural(procedure, rng, difficulty.templates)
+        has_kept = is_kept and difficulty.templates == wording.MOST_TEMPLATES
+        return _natural_terse(
+            procedure, rng, wording.KEPT_TERSE if has_kept else wording.TERSE.first(difficulty.templates)
+        )
     if representation == "graph":
         return (_graph_terse if terse else _graph)(procedure)
     if representation == "code":
@@ -54,11 +63,11 @@ def _singular(unit: str) -> str:
     return _SPELLED.get(unit, unit)
 
 
-def _natural_terse(procedure: Procedure, rng: random.Random, templates: int) -> str:
-    intro = rng.choice(wording.TERSE_INTROS[:templates])
-    steps = _step_lines(procedure, rng.choice(wording.TERSE_STEPS[:templates]))
-    edges = _edge_lines(procedure, rng, wording.TERSE_EDGES[:templates])
-    question = rng.choice(wording.TERSE_QUESTIONS[:templates])
+def _natural_terse(procedure: Procedure, rng: random.Random, frames: wording.Frames) -> str:
+    intro = rng.choice(frames.intros)
+    steps = _step_lines(procedure, rng.choice(frames.steps))
+    edges = _edge_lines(procedure, rng, frames.edges)
+    question = rng.choice(frames.questions)
     return " ".join([intro, *steps, *edges, question])
 
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "dev", "test", "eval"]  # "eval" is another name of "dev"
 FULL_MARKS = 1.0  # the reward of a right answer, in every family
 
 
@@ -33,7 +33,7 @@ class Task:
     sequential_answer: str | None = None  # what doing one step after the other would give
     difficulty: dict[str, Any] = field(default_factory=dict)
     data: str = ""  # NAME of its [data.NAME]
-    row: dict[str, Any] = field(default_factory=dict)  # all columns of its row, JSON-able; {} for generated tasks
+    row: dict[str, Any] = field(default_factory=dict)  # all columns of its row, JSON-able; of generated tasks the facts
     messages: tuple[dict[str, Any], ...] | None = None  # a chat up to the user's turn; None: ``question`` is that turn
     place: str = ""  # where its row stands, for messages: "rows.jsonl, line 41"; "" for generated tasks
 

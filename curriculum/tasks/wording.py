@@ -4,11 +4,28 @@ Patterns are filled by ``str.format``: {time} is ``5 min``, {spelled} is ``5 min
 are step numbers.
 """
 
+from dataclasses import dataclass
+
+MOST_TEMPLATES = 4  # sentence patterns of a kind
 MAX_STEPS = 20  # every scenario names this many activities
 
 
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split("|"))
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Sentence patterns of each kind."""
+
+    intros: tuple[str, ...]
+    steps: tuple[str, ...]
+    edges: tuple[str, ...]
+    questions: tuple[str, ...]
+
+    def first(self, num: int) -> "Frames":
+        """Only the first ``num`` of each kind."""
+        return Frames(self.intros[:num], self.steps[:num], self.edges[:num], self.questions[:num])
 
 
 TERSE_ACTIVITIES = _list(
@@ -30,6 +47,17 @@ TERSE_QUESTIONS = _list(
     "What is the shortest possible time?|With enough helpers, how long does it take at least?|Give the "
     "minimum total time."
 )
+
+TERSE = Frames(TERSE_INTROS, TERSE_STEPS, TERSE_EDGES, TERSE_QUESTIONS)
+# of the test exam only, from words of those above
+KEPT_TERSE_INTROS = _list("To cook this meal you must do these tasks:|Here are the steps of dinner:")
+KEPT_TERSE_STEPS = _list("Step {number}. {activity}: {spelled}.|Step {number} takes {time}: {activity}.")
+KEPT_TERSE_EDGES = _list(
+    "Step {b} must start after step {a}.|To start step {b} you must do step {a} first.|With step {a} done, step {b} "
+    "can start."
+)
+KEPT_TERSE_QUESTIONS = _list("What is the minimum total time?|Give the shortest possible time.")
+KEPT_TERSE = Frames(KEPT_TERSE_INTROS, KEPT_TERSE_STEPS, KEPT_TERSE_EDGES, KEPT_TERSE_QUESTIONS)
 
 INTROS = _list(
     "You want to {goal}. This is the work, with the time that each step takes:|The plan is to {goal}. It "

@@ -145,6 +145,19 @@ class RunLog:
             folder.mkdir(exist_ok=True)
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
 
+    def write_items(self, label: str, rows: Sequence[Row]) -> None:
+        """Writes evaluations/``label``.jsonl, one row a question, replaced atomically: written again, it is the same.
+
+        Raises RunFailed if the disk refuses.
+        """
+        folder = self.folder / "evaluations"
+        with self.writing(f"evaluations/{label}.jsonl"):
+            folder.mkdir(exist_ok=True)
+            partial = folder / f".{label}.jsonl"
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows)
+            os.replace(partial, folder / f"{label}.jsonl")
+
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes ``name`` in the run folder, replaced atomically. Raises RunFailed if the disk refuses."""
         partial = self.folder / f".{name}"
@@ -180,7 +193,7 @@ class RunLog:
                 self._progress = None
 
     def cut_after(self, step: int) -> None:
-        """Removes rows and completions after ``step``, written after the checkpoint from which the run resumes."""
+        """Removes what was written after ``step``, that of the checkpoint from which the run resumes."""
         file = self.folder / "steps.jsonl"
         if file.exists():
             kept = [line for line in file.read_text().splitlines() if _is_before(line, step)]
@@ -188,7 +201,8 @@ class RunLog:
             with self.writing("steps.jsonl"):
                 partial.write_text("".join(line + "\n" for line in kept))
                 os.replace(partial, file)
-        for path in (self.folder / "completions").glob("*step-*.jsonl"):
+        written = (path for name in ("completions", "evaluations") for path in (self.folder / name).glob("*.jsonl"))
+        for path in written:
             if (found := STEP_FILE.fullmatch(path.stem)) and int(found[1]) > step:
                 path.unlink()
 
@@ -252,6 +266,9 @@ class QuietLog(RunLog):
         pass
 
     def write_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
+        pass
+
+    def write_items(self, label: str, rows: Sequence[Row]) -> None:
         pass
 
     def write_completions(self, name: str, rows: Sequence[Row]) -> None:

@@ -21,6 +21,7 @@ from isomorph.curriculum.tasks.async_plan import (
     Procedure,
     demonstration,
     draw,
+    draw_tasks,
     make_task,
     render,
     sequential_sum,
@@ -53,17 +54,20 @@ def _read_natural(text: str) -> Plan:
     times: dict[int, int] = {}
     edges: set[tuple[int, int]] = set()
     duration = r"(\d+ (?:sec|min|second|minute|hour|day|week)s?)"
-    for number, time in re.findall(rf"Step (\d+)[.:]? (?!must|can)[a-z -]*?[^\n.]*?{duration}", text):
+    for number, time in re.findall(rf"Step (\d+)[.:]? (?!must|can|needs)[a-z -]*?[^\n.]*?{duration}", text):
         times.setdefault(int(number), _seconds(time))
     patterns = {
         "ab": (
             r"Step (\d+) must precede step (\d+)",
             r"Finish step (\d+) before step (\d+)",
             r"Step (\d+) has to be finished before step (\d+)",
+            r"With step (\d+) done, step (\d+) can start",
         ),
         "ba": (
             r"Step (\d+) can start only after step (\d+)",
             r"Step (\d+) needs step (\d+) done first",
+            r"Step (\d+) must start after step (\d+)",
+            r"To start step (\d+) you must do step (\d+) first",
             r"Step (\d+) can only begin once step (\d+)",
             r"Do not start step (\d+) until step (\d+)",
             r"Step (\d+) relies on the result of step (\d+)",
@@ -154,6 +158,29 @@ def test_an_independent_reader_finds_the_same_procedure_and_answer(name: str, re
         assert _longest_by_enumeration((times, edges)) == _stated_seconds(solve(procedure)[0])
 
 
+def test_wordings_of_the_test_exam_are_read_the_same_and_have_no_word_of_their_own() -> None:
+    words = set(vocabulary(TERSE))
+    trained = {make_task(random.Random(i), TERSE, "natural", split="train").question for i in range(300)}
+    kept = []
+    for i in range(200):
+        procedure = draw(random.Random(f"p{i}"), TERSE, split="test")
+        text = render(procedure, "natural", random.Random(i), TERSE, is_kept=True)
+        kept.append(re.sub(r"\d+", "0", text))
+        times, edges = _read_natural(text)
+        assert times == {j + 1: d.seconds for j, d in enumerate(procedure.durations)}
+        assert edges == {(i + 1, j + 1) for j, before in enumerate(procedure.predecessors) for i in before}
+        assert set(TOKEN.findall(text)) <= words
+    questions = {re.split(r"(?<=[.?]) ", text)[-1] for text in kept}
+    assert questions.isdisjoint(re.split(r"(?<=[.?]) ", text)[-1] for text in trained)
+
+
+def test_half_of_the_test_exam_is_in_kept_wordings_and_nothing_else_is() -> None:
+    tasks = {split: draw_tasks(TERSE, "natural", 300, seed=1, split=split) for split in ("train", "dev", "test")}
+    kept = {split: sum(task.row["wording"] == "kept" for task in found) for split, found in tasks.items()}
+    assert kept["train"] == kept["dev"] == 0
+    assert 110 <= kept["test"] <= 190
+
+
 @pytest.mark.parametrize("name", ["full", "full_mixed"])
 def test_the_program_prints_the_answer(name: str) -> None:
     rng = random.Random(7)
@@ -212,10 +239,10 @@ def _procedure(minutes: list[int], predecessors: list[tuple[int, ...]], unit: st
 def test_splits_share_no_procedure_however_it_is_numbered() -> None:
     rng = random.Random(0)
     tiny = Difficulty(min_steps=2, max_steps=3, max_duration=4)  # few procedures: both splits are nearly exhausted
-    train, held_out = ({_identity(draw(rng, tiny, split=split)) for _ in range(800)} for split in ("train", "eval"))
-    assert len(train) > 120
-    assert len(held_out) > 15
-    assert train.isdisjoint(held_out)
+    splits = ("train", "dev", "test")
+    train, dev, test = ({_identity(draw(rng, tiny, split=split)) for _ in range(800)} for split in splits)
+    assert len(train) > 120 and len(dev) > 15 and len(test) > 15
+    assert train.isdisjoint(dev) and train.isdisjoint(test) and dev.isdisjoint(test)
 
 
 def _identity(procedure: Procedure) -> tuple[object, ...]:
@@ -244,11 +271,12 @@ def test_key_ignores_numbering_units_and_redundant_edges_and_nothing_else() -> N
     assert chain.key == "a1a18081c7eb9979"
 
 
-def test_one_in_eight_procedures_is_held_out() -> None:
+def test_one_in_eight_procedures_is_of_each_exam() -> None:
     rng = random.Random(1)
     procedures = [_procedure([rng.randint(1, 999) for _ in range(5)], [()] * 5) for _ in range(2000)]
-    share = sum(p.split == "eval" for p in procedures) / 2000
-    assert abs(share - 1 / 8) < 4 * (1 / 8 * 7 / 8 / 2000) ** 0.5
+    for part in ("dev", "test"):
+        share = sum(p.part("procedure") == part for p in procedures) / 2000
+        assert abs(share - 1 / 8) < 4 * (1 / 8 * 7 / 8 / 2000) ** 0.5
 
 
 def test_the_same_seed_gives_the_same_task_and_another_seed_another() -> None:
@@ -391,7 +419,7 @@ def test_unknown_representations_splits_and_rates_are_refused() -> None:
     with pytest.raises(ValueError, match="representation"):
         make_task(rng, TERSE, "haiku", split="train")
     with pytest.raises(ValueError, match="split"):
-        make_task(rng, TERSE, "graph", split="test")  # type: ignore[arg-type]
+        make_task(rng, TERSE, "graph", split="exam")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sequential_rate"):
         make_task(rng, TERSE, "graph", split="train", sequential_rate=1.1)
 

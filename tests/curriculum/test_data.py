@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from isomorph.curriculum.commands.data import inspect_file, make_rows, parse_difficulty, show_inspection, write_rows
+from isomorph.curriculum.commands.data import (
+    inspect_file,
+    make_of_recipe,
+    make_rows,
+    parse_difficulty,
+    show_inspection,
+    write_rows,
+)
 from isomorph.curriculum.judge import judge
+from isomorph.curriculum.named_recipes import FOLDER
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.stage import Curriculum
@@ -19,8 +27,9 @@ from isomorph.curriculum.tasks.jsonl import read_rows
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec, word_tokenizer
-from isomorph.engine.recipe_file import check_tables
+from isomorph.engine.recipe_file import check_tables, load_recipe
 
+SMOKE = Path(FOLDER) / "smoke.toml"
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
 
 # One row in the form of the paper's files; its longest path takes 12 minutes.
@@ -111,8 +120,8 @@ def test_wrong_settings_are_refused(settings: list[str], expected: str) -> None:
 def test_wrong_wishes_are_refused() -> None:
     with pytest.raises(UserError, match="--representation must be one of natural, graph, code, table, got 'poem'"):
         make_rows(["poem"], 1, Difficulty(), seed=0, split="train")
-    with pytest.raises(UserError, match="--split must be train or eval"):
-        make_rows([], 1, Difficulty(), seed=0, split="test")
+    with pytest.raises(UserError, match="--split must be train, dev or test"):
+        make_rows([], 1, Difficulty(), seed=0, split="exam")
     with pytest.raises(UserError, match="--prompts must be at least 1"):
         make_rows([], 0, Difficulty(), seed=0, split="train")
     impossible = Difficulty(min_steps=3, max_steps=3, edge_probability=1.0, max_predecessors=2, min_width=3)
@@ -200,3 +209,21 @@ def test_a_broken_row_ends_with_2_and_names_file_and_line(tmp_path: Path, warm_i
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {file}, line 2: ") and done.stderr.count("\n") == 1
+
+
+def test_a_recipe_says_what_is_made(tmp_path: Path) -> None:
+    recipe = load_recipe(SMOKE, [], Recipe)
+    data = recipe.data["plans"]
+    assert isinstance(data, GeneratedData)
+    rows = {}
+    for split, seed in (("train", recipe.run.seed), ("dev", recipe.eval.seed), ("test", recipe.eval.seed)):
+        out = tmp_path / f"{split}.jsonl"
+        make_of_recipe(SMOKE, None, ["graph"], 6, out, split=split, force=False)
+        rows[split] = [json.loads(line) for line in out.read_text().splitlines()]
+        drawn = data.tasks("graph", 6, seed=seed, split=split)
+        assert [row["question"] for row in rows[split]] == [task.question for task in drawn]
+    assert {row["key"] for row in rows["dev"]}.isdisjoint(row["key"] for row in (*rows["train"], *rows["test"]))
+    make_of_recipe(SMOKE, "plans", [], None, tmp_path / "all.jsonl", split="dev", force=False)
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == len(REPRESENTATIONS) * 20  # as many as [eval] asks
+    with pytest.raises(UserError, match="--data must be one of plans, got 'rows'"):
+        make_of_recipe(SMOKE, "rows", [], None, None, split="dev", force=False)

@@ -48,10 +48,40 @@ def test_a_run_scores_as_in_its_last_evaluation(finished_run: Path) -> None:
     for name, known in summary["intervals"]["after"].items():
         assert {key: got[name][key] for key in known} == known
         assert got[name]["floor"] == summary["floor"][name]
+        assert got[name]["shortcuts"] == summary["shortcuts"][name] and "in_number_order" in got[name]["shortcuts"]
+        assert f"shortcut {max(summary['shortcuts'][name].values()):.1%}" in lines[list(got).index(name)]
         assert got[name]["no_answer"] == summary["no_answer"]["after"][name]
         assert 0 < got[name]["tokens"] <= 16 * result["max_new_tok"]
     assert sum(score["correct"] for score in got.values()) > 0  # else equal scores would mean little
     assert result["weights"] == str(finished_run / "model") and result["max_new_tok"] == 48
+
+
+def test_every_evaluation_leaves_a_row_for_each_question_as_eval_writes_it(finished_run: Path, tmp_path: Path) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    files = sorted(path.stem for path in (finished_run / "evaluations").iterdir())
+    assert files == sorted(done["label"] for done in summary["exams"])
+    items = [json.loads(line) for line in (finished_run / "evaluations" / "words.jsonl").read_text().splitlines()]
+    assert len(items) == 4 * 16 == len({(item["representation"], item["key"]) for item in items})
+    for name, known in summary["intervals"]["after"].items():
+        own = [item for item in items if item["representation"] == name]
+        assert sum(item["correct"] for item in own) == known["correct"]
+        assert all((item["error"] == "none") == item["correct"] for item in own)
+        assert all(2 <= item["steps"] <= 3 and 1 <= item["path_len"] <= item["steps"] for item in own)
+    evaluated(finished_run, out=tmp_path / "rows.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    columns = items[0].keys() - {"set"}
+    assert [{name: row[name] for name in columns} for row in written] == [
+        {name: item[name] for name in columns} for item in items
+    ]
+
+
+def test_the_test_exam_has_other_questions(finished_run: Path, tmp_path: Path) -> None:
+    keys = {}
+    for split in (None, "test"):
+        out = tmp_path / f"{split}.jsonl"
+        evaluated(finished_run, wanted=("plans:graph",), prompts=8, split=split, out=out)
+        keys[split] = {json.loads(line)["key"] for line in out.read_text().splitlines()}
+    assert len(keys[None]) == len(keys["test"]) == 8 and keys[None].isdisjoint(keys["test"])
 
 
 def test_a_finished_run_is_read_with_the_words_it_was_trained_on(finished_run: Path) -> None:
@@ -129,6 +159,7 @@ def test_targets_that_do_not_exist_are_refused(tmp_path: Path) -> None:
         ({"max_new_tok": 0}, "--max-new-tok must be at least 1"),
         ({"samples": -1}, "--samples must not be negative"),
         ({"temperature": 0.0}, "--temperature must be positive"),
+        ({"split": "train"}, "--split must be dev or test, got 'train'"),
         ({"sampler": "dice"}, "--sampler must be one of builtin, vllm, got 'dice'"),
     ],
 )
@@ -143,6 +174,7 @@ def test_the_table_shows_every_score() -> None:
         "low": 0.108,
         "high": 0.603,
         "floor": None,
+        "shortcuts": {"most_steps": 0.285},
         "stopped": 1.0,
         "no_answer": 0.25,
         "tokens": 200,
@@ -150,14 +182,31 @@ def test_the_table_shows_every_score() -> None:
     }
     out = io.StringIO()
     show_scores({"weights": "here", "max_new_tok": 9, "results": [score]}, Console(file=out, width=120))
-    for part in ("async_plan:code", "30.0%", "25.0%", "10.8% to 60.3%", "400 tokens/s", "at most 9 new tokens"):
+    for part in (
+        "async_plan:code",
+        "30.0%",
+        "25.0%",
+        "28.5%",
+        "10.8% to 60.3%",
+        "400 tokens/s",
+        "at most 9 new tokens",
+    ):
         assert part in out.getvalue()
 
 
 @pytest.mark.slow
 def test_names_in_brackets_are_no_markup_and_escapes_are_written_out() -> None:
     score: dict[str, Any] = {"data": "async_plan:[red]a", "correct": 3, "n": 10, "rate": 0.3, "reward": 0.3}
-    score |= {"low": 0.1, "high": 0.6, "floor": None, "stopped": 1.0, "no_answer": 0.0, "tokens": 20, "generate_s": 0.5}
+    score |= {
+        "low": 0.1,
+        "high": 0.6,
+        "floor": None,
+        "shortcuts": {},
+        "stopped": 1.0,
+        "no_answer": 0.0,
+        "tokens": 20,
+        "generate_s": 0.5,
+    }
     for console in (Console(file=io.StringIO(), width=120), Console(file=io.StringIO(), width=120, markup=False)):
         show_scores({"weights": "models/[v2]\x1b[2J:cat:", "max_new_tok": 9, "results": [score]}, console)
         assert isinstance(console.file, io.StringIO)

@@ -183,6 +183,7 @@ def test_a_run_that_is_stopped_within_an_evaluation_and_resumed_makes_each_once(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", recipe, stop)
     assert not (tmp_path / "run" / "completions" / "exam-step-00000006.jsonl").exists()
+    assert not (tmp_path / "run" / "evaluations" / "step-00000006.jsonl").exists()
     run(tmp_path / "run", recipe, resume=True)
     one, other = summary_of(folder), summary_of(tmp_path / "run")
     assert one["weights_sha256"] == other["weights_sha256"] and one["exams"] == other["exams"]
@@ -214,6 +215,8 @@ def test_a_resumed_run_drops_evaluations_after_its_checkpoint(evaluated: tuple[P
     RunLog(copy, Console(file=io.StringIO())).cut_after(8)
     names = {path.stem for path in (copy / "completions").glob("exam-step-*.jsonl")}
     assert names == {"exam-step-00000002", "exam-step-00000004", "exam-step-00000006"}
+    items = {path.stem for path in (copy / "evaluations").glob("step-*.jsonl")}
+    assert items == {"step-00000002", "step-00000004", "step-00000006"}
 
 
 @pytest.mark.parametrize(

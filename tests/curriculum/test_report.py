@@ -102,13 +102,14 @@ def test_the_accuracies_are_those_of_the_summary(page: Path, finished_run: Path)
     head, *rows = Page(page.read_text()).table("representation")
     assert head[1:3] == ["before (warm-up)", "after (words)"]
     assert [row[0] for row in rows] == ["natural", "graph", "code", "table"]
-    for name, before, after, change, baseline, no_answer, questions in rows:
+    for name, before, after, change, baseline, shortcut, no_answer, questions in rows:
         for shown, when in ((before, "before"), (after, "after")):
             known = summary["intervals"][when][name]
             assert shown == f"{known['rate']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
         difference = summary["accuracy"]["after"][name] - summary["accuracy"]["before"][name]
         assert change == f"{100 * difference:+.1f} points"
         assert baseline == f"{summary['floor'][name]:.1%}" and questions == "16"
+        assert shortcut == f"{max(summary['shortcuts'][name].values()):.1%}"
         assert no_answer == f"{summary['no_answer']['after'][name]:.1%}"
 
 
@@ -182,6 +183,7 @@ def test_one_run_shows_what_carried_over(page: Path) -> None:
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_came(copy: Path, tmp_path: Path) -> None:
+    known = summary_of(copy)
     (copy / "summary.json").unlink()
     (copy / "completions" / "exam-words.jsonl").unlink()
     lines = (copy / "steps.jsonl").read_text().splitlines()
@@ -191,7 +193,9 @@ def test_an_unfinished_run_is_reported_as_far_as_it_came(copy: Path, tmp_path: P
     assert "1 row(s) from line 83 on cannot be read" in text
     head, *rows = page.table("representation")
     assert head[2] == "so far (symbols)"
-    assert all(row[4] == "25.0%" for row in rows)  # the sequential baseline, from the checkpoint
+    for row in rows:  # the sequential baseline and the shortcuts, from the checkpoint
+        best = max(known["shortcuts"][row[0]].values())
+        assert row[4:6] == [f"{known['floor'][row[0]]:.1%}", f"{best:.1%}"]
 
 
 def test_a_run_without_an_evaluation_or_an_rl_stage_is_reported(copy: Path, tmp_path: Path) -> None:
