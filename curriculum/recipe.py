@@ -263,17 +263,6 @@ class Recipe(EngineConfig):
                 raise ValueError(f"stage {stage.name!r}: {NO_KEPT_TOKENS}")
         return self
 
-    @model_validator(mode="after")
-    def _stop_strings_end_responses(self) -> "Recipe":
-        turns = [name for name, data in self.data.items() if isinstance(data, EnvironmentTable) and data.has_turns]
-        for stage in self.stage:
-            if turns and stage.sampling.stop:
-                raise ValueError(
-                    f"stage {stage.name!r}: sampling.stop is not supported with an environment or tools "
-                    f"([data.{turns[0]}]), whose replies follow a turn's stop token: remove it, or use model.stop"
-                )
-        return self
-
     def _named(self, data: str, where: str) -> Data:
         if data not in self.data:
             raise ValueError(f"{where}: no [data.{data}]; there is {', '.join(sorted(self.data))}")

@@ -295,7 +295,8 @@ def check_ends(rollouts: Sequence[Rollout], sampling: Sampling) -> None:
     for rollout in rollouts:
         *earlier, turn = rollout.turns
         for ended in earlier:
-            if torch.isin(ended, stops).nonzero().flatten().tolist() != [len(ended) - 1]:
+            at = torch.isin(ended, stops).nonzero().flatten().tolist()
+            if at != [len(ended) - 1] and not (sampling.stop and not at):
                 raise RunFailed(
                     f"response {rollout.sample} to prompt {rollout.prompt_id}: every turn before the last must end "
                     "with its stop token, and hold no other: the sampler drops stop tokens, or ignores them"

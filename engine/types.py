@@ -67,7 +67,7 @@ class Rollout:
 
     A response of several turns holds the model's turns, each with its stop token, and between them what the environment
     added. It begins and ends with a token of the model.
-    With stop strings it may end with the token that completes one instead, whatever text that token holds after it.
+    With stop strings a turn may end with the token that completes one instead, whatever text that token holds after it.
     """
 
     prompt_id: int
@@ -333,7 +333,8 @@ OnStep = Callable[[], None]  # called after every few decoded tokens
 class Reply:
     """What an environment says to one turn of the model. Without ``token_ids`` the rollout ends there."""
 
-    token_ids: tuple[int, ...] = ()  # what follows the turn's stop token, up to where the model's next turn begins
+    # what follows the turn's last token, a stop token or the end of a stop string, up to where its next turn begins
+    token_ids: tuple[int, ...] = ()
     reward: float | None = None  # of the rollout, where this ends it
     failure: EnvironmentFailure | None = None  # where this ends it
 
@@ -346,7 +347,7 @@ class Dialogue(Protocol):
         ...
 
     def turn(self, prompt: Prompt, sample: int, token_ids: Sequence[int], start: int) -> Future[Reply]:
-        """Returns the reply to the turn that the rollout has just ended with a stop token, once it is known.
+        """Returns the reply to the turn that the rollout has just ended, by stop token or string, once it is known.
 
         ``token_ids``: of the rollout so far, its environment's included; the turn is ``token_ids[start:]``. What the
         future raises ends ``generate``.
@@ -373,8 +374,8 @@ class Sampler(Protocol):
     ) -> list[Rollout]:
         """Returns ``samples_per_prompt`` rollouts for each prompt, in the order of the prompts, samples ascending.
 
-        With ``dialogue`` a response that ends with a stop token goes on with what its environment replies, until that
-        is nothing or leaves no room for a further token: ``max_new_tok`` counts the tokens of both sides.
+        With ``dialogue`` a response that ends with a stop token or string goes on with what its environment replies,
+        until that is nothing or leaves no room for a further token: ``max_new_tok`` counts the tokens of both sides.
 
         ``on_group`` is called once for each prompt, as soon as all of its rollouts are finished, while others may still
         be decoding. ``on_step`` is called every few tokens. Both must return at once; an exception in either of them

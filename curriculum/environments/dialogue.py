@@ -51,6 +51,7 @@ class EnvironmentDialogue:
             return reply
         turns, rollout = self.turns[task.data], self._open[prompt.prompt_id, sample]
         rollout.said.append(self.decode(token_ids[start:]))
+        is_stopped = token_ids[-1] in turns.format.text.stop_ids
         first = tuple(task.messages or ({"role": "user", "content": task.question},))
         is_last = len(rollout.said) == turns.max_turns
         call = Call(turns.spec, rollout.key, task.row, rollout.seed, first, tuple(rollout.said), is_last)
@@ -59,7 +60,7 @@ class EnvironmentDialogue:
             try:
                 outcome = answer.result()
                 rollout.is_held = outcome.done is None and not outcome.failed
-                reply.set_result(_reply(turns, outcome, is_last))
+                reply.set_result(_reply(turns, outcome, is_last, is_stopped))
             except BaseException as error:  # a future has to hear of it, or the sampler waits for ever
                 reply.set_exception(error)
 
@@ -79,11 +80,11 @@ def seed_of(run_seed: int, task: Task) -> int:
     return int.from_bytes(digest, "little") >> 33
 
 
-def _reply(turns: Turns, outcome: Outcome, is_last: bool) -> Reply:
+def _reply(turns: Turns, outcome: Outcome, is_last: bool, is_stopped: bool) -> Reply:
     if outcome.failed:
         return Reply(reward=0.0 if turns.spec.environment is not None else None, failure=outcome.kind)
     if outcome.done is not None:
         return Reply(reward=outcome.done.reward)
     if is_last:
         return Reply(failure="out_of_turns")
-    return Reply(token_ids=turns.format.encode(outcome.messages))
+    return Reply(token_ids=turns.format.encode(outcome.messages, is_stopped=is_stopped))

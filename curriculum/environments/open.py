@@ -38,7 +38,6 @@ class Environments:
         """
         self.is_alone = is_alone
         self.seed = recipe.run.seed
-        self.has_stop_strings = bool(recipe.stop_strings) or any(stage.sampling.stop for stage in recipe.stage)
         self.pool = EnvironmentPool(log=log, say=say)
         self.tables = {
             name: data for name, data in recipe.data.items() if isinstance(data, EnvironmentTable) and data.has_turns
@@ -57,8 +56,6 @@ class Environments:
         Call it before prompts are measured, which tell the model of its tools.
         """
         self.text = text
-        if self.tables and self.has_stop_strings:  # a reply goes on from the template's end of a turn, a stop token
-            raise UserError("sampling.stop is not supported with an environment or tools: remove it, or use model.stop")
         for name, table in self.tables.items():
             spec = EnvironmentSpec(
                 environment=table.environment,

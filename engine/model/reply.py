@@ -7,6 +7,8 @@ answer: what the template writes behind that answer, up to where the next answer
     rendered     <|im_start|>user PROBE <|im_end|> <|im_start|>assistant ANSWER <|im_end|> \n <|im_start|>user ...
     what is added                                                                           ------------------------
 
+A turn that a stop string ended has no stop token: what the template writes before the next message is added whole.
+
 Without a chat template the messages are plain text, a line each; what a tool returned stands in <result> tags.
 """
 
@@ -42,17 +44,20 @@ class ReplyFormat:
                     f"'{shortened(said)}'; use another model.chat_template, or an environment without this role"
                 )
 
-    def encode(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    def encode(self, messages: Sequence[Mapping[str, Any]], *, is_stopped: bool = True) -> tuple[int, ...]:
         """Token ids of ``messages``, each with ``role`` and ``content``, from behind the stop token of the model's turn
         up to where its next turn begins.
+
+        ``is_stopped``: False where the turn has no stop token, but ends with a stop string: the ids begin with what the
+        template writes up to its stop token, and that token.
 
         Raises UserError where the template fails on them, or writes no stop token behind an assistant's turn.
         """
         with self._lock:
-            ids = self._after_answer(messages) if self.is_chat else self._tokens(f"\n{_plain(messages)}\n")
+            ids = self._after_answer(messages, is_stopped) if self.is_chat else self._tokens(f"\n{_plain(messages)}\n")
         return self.text.known_ids(ids, str([m.get("content") for m in messages]))
 
-    def _after_answer(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _after_answer(self, messages: Sequence[Mapping[str, Any]], is_stopped: bool) -> list[int]:
         turns = [message("user", PROBE), message("assistant", ANSWER), *map(dict, messages)]
         roles = ", ".join(repr(m["role"]) for m in messages)
         with foreign(f"the chat template does not allow a message of role {roles} after an assistant's turn"):
@@ -68,7 +73,7 @@ class ReplyFormat:
                 f"from the model's own tokens: after the answer it writes '{shortened(after)}'; name its end of turn "
                 "in [model] stop, or use a chat template that has one"
             )
-        return ids[end + 1 :]
+        return ids[end + 1 :] if is_stopped else ids
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.text.tokenizer(text, add_special_tokens=False)["input_ids"])

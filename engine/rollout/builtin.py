@@ -21,7 +21,7 @@ from torch import Tensor
 from isomorph.engine.config import SamplerConfig, Truncation, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.decoder import Decoder, DecoderSpec
-from isomorph.engine.rollout.stop_strings import StopStrings, refuse_strings_in_turns
+from isomorph.engine.rollout.stop_strings import StopStrings
 from isomorph.engine.rollout.turns import Conversation, Conversations
 from isomorph.engine.types import Dialogue, OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
 
@@ -56,7 +56,6 @@ class BuiltinSampler:
         prompt.
         """
         self._refuse_what_cannot_fit(prompts, sampling)
-        refuse_strings_in_turns(sampling, dialogue)
         if not prompts:
             return []
         is_timed = self.policy.device.type == "cpu"
@@ -158,8 +157,8 @@ class _Batch:
         self.prompt_slots: dict[int, int] = {}  # index of a prompt with unfinished responses -> its slot
         self.finished: list[dict[int, Rollout]] = [{} for _ in prompts]
         self.stops = StopStrings(sampling.stop, decoder.policy.text) if sampling.stop else None
-        self.searched: dict[int, list[int]] = {}  # slot -> its tokens, in which no stop string was found
-        self.stopped: set[int] = set()  # slots whose response a stop string ended
+        self.searched: dict[int, list[int]] = {}  # slot -> tokens of its present turn, without a stop string
+        self.stopped: set[int] = set()  # slots whose present turn a stop string ended
 
     @property
     def groups(self) -> list[list[Rollout]]:
@@ -227,17 +226,19 @@ class _Batch:
                 yield from self._finish(slot, ids, logprob[i, : lengths[slot]])
 
     def _end_at_stop_strings(self, stops: StopStrings) -> None:
-        """Ends the running responses that contain a stop string, with the token that completes it."""
+        """Ends the running turns that contain a stop string, with the token that completes it."""
         slots = list(self.running)
         if not slots:
             return
-        lengths, starts = self.decoder.lengths(), [len(self.searched[slot]) for slot in slots]
+        turns = [self.requests[slot].conversation.turn_start for slot in slots]
+        lengths = self.decoder.lengths()
+        starts = [turn + len(self.searched[slot]) for slot, turn in zip(slots, turns, strict=True)]
         most = max(lengths[slot] - start for slot, start in zip(slots, starts, strict=True))
-        for slot, start, new in zip(slots, starts, self.decoder.tokens(slots, starts, most), strict=True):
+        for slot, turn, start, new in zip(slots, turns, starts, self.decoder.tokens(slots, starts, most), strict=True):
             self.searched[slot] += new[: lengths[slot] - start]
-            end = stops.first_end(self.searched[slot], start)
+            end = stops.first_end(self.searched[slot], start - turn)
             if end is not None:
-                self.decoder.end(slot, end)
+                self.decoder.end(slot, turn + end)
                 self.stopped.add(slot)
 
     def _continue(self, on_step: OnStep) -> Iterator[tuple[int, list[Rollout]]]:
@@ -252,6 +253,8 @@ class _Batch:
                 yield from self._finish(slot, token_ids[i, : lengths[slot]], logprob[i, : lengths[slot]])
         if more:
             self.running.update(more)
+            self.stopped -= more.keys()
+            self.searched |= {slot: [] for slot in more}
             self.decoder.append(list(more), list(more.values()))
             yield from self._collect()
             on_step()

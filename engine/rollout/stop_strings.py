@@ -1,7 +1,8 @@
 """Stop strings: finds the token with which the text of a response first contains one of them.
 
 The response ends with that token. What the token holds after the string stays: the ids are those that were drawn, so
-that their log-probabilities are exact, and the text that the reward gets is theirs.
+that their log-probabilities are exact, and the text that the reward gets is theirs. In rollouts of several turns each
+turn is searched by itself.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from collections.abc import Sequence
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import foreign
 from isomorph.engine.model.text import TextCodec
-from isomorph.engine.types import Dialogue, Sampling
 
 
 class StopStrings:
@@ -50,12 +50,6 @@ class StopStrings:
             is_spaced = any(last.isspace() for last in self._last)  # tokenizers drop a space at the beginning
             self._may_end[token_id] = is_spaced or "\ufffd" in piece or not self._last.isdisjoint(piece)
         return self._may_end[token_id]
-
-
-def refuse_strings_in_turns(sampling: Sampling, dialogue: Dialogue | None) -> None:
-    """Raises UserError: an environment's reply goes on from the template's end of a turn, which is a stop token."""
-    if sampling.stop and dialogue is not None:
-        raise UserError("sampling.stop is not supported with an environment or tools: remove it, or use model.stop")
 
 
 def check_stop_strings(stop: Sequence[str], text: TextCodec) -> None:

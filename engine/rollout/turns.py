@@ -104,7 +104,7 @@ class Conversations:
             self.end(conversation)
 
     def is_over(self, key: Any, conversation: Conversation, token_ids: Sequence[int]) -> bool:
-        """After a stop token: False where the environment is asked now, ``key`` waits and comes back by ``replies``."""
+        """After a turn: False where the environment is asked now, ``key`` waits and comes back by ``replies``."""
         if self.dialogue is None:
             return True
         ids = list(token_ids)

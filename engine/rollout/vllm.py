@@ -23,7 +23,7 @@ import torch
 
 from isomorph.engine.config import NO_KEPT_TOKENS, SamplerConfig, UserError
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.rollout.stop_strings import StopStrings, refuse_strings_in_turns
+from isomorph.engine.rollout.stop_strings import StopStrings
 from isomorph.engine.rollout.turns import Conversations
 from isomorph.engine.rollout.vllm_engine import (
     check_setup,
@@ -87,7 +87,6 @@ class VllmSampler:
         of ``on_group`` or ``on_step``, no request remains in the engine.
         """
         self._refuse(prompts, sampling)
-        refuse_strings_in_turns(sampling, dialogue)
         if not prompts:
             return []
         self._clear_prefix_cache()  # so that results do not depend on earlier calls
@@ -98,7 +97,8 @@ class VllmSampler:
             try:
                 if dialogue is None:
                     return self._sample(prompts, sampling, on_group, on_step)
-                turns = VllmTurns(self.llm, prompts, sampling, self.policy_version, conversations)
+                stops = StopStrings(sampling.stop, self.policy.text) if sampling.stop else None
+                turns = VllmTurns(self.llm, prompts, sampling, self.policy_version, conversations, stops)
                 for index, rollouts in turns.run(on_step or (lambda: None)):
                     if on_group is not None:
                         on_group(index, rollouts)

@@ -221,7 +221,7 @@ def _params(sampling: Sampling, max_tokens: int, num_samples: int, seed: int) ->
 
 
 def watch_for_strings(llm: Any, stops: StopStrings) -> None:
-    """Ends the requests of ``llm`` also with the token that completes one of ``stops``.
+    """Ends the new requests of ``llm`` also with the token that completes one of ``stops``.
 
     vLLM's own search is part of its detokenizer, which it has none of here: it gets token ids. So each request gets a
     detokenizer that makes no text and finds what the built-in sampler finds.
@@ -229,6 +229,8 @@ def watch_for_strings(llm: Any, stops: StopStrings) -> None:
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
     class Watch(IncrementalDetokenizer):
+        is_watch = True
+
         def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
             for token_id in new_token_ids:
                 self.token_ids.append(token_id)
@@ -237,7 +239,8 @@ def watch_for_strings(llm: Any, stops: StopStrings) -> None:
             return None
 
     for state in llm.llm_engine.output_processor.request_states.values():
-        state.detokenizer = Watch()
+        if not hasattr(state.detokenizer, "is_watch"):  # else it runs already, and this would forget what it has seen
+            state.detokenizer = Watch()
 
 
 def _seed_of(request: str) -> int:

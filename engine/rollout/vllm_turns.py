@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from isomorph.engine.rollout.stop_strings import StopStrings
 from isomorph.engine.rollout.turns import Conversation, Conversations, Waiting
-from isomorph.engine.rollout.vllm_engine import turn_params
+from isomorph.engine.rollout.vllm_engine import turn_params, watch_for_strings
 from isomorph.engine.types import Finish, OnStep, Prompt, Rollout, RunFailed, Sampling
 
 
@@ -36,9 +37,10 @@ class VllmTurns:
         sampling: Sampling,
         policy_version: int,
         conversations: Conversations,
+        stops: StopStrings | None,
     ) -> None:
         self.llm, self.prompts, self.sampling, self.policy_version = llm, prompts, sampling, policy_version
-        self.conversations = conversations
+        self.conversations, self.stops = conversations, stops
         self.running: dict[str, _Talk] = {}  # by the name that results have
         self.finished: list[dict[int, Rollout]] = [{} for _ in prompts]
 
@@ -78,6 +80,8 @@ class VllmTurns:
             for t in talks
         ]
         names = self.llm.enqueue(requests, params, use_tqdm=False)
+        if self.stops:
+            watch_for_strings(self.llm, self.stops)
         # vLLM names the request "12-9f3c", but its result "12"
         self.running |= {name.partition("-")[0]: talk for name, talk in zip(names, talks, strict=True)}
 

@@ -330,6 +330,8 @@ def test_a_conversation_goes_on_as_the_template_would_have_written_it() -> None:
     drawn = [*text.encode_prompt("hello"), *text.encode_response("world")]
     assert [*drawn, *ReplyFormat(text).encode(more)] == whole
     ReplyFormat(text).check(["user", "tool"])
+    assert drawn[-1] in text.stop_ids  # which a turn that a stop string ended has not
+    assert [*drawn[:-1], *ReplyFormat(text).encode(more, is_stopped=False)] == whole
 
 
 @pytest.mark.parametrize(

@@ -98,24 +98,3 @@ def test_a_run_takes_the_options_and_its_evaluations_end_by_the_same_strings(tmp
         UserError, match=r"sampling\.stop: no text that this tokenizer decodes contains 'no such words'"
     ):
         run_recipe(refused, tmp_path / "refused", Console(file=io.StringIO()), lambda: False, ALONE, resume=False)
-
-
-def test_stop_strings_are_refused_where_an_environment_replies(tmp_path: Path) -> None:
-    text = SMOKE.read_text().replace('mixture = [{ data = "plans", representation = "graph" }]', MAZE)
-    (tmp_path / "recipe.toml").write_text(
-        text
-        + """
-[data.maze]
-kind = "rows"
-path = "rows.jsonl"
-environment = "maze.py:Maze"
-rewards = [{ function = "exact" }]
-answer = "answer"
-"""
-    )
-    load_recipe(tmp_path / "recipe.toml", [], Recipe)
-    with pytest.raises(UserError, match=r"stage 'words': sampling\.stop is not supported .* \(\[data\.maze\]\)"):
-        load_recipe(tmp_path / "recipe.toml", ["stage.2.sampling.stop=['</answer>']"], Recipe)
-
-
-MAZE = 'mixture = [{ data = "plans", representation = "graph" }, { data = "maze", representation = "natural" }]'

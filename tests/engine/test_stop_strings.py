@@ -4,7 +4,6 @@ vLLM's is in test_vllm_life.py.
 """
 
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -124,12 +123,3 @@ def test_a_greedy_response_ends_there_too() -> None:
     (ended,) = sampler.generate(prompts, make_sampling(policy, **greedy, stop=(stop,)))
     assert ended.token_ids.tolist() == free.token_ids[: len(ended.token_ids)].tolist()
     assert len(ended.token_ids) <= 4 and stop in policy.text.decode(ended.token_ids.tolist())
-
-
-def test_with_an_environment_they_are_refused() -> None:
-    policy = make_policy()
-    dialogue: Any = object()  # refused before it is asked anything
-    with pytest.raises(UserError, match=r"sampling\.stop is not supported with an environment"):
-        BuiltinSampler(policy, SamplerConfig()).generate(
-            make_prompts(policy, ["wa"]), make_sampling(policy, stop=("wb",)), dialogue=dialogue
-        )

@@ -10,6 +10,7 @@ import torch
 import transformers
 from echo import Echo
 from small_world import CPU, NUM_VOCAB, WORDS, one_thread  # noqa: F401
+from stop_truth import first_end
 from truth import exact_norms
 
 from isomorph.engine.config import ObjectiveConfig, SamplerConfig, TinyModel
@@ -164,6 +165,28 @@ def test_log_probabilities_of_three_turns_are_those_of_a_plain_forward(temperatu
         own = torch.ones(len(truth), dtype=torch.bool) if rollout.context_mask is None else ~rollout.context_mask
         torch.testing.assert_close(rollout.sampler_logprob[own], truth[own], rtol=0, atol=2e-6)
         assert rollout.sampler_logprob[~own].isnan().all()
+
+
+@pytest.mark.parametrize("steps_between", [1, 8])
+def test_stop_strings_end_turns(monkeypatch: pytest.MonkeyPatch, steps_between: int) -> None:
+    monkeypatch.setitem(builtin.STEPS_BETWEEN_CHECKS, "cpu", steps_between)
+    policy, prompts, stop = make_policy(), make_prompts(5, 9), ("wc wd", "we", "wk")
+    sampling, dialogue = replace(make_sampling(), stop=stop), Echo(num_tok=9)
+    rollouts = BuiltinSampler(policy, SamplerConfig(max_seqs=5)).generate(prompts, sampling, dialogue=dialogue)
+    check_ends(rollouts, sampling)
+    by_string = 0
+    for i, rollout in enumerate(rollouts):
+        for turn in map(torch.Tensor.tolist, rollout.turns[: -1 if rollout.finish == "length" else None]):
+            end = first_end(policy.text, stop, turn)
+            assert end == len(turn) if turn[-1] != STOP else end in (None, len(turn)), turn
+            by_string += turn[-1] != STOP
+        truth = plain_logprob(policy, prompts[i // 4], rollout, 1.0).float()
+        own = torch.ones(len(truth), dtype=torch.bool) if rollout.context_mask is None else ~rollout.context_mask
+        assert rollout.sampler_logprob is not None
+        torch.testing.assert_close(rollout.sampler_logprob[own], truth[own], rtol=0, atol=2e-6)
+    assert by_string > 4 and any(rollout.num_turns == 3 for rollout in rollouts)
+    with pytest.raises(RunFailed, match="drops stop tokens, or ignores them"):
+        check_ends(rollouts, make_sampling())
 
 
 @pytest.mark.parametrize("body", ["native", "reference"])

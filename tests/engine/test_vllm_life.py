@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from echo import Echo
-from stop_truth import check_that_they_end_there
+from stop_truth import check_that_they_end_there, first_end
 from transformers import LlamaConfig, Qwen2Config
 from vllm_parts import (
     DEVICE,
@@ -209,6 +209,12 @@ def test_responses_end_with_the_token_that_completes_a_stop_string(life: Life, p
     check_that_they_end_there(life.policy, stop, free, ended)
     check_ends(ended, make_sampling(life.policy, max_new_tok=20, stop=stop))
     assert not life.sampler.llm.llm_engine.has_unfinished_requests()
+    sampling = make_sampling(life.policy, max_new_tok=40, stop=stop)
+    rollouts = life.sampler.generate(prompts, sampling, dialogue=Echo(num_tok=9))
+    check_ends(rollouts, sampling)
+    turns = [turn.tolist() for r in rollouts for turn in r.turns[: -1 if r.finish == "length" else None]]
+    ends = [(first_end(life.policy.text, stop, turn), len(turn)) for turn in turns if turn[-1] not in sampling.stop_ids]
+    assert len(ends) > 4 and all(found == length for found, length in ends)
 
 
 @with_vllm
