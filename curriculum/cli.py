@@ -213,6 +213,29 @@ def report(
 
 
 @app.command()
+def analogy(
+    results: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_ITEMS", help="A run folder, or a file of per-item results")
+    ],
+    train: Annotated[
+        Path | None,
+        typer.Option("--train", help="What was trained on: a file (JSON Lines) or a recipe; default: the run's"),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option("--test", help="The questions (JSON Lines); default: those of the run's [eval]")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option("--label", help="Which evaluation: a stage's name; default: the last one")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file; default: RUN/analogy.json")] = None,
+) -> None:
+    """Correlate success with likeness to training procedures, and gain with the agreement of traces."""
+    from isomorph.curriculum.commands.analogy import analogy
+
+    analogy(results, train, test, label, out, console)
+
+
+@app.command()
 def study(
     file: Annotated[Path | None, typer.Argument(metavar="STUDY", help="The study's file (TOML)")] = None,
     out: Annotated[

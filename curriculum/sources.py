@@ -129,12 +129,12 @@ def _texts(data: JsonlData | RowsData | ReasoningGymData, name: str) -> Iterator
         raise UserError(
             f'the words of data.{name} are not known before they are generated: set model.tiny.tokenizer = "bytes"'
         )
-    for task in itertools.chain.from_iterable(file.training or () for file in _read(data)):
+    for task in itertools.chain.from_iterable(file.training or () for file in read_files(data)):
         yield from (task.question, task.answer, task.demonstration or "")
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class TaskFile:
     """A file's rows of one representation, in order, and which of them train or are held out."""
 
     form: str
@@ -144,16 +144,17 @@ class _File:
     held_out: list[Task] | None  # None: the file is for training alone
 
 
-def _read(data: JsonlData) -> list[_File]:
+def read_files(data: JsonlData) -> list[TaskFile]:
+    """Every file of the table. Raises DataError."""
     rows = {form: read_rows(path, data.family, form, reward=data.reward) for form, path in data.files.items()}
     if data.eval_files:
         tests = read_test_rows(data.eval_files, data.family, reward=data.reward)
         return [
-            *(_File(form, data.files[form], tasks, tasks, None) for form, tasks in rows.items()),
-            *(_File(form, data.eval_files[form], tasks, None, tasks) for form, tasks in tests.items()),
+            *(TaskFile(form, data.files[form], tasks, tasks, None) for form, tasks in rows.items()),
+            *(TaskFile(form, data.eval_files[form], tasks, None, tasks) for form, tasks in tests.items()),
         ]
     train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
-    return [_File(form, data.files[form], tasks, train[form], held_out[form]) for form, tasks in rows.items()]
+    return [TaskFile(form, data.files[form], tasks, train[form], held_out[form]) for form, tasks in rows.items()]
 
 
 def open_sources(recipe: Recipe, text: TextCodec, limits: LengthLimits | None) -> dict[str, Source]:
@@ -196,11 +197,11 @@ class TaskFiles:
         self.training: dict[str, list[Task]] = {}
         self.held_out: dict[str, list[Task]] = {}
         self._data, self._text, self._name, self._limits = data, text, name, limits
-        for file in _read(data):
+        for file in read_files(data):
             self._keep_fitting(file)
         self._epochs: dict[str, tuple[tuple[int, int], list[int]]] = {}  # representation -> (seed, epoch), its order
 
-    def _keep_fitting(self, file: _File) -> None:
+    def _keep_fitting(self, file: TaskFile) -> None:
         number = {id(task): i for i, task in enumerate(file.tasks, start=1)}
         limits, form, reasons = self._limits, file.form, dict[int, str]()
         if file.training is not None:
