@@ -107,6 +107,27 @@ def test_tools_are_called_by_the_package(format: CallFormat) -> None:
     assert told.has_tools and told.has_step and [s["function"]["name"] for s in told.schemas] == ["look"]
 
 
+def test_a_group_of_environments_goes_by_the_rows_task() -> None:
+    environment = load("mixed")
+    rows = [dict(row) for row in environment.build_dataset()]
+    one, many = (next(row for row in rows if row["task"] == name and row["answer"] == "2") for name in ("one", "many"))
+    talk = verifiers_form.Conversation(environment, CallFormat())
+    assert talk.reset(one)[0]["role"] == "system"
+    assert talk.step("2") == Done(by_hand(environment, one, [model("2")])) == Done(0.01 + 0.5)
+    talk = verifiers_form.Conversation(environment, CallFormat())
+    assert talk.reset(many) == [user("Count to 2.")] and talk.step("1") == [user("Say 2.")]
+
+
+def test_a_tool_may_get_arguments_that_the_model_does_not_see() -> None:
+    environment = load("stateful")
+    talk = verifiers_form.Conversation(environment, JSON)
+    assert "unit" not in json.dumps(talk.tools)
+    talk.reset(row_of(environment, 3))
+    call = json.dumps({"name": "look", "arguments": {"key": 2}})
+    (said,) = talk.step(f"<tool_call> {call} </tool_call>")
+    assert said == {"role": "tool", "name": "look", "content": "22 of 4"}
+
+
 def test_an_empty_turn_is_the_models_fault_and_is_scored() -> None:
     talk = verifiers_form.Conversation(load("single"), CallFormat())
     talk.reset(row_of(load("single")))

@@ -66,6 +66,17 @@ def look(key: int, unit: str) -> str:
     return f"{key * 11} {unit}"
 
 
+class Unit(vf.StatefulToolEnv):
+    """Its tool gets an argument that the model does not see."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.add_tool(look, args_to_skip=["unit"])
+
+    def update_tool_args(self, tool_name, tool_args, messages, state, **kwargs):
+        return {**tool_args, "unit": f"of {state['answer']}"}
+
+
 def of_the_group(completions) -> list[float]:
     return [0.0 for _ in completions]
 
@@ -79,5 +90,9 @@ def load_environment(shape: str = "single", **options) -> vf.Environment:
         return vf.ToolEnv(dataset=rows, rubric=rubric, tools=[look], **options)
     if shape == "group":
         return vf.SingleTurnEnv(dataset=rows, rubric=vf.Rubric(funcs=[of_the_group]))
+    if shape == "mixed":
+        return vf.EnvGroup([load_environment("single"), load_environment("count")], env_names=["one", "many"])
+    if shape == "stateful":
+        return Unit(tools=[], dataset=rows, rubric=rubric)
     made = {"count": Count, "forgetful": Forgetful}[shape]
     return made(dataset=rows, rubric=vf.Rubric(funcs=[counted, length]), **options)
