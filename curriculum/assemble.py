@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from isomorph.curriculum.accepted import accept_demonstrations
 from isomorph.curriculum.environment import describe_run, fallbacks, notes_on_options
 from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.estimate import FirstSteps, short_of_memory
@@ -161,6 +162,7 @@ def _open_components(
     ):
         _start_workers(recipe, pool)
         judge.start()  # before run.json, so that a start that is refused leaves nothing
+        accept_demonstrations(curriculum.sources, judge, policy.text, log.say)
         # after the sampler, which may have moved the parameters into its own storage
         if recipe.parallel.kind == "fsdp":
             shard(policy)

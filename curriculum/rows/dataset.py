@@ -48,6 +48,10 @@ class Side:
         except DataError as error:
             raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
 
+    def demonstrations(self, index: int) -> tuple[str, ...]:
+        """All worked responses of row ``index``."""
+        return self.render.demonstrations(self.rows.row(index))
+
     def of_label(self, among: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of ``among``, ascending, by label; a label without any is left out."""
         split = {label: among[self.label_of[among] == k] for k, label in enumerate(self.labels)}
@@ -120,7 +124,7 @@ class Dataset:
             yield message["content"]
         for i in rows:
             task = self.side.task(int(i), is_bare=True)
-            yield from (task.question, task.answer, task.demonstration or "")
+            yield from (task.question, task.answer, *self.side.demonstrations(int(i)))
             yield from (m["content"] for m in task.messages or () if isinstance(m["content"], str))
 
 

@@ -101,20 +101,29 @@ class Renderer:
             key = hash(turns or question)
         if self._answer is not None:
             self._answer.text(row)
-        if self._demonstration is not None:
-            self.demonstration(row)
+        self.demonstrations(row)
         return key, self.label(row)
 
     def label(self, row: dict[str, Any]) -> str:
         return self._data.representation if self._label is None else self._label.text(row)
 
     def demonstration(self, row: dict[str, Any]) -> str | None:
-        """The worked response; of a column of messages what the assistant says last. None where the row has none."""
+        """The first of ``demonstrations``; None where the row has none."""
+        return next(iter(self.demonstrations(row)), None)
+
+    def demonstrations(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """The worked responses. Of messages it is what the assistant says last; a list of either is several."""
         if self._demonstration is None:
-            return None
+            return ()
         value = self._demonstration.value(row)
+        is_several = isinstance(value, list) and all(isinstance(item, (str, list)) for item in value)
+        given = value if is_several else [] if value is None else [value]
+        return tuple(self._demonstrated(item) for item in given)
+
+    def _demonstrated(self, value: Any) -> str:
+        assert self._demonstration is not None
         if not isinstance(value, list):
-            return None if value is None else as_text(value)
+            return as_text(value)
         turns = self._turns(value, self._demonstration.name)
         if not turns or turns[-1]["role"] != "assistant":
             raise DataError(f"{self._demonstration.name} must end with the assistant's message")

@@ -12,6 +12,7 @@ import numpy as np
 
 from isomorph.curriculum.lengths import LengthLimits, Misfit, at_most_in_prompt, left_out
 from isomorph.curriculum.rows.dataset import Dataset, Side, epoch_seed
+from isomorph.curriculum.rows.demonstrations import Accepts, Demonstrations
 from isomorph.curriculum.rows.order import shuffled
 from isomorph.curriculum.rows.render import refuse_unknown_label
 from isomorph.curriculum.rows.spec import RowsData
@@ -38,6 +39,7 @@ class RowsSource:
         # of the rows of either side, by whether it is training: UNKNOWN, FITS or DOES_NOT_FIT
         self._measured = {True: _unmeasured(self.dataset.side), False: _unmeasured(self.dataset.eval_side)}
         self._orders: dict[str, tuple[tuple[int, int], np.ndarray]] = {}  # label -> (seed, epoch), its order
+        self._demonstrations = Demonstrations(self.dataset.side, lambda label: self._misfit(label, is_training=True))
         if data.has_eval_rows and self.dataset.num_in_both:
             self.left_out.append(
                 f"{data.eval_path or data.origin}: {self.dataset.num_in_both} of its "
@@ -62,12 +64,49 @@ class RowsSource:
         """
         refuse_unknown_label(representation, tuple(self.dataset.training), self._name, "training")
         rows = self.dataset.training[representation]
-        for at in range(position, position + len(rows) + 1):
-            epoch, inside = divmod(at, len(rows))
-            index = int(rows[self._order(representation, len(rows), seed, epoch)[inside]])
-            if (task := self._fitting(index, representation, is_training=True)) is not None:
-                return task, at + 1
+        pairs = None
+        if self._data.demonstration_choice == "all" and len(self._demonstrations.pairs(representation, rows)):
+            pairs = self._demonstrations.pairs(representation, rows)
+        count = len(rows) if pairs is None else len(pairs)
+        for at in range(position, position + count + 1):
+            epoch, inside = divmod(at, count)
+            number = int(self._order(representation, count, seed, epoch)[inside])
+            index = int(rows[number] if pairs is None else pairs[number, 0])
+            task = self._fitting(index, representation, is_training=True)
+            if task is None:
+                continue
+            if pairs is not None:
+                return self._demonstrations.of(index, representation)[pairs[number, 1]], at + 1
+            if task.demonstration is not None:
+                return self._demonstrations.one_of(index, representation, seed, epoch), at + 1
+            return task, at + 1
         raise UserError(self._none_fits(representation, len(rows)))
+
+    @property
+    def wants_accepted(self) -> bool:
+        """Whether only demonstrations that are right are to be trained on: ``accept`` must be called."""
+        return self._data.demonstrations_accepted
+
+    def accept(self, accepts: Accepts) -> str:
+        """Leaves out demonstrations that ``accepts`` does not find right, and rows without a right one.
+
+        Returns a sentence with the counts. Raises UserError where a label is left without rows.
+        """
+        num_rows = num_without = 0
+        for label, rows in self.dataset.training.items():
+            without = self._demonstrations.accept(accepts, rows)
+            for index in without:
+                self._measured[True][index] = DOES_NOT_FIT
+                reason = "none of its demonstrations is accepted by the reward"
+                self.misfits.setdefault(label, {})[self.dataset.side.rows.number(index)] = reason
+            if len(without) == len(rows):
+                raise UserError(self._none_fits(label, len(rows)))
+            num_rows, num_without = num_rows + len(rows), num_without + len(without)
+        found = self._demonstrations
+        return (
+            f"{self._data.origin}: {found.num_accepted} of {found.num_given} demonstrations are accepted by the "
+            f"reward; {num_without} of {num_rows} rows have none and are left out"
+        )
 
     @property
     def held_out_labels(self) -> tuple[str, ...]:
@@ -107,6 +146,7 @@ class RowsSource:
             "left_out": self.num_too_long,
             "left_out_rows": rows,
             "examples": [number(i) for i in self.dataset.examples],
+            **(self._demonstrations.counts() if self.wants_accepted else {}),
         }
 
     def _order(self, label: str, count: int, seed: int, epoch: int) -> np.ndarray:
@@ -131,6 +171,8 @@ class RowsSource:
         task = side.task(index)
         if measured[index] == UNKNOWN:
             why = self._why_too_long(task, self._misfit(label, is_training=is_training))
+            if why and is_training and self._demonstrations.of(index, label):
+                why = self._why_too_long(task, lambda task: None)  # another demonstration fits
             measured[index] = DOES_NOT_FIT if why else FITS
             if why:
                 self.misfits.setdefault(label, {})[side.rows.number(index)] = why

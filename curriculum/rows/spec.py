@@ -52,6 +52,9 @@ class RowsData(RewardTable, EnvironmentTable):
     representation: str = "natural"  # the label of all rows
     representation_column: str | None = None  # a column with the label of each
     demonstration: str | None = None  # a column, of text or of messages, or a template: the response of sft stages
+    # of a row with a list of demonstrations: in each pass one at random, or all of them
+    demonstration_choice: Literal["one", "all"] = "one"
+    demonstrations_accepted: bool = False  # only demonstrations that the first reward finds right; others are counted
     max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
 
     @property
@@ -81,6 +84,9 @@ class RowsData(RewardTable, EnvironmentTable):
         keys = super().idle()
         if self.representation_column:
             keys[("representation",)] = "representation_column gives the labels"
+        if self.demonstration is None:
+            why = "demonstration names no column"
+            keys |= {(key,): why for key in ("demonstration_choice", "demonstrations_accepted")}
         if self.has_eval_rows and not self.examples:
             keys[("split_seed",)] = "the rows for evaluation lie apart, and there are no examples"
         return keys
@@ -90,6 +96,12 @@ class RowsData(RewardTable, EnvironmentTable):
         found = {key: getattr(self, key) for key in ("path", "eval_path", "chat_template")}
         paths = {k: v if v is None or v.startswith(HUB) else resolve(v, folder) for k, v in found.items()}
         return {**paths, "rewards": located_rewards(self.rewards, folder), **self.located_code(folder)}
+
+    @model_validator(mode="after")
+    def _accepted_by_rewards(self) -> "RowsData":
+        if self.demonstrations_accepted and not self.rewards:
+            raise ValueError("demonstrations_accepted needs rewards, which say whether a demonstration is right")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_evaluation(self) -> "RowsData":
