@@ -3,6 +3,7 @@
     python studies/quickstart_control.py --seeds 1 2 3 [--at-once 2]      trains, appends to quickstart_control.jsonl
     python studies/quickstart_control.py --table                          writes README's table from that file
 
+For further runs: isomorph study studies/quickstart/STUDY.toml, where both conditions begin from one warm start.
 Each run takes minutes on one core. The latest run of each seed and condition counts. All have the same evaluation.
 """
 

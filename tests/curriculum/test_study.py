@@ -249,6 +249,16 @@ def test_an_identity_changes_with_all_that_matters_and_with_nothing_else(place: 
     assert design.identity(run, "sha") != design.identity(design.run("words", 2), "sha")
 
 
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*/STUDY.toml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.parent.name)
+def test_the_repositorys_studies_have_a_plan_and_load(file: Path) -> None:
+    design = Design(file)
+    assert (file.parent / "PLAN.md").is_file() and design.spec.test is not None
+    assert design.spec.study.baseline in design.spec.condition
+
+
 def test_a_failed_run_ends_no_other_and_is_named(place: Path, warm_isomorph: list[str]) -> None:
     broken = """
 [condition.broken]
