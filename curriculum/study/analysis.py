@@ -66,7 +66,7 @@ class Reached:
 class Group:
     """Items of one difficulty, at the last budget."""
 
-    by: str  # steps, width or path_len
+    by: str  # a key of DIFFICULTY
     name: str
     num_items: int
     rates: dict[str, float]  # condition -> mean over seeds
@@ -332,7 +332,8 @@ def _bins(values: Sequence[int]) -> list[tuple[str, np.ndarray]]:
     known = np.asarray(values)
     distinct = np.unique(known)
     if len(distinct) <= MAX_GROUPS:
-        return [(str(v), np.flatnonzero(known == v)) for v in distinct]
+        words = {"True": "yes", "False": "no"}
+        return [(words.get(str(v), str(v)), np.flatnonzero(known == v)) for v in distinct]
     edges = np.unique(np.quantile(known, np.linspace(0, 1, MAX_GROUPS + 1), method="inverted_cdf"))
     found = []
     for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
@@ -358,8 +359,8 @@ def _group(results: StudyResults, last: dict[tuple[str, int], Point], by: str, n
     return Group(by=by, name=name, num_items=len(at), rates={c: rate(c) for c in known}, effects=effects)
 
 
-def best_shortcut(results: StudyResults) -> tuple[str, float] | None:
-    """The shortcut that answers most of the first representation's items without the procedure; None: not known."""
+def shortcut_rates(results: StudyResults) -> dict[str, float]:
+    """Shortcut -> share of the first representation's items that it answers; {} where the runs do not say."""
     measure = results.study["measure"][0]
     rates: Row = {}
     for row in results.runs.values():
@@ -367,9 +368,7 @@ def best_shortcut(results: StudyResults) -> tuple[str, float] | None:
     if not rates:
         floors = [p.row["floor"] for p in results.points if p.representation == measure and p.row.get("floor")]
         rates = {"sum of all durations": floors[0]} if floors else {}
-    numbers = {name: rate for name, rate in rates.items() if isinstance(rate, int | float)}
-    best = max(numbers, key=numbers.__getitem__, default=None)
-    return None if best is None else (best, float(numbers[best]))
+    return {name: float(rate) for name, rate in rates.items()}
 
 
 def _jsonable(value: Any) -> Any:

@@ -111,7 +111,7 @@ class Design:
         if self.spec.test is None:
             raise UserError(
                 f"{self.file}: --test needs a table [test]: what the test exam has in place of keys of [eval], for "
-                "example seed = 20261127, prompts = 1000"
+                'example split = "test", prompts = 1000'
             )
         return self._condition(condition, {"seed": seed}, self.warm_folder(seed), self.spec.test)
 

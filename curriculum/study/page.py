@@ -8,8 +8,8 @@ from pathlib import Path
 
 from isomorph.curriculum.report import document
 from isomorph.curriculum.study import pictures
-from isomorph.curriculum.study.analysis import Analysis, Comparison, Reached, analyse, best_shortcut
-from isomorph.curriculum.study.results import DEVELOPMENT, StudyResults, read_results
+from isomorph.curriculum.study.analysis import Analysis, Comparison, Reached, analyse, shortcut_rates
+from isomorph.curriculum.study.results import DEVELOPMENT, DIFFICULTY, StudyResults, read_results
 from isomorph.curriculum.study.seeds import Effect, sign_test
 from isomorph.engine.config import UserError
 
@@ -43,7 +43,8 @@ def _about(results: StudyResults) -> dict[str, object]:
 
 def _body(results: StudyResults, analysis: Analysis, album: document.Album) -> str:
     study = results.study
-    shortcut = best_shortcut(results)
+    rates = shortcut_rates(results)
+    shortcut = max(rates.items(), key=lambda item: item[1], default=None)
     parts = [f"<p><b>{html.escape(study['question'])}</b></p>"]
     if analysis.missing:
         parts.append(_warning(f"Not finished: {', '.join(analysis.missing)}. Seeds without a partner are left out."))
@@ -207,11 +208,12 @@ def _reach_table(found: Sequence[Reached]) -> str:
 def _difficulty_table(analysis: Analysis) -> str:
     contrasts = list(dict.fromkeys(name for group in analysis.groups for name in group.effects))
     rows = [
-        [group.by.replace("_", " "), group.name, str(group.num_items)]
+        [DIFFICULTY[group.by], group.name, str(group.num_items)]
         + [_points_with_interval(group.effects.get(name)) for name in contrasts]
         for group in analysis.groups
     ]
-    return document.table(["by", "value", "items", *contrasts], rows)
+    text = "Points with 95 % intervals. Not planned as claims, and not adjusted for their number."
+    return document.table(["by", "value", "items", *contrasts], rows) + document.note(text)
 
 
 def _errors(results: StudyResults) -> str:
@@ -245,12 +247,20 @@ def _design(results: StudyResults) -> str:
         ["budgets", ", ".join(map(str, study["budgets"])) + " steps"],
         ["planned comparisons", "; ".join(f"{first} - {second}" for first, second in study["contrasts"])],
         ["items", "; ".join(f"{row['representation']} {len(row['keys'])}" for row in results.items.values())],
+        ["without the procedure", _shortcuts(results)],
         ["recipe", study["recipe"]],
         ["versions", ", ".join(sorted({_versions(row) for row in results.runs.values()}))],
     ]
     if study["unequal"]:
         rows.append(["steps", "conditions have unequal numbers of steps, as the study's file allows"])
     return document.table(["", ""], rows, css="facts")
+
+
+def _shortcuts(results: StudyResults) -> str:
+    """What shortcuts answer of the development exam, on the first representation."""
+    rates = shortcut_rates(results)
+    best_first = sorted(rates, key=rates.__getitem__, reverse=True)
+    return ", ".join(f"{name} {rates[name]:.1%}" for name in best_first) or "not known"
 
 
 def _versions(row: dict[str, dict[str, str]]) -> str:

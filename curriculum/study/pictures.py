@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from isomorph.curriculum.report.drawing import dress, legend, new_figure, percent
 from isomorph.curriculum.report.figures import RUN_COLOURS, RUN_LINES
 from isomorph.curriculum.study.analysis import Analysis, Comparison, Curve, Reached
-from isomorph.curriculum.study.results import StudyResults
+from isomorph.curriculum.study.results import DIFFICULTY, StudyResults
 
 ROW_IN = 0.27  # height of a row of the picture of differences
 GREY = "#888888"
@@ -135,16 +135,20 @@ def difficulty(results: StudyResults, analysis: Analysis) -> Figure:
     """Accuracy of each condition on items by what is known of their difficulty."""
     style = style_of(results.study["conditions"])
     kinds = list(dict.fromkeys(group.by for group in analysis.groups))
-    figure = new_figure(3.2)
-    axes = list(figure.subplots(1, len(kinds), squeeze=False, sharey=True).flat)
-    for ax, by in zip(axes, kinds, strict=True):
+    num_columns = min(3, len(kinds))
+    num_rows = -(-len(kinds) // num_columns)
+    figure = new_figure(2.7 * num_rows + 0.5)
+    axes = list(figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flat)
+    for ax in axes[len(kinds) :]:
+        ax.set_visible(False)
+    for ax, by in zip(axes, kinds, strict=False):
         groups = [group for group in analysis.groups if group.by == by]
         for name in results.study["conditions"]:
             at = [(x, group.rates[name]) for x, group in enumerate(groups) if name in group.rates]
             if at:
                 ax.plot(*zip(*at, strict=True), **style[name], marker="o", ms=4, lw=1.5, label=name)
         ax.set_xticks(range(len(groups)), [f"{group.name}\n(n={group.num_items})" for group in groups])
-        dress(ax, f"by {by.replace('_', ' ')} of the item", "accuracy", x="")
+        dress(ax, DIFFICULTY[by], "accuracy", x="")
         percent(ax)
     legend(figure)
     return figure

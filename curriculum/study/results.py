@@ -28,7 +28,13 @@ from isomorph.engine.record.runlog import Row, read_steps
 
 RUNS, RESULTS, ITEMS, STUDY = "runs.jsonl", "results.jsonl", "items.jsonl", "study.json"
 DEVELOPMENT, TEST = "dev", "test"
-DIFFICULTY = ("steps", "width", "path_len")  # of an item, where the evaluation says them
+DIFFICULTY = {  # what an evaluation may say of an item -> in words
+    "steps": "steps of the item",
+    "width": "width of the item",
+    "path_len": "length of its longest path",
+    "hard": "hard: no shortcut solves it",
+    "wording": "wording of the item",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,8 +269,4 @@ def _summary(folder: Path) -> Row:
 
 def _response_tokens(run: Path) -> dict[int, int]:
     """Step -> response tokens up to then."""
-    total, found = 0, {0: 0}
-    for row in read_steps(run):
-        total += int(row["tok/response"] or 0)
-        found[row["step"]] = total
-    return found
+    return {0: 0, **{row["step"]: int(row["tok/response_total"]) for row in read_steps(run)}}

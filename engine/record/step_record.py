@@ -22,6 +22,7 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
     environment/errors  .../timeouts     responses whose environment raised; did not answer in time;
     environment/crashes  .../out_of_turns   ended its process; reached the limit of turns without an end
     tok/prompt  tok/response             tokens of the prompts, once a group; of the responses, written by the model
+    tok/response_total                   of the run so far, with those that a source has sampled between steps (STaR)
     tok/context                          tokens of the responses that environments added
     kept/bytes                           of the kept tokens of all responses; only with top_k, top_p or min_p
     tok/trunk                            tokens through the decoder in passes with gradient
@@ -109,6 +110,7 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         **(_failed_environments(rollouts) if result.has_environments else {}),
         "tok/prompt": sum(len(g.prompt.token_ids) for g in groups),
         "tok/response": sum(response_tok),
+        "tok/response_total": state.totals["response_tok"],
         "tok/context": sum(len(r.token_ids) for r in rollouts) - sum(response_tok),
         **({"kept/bytes": sum(sets.nbytes for sets in kept)} if kept else {}),
         "tok/trunk": stats.num_forward_tok,

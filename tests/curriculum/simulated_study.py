@@ -47,7 +47,7 @@ def write_study(
     }
     results, runs, items = [], [], []
     for form in representations:
-        known = {"steps": steps.tolist(), "width": (steps // 2).tolist()}
+        known = {"steps": steps.tolist(), "width": (steps // 2).tolist(), "hard": (steps > 6).tolist()}
         items.append({"items": form, "representation": form, "keys": keys, **known})
     for seed in seeds:
         of_seed = rng.normal(0, spread)

@@ -15,7 +15,7 @@ import pytest
 from simulated_study import write_study
 
 from isomorph.curriculum.study import page, seeds
-from isomorph.curriculum.study.analysis import analyse, best_shortcut
+from isomorph.curriculum.study.analysis import analyse, shortcut_rates
 from isomorph.curriculum.study.design import WARM_SEED, Design
 from isomorph.curriculum.study.exam import committed
 from isomorph.curriculum.study.results import append_lines, read_lines, read_results
@@ -65,7 +65,7 @@ test_budgets = [4]
 baseline = "words"
 jobs = 1
 [test]
-seed = 5
+split = "test"
 prompts = 6
 [[warm_start.stage]]
 name = "warm-up"
@@ -214,7 +214,7 @@ def takes_its_test_exam_once(place: Path, isomorph: list[str]) -> None:
         ('baseline = "words"', 'baseline = "word"', "baseline must be one of the conditions, words, graph_words"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be different"),
         ('recipe = "base.toml"', 'recipe = "base.toml"\nmeasure = ["code"]', "has no code, only natural, graph"),
-        ("seed = 5", "seeds = 5", "test: eval.seeds: unknown key"),
+        ("prompts = 6", "prompt = 6", "test: eval.prompt: unknown key"),
         ('objective.name = "sft"', 'objective.name = "sft"\nobjective.clip_low = 0.1', "warm_start: stage.0.objective"),
     ],
 )
@@ -331,7 +331,7 @@ def test_the_page_shows_pairs_difficulty_and_what_is_missing(tmp_path: Path, mon
     results = read_results(tmp_path)
     analysis = analyse(results)
     assert analysis.missing == ("words-seed6",) and all(c.seeds == (1, 2, 3, 4, 5) for c in analysis.comparisons)
-    assert best_shortcut(results) == ("back along last listed", 0.33)
+    assert shortcut_rates(results) == {"sum": 0.16, "back along last listed": 0.33}
     by_steps = [group for group in analysis.groups if group.by == "steps"]
     items = next(iter(results.items.values()))
     assert sum(group.num_items for group in by_steps) == 60 and len(items["keys"]) == 60
