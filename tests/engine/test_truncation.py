@@ -39,6 +39,7 @@ from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import trainer_logprob
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint
+from isomorph.engine.record.runlog import read_steps
 from isomorph.engine.rollout import builtin
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.serialise import join_scored, split_scored
@@ -338,6 +339,8 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit_with_the_same_kept_tokens(tmp_
     (drawn,) = load_checkpoint(newest)[0].draws
     assert all(kept_of(r).has(r.token_ids).all() and kept_of(r).num_kept().max() <= 9 for r in drawn.rollouts)
     assert sha(taken_up(folder)) == sha(whole)
+    ours, theirs = ([row["kept/bytes"] for row in read_steps(run)] for run in (folder, tmp_path / "whole"))
+    assert ours == theirs and len(ours) == 4 and min(ours) > 0
 
 
 class Spoiling(BuiltinSampler):

@@ -253,6 +253,17 @@ def test_what_does_not_fit_is_refused() -> None:
         KeptTokens.from_mask(torch.zeros(1, 37, dtype=torch.bool))
 
 
+def test_the_body_without_logits_is_refused() -> None:
+    if backend.triton_reason():
+        pytest.skip("needs CUDA, or TRITON_INTERPRET=1 before Python starts")
+    leaves, targets, row_index, mask = problem(37, torch.float32)
+    with (
+        backend.using("linear_loss=offset"),
+        pytest.raises(ValueError, match="it has no logits .* use linear_loss=triton"),
+    ):
+        linear_loss(*leaves[:2], targets, wavy, row_index_N=row_index, kept=KeptTokens.from_mask(mask))
+
+
 @pytest.mark.parametrize("body", ["reference", *BODIES[1:]])
 def test_only_kept_tokens_are_sampled_with_their_renormalised_log_probability(body: str) -> None:
     num_rows = 4 if body == "triton" else 200  # its interpreter is slow
