@@ -16,7 +16,7 @@ from isomorph.curriculum.rows.gym import GymSource
 from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
-from isomorph.curriculum.tasks.jsonl import read_rows, read_test_rows, split_rows
+from isomorph.curriculum.tasks.jsonl import read_rows, read_test_rows, repeated_procedures, split_rows
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import WORD, TextCodec
@@ -157,6 +157,15 @@ def read_files(data: JsonlData) -> list[TaskFile]:
     return [TaskFile(form, data.files[form], tasks, train[form], held_out[form]) for form, tasks in rows.items()]
 
 
+def _repeated(files: list[TaskFile]) -> list[str]:
+    """Keys of the test rows whose procedure is also a training row's, by the first form that is on both sides."""
+    training = {file.form: file.training for file in files if file.training is not None}
+    for file in files:
+        if file.held_out is not None and file.form in training:
+            return repeated_procedures(training[file.form], file.held_out)
+    return []
+
+
 def open_sources(recipe: Recipe, text: TextCodec, limits: LengthLimits | None) -> dict[str, Source]:
     """The source of each ``[data.NAME]`` whose tasks are not generated.
 
@@ -197,8 +206,10 @@ class TaskFiles:
         self.training: dict[str, list[Task]] = {}
         self.held_out: dict[str, list[Task]] = {}
         self._data, self._text, self._name, self._limits = data, text, name, limits
-        for file in read_files(data):
+        files = read_files(data)
+        for file in files:
             self._keep_fitting(file)
+        self._repeated = _repeated(files) if data.eval_files else None
         self._epochs: dict[str, tuple[tuple[int, int], list[int]]] = {}  # representation -> (seed, epoch), its order
 
     def _keep_fitting(self, file: TaskFile) -> None:
@@ -240,8 +251,8 @@ class TaskFiles:
         """All rows are measured again."""
 
     def summary(self) -> dict[str, Any]:
-        """Rows that are left out, by representation."""
-        return {"left_out": self.num_too_long}
+        """Rows that are left out, by representation; of ``eval_files`` also the keys of ``repeated`` procedures."""
+        return {"left_out": self.num_too_long} | ({} if self._repeated is None else {"repeated": self._repeated})
 
     @property
     def held_out_labels(self) -> tuple[str, ...]:

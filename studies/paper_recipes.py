@@ -31,7 +31,9 @@ from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.estimate import plan_recipe
 from isomorph.curriculum.named_recipes import FOLDER, recipe_names
 from isomorph.curriculum.recipe import Recipe
+from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import ALONE
+from isomorph.engine.foreign import one_line
 from isomorph.engine.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +95,9 @@ def small(recipe: Recipe, model: Path, steps: int) -> list[str]:
     ]
     if not all(stage.objective.is_supervised for stage in recipe.stage):
         found += ["sampling.max_new_tok=8", "sampling.samples_per_prompt=2"]
+    stars = [i for i, stage in enumerate(recipe.stage) if stage.star]
+    found += [text for i in stars for text in (f"stage.{i}.star.rounds=1", f"stage.{i}.star.prompts=4")]
+    found += ["sampling.max_new_tok=8"] if stars else []
     return [*found, *(f"stage.{i}.steps={steps}" for i in range(len(recipe.stage)))]
 
 
@@ -125,7 +130,16 @@ def exercise(name: str, model: Path, folder: Path, steps: int = 2) -> dict[str, 
     recipe = load_recipe(path, small(load_recipe(path, [], Recipe), model, steps), Recipe)
     folder.mkdir(parents=True)
     started = time.perf_counter()
-    summary = run_recipe(recipe, folder, Console(file=io.StringIO()), lambda: False, ALONE, resume=False)
+    try:
+        run_recipe(recipe, folder, Console(file=io.StringIO()), lambda: False, ALONE, resume=False)
+    except UserError as error:  # STaR by a random model: no answer of its own is right
+        if not any(stage.star for stage in recipe.stage):
+            raise
+        described = json.loads((folder / "run.json").read_text())
+        files = sorted({Path(file["path"]).name for place, file in described["files"].items() if "data." in place})
+        row = {"recipe": name, "family": described["model"]["type"], "status": one_line(str(error)), "stages": {}}
+        return {**row, "files": files, "evaluated_on": [], "seconds": round(time.perf_counter() - started, 1)}
+    summary = json.loads((folder / "summary.json").read_text())
     described = json.loads((folder / "run.json").read_text())
     return {
         "recipe": name,

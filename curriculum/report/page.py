@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from isomorph.curriculum.report import document, figures
+from isomorph.curriculum.report.paper import paper_section
 from isomorph.curriculum.report.run_record import (
     EvaluationResult,
     RunRecord,
@@ -76,6 +77,7 @@ def _comparison(records: Sequence[RunRecord], names: Sequence[str], album: docum
     if any(record.evaluations for record in records):
         caption = "Greedy accuracy at each run's evaluations; one colour per run."
         parts.append(album.add("compare-accuracy", figures.compare_accuracy(records, names), caption))
+    parts.append(paper_section(records, names))
     return "\n".join(parts)
 
 
@@ -148,6 +150,8 @@ def _section(record: RunRecord, name: str, album: document.Album, *, prefix: str
         parts.append("<h4>Transfer: accuracy by what the run had been trained on so far</h4>" + _matrix_table(matrix))
         caption = "Accuracy by what this run had been trained on (rows) and evaluated on (columns)."
         parts.append(album.add(f"{prefix}transfer", figures.transfer_picture(matrix), caption))
+    if not prefix:  # of several runs the comparison has it
+        parts.append(paper_section([record], [name]))
     parts.append("<h3>Learning</h3>")
     caption = "Reward per step and representation; dashed lines are boundaries between stages."
     parts.append(album.add(f"{prefix}reward", figures.learning(record), caption))

@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,15 @@ from isomorph.curriculum.tasks.asynchow import (
 )
 from isomorph.curriculum.tasks.task import DataError, Task
 
-__all__ = ["demonstrate_question", "has_solver", "read_rows", "read_test_rows", "solve_question", "split_rows"]
+__all__ = [
+    "demonstrate_question",
+    "has_solver",
+    "read_rows",
+    "read_test_rows",
+    "repeated_procedures",
+    "solve_question",
+    "split_rows",
+]
 
 MAX_ROW_CHARS = 1_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")  # json joins whole pairs into one character
@@ -72,6 +80,22 @@ def read_test_rows(files: Mapping[str, str], family: str, *, reward: str = "stri
         if parsed is not None and form not in FORMS and len(tasks) == len(parsed):
             rows[form] = [replace(task, key=known.key) for task, known in zip(tasks, parsed, strict=True)]
     return rows
+
+
+def repeated_procedures(training: Iterable[Task], held_out: Iterable[Task]) -> list[str]:
+    """Keys of the held-out tasks whose procedure is one of training, up to words and the numbering of steps.
+
+    Both of one form; questions that are not of the paper's form count as different.
+    """
+    known = {_procedure(task) for task in training} - {None}
+    return list(dict.fromkeys(task.key for task in held_out if _procedure(task) in known))
+
+
+def _procedure(task: Task) -> str | None:
+    try:
+        return plan_key(parse_question(task.question, task.representation))
+    except DataError:
+        return None
 
 
 def _refuse_unreadable_answers(path: str | PathLike[str], numbers: list[int], tasks: list[Task]) -> None:

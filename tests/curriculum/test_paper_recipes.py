@@ -1,5 +1,6 @@
 """The paper's recipes on stand-ins for its files: budgets and constants, and a step of every stage."""
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch
 from isomorph.curriculum import assemble
 from isomorph.curriculum.named_recipes import FOLDER, recipe_names
 from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.report.paper import paper_section, without_repeated
+from isomorph.curriculum.report.run_record import RunRecord, read_run
 from isomorph.engine.config import UserError
 from isomorph.engine.recipe_file import load_recipe
 
@@ -35,6 +38,9 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Modu
     recipes, scratch = script("paper_recipes"), tmp_path_factory.mktemp("paper")
     threads = torch.get_num_threads()
     with recipes.data_folder(scratch, is_real=False):
+        train, test = (scratch / "rows" / f"asynchow_natural_{split}.jsonl" for split in ("train", "test"))
+        rows = test.read_text().splitlines()
+        test.write_text("\n".join([train.read_text().splitlines()[3], *rows[1:]]) + "\n")  # a repeated procedure
         yield recipes, {family: recipes.make_model(scratch / family, family) for family in recipes.FAMILIES}
     torch.set_num_threads(threads)  # the recipes ask for one
 
@@ -53,6 +59,25 @@ def test_a_recipe_runs_a_step_of_every_stage(
     assert (row["status"], row["family"]) == ("done", family)
     assert row["stages"] == {stage.name: 1 for stage in recipe.stage}
     assert row["evaluated_on"] == sorted(recipe.eval.representations or ())
+    if name == "graph_natural":
+        check_report(read_run(tmp_path / "run"))
+
+
+def check_report(record: RunRecord) -> None:
+    """The paper's figures stand beside the run's; the test question that is a training row is left out of a column."""
+    assert record.described["rows"]["asynchow"]["repeated"] == ["0"]
+    assert record.evaluations[-1].accuracy["natural"].n == 2
+    apart = without_repeated(record, "natural")
+    assert apart is not None and apart.n == 1
+    page = paper_section([record], ["run"])
+    assert "78.2% [72.4%, 83.1%]" in page  # 176 of 225, Wilson
+    assert "2 questions" in page and "model olmo2" in page and "none of these conditions" in page
+    steps = {"stage": tuple(s.model_copy(update={"steps": 40}) for s in record.recipe.stage)}
+    alike = dataclasses.replace(record, recipe=record.recipe.model_copy(update=steps))
+    row = paper_section([alike], ["run"]).partition("graph 40 → natural 40, GRPO")[2].partition("</tr>")[0]
+    assert str(record.evaluations[-1].accuracy["natural"]) in row and str(apart) in row
+    other = load_recipe(FOLDER / "smoke.toml", [], Recipe)
+    assert paper_section([dataclasses.replace(record, recipe=other)], ["run"]) == ""
 
 
 NATURAL, GRAPH, CODE = {"natural"}, {"graph"}, {"code"}
@@ -101,9 +126,20 @@ def test_budgets_and_constants_of_grpo_are_the_papers(name: str) -> None:
 def test_the_supervised_constants_are_the_papers() -> None:
     for name in ("sft_natural", "sft_graph", "sft_code", "sft_graph_natural"):
         for stage in loaded(name).stage:
+            assert stage.star is None
             optim = stage.optim
             assert (optim.lr, optim.schedule, optim.warmup_share, optim.final_lr_frac) == (1e-5, "cosine", 0.05, 0.0)
             assert 8 * (stage.steps - 1) < 2 * 1373 <= 8 * stage.steps == stage.batch.prompts * stage.steps
+
+
+def test_stars_rounds_are_the_papers() -> None:
+    (stage,) = loaded("star").stage
+    assert stage.star is not None
+    star = stage.star
+    assert (star.rounds, star.samples, star.temperature, star.keep, star.epochs) == (10, 4, 1.0, "one", 2.0)
+    assert (star.prompts, star.start_from) == (1373, "previous")
+    assert stage.steps >= 10 * 2 * 1373 / stage.batch.prompts - 10  # of ten rounds in which every question is solved
+    assert (stage.optim.lr, stage.optim.schedule, stage.optim.warmup_share) == (1e-5, "cosine", 0.05)
 
 
 def test_a_form_that_is_only_evaluated_on_cannot_be_trained_on() -> None:
