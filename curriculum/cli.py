@@ -15,6 +15,7 @@ from rich.console import Console
 
 from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.named_recipes import FOLDER, recipe_line, recipe_names
+from isomorph.curriculum.rewards.builtin import BUILTINS
 from isomorph.curriculum.rewards.families import FAMILIES
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
@@ -333,7 +334,10 @@ def make_data(
     make(asked, num, settings or [], out, seed=seed or 0, split=split, force=force)
 
 
-@data.command("inspect")
+_REWARDS = ("Reward functions of rows by name:", *(f"{name}: {known.line}" for name, known in BUILTINS.items()))
+
+
+@data.command("inspect", epilog="\n\n".join(_REWARDS))
 def inspect_data(
     target: Annotated[
         str,
@@ -357,7 +361,10 @@ def inspect_data(
         typer.Option("--representation", help="With --family: form of the questions: natural, graph, code, ..."),
     ] = None,
 ) -> None:
-    """Check data: columns, the first prompt, lengths, duplicates, broken rows, and what would be left out."""
+    """Check data: columns, the first prompt, lengths, duplicates, broken rows, and what would be left out.
+
+    Of a recipe also what each reward gives for the accepted answers of some rows.
+    """
     keys = {k: v for k, v in (("prompt", prompt), ("answer", answer), ("split", split), ("subset", subset)) if v}
     if family is not None or representation is not None:
         if family is None or representation is None or keys or name is not None:

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from isomorph.curriculum.commands.sanity import show_rewards
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.lengths import LengthLimits
 from isomorph.curriculum.recipe import Data, GeneratedData, Recipe
+from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rows.dataset import Dataset, Side
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
@@ -27,6 +29,7 @@ from isomorph.engine.recipe_file import check_tables, load_recipe
 
 MAX_MEASURED = 20_000  # training rows whose lengths are measured
 MAX_LISTED = 10
+NUM_REWARDED = 3  # rows whose accepted answers are rewarded
 
 
 def inspect_rows(target: str, name: str | None, keys: dict[str, Any], console: Console) -> None:
@@ -80,6 +83,13 @@ def _show_source(data: Data, text: TextCodec, name: str, limits: LengthLimits, c
             _show_task(source.draw(representation, 0, 0)[0], text, console)
     for sentence in source.left_out or ["no row is left out"]:
         console.print(Text(printable(sentence)), soft_wrap=True)
+    if isinstance(data, RewardTable):
+        label = next(iter(source.dataset.training if isinstance(source, RowsSource) else data.representations or ()))
+        tasks, position = [], 0
+        for _ in range(NUM_REWARDED):
+            task, position = source.draw(label, position, 0)
+            tasks.append(task)
+        show_rewards(data, name, source.columns, tasks, text, console)
 
 
 def _show_rows(rows: Rows, console: Console) -> None:

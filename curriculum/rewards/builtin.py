@@ -28,10 +28,14 @@ class Builtin:
     """One of our reward functions."""
 
     function: str  # its name in this file
-    says: str  # one line of help
     in_worker: bool = False  # its time has no bound: it runs in a process that is killed at a deadline
     packages: tuple[str, ...] = ()
     extra: str = ""  # the optional dependency that installs ``packages``
+
+    @property
+    def line(self) -> str:
+        """What it rewards, in a line: the first of its docstring."""
+        return (globals()[self.function].__doc__ or "").partition("\n")[0].replace("``", "")
 
     @property
     def missing_packages(self) -> list[str]:
@@ -152,30 +156,26 @@ def repetition(completion_ids: list[list[int]], ngram: int = 3, penalty: float =
 
 
 BUILTINS: Mapping[str, Builtin] = {
-    "exact": Builtin(function="exact", says="the stated answer is the gold, as text"),
-    "numeric": Builtin(function="numeric", says="the last number is the gold's (GSM8K)"),
-    "choice": Builtin(function="choice", says="the chosen letter, A to E"),
-    "formatted": Builtin(function="formatted", says="a regular expression matches the response", in_worker=True),
+    "exact": Builtin(function="exact"),
+    "numeric": Builtin(function="numeric"),
+    "choice": Builtin(function="choice"),
+    "formatted": Builtin(function="formatted", in_worker=True),
     "math": Builtin(
         function="math_verify",
-        says="equal by Math-Verify",
         in_worker=True,
         packages=("math_verify",),
         extra="math",
     ),
     "math_sympy": Builtin(
         function="math_sympy",
-        says="proven equal with SymPy",
         in_worker=True,
         packages=FAMILIES["math"].packages,
         extra="math",
     ),
-    "physics": Builtin(
-        function="physics", says="value and unit", in_worker=True, packages=FAMILIES["physics"].packages, extra="math"
-    ),
-    "async_plan": Builtin(function="async_plan", says="a duration"),
-    "cosine": Builtin(function="cosine", says="correctness scaled by length"),
-    "repetition": Builtin(function="repetition", says="minus the share of repeated n-grams of tokens"),
+    "physics": Builtin(function="physics", in_worker=True, packages=FAMILIES["physics"].packages, extra="math"),
+    "async_plan": Builtin(function="async_plan"),
+    "cosine": Builtin(function="cosine"),
+    "repetition": Builtin(function="repetition"),
 }
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 from rich.console import Console
 
+from isomorph.curriculum.cli import app
 from isomorph.curriculum.commands.inspect import inspect_rows
+from isomorph.curriculum.rewards.builtin import BUILTINS
 from isomorph.engine.config import UserError
 
 ROWS = [
@@ -80,3 +83,33 @@ def test_what_cannot_be_inspected_is_one_sentence(folder: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             printed(**given)  # type: ignore[arg-type]
+
+
+def test_each_reward_is_tried_on_the_accepted_answers(folder: Path) -> None:
+    (folder / "mine.py").write_text("def mine(answer):\n    return 1 / len(answer.text)\n")
+    rewards = 'rewards = [{ function = "exact" }, { function = "formatted" }, { function = "mine.py:mine" }]'
+    (folder / "run.toml").write_text(RECIPE.replace('rewards = [{ function = "exact" }]', rewards))
+    said = printed(str(folder / "run.toml"))
+    assert "reward exact, weight 1: 1.0 where the stated answer, or without one the whole response, is" in said
+    assert f"reward mine, weight 1: {folder / 'mine.py'}:mine" in said
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│ line " in line]
+    assert len(cells) == 9
+    for row, response, exact, formatted, mine in cells:
+        answer = ROWS[int(row.removeprefix("line ")) - 1]["answer"]
+        exp = {
+            f"the accepted answer: {answer}": ("1", "0", f"{1 / len(answer):g}"),
+            f"it in tags: <answer>{answer}</answer>": ("1", "1", f"{1 / len(f'<answer>{answer}</answer>'):g}"),
+            "nothing": ("0", "0", "error"),
+        }
+        assert (exact, formatted, mine) == exp[response]
+    assert "mine.py, line 2, in mine: ZeroDivisionError" in said
+    (folder / "mine.py").write_text("def other(answer):\n    return 1\n")
+    with pytest.raises(UserError, match="it has no 'mine'; it has other"):
+        printed(str(folder / "run.toml"))
+
+
+def test_every_built_in_reward_says_what_it_is_in_a_line() -> None:
+    for name, known in BUILTINS.items():
+        assert 20 < len(known.line) < 140 and known.line.endswith((".", "and")), name
+    said = typer.testing.CliRunner().invoke(app, ["data", "inspect", "--help"]).output
+    assert all(f"{name}: {known.line[:20]}" in said for name, known in BUILTINS.items())
