@@ -1,11 +1,15 @@
 """Rows as training data: seconds until the first draw, memory, and time of drawing a step's prompts.
 
-    python benchmarks/bench_rows.py [--rows 1000000] [--kinds jsonl parquet csv]
+    python benchmarks/bench_rows.py [--rows 1000000] [--kinds jsonl parquet csv] [--starts 3]
 
-Each kind of file is read in a process of its own, so that its memory is its own. Prints one JSON object a line.
+Each start is in a process of its own, so that its memory is its own; the file was just written, so that it comes from
+the page cache. Imports are not counted. A draw renders a row and measures its length with a tokenizer of bytes; in a
+run the model's tokenizer takes longer: bench_rewards.py has that, as a share of a step. Median, lowest and highest of
+the starts, and of all steps' draws. Prints one JSON object a line.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import random
@@ -56,11 +60,14 @@ def peak_mib() -> float:
     return int(found) / 1024
 
 
-def measure(kind: str, file: Path, out: Any) -> None:
+def measure(file: Path, count: int, out: Any) -> None:
     from isomorph.curriculum.rows.source import RowsSource
     from isomorph.curriculum.rows.spec import RowsData
     from isomorph.engine.model.text import TextCodec, byte_tokenizer
 
+    if file.suffix != ".jsonl":
+        importlib.import_module("pyarrow.parquet")
+        importlib.import_module("pyarrow.csv")
     text = TextCodec(byte_tokenizer(), chat_template=False, stop_ids=[1])
     before = peak_mib()
     started = time.perf_counter()
@@ -75,33 +82,41 @@ def measure(kind: str, file: Path, out: Any) -> None:
         for _ in range(PROMPTS):
             _, position = source.draw("natural", position, 0)
         draws.append(time.perf_counter() - started)
-    out.put(
-        {
-            "kind": kind,
-            "rows": len(source.dataset.side.rows),
-            "file_mib": round(file.stat().st_size / 2**20, 1),
-            "start_s": round(start_s, 2),
-            "peak_mib": round(after - before, 1),
-            "draw_ms": round(1000 * statistics.median(draws), 1),
-            "prompts": PROMPTS,
-        }
-    )
+    assert len(source.dataset.side.rows) == count
+    out.put({"start_s": start_s, "peak_mib": after - before, "draws_ms": [1000 * seconds for seconds in draws]})
+
+
+def spread(values: list[float], digits: int) -> list[float]:
+    return [round(f(values), digits) for f in (statistics.median, min, max)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=["jsonl", "parquet", "csv"])
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         for kind in args.kinds:
             file = write(kind, args.rows, Path(folder))
-            out = spawn.Queue()
-            process = spawn.Process(target=measure, args=(kind, file, out))
-            process.start()
-            print(json.dumps(out.get()), flush=True)
-            process.join()
+            found = []
+            for _ in range(args.starts):
+                out = spawn.Queue()
+                process = spawn.Process(target=measure, args=(file, args.rows, out))
+                process.start()
+                found.append(out.get())
+                process.join()
+            row = {
+                "kind": kind,
+                "rows": args.rows,
+                "file_mib": round(file.stat().st_size / 2**20, 1),
+                "start_s": spread([one["start_s"] for one in found], 2),
+                "peak_mib": spread([one["peak_mib"] for one in found], 1),
+                "draw_ms": spread([ms for one in found for ms in one["draws_ms"]], 1),
+                "prompts": PROMPTS,
+            }
+            print(json.dumps(row), flush=True)
             file.unlink()
 
 

@@ -69,8 +69,8 @@ class RewardEntry(Section):
         if function not in BUILTINS:
             near = difflib.get_close_matches(function, BUILTINS, n=1)
             raise ValueError(
-                f"function must be one of {', '.join(BUILTINS)}, or file.py:name, or package.module:name, got "
-                f"{function!r}{f'; did you mean {near[0]}?' if near else ''}"
+                f"function must be one of {', '.join(BUILTINS)}, or file.py:name, or package.module:name"
+                f"{f' (did you mean {near[0]}?)' if near else ''}"
             )
         return function
 
@@ -94,6 +94,14 @@ class RewardTable(Section):
     deadline_s: float = Field(5.0, gt=0, allow_inf_nan=False)  # of a call: for a group (TRL), or for a response
     overlong: Overlong | None = None
     mask_truncated: bool = False  # responses that were cut off at their length limit do not enter the loss
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _are_tables(cls, rewards: Any) -> Any:
+        entries = rewards if isinstance(rewards, list | tuple) else [rewards]
+        if texts := [entry for entry in entries if isinstance(entry, str)]:
+            raise ValueError(f'rewards must be a list of tables: rewards = [{{ function = "{texts[0]}" }}]')
+        return rewards
 
     def idle(self) -> dict[KeyPath, str]:
         keys = super().idle()

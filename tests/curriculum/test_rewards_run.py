@@ -278,6 +278,8 @@ TWO = '{ function = "exact" }, { function = "numeric" }'
         ),
         (TWO, 'combine = "normalized"', ["objective.scale=none"], "scale has no effect, because combine"),
         (TWO, "overlong = { soft = 7 }", [], "soft must be at most sampling.max_new_tok, got 7 and 6"),
+        ('"exact"', "", [], 'rewards must be a list of tables: rewards = [{ function = "exact" }]'),
+        ('{ function = "a.b" }', "", [], "or package.module:name, got 'a.b'"),
         (TWO, "overlong = { soft = 5 }", [], "eval.max_new_tok must be at least overlong.soft, got 4 and 5"),
     ],
 )
