@@ -196,12 +196,10 @@ def test_value_and_gradient_are_those_of_a_softmax_over_the_kept_tokens(body: st
     assert all((g[never] == 0).all() for g in (grads[1], grads[2], loss_grads[1], loss_grads[2]))
 
 
-@pytest.mark.parametrize(
-    ("body", "dtype"),
-    [*((b, d) for b in BODIES[:-1] for d in (torch.float32, torch.bfloat16)), ("triton", torch.float32)],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("body", BODIES[:-1])
 def test_low_precision_has_no_nan_and_the_same_values(body: str, dtype: torch.dtype) -> None:
-    leaves, targets, row_index, mask = problem(137 if body == "triton" else 1003, dtype)
+    leaves, targets, row_index, mask = problem(1003, dtype)
     mask[0] = False
     mask[0, targets[0]] = True  # a single token: log-probability 0, entropy 0, no gradient
     bias = leaves[2].float().detach()
