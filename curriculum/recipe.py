@@ -231,7 +231,7 @@ class Recipe(EngineConfig):
                 if isinstance(data, RewardTable) and not stage.has_demonstrations:
                     data.refuse_unrewarded(part.data, f"stage {stage.name!r}")
                     data.refuse_stage(stage)
-                if part.representation in HELD_OUT:
+                if isinstance(data, GeneratedData) and part.representation in HELD_OUT:
                     raise ValueError(f"stage {stage.name!r}: {part.representation!r} is for evaluation only")
         for one in self.eval.all_sets:
             data = self._named(one.data, "eval")

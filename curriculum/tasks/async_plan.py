@@ -157,7 +157,7 @@ def demonstration(procedure: Procedure, representation: str, difficulty: Difficu
         written=[None if d.unit == procedure.unit else with_unit(d.value, d.unit) for d in procedure.durations],
         predecessors=procedure.predecessors,
         unit=procedure.unit,
-        noun="step" if representation in ("natural", "table") else "node",
+        noun="node" if representation in ("graph", "code") else "step",
     )
     return worked_solution(working, style=difficulty.demonstration, sequential=sequential)
 
@@ -191,6 +191,8 @@ def _words(difficulty: Difficulty) -> set[str]:
         *wording.TERSE_STEPS[:k],
         *wording.TERSE_EDGES[:k],
         *wording.TERSE_QUESTIONS[:k],
+        *wording.PARAPHRASE_TERSE.all,
+        *wording.DIALECT_TERSE.all,
         *(write(n, unit) for n in (1, 2) for unit in difficulty.units for write in (with_unit, spelled)),
         TERSE_SYNTAX,
         TERSE_SYNTAX_OF_UNITS if len(difficulty.units) > 1 else "",

@@ -14,6 +14,7 @@ from typing import Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isomorph.curriculum.tasks.canonical import canonical_key
+from isomorph.curriculum.tasks.domains import rich_activities
 from isomorph.curriculum.tasks.longest_path import Style, finish_times, topological_order
 from isomorph.curriculum.tasks.shortcuts import StepGraph
 from isomorph.curriculum.tasks.wording import MAX_STEPS, SCENARIOS, TERSE_ACTIVITIES
@@ -51,7 +52,10 @@ class Difficulty(BaseModel):
     # durations, so that no procedure of an exam differs from one of training in its durations only
     split_by: Literal["procedure", "structure"] = "procedure"
     form: Literal["full", "terse"] = "full"  # terse: short prompts from a small vocabulary, for tiny models
-    templates: int = Field(4, ge=1, le=4)  # number of wordings per kind of sentence
+    # of the full form; rich: many sentence frames and domains, references by name, several edges in a sentence,
+    # sentences that do not matter, a second form of graphs and programs
+    language: Literal["plain", "rich"] = "plain"
+    templates: int = Field(4, ge=1, le=4)  # number of wordings per kind of sentence of plain language
     demonstration: Style = "sentences"
 
     @model_validator(mode="after")
@@ -64,6 +68,8 @@ class Difficulty(BaseModel):
             raise ValueError(f"units must name one or more different units of {UNITS}, got {self.units}")
         if self.min_width > self.max_steps:
             raise ValueError(f"min_width must be at most max_steps, got {self.min_width} > {self.max_steps}")
+        if self.form == "terse" and self.language == "rich":
+            raise ValueError('language = "rich" is of form = "full": the terse form has a closed vocabulary')
         if self.form == "terse" and self.demonstration != "compact":
             raise ValueError('form = "terse" needs demonstration = "compact": sentences are not in its vocabulary')
         return self
@@ -225,10 +231,14 @@ def named(
     predecessors: Iterable[Iterable[int]],
 ) -> Procedure:
     """The procedure with activities of a random scenario."""
-    goal, activities = ("", TERSE_ACTIVITIES) if difficulty.form == "terse" else rng.choice(SCENARIOS)
+    if difficulty.language == "rich":
+        goal, chosen = rich_activities(rng, len(durations))
+    else:
+        goal, activities = ("", TERSE_ACTIVITIES) if difficulty.form == "terse" else rng.choice(SCENARIOS)
+        chosen = tuple(rng.sample(activities, len(durations)))
     return Procedure(
         goal=goal,
-        activities=tuple(rng.sample(activities, len(durations))),
+        activities=chosen,
         durations=tuple(durations),
         predecessors=tuple(map(tuple, predecessors)),
     )

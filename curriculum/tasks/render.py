@@ -1,18 +1,20 @@
-"""Renders a procedure in its four representations: natural language, graph, code and table.
+"""Renders a procedure in its representations: natural language, graph and code, and forms that are held out.
 
-The table is held out: stages never train on it. It has rows in place of sentences or syntax, and lists each step's
-predecessors where graph and code list successors. Its terse form uses only tokens of the trained forms, so that a tiny
-word-level model can read it.
+Stages never train on these. A table has rows in place of sentences or syntax, and lists each step's predecessors where
+graph and code list successors. The paraphrase and the dialect-like form (``frames`` says after what) are language in
+other words or another grammar. The terse forms of all three use only tokens of the trained forms, so that a tiny
+word-level model can read them.
 """
 
 import random
 
 from isomorph.curriculum.tasks import wording
+from isomorph.curriculum.tasks.language import dialect, paraphrase, rich_natural
 from isomorph.curriculum.tasks.longest_path import with_unit
 from isomorph.curriculum.tasks.procedure import SECONDS, Difficulty, Duration, Procedure
 
 TRAINED = ("natural", "graph", "code")
-HELD_OUT = ("table",)
+HELD_OUT = ("table", "paraphrase", "dialect")
 REPRESENTATIONS = TRAINED + HELD_OUT
 
 _SPELLED = {"sec": "second", "min": "minute"}
@@ -31,7 +33,7 @@ def check_representation(representation: str) -> None:
 def render(
     procedure: Procedure, representation: str, rng: random.Random, difficulty: Difficulty, *, is_kept: bool = False
 ) -> str:
-    """The whole question in one representation. Only ``natural``, whose wordings vary, uses ``rng``.
+    """The whole question in one representation. ``rng`` chooses wordings, and forms of graphs and programs.
 
     ``is_kept``: in wordings that are kept for the test exam; the terse form has some where ``templates`` is 4.
 
@@ -40,6 +42,15 @@ def render(
     """
     check_representation(representation)
     terse = difficulty.form == "terse"
+    is_rich = difficulty.language == "rich"
+    if representation == "paraphrase":
+        return _paraphrase_terse(procedure, rng) if terse else paraphrase(procedure, rng)
+    if representation == "dialect":
+        return _natural_terse(procedure, rng, wording.DIALECT_TERSE) if terse else dialect(procedure, rng)
+    if representation == "natural" and is_rich:
+        return rich_natural(procedure, rng, is_kept=is_kept)
+    if is_rich and representation in ("graph", "code") and rng.random() < 0.5:
+        return _edge_list(procedure) if representation == "graph" else _schedule(procedure)
     if representation == "natural":
         if not terse:
             return _natural(procedure, rng, difficulty.templates)
@@ -71,6 +82,15 @@ def _natural_terse(procedure: Procedure, rng: random.Random, frames: wording.Fra
     return " ".join([intro, *steps, *edges, question])
 
 
+def _paraphrase_terse(procedure: Procedure, rng: random.Random) -> str:
+    frames = wording.PARAPHRASE_TERSE
+    edge = rng.choice(frames.edges)
+    edges = [edge.format(b=j + 1, many=_numbers(before)) for j, before in enumerate(procedure.predecessors) if before]
+    rng.shuffle(edges)
+    steps = _step_lines(procedure, rng.choice(frames.steps))
+    return " ".join([rng.choice(frames.intros), *edges, *steps, rng.choice(frames.questions)])
+
+
 def _natural(procedure: Procedure, rng: random.Random, templates: int) -> str:
     intro = rng.choice(wording.INTROS[:templates]).format(goal=procedure.goal)
     steps = _step_lines(procedure, rng.choice(wording.STEPS[:templates]))
@@ -93,6 +113,36 @@ def _graph(procedure: Procedure) -> str:
         [wording.GRAPH_TIMES, f"{{{times}}}"],
         [wording.GRAPH_QUESTION, _instruction()],
     )
+
+
+def _edge_list(procedure: Procedure) -> str:
+    edges = ", ".join(f"({i + 1}, {j + 1})" for j, before in enumerate(procedure.predecessors) for i in before)
+    times = "\n".join(f"node {j + 1}: {with_unit(d.value, d.unit)}" for j, d in enumerate(procedure.durations))
+    return _blocks(
+        [wording.EDGE_LIST_TIMES, times], [wording.EDGE_LIST, f"[{edges}]"], [wording.GRAPH_QUESTION, _instruction()]
+    )
+
+
+def _schedule(procedure: Procedure) -> str:
+    program = _SCHEDULE.format(
+        constants=_constants(procedure),
+        times=", ".join(f"{j + 1}: {_weight(procedure, j)}" for j in range(procedure.num_steps)),
+        needs=", ".join(f"{j + 1}: [{_numbers(before)}]" for j, before in enumerate(procedure.predecessors)),
+        unit=procedure.unit,
+    )
+    return _blocks([wording.CODE_INTRO], ["```python", program, "```"], [wording.CODE_QUESTION, _instruction()])
+
+
+_SCHEDULE = """{constants}times = {{{times}}}
+needs = {{{needs}}}
+finished = {{}}
+while len(finished) < len(times):
+    for step, before in needs.items():
+        if step not in finished and all(other in finished for other in before):
+            start = max((finished[other] for other in before), default=0)
+            finished[step] = start + times[step]
+
+print(max(finished.values()), '{unit}')"""
 
 
 def _code_terse(procedure: Procedure) -> str:

@@ -23,6 +23,10 @@ class Frames:
     edges: tuple[str, ...]
     questions: tuple[str, ...]
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        return self.intros + self.steps + self.edges + self.questions
+
     def first(self, num: int) -> "Frames":
         """Only the first ``num`` of each kind."""
         return Frames(self.intros[:num], self.steps[:num], self.edges[:num], self.questions[:num])
@@ -59,6 +63,21 @@ KEPT_TERSE_EDGES = _list(
 KEPT_TERSE_QUESTIONS = _list("What is the minimum total time?|Give the shortest possible time.")
 KEPT_TERSE = Frames(KEPT_TERSE_INTROS, KEPT_TERSE_STEPS, KEPT_TERSE_EDGES, KEPT_TERSE_QUESTIONS)
 
+# held-out forms of the terse form, from its words: a paraphrase, and one after rules of African American English (see
+# ``frames``) that need no other word: no copula, no -s in the third person, questions without inversion
+PARAPHRASE_TERSE = Frames(
+    _list("Here are these steps of a meal:|Here are the tasks of dinner you must do:"),
+    _list("{activity} takes {time} (step {number}).|step {number} ({time}): {activity}."),
+    _list("Finish these before step {b}: {many}.|To start step {b} you must do these first: {many}."),
+    _list("What total time must it take at least?|Give the time it takes at least."),
+)
+DIALECT_TERSE = Frames(
+    _list("Here the tasks of dinner:|Here the steps of dinner you must do:"),
+    _list("Step {number} take {time}: {activity}.|Step {number}. {activity}, it take {time}."),
+    _list("Step {b} start only after step {a} done.|Step {a} done first, step {b} can start."),
+    _list("With enough helpers, how long it take at least?|What the shortest possible time?"),
+)
+
 INTROS = _list(
     "You want to {goal}. This is the work, with the time that each step takes:|The plan is to {goal}. It "
     "is made of the following steps:|A group of friends would like to {goal}. They have written down what "
@@ -94,6 +113,9 @@ GRAPH_QUESTION = (
     "A path may begin at any node and follows the edges. Adding up the times of all nodes on it, how long "
     "does the longest path take?"
 )
+
+EDGE_LIST = "An edge (a, b) says that b comes after a. The edges of the graph are:"
+EDGE_LIST_TIMES = "The nodes of a directed acyclic graph, each with the time that passing through it takes:"
 
 CODE_INTRO = "Read this Python program:"
 CODE_QUESTION = "What does the program print?"

@@ -1,4 +1,4 @@
-"""Procedures, their four surfaces and worked solutions."""
+"""Procedures, their surfaces and worked solutions."""
 
 import ast
 import random
@@ -124,11 +124,66 @@ def _read_table(text: str) -> Plan:
     return times, edges
 
 
+def _read_terse(text: str, step: str, edge: tuple[str, ...], many: tuple[str, ...] = ()) -> Plan:
+    """``step``: a pattern with the groups n and time; ``edge``: with a and b; ``many``: with b and a list."""
+    times = {int(m["n"]): _seconds(m["time"]) for m in re.finditer(step, text)}
+    edges = {(int(m["a"]), int(m["b"])) for pattern in edge for m in re.finditer(pattern, text)}
+    for pattern in many:
+        for m in re.finditer(pattern, text):
+            edges |= {(int(a), int(m["b"])) for a in re.findall(r"\d+", m["many"])}
+    return times, edges
+
+
+_TIME = r"(?P<time>\d+ (?:seconds?|minutes?|sec|min|hours?|days?|weeks?))"
+
+
+def _read_paraphrase(text: str) -> Plan:
+    many = r"(?P<many>(?:activity )?\d+(?:(?:, | and )(?:activity )?\d+)*)"
+    lists = (
+        rf"Finish these before step (?P<b>\d+): {many}",
+        rf"To start step (?P<b>\d+) you must do these first: {many}",
+        rf"Activity (?P<b>\d+) may be taken up upon completion of {many}",
+        rf"Completion of {many} is a prerequisite of activity (?P<b>\d+)",
+    )
+    for step in (
+        rf"takes {_TIME} \(step (?P<n>\d+)\)",
+        rf"step (?P<n>\d+) \({_TIME}\)",
+        rf"{_TIME} go into activity (?P<n>\d+)",
+        rf'Activity (?P<n>\d+) \(".*?"\) occupies {_TIME}',
+    ):
+        if re.search(step, text):
+            return _read_terse(text, step, (), lists)
+    raise AssertionError(text)
+
+
+def _read_dialect(text: str) -> Plan:
+    edges = (
+        r"Step (?P<b>\d+) start only after step (?P<a>\d+) done",
+        r"Step (?P<a>\d+) done first, step (?P<b>\d+) can start",
+        r"Can't nobody start step (?P<b>\d+) till step (?P<a>\d+) done",
+        r"Step (?P<a>\d+) gotta be done 'fore step (?P<b>\d+) start",
+        r"Step (?P<b>\d+) don't never start 'less step (?P<a>\d+) done",
+        r"Step (?P<b>\d+) be waitin' on step (?P<a>\d+)",
+    )
+    step = (
+        rf"Step (?P<n>\d+)(?: take {_TIME.replace('time', 'early')}|[.:,] .*?, it take {_TIME.replace('time', 'late')})"
+    )
+    times = {}
+    for m in re.finditer(step, text):
+        times[int(m["n"])] = _seconds(m["early"] or m["late"])
+    if not times:
+        for m in re.finditer(rf"Step (?P<n>\d+)[:,] .*? (?:be takin'|nothin' but) {_TIME}", text):
+            times[int(m["n"])] = _seconds(m["time"])
+    return times, _read_terse(text, r"(?!)(?P<n>)(?P<time>)", edges)[1]
+
+
 READERS: dict[str, Callable[[str], Plan]] = {
     "natural": _read_natural,
     "graph": _read_graph,
     "code": _read_code,
     "table": _read_table,
+    "paraphrase": _read_paraphrase,
+    "dialect": _read_dialect,
 }
 
 

@@ -62,7 +62,7 @@ def test_row_i_of_every_representation_is_one_procedure() -> None:
     assert [row["representation"] for row in rows] == [name for name in REPRESENTATIONS for _ in range(4)]
     keys = [[row["key"] for row in rows if row["representation"] == name] for name in REPRESENTATIONS]
     assert all(one == keys[0] for one in keys) and len(set(keys[0])) > 1
-    assert len({row["question"] for row in rows}) == 16
+    assert len({row["question"] for row in rows}) == 4 * len(REPRESENTATIONS)
 
 
 def test_rows_bring_a_right_demonstration_and_a_sequential_answer() -> None:
@@ -91,8 +91,9 @@ def test_the_seed_of_an_eval_table_generates_its_tasks(finished_run: Path) -> No
     data = recipe.data[asked.data]
     assert isinstance(data, GeneratedData)
     num, seed = asked.prompts, recipe.eval.seed
-    drawn = [t for r in REPRESENTATIONS for t in draw_tasks(data.difficulty, r, num, seed=seed, split="eval")]
-    assert [prompt.payload for prompt in request.prompts] == drawn
+    forms = asked.representations or ()
+    drawn = [task for form in forms for task in draw_tasks(data.difficulty, form, num, seed=seed, split="dev")]
+    assert forms and [prompt.payload for prompt in request.prompts] == drawn
 
 
 def test_settings_reach_the_difficulty() -> None:
@@ -118,7 +119,9 @@ def test_wrong_settings_are_refused(settings: list[str], expected: str) -> None:
 
 
 def test_wrong_wishes_are_refused() -> None:
-    with pytest.raises(UserError, match="--representation must be one of natural, graph, code, table, got 'poem'"):
+    with pytest.raises(
+        UserError, match="--representation must be one of natural, graph, code, table, paraphrase, dialect, got 'poem'"
+    ):
         make_rows(["poem"], 1, Difficulty(), seed=0, split="train")
     with pytest.raises(UserError, match="--split must be train, dev or test"):
         make_rows([], 1, Difficulty(), seed=0, split="exam")
