@@ -131,7 +131,8 @@ def _prompt_tok(recipe: Recipe, stage: StageRecipe) -> float:
             lengths.append(sum(1 + len(re.findall(WORD, task.question)) for task in tasks) / len(tasks))
         else:
             lengths.append(float(data.max_prompt_tok))
-    weights = [part.weight for part in stage.mixture]
+    last = [part.weight if part.weight_end is None else part.weight_end for part in stage.mixture]
+    weights = [part.weight + end for part, end in zip(stage.mixture, last, strict=True)]  # of a fade, on average
     return sum(w * n for w, n in zip(weights, lengths, strict=True)) / sum(weights)
 
 

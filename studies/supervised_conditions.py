@@ -23,7 +23,7 @@ from isomorph.engine.recipe_file import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 CONDITIONS = "curriculum/recipes/conditions"
 RESULTS = Path(__file__).with_suffix(".jsonl")
-DATA = ["min_steps=2", "max_steps=3", "max_duration=4"]
+DATA = ["min_steps=2", "max_steps=3", "max_duration=9"]
 COMMON = [
     *(f"data.plans.difficulty.{key}" for key in DATA),
     *("run.threads=1", "log.tensorboard=false"),
@@ -32,14 +32,14 @@ COMMON = [
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 64}
 WARM_UP = [
     *(f"model.tiny.{key}={value}" for key, value in TINY.items()),
-    *("stage.0.steps=120", "stage.0.batch.prompts=16", "stage.0.optim.lr=1e-2", "stage.0.optim.warmup_steps=5"),
+    *("stage.0.steps=200", "stage.0.batch.prompts=16", "stage.0.optim.lr=1e-2", "stage.0.optim.warmup_steps=5"),
 ]
-ROUNDS = ["stage.0.star.prompts=64", "stage.0.optim.lr=2e-3", "stage.0.sampling.max_new_tok=48"]
+ROUNDS = ["stage.0.sampling.max_new_tok=48"]
 RUNS: dict[str, list[str]] = {
     "star": ["stage.0.star.rounds=4", *ROUNDS],
     "star from the start": ["stage.0.star.rounds=4", "stage.0.star.start_from=start", *ROUNDS],
     "rejection": ["stage.0.star.samples=16", *ROUNDS],
-    "sft_graph_words": [f"stage.{i}.{key}" for i in (0, 1) for key in ("steps=20", "optim.lr=2e-3")],
+    "sft_graph_words": ["stage.0.steps=20", "stage.1.steps=20"],
 }
 TEACHER = """
 [data.teacher]
@@ -55,7 +55,7 @@ rewards = [{{ function = "async_plan" }}]
 name = "distillation"
 steps = 40
 objective.name = "sft"
-optim = {{ lr = 2e-3, schedule = "cosine", warmup_share = 0.05 }}
+optim = {{ lr = 5e-4, schedule = "cosine", warmup_share = 0.05 }}
 sampling = {{ max_new_tok = 48, samples_per_prompt = 1 }}
 mixture = [{{ data = "teacher" }}]
 """
@@ -92,29 +92,27 @@ def rates(summary: dict[str, Any]) -> dict[str, float]:
     return {name: result["rate"] for name, result in summary["exams"][-1]["accuracy"].items()}
 
 
-def study(seed: int, folder: Path) -> list[dict[str, Any]]:
-    """All conditions of one seed; the rows."""
+def study(seed: int, folder: Path) -> None:
+    """All conditions of one seed."""
     chosen = f"run.seed={seed}"
     before = rates(train(f"{CONDITIONS}/warm_up.toml", [chosen, *WARM_UP], folder / "warm_up"))
     model = f"model.path={folder / 'warm_up' / 'model'}"
-    rows = []
     for name, overrides in [*RUNS.items(), ("distillation", [])]:
         recipe = f"{CONDITIONS}/{name.split()[0]}.toml" if name in RUNS else teacher(folder, seed)
         summary = train(recipe, [chosen, model, *overrides], folder / name.replace(" ", "_"))
-        rows.append(
-            {
-                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "condition": name,
-                "seed": seed,
-                "overrides": [*COMMON, *overrides],
-                "before": before,
-                "after": rates(summary),
-                "stages": summary["stages"],
-                "rows": summary["rows"],
-            }
-        )
-        print(seed, name, "before", before, "after", rows[-1]["after"], flush=True)
-    return rows
+        row = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "condition": name,
+            "seed": seed,
+            "overrides": [*COMMON, *overrides],
+            "before": before,
+            "after": rates(summary),
+            "stages": summary["stages"],
+            "rows": summary["rows"],
+        }
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(seed, name, "before", before, "after", row["after"], flush=True)
 
 
 def main() -> None:
@@ -126,9 +124,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (args.folder or Path(temporary)) / f"seed-{seed}"
             folder.mkdir(parents=True)
-            rows = study(seed, folder)
-        with RESULTS.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            study(seed, folder)
 
 
 if __name__ == "__main__":
