@@ -1,6 +1,7 @@
 """The static bound of packed attention's three kernels at every tile that the GPU suite's part ``tune`` tries.
 
     python benchmarks/static_tiles.py [--arch 90] [--dim 128] [--out FILE]
+    python benchmarks/static_tiles.py --as-measured --out benchmarks/results/static.jsonl
 
 No GPU is needed. A row for each kernel, head dimension and tile: the bound of the machine code (kernels/bound.py), that
 of its schedule, stack, programs a multiprocessor holds, and the share of its slots that a group of 2048 prompt tokens
@@ -22,6 +23,11 @@ from typing import Any
 from gpu_tune import FORWARD, GRAD_KV, GRAD_Q
 
 HEADS = {64: (9, 3), 128: (12, 2)}
+MEASURED = (
+    *(f"{name}_kernel [bf16, D 128]" for name in ("forward", "grad_q", "grad_kv")),
+    "partial_kernel [prompt, bf16, D 128, 6 heads per KV head]", "stats_kernel [bf16]",
+    "gradient_kernel [bf16 -> bf16, dlogprob]", "draw_kernel [fp32]",
+)  # fmt: skip
 TRIED = {"forward": FORWARD, "grad_q": GRAD_Q, "grad_kv": GRAD_KV}
 
 
@@ -57,6 +63,23 @@ def row(job: tuple[int, int, str, tuple[Any, ...], bool]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def as_measured() -> Iterator[dict[str, Any]]:
+    """Bounds of the kernels that the H200's rows in results/gpu/ ran: their tiles, and the Triton that is installed."""
+    import triton
+
+    from isomorph.kernels import aot
+    from isomorph.kernels.gpu.attention_tiles import CONFIGS, Tile
+
+    CONFIGS[90, 128, 2] = CONFIGS[90, 128, 2]._replace(forward=Tile(128, 64, 8, 3))
+    for variant in aot.variants(90):
+        if variant.name in MEASURED:
+            model = aot.compile_variant(variant, 90).bound
+            yield {
+                "kernel": variant.name, "triton": triton.__version__, "gpu": "NVIDIA H200", "peak": model.peak,
+                "percent": model.percent, "schedule_percent": model.schedule_percent, "unit": model.unit,
+            }  # fmt: skip
+
+
 def jobs(archs: list[int], dims: list[int]) -> Iterator[tuple[int, int, str, tuple[Any, ...], bool]]:
     from isomorph.kernels.gpu.attention_tiles import CONFIGS, Tile
 
@@ -75,7 +98,11 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append")
     parser.add_argument("--dim", type=int, action="append", choices=HEADS)
     parser.add_argument("--out", type=Path, help="JSON Lines")
+    parser.add_argument("--as-measured", action="store_true", help="the kernels of results/gpu/ instead")
     args = parser.parse_args()
+    if args.as_measured:
+        args.out.write_text("".join(json.dumps(found) + "\n" for found in as_measured()), encoding="utf-8")
+        return 0
     todo = list(jobs(args.arch or [90], args.dim or list(HEADS)))
     lines = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

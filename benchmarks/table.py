@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # with PYTHONSAFEPATH Python lea
 import table_gpu
 import table_ops
 import table_runs
+import table_static
 from markers import between
 from table_rows import NOT_MEASURED, Headline, Row, markdown_table, read_rows
 
@@ -81,6 +82,7 @@ def full(results: Path = RESULTS) -> str:
     )
     parts = [
         *(head, *table_runs.runs(*_runs(results)), *table_gpu.sections(results)),
+        *table_static.sections(results, table_gpu.kernel_rows(results)),
         *(f"## {table_ops.SUMMARY}", *(table_ops.short_of_machine(name, rows) for name, rows in machines.items())),
         *(f"## {table_ops.ALL}", *(table_ops.full_of_machine(name, rows) for name, rows in machines.items())),
     ]

@@ -161,8 +161,9 @@ def _hot(code: Code) -> list[tuple[Sequence[Instruction], int]]:
     hot = min(usual, key=lambda loop: len(loop.body) / _work(loop.body, code.peak))
     if code.inner_iterations == 1:
         return [(hot.body, 1)]
-    around = min((loop for loop in loops if loop.places > hot.places), key=lambda loop: len(loop.places))
-    rest = tuple(program.instructions[i] for i in sorted(around.places - hot.places))
+    around = [loop.places for loop in program.loops if loop.places > hot.places]
+    places = min(around, key=len, default=frozenset(range(len(program.instructions))))
+    rest = tuple(program.instructions[i] for i in sorted(places - hot.places))
     return [(hot.body, code.inner_iterations), (rest, 1)]
 
 
