@@ -333,7 +333,7 @@ def test_the_recomputed_update_runs_every_layer_twice() -> None:
     policy = gpu_models.make_policy(gpu_models.TINY, gpu_models.VOCAB_TINY)
     runs: list[int] = []
     for layer in policy.model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))
     num_layers = len(policy.model.model.layers)
     for once_more, expected in ((policy, num_layers), (gpu_models.changed(policy, recomputes=True), 2 * num_layers)):
         runs.clear()
