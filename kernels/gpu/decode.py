@@ -31,6 +31,30 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def load_queries(row_ptr, d, inside, DIM: tl.constexpr):
+    """Columns ``d`` of the queries, 0 beyond DIM and where not ``inside``."""
+    return tl.load(row_ptr[:, None] + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def scores(
+    q, q_upper, k_ptr, at, stride, stop, scale, HALVES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Scaled products of the queries with the keys ``at`` < stop; HALVES: q and q_upper are halves of the columns."""
+    if HALVES:
+        half = tl.arange(0, BLOCK_D // 2)
+        k = load_rows(k_ptr, at, half, stride, stop, True, DIM, BLOCK_D)
+        k_upper = load_rows(k_ptr, at, half + BLOCK_D // 2, stride, stop, True, DIM, BLOCK_D)
+        # scaled before the addition: the compiler makes one chain of the sum of two bare products
+        score = tl.dot(q, k.T, input_precision="ieee") * scale
+        score += tl.dot(q_upper, k_upper.T, input_precision="ieee") * scale
+    else:
+        k = load_rows(k_ptr, at, tl.arange(0, BLOCK_D), stride, stop, True, DIM, BLOCK_D)
+        score = tl.dot(q, k.T, input_precision="ieee") * scale
+    return score
+
+
+@triton.jit
 def partial_kernel(
     q_ptr,  # [B, H, D] bf16 | f16 | f32, last dimension contiguous, as for the keys and values
     k_ptr,  # [S, K, L, D]
@@ -77,13 +101,12 @@ def partial_kernel(
     d = tl.arange(0, BLOCK_D)
     q_head = head * REPEATS + query % REPEATS
     q_row_ptr = row_of_head(q_ptr, row, q_head, q_stride_b, q_stride_h)
-    half = tl.arange(0, BLOCK_D // 2)
-    upper = half + BLOCK_D // 2
     if HALVES:
-        q = tl.load(q_row_ptr[:, None] + half[None, :], mask=inside[:, None] & (half < DIM)[None, :], other=0.0)
-        q_upper = tl.load(q_row_ptr[:, None] + upper[None, :], mask=inside[:, None] & (upper < DIM)[None, :], other=0.0)
+        q = load_queries(q_row_ptr, tl.arange(0, BLOCK_D // 2), inside, DIM)
+        q_upper = load_queries(q_row_ptr, tl.arange(0, BLOCK_D // 2) + BLOCK_D // 2, inside, DIM)
     else:
-        q = tl.load(q_row_ptr[:, None] + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+        q = load_queries(q_row_ptr, d, inside, DIM)
+        q_upper = q
     k_ptr = row_of_head(k_ptr, slot, head, k_stride_s, k_stride_k)
     v_ptr = row_of_head(v_ptr, slot, head, v_stride_s, v_stride_k)
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -92,15 +115,7 @@ def partial_kernel(
     stop = tl.minimum(start + PIECE, longest)
     for first in range(start, stop, BLOCK_L):
         at = (first + tl.arange(0, BLOCK_L)).to(tl.int64)
-        if HALVES:
-            k = load_rows(k_ptr, at, half, k_stride_l, stop, True, DIM, BLOCK_D)
-            k_upper = load_rows(k_ptr, at, upper, k_stride_l, stop, True, DIM, BLOCK_D)
-            # scaled before the addition: the compiler makes one chain of the sum of two bare products
-            score = tl.dot(q, k.T, input_precision="ieee") * scale
-            score += tl.dot(q_upper, k_upper.T, input_precision="ieee") * scale
-        else:
-            k = load_rows(k_ptr, at, d, k_stride_l, stop, True, DIM, BLOCK_D)
-            score = tl.dot(q, k.T, input_precision="ieee") * scale
+        score = scores(q, q_upper, k_ptr, at, k_stride_l, stop, scale, HALVES, DIM, BLOCK_D)
         score = tl.where(at[None, :] < length[:, None], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
