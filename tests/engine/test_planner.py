@@ -312,7 +312,7 @@ def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(
     recipe.write_text(
         f'[model]\npath = "{smollm2_folder}"\n[run]\ncheckpoint_every = 99\n[data.plans]\nkind = "async_plan"\n'
         '[[stage]]\nname = "rl"\nsteps = 2\nobjective = { name = "dapo", entropy_coef = 0.01 }\n'
-        "sampling = { max_new_tok = 8, samples_per_prompt = 4 }\nbatch = { prompts = 4, micro_batch_tok = 4096 }\n"
+        "sampling = { max_new_tok = 8, samples_per_prompt = 4 }\nbatch = { prompts = 2, micro_batch_tok = 4096 }\n"
         'mixture = [{ data = "plans", representation = "graph" }]\n'
         '[eval]\ndata = "plans"\nrepresentations = ["graph"]\nprompts = 1\nmax_new_tok = 2\n'
     )
