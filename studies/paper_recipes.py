@@ -45,7 +45,7 @@ from markers import between  # noqa: E402
 RESULTS = Path(__file__).with_suffix(".jsonl")
 PAGE = ROOT / "docs" / "paper.md"
 FAMILIES = ("qwen2", "llama", "olmo2")
-VARIABLES = {"ISOMORPH_ASYNCHOW": "asynchow_", "ISOMORPH_PHYSICS_MATH": ""}
+VARIABLES = ("ISOMORPH_ASYNCHOW", "ISOMORPH_PHYSICS_MATH")
 SHORT = ("sampler.max_model_len=4096", "sampling.max_new_tok=2048", "eval.max_new_tok=2048")  # of 4,096 positions
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {  # in recipes/shapes/ -> hub name, what is set beside model.path
     "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", ()),
@@ -91,10 +91,12 @@ def small(recipe: Recipe, model: Path, steps: int) -> list[str]:
     """Overrides that make a recipe small; demonstrations keep their length."""
     found = [
         *(f"model.path={model}", 'model.dtype="float32"', 'sampler.kind="builtin"', "run.threads=1"),
-        *("batch.prompts=2", "batch.prompts_per_update=1", "eval.prompts=2", "eval.max_new_tok=2"),
+        *("eval.prompts=2", "eval.max_new_tok=2"),
     ]
-    if not all(stage.objective.is_supervised for stage in recipe.stage):
-        found += ["sampling.max_new_tok=8", "sampling.samples_per_prompt=2"]
+    for i, stage in enumerate(recipe.stage):
+        found += [f"stage.{i}.batch.prompts=2", f"stage.{i}.batch.prompts_per_update=1"]
+        if not stage.objective.is_supervised:
+            found += [f"stage.{i}.sampling.max_new_tok=8", f"stage.{i}.sampling.samples_per_prompt=2"]
     stars = [i for i, stage in enumerate(recipe.stage) if stage.star]
     found += [text for i in stars for text in (f"stage.{i}.star.rounds=1", f"stage.{i}.star.prompts=4")]
     found += ["sampling.max_new_tok=8"] if stars else []
@@ -106,8 +108,8 @@ def data_folder(scratch: Path, *, is_real: bool = True) -> Iterator[list[str]]:
     """Lets the variables name a folder with a file for each name; yields the names of the authors' own ones."""
     paper_rows.write(scratch / "rows", num_train=24, num_test=4, seed=0)
     own: list[str] = []
-    before = {name: os.environ.get(name) for name in VARIABLES}
-    for folder in {Path(path) for path in before.values() if path and is_real}:
+    before = {name: os.environ.get(name) for name in (*VARIABLES, "ISOMORPH_TEACHER")}
+    for folder in {Path(path) for name in VARIABLES if is_real and (path := before[name])}:
         for file in sorted(folder.glob("*.jsonl")):
             stand_in = scratch / "rows" / file.name
             if stand_in.exists():
@@ -115,6 +117,7 @@ def data_folder(scratch: Path, *, is_real: bool = True) -> Iterator[list[str]]:
                 stand_in.symlink_to(file.resolve())
                 own.append(file.name)
     os.environ.update(dict.fromkeys(VARIABLES, str(scratch / "rows")))
+    os.environ["ISOMORPH_TEACHER"] = str(scratch / "rows" / "teacher.jsonl")
     try:
         yield own
     finally:

@@ -136,9 +136,21 @@ def write(folder: Path, *, num_train: int, num_test: int, seed: int) -> None:
         for form, (ask, answer) in forms.items():
             if (form, split) != ("aave", "train"):
                 _write(folder / f"asynchow_{form}_{split}.jsonl", [(ask(it), answer(it)) for it in procedures])
+        if split == "train":
+            _write_teacher(folder / "teacher.jsonl", procedures)
         for subject, unit in (("math", ""), ("physics", " m")):
             for form, rows in sums(rng, count, unit).items():
                 _write(folder / f"{subject}_long_{form}_{split}.jsonl", rows)
+
+
+def _write_teacher(file: Path, procedures: Sequence[Procedure]) -> None:
+    """Answers of a teacher: a wrong one and a right one to each question."""
+    rows = []
+    for it in procedures:
+        gold = f"{it.longest} min"
+        answers = [f"It takes <answer>{minutes} min</answer>" for minutes in (it.longest + 1, it.longest)]
+        rows.append(json.dumps({"question": natural(it), "gold": gold, "answers": answers}))
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def _write(file: Path, rows: Sequence[tuple[str, object]]) -> None:
