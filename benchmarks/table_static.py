@@ -1,4 +1,4 @@
-"""RESULTS.md's table of static bounds (kernels/bound.py) beside what an H200 measured (results/gpu/)."""
+"""benchmarks/RESULTS.md's table of static bounds (kernels/bound.py) beside what an H200 measured (results/gpu/)."""
 
 import json
 from pathlib import Path
