@@ -91,7 +91,7 @@ def run_recipe(
             if changes and ranks.is_first:
                 _record_changes(recipe, changes, log, state.step)
             assert isinstance(components.source, Curriculum)
-            log.exam_keys = components.source.evaluation_row_keys()
+            log.exam_keys = components.source.evaluations.row_keys()
             stack.enter_context(log.telemetry.watching())
             if ranks.is_first:
                 tables = recipe.model_dump(mode="json")
@@ -352,7 +352,7 @@ def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
 
 def _summary(components: Components, state: RunState) -> dict[str, Any]:
     assert isinstance(components.source, Curriculum) and isinstance(components.judge, TableJudge)
-    accuracy = components.source.accuracy()
+    accuracy = components.source.evaluations.accuracy()
     best = read_best(components.log.folder) if components.source.recipe.eval.keep_best else None
     return {
         "status": "done",
@@ -364,12 +364,12 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
         },
         "intervals": accuracy,
         "no_answer": {
-            when: done.get("no_answer", {}) for when, done in components.source.boundary_evaluations().items()
+            when: done.get("no_answer", {}) for when, done in components.source.evaluations.boundaries().items()
         },
-        "floor": components.source.sequential_baseline(),
-        "shortcuts": components.source.shortcuts(),
+        "floor": components.source.evaluations.sequential_baseline(),
+        "shortcuts": components.source.evaluations.shortcuts(),
         "stages": components.source.finished,
-        "exams": components.source.evaluations,
+        "exams": components.source.evaluations.done,
         "rows": {name: source.summary() for name, source in components.source.sources.items()},
         "best": best and {**best, "folder": str(components.log.folder / BEST)},
         "judge": count_failures(components.judge, components.ranks),

@@ -1,10 +1,9 @@
-"""``Curriculum``: the present stage, its prompts and its stop conditions, and the evaluations between stages.
+"""``Curriculum``: the present stage, its prompts and its stop conditions.
 
 Satisfies the engine's ``PromptSource``. Its state is one small JSON object: every random choice is made by a generator
 seeded with (run seed, prompt number), so that a resumed run gets the prompts of the uninterrupted one.
 """
 
-import dataclasses
 import math
 import random
 from collections import Counter
@@ -12,24 +11,14 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from isomorph.curriculum.environments.open import Environments
-from isomorph.curriculum.evaluation import evaluation_keys, evaluation_tasks, sequential_baseline
-from isomorph.curriculum.evaluation_results import (
-    best_shortcut,
-    item_rows,
-    results_by_key,
-    results_record,
-    row_keys,
-    row_values,
-)
-from isomorph.curriculum.evaluation_spec import START, label_of, place_of
 from isomorph.curriculum.exits import Moments, StepOutcome, has_levelled_off, has_mastered
 from isomorph.curriculum.lengths import LengthLimits
 from isomorph.curriculum.mixing import AdaptiveMixture, part_labels, weights_at
 from isomorph.curriculum.recipe import GeneratedData, Recipe
+from isomorph.curriculum.run_evaluations import RunEvaluations
 from isomorph.curriculum.sources import as_prompt, open_sources
 from isomorph.curriculum.stage_spec import Ingredient, StageRecipe
 from isomorph.curriculum.star import StarRounds
-from isomorph.curriculum.tasks.facts import rates_of
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
@@ -79,19 +68,15 @@ class Curriculum:
         self.asked = 0  # prompts of the step under way
         self.response_tok = 0  # of the present stage
         self.positions: dict[str, int] = {}  # of each source and representation: rows taken or skipped so far
-        self.evaluations: list[dict[str, Any]] = []  # results so far
         self.finished: list[dict[str, Any]] = []  # name, steps and end of the stages that are over
         # rollouts by how their environment failed, evaluations included; and training rows that it did not begin on
         self.environment_failures: Counter[str] = Counter()
         self._num_unbegun_evaluation = 0  # rows for evaluation that it did not begin on
-        self._evaluation_keys = evaluation_keys(recipe, self.sources)
-        self._evaluation_prompts: tuple[Prompt, ...] | None = None
-        self._baseline: dict[str, float | None] | None = None
+        self.evaluations = RunEvaluations(recipe, text, self.sources, self._begun_for_evaluation)
         self._begin_stage()
-        self._shortcuts: dict[str, dict[str, float]] | None = None
         if limits is not None:
             limits.refuse_generated()
-            limits.refuse_evaluation([task for _, task in self._evaluation_tasks()])
+            limits.refuse_evaluation([task for _, task in self.evaluations.tasks()])
 
     def stage(self) -> StageRecipe | None:
         """Of a stage in rounds with the steps of its present round, which ``stage_step`` counts."""
@@ -186,82 +171,16 @@ class Curriculum:
 
         One after each stage, one before the first unless that is supervised, and one every ``eval.every`` steps.
         """
-        label, wanted = self._evaluation_label(), self.recipe.eval
-        if label is None or label in {done["label"] for done in self.evaluations}:
-            return None
-        return EvaluationRequest(
-            label=label,
-            prompts=self._prompts_of_evaluation(),
-            max_new_tok=wanted.max_new_tok,
-            samples=wanted.samples,
-            temperature=wanted.temperature,
-            seed=wanted.seed,
-            stop=self.recipe.stop_strings,
-        )
+        return self.evaluations.due(self.stage_index, self.steps_done, self.total_steps())
 
     def record_evaluation(
         self, request: EvaluationRequest, greedy: Answers, sampled: Answers | None
     ) -> EvaluationRecord:
-        """Records results and baseline; ``best_by`` and ``score`` are of the set that ``eval.keep_best`` names."""
         for answers in (greedy, sampled):
             self.environment_failures += Counter(answers.environment_failures if answers else {})
-        keys = [prompt.representation for prompt in request.prompts]
-        results = results_by_key(keys, greedy, sampled)
-        of_sets = results_by_key([self._evaluation_keys[key][0].name for key in keys], greedy, sampled)
-        self.evaluations.append(
-            {
-                "label": request.label,
-                "step": self.total_steps(),
-                "after_prompts": self.next_prompt_id,
-                **results_record(results),
-                "sets": {name: result.accuracy.to_dict() for name, result in of_sets.items()},
-                "floor": self.sequential_baseline(),
-                "shortcuts": self.shortcuts(),
-            }
+        return self.evaluations.record(
+            request, greedy, sampled, step=self.total_steps(), after_prompts=self.next_prompt_id
         )
-        best_by = self.recipe.eval.keep_best
-        return EvaluationRecord(
-            line=f"eval after {place_of(request.label)}: "
-            + "  ".join(f"{key} {result}{best_shortcut(self.shortcuts()[key])}" for key, result in results.items()),
-            values=row_values(self._evaluation_keys, results, of_sets),
-            best_by=best_by or "",
-            score=of_sets[best_by].accuracy.rate if best_by else math.nan,
-            items=tuple(item_rows(request.prompts, greedy)),
-        )
-
-    def evaluation_row_keys(self) -> tuple[str, ...]:
-        """The keys of an evaluation in steps.jsonl."""
-        return row_keys(self._evaluation_keys, self.recipe.eval.samples)
-
-    def sequential_baseline(self) -> dict[str, float | None]:
-        """Accuracy of the sequential baseline by what results are listed under; None where it is not known."""
-        if self._baseline is None:
-            asked = self._prompts_of_evaluation()
-            self._baseline = {
-                key: sequential_baseline([prompt.payload for prompt in asked if prompt.representation == key])
-                for key in self._evaluation_keys
-            }
-        return dict(self._baseline)
-
-    def shortcuts(self) -> dict[str, dict[str, float]]:
-        """By what results are listed under: shortcut -> share of the questions that it answers; {} of other data."""
-        if self._shortcuts is None:
-            asked = self._prompts_of_evaluation()
-            self._shortcuts = {
-                key: rates_of([prompt.payload for prompt in asked if prompt.representation == key])
-                for key in self._evaluation_keys
-            }
-        return dict(self._shortcuts)
-
-    def accuracy(self) -> dict[str, dict[str, Any]]:
-        """Results by representation, of ``boundary_evaluations``."""
-        return {when: done["accuracy"] for when, done in self.boundary_evaluations().items()}
-
-    def boundary_evaluations(self) -> dict[str, dict[str, Any]]:
-        """``before``: at the end of the supervised warm-up, or at the start without one; ``after``: at the end."""
-        by_label = {done["label"]: done for done in self.evaluations}
-        found = {"before": by_label.get(self.recipe.warm_up_label), "after": by_label.get(self.recipe.stage[-1].name)}
-        return {when: done for when, done in found.items() if done is not None}
 
     def environment_counts(self) -> dict[str, int]:
         """Rollouts of all ranks that their environment did not end, by how, and rows on which one did not begin.
@@ -284,7 +203,7 @@ class Curriculum:
             "response_tok": self.response_tok,
             "positions": dict(self.positions),
             "left_out": {name: source.left_out_rows() for name, source in self.sources.items()},
-            "exams": list(self.evaluations),
+            "exams": list(self.evaluations.done),
             "finished": list(self.finished),
             "environments": dict(self.environment_failures),
         }
@@ -306,7 +225,7 @@ class Curriculum:
         self.positions = dict(state["positions"])
         for name, rows in state["left_out"].items():
             self.sources[name].restore_left_out(rows)
-        self.evaluations = list(state["exams"])
+        self.evaluations.done = list(state["exams"])
         self.finished = list(state["finished"])
         self.environment_failures = Counter(state["environments"])
 
@@ -320,7 +239,7 @@ class Curriculum:
             return False
         done = self.finished.pop()
         self.stage_index, self.steps_done = len(self.recipe.stage) - 1, done["steps"]
-        self.evaluations = [evaluation for evaluation in self.evaluations if evaluation["label"] != last.name]
+        self.evaluations.done = [done for done in self.evaluations.done if done["label"] != last.name]
         return True
 
     def _refuse(self, state: dict[str, Any]) -> None:
@@ -395,6 +314,9 @@ class Curriculum:
             "shorten them, or raise batch.micro_batch_tok and the model's positions"
         )
 
+    def _begun_for_evaluation(self, task: Task) -> Task | None:
+        return self._begun(task, is_evaluation=True)
+
     def _begun(self, task: Task, *, is_evaluation: bool = False) -> Task | None:
         """``task`` as its environment begins it; None where that fails, or makes too long a prompt."""
         begun = task if self.environments is None else self.environments.begun(task)
@@ -416,39 +338,3 @@ class Curriculum:
             part.representation, self.positions.get(key, 0), self.recipe.run.seed
         )
         return task
-
-    def _evaluation_label(self) -> str | None:
-        """The label of the evaluation that belongs to this moment; None if there is none."""
-        if self.steps_done:
-            every, step = self.recipe.eval.every, self.total_steps()
-            return label_of(step) if every and step % every == 0 else None
-        if self.stage_index:
-            return self.recipe.stage[self.stage_index - 1].name
-        return None if self.recipe.stage[0].has_demonstrations else START
-
-    def _prompts_of_evaluation(self) -> tuple[Prompt, ...]:
-        """The same ones in every evaluation; their ids are negative, those of training are not.
-
-        ``representation`` of such a prompt is what its result is listed under.
-        """
-        if self._evaluation_prompts is None:
-            begun = [(key, self._begun(task, is_evaluation=True)) for key, task in self._evaluation_tasks()]
-            if empty := self._evaluation_keys.keys() - {key for key, task in begun if task is not None}:
-                raise UserError(
-                    f"[eval] {min(empty)}: its environment begins on none of the rows, or its messages fit on none: "
-                    "see the warning above"
-                )
-            self._evaluation_prompts = tuple(
-                dataclasses.replace(as_prompt(-1 - i, task, self.text), representation=key)
-                for i, (key, task) in enumerate(begun)
-                if task is not None
-            )
-        return self._evaluation_prompts
-
-    def _evaluation_tasks(self) -> list[tuple[str, Task]]:
-        """Each with what its result is listed under."""
-        return [
-            (key, task)
-            for key, (one, form) in self._evaluation_keys.items()
-            for task in evaluation_tasks(self.recipe, self.sources, one, form)
-        ]

@@ -109,7 +109,10 @@ def at_work(isomorph: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str
         launcher.wait()
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+# data parallel steps of two ranks are in test_torchrun_turns.py, too
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=pytest.mark.weekly if kind == "data" else ()) for kind in KINDS]
+)
 def whole_run(request: pytest.FixtureRequest, warm_script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     out = finished(
@@ -159,7 +162,7 @@ def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(warm_isomorph: 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM's CPU build")
-@pytest.mark.parametrize("publish", ["copy", "shared"])
+@pytest.mark.parametrize("publish", ["copy", pytest.param("shared", marks=pytest.mark.weekly)])
 def test_every_rank_has_a_vllm_of_its_own(isomorph: Path, tmp_path: Path, publish: str) -> None:
     small = ("stage.0.steps=2", "stage.1.steps=2", "stage.2.steps=1", "eval.prompts=1", "model.tiny.hidden_size=64")
     sampler = ("sampler.kind=vllm", f"sampler.publish={publish}", "sampler.max_seqs=16", "sampler.max_model_len=192")
@@ -190,6 +193,7 @@ def test_a_killed_launcher_leaves_no_rank_behind(isomorph: Path, tmp_path: Path)
     assert "error: the launcher (torchrun) of this run has exited" in err
 
 
+@pytest.mark.weekly  # twenty seconds of waiting
 def test_a_rank_that_hangs_ends_the_run_with_a_sentence(isomorph: Path, tmp_path: Path) -> None:
     with at_work(isomorph, tmp_path) as (launcher, ranks):
         ranks[1].send_signal(signal.SIGSTOP)

@@ -95,8 +95,36 @@ def start_engine(policy: Policy, config: SamplerConfig, max_model_len: int, seed
 
     options = engine_options(policy, config, max_model_len, seed)
     unpacked = _unpacked_cpu_weights() if config.publish == "shared" else contextlib.nullcontext()
-    with _trainer_state_kept(), unpacked, foreign("sampler: vLLM could not start"):
-        return vllm.LLM(**options)
+    own = type(policy.model.model)
+    before, bases = dict(own.__dict__), own.__bases__
+    try:
+        with _trainer_state_kept(), unpacked, foreign("sampler: vLLM could not start"):
+            llm = vllm.LLM(**options)
+    finally:
+        changed, added = _restored(own, before, bases)
+    if changed:
+        decorated = type(own.__name__, (own, *added), changed)
+        for module in model_of(llm).modules():
+            if type(module) is own:
+                module.__class__ = decorated
+    return llm
+
+
+def _restored(own: type, before: dict[str, Any], bases: tuple[type, ...]) -> tuple[dict[str, Any], tuple[type, ...]]:
+    """Undoes what vLLM did to transformers' class ``own``; returns its changed attributes and the bases it added.
+
+    Where vLLM runs a family through transformers' layers (OLMo-2) it prepares their class for torch.compile, in place:
+    no other model of the family could be made in this process, such as a reference.
+    """
+    changed = {name: value for name, value in dict(own.__dict__).items() if before.get(name) is not value}
+    added = tuple(base for base in own.__bases__ if base not in bases)
+    own.__bases__ = bases
+    for name in changed:
+        if name in before:
+            setattr(own, name, before[name])
+        else:
+            delattr(own, name)
+    return changed, added
 
 
 def engine_options(policy: Policy, config: SamplerConfig, max_model_len: int, seed: int) -> dict[str, Any]:

@@ -251,5 +251,6 @@ def test_a_temperature_without_samples_is_refused() -> None:
 
 def test_without_representations_all_of_the_data_are_evaluated() -> None:
     recipe = recipe_with({"data": "plans"})
-    assert list(evaluation_keys(recipe, {})) == ["natural", "graph", "code", "table"]
+    held_out = ["table", "paraphrase", "dialect"]
+    assert list(evaluation_keys(recipe, {})) == ["natural", "graph", "code", *held_out]
     assert list(evaluation_keys(recipe_with({"sets": SETS}), {})) == ["plans:natural", "plans:graph", "tables"]

@@ -193,7 +193,7 @@ def test_without_a_warm_up_the_first_evaluation_comes_before_the_first_step() ->
     for _ in range(3):
         do_step(source)
     evaluate(source, 1.0)
-    accuracy = source.accuracy()
+    accuracy = source.evaluations.accuracy()
     assert accuracy["before"]["natural"]["rate"] == 0 and accuracy["after"]["table"]["rate"] == 1
 
 
@@ -203,7 +203,7 @@ def test_before_means_after_the_last_leading_supervised_stage() -> None:
         for _ in range(3):
             do_step(source)
         evaluate(source, float(reward > 0.3))
-    assert source.accuracy()["before"]["natural"]["rate"] == 1.0  # of "more", not of "warm-up"
+    assert source.evaluations.accuracy()["before"]["natural"]["rate"] == 1.0  # of "more", not of "warm-up"
 
 
 def test_training_and_evaluation_never_share_a_procedure() -> None:
@@ -259,7 +259,7 @@ def test_the_sequential_baseline_counts_chains_whose_answer_is_right() -> None:
     request = source.pending_evaluation()
     assert request is not None
     right = [p.payload.sequential_answer == p.payload.answer for p in request.prompts if p.representation == "natural"]
-    assert source.sequential_baseline()["natural"] == sum(right) / len(right)
+    assert source.evaluations.sequential_baseline()["natural"] == sum(right) / len(right)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda p: str(p.relative_to(RECIPES)))
@@ -277,7 +277,7 @@ def test_an_evaluation_counts_right_answers_not_partial_rewards() -> None:
     request = source.pending_evaluation()
     assert request is not None
     record(source, request, [1.0 if i % 2 else 0.9 for i in range(len(request.prompts))])
-    counted = source.evaluations[0]["accuracy"].values()
+    counted = source.evaluations.done[0]["accuracy"].values()
     assert sum(result["correct"] for result in counted) == len(request.prompts) // 2
 
 

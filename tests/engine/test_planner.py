@@ -304,7 +304,7 @@ def test_the_command_estimates_a_recipe_without_weights(tmp_path: Path, warm_iso
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.weekly)])
 def test_a_real_steps_peak_memory_is_within_a_tenth_of_the_plan(
     smollm2_folder: Path, tmp_path: Path, num_ranks: int
 ) -> None:
