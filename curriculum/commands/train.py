@@ -210,8 +210,8 @@ def _print_summary(summary: dict[str, Any], out: Console) -> None:
     baselines = {name: value for name, value in summary["floor"].items() if name in after and value is not None}
     solved = {name: rates for name, rates in summary.get("shortcuts", {}).items() if rates}
     shortcuts = {name: max(rates.values()) for name, rates in solved.items() if name in after}
-    # columns that not all data have
-    some = {"sequential baseline": baselines, "best shortcut": shortcuts, "no answer": no_answer}
+    # columns that not all data have; all of them together are 80 characters wide
+    some = {"baseline": baselines, "shortcut": shortcuts, "no answer": no_answer}
     extra = {column: found for column, found in some.items() if found}
     table = Table(title=f"{summary['steps']} steps in {summary['wall_s']:.0f} s", title_justify="left")
     for column in ("accuracy", "before", "after", "95 % interval", *extra):
@@ -226,7 +226,7 @@ def _print_summary(summary: dict[str, Any], out: Console) -> None:
         )
     out.print(table)
     if baselines:
-        out.print("sequential baseline: accuracy of answering with the sum of all durations", highlight=False)
+        out.print("sequential baseline: the accuracy of answering with the sum of all durations", highlight=False)
     for best in dict.fromkeys(_named_shortcut(rates) for rates in solved.values()):
         out.print(f"best shortcut, which does not plan: {best}", highlight=False)
 
