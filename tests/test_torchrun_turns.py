@@ -1,6 +1,5 @@
 """Environments and users' rewards on two real ranks: the run on two ranks is the run on one."""
 
-import io
 import json
 import subprocess
 import sys
@@ -8,22 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from tiny_runs import TINY, run, summary_of, write_rows
 
-from isomorph.curriculum.assemble import run_recipe
-from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.distributed.ranks import ALONE
-from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.record.runlog import read_steps
 
 pytestmark = pytest.mark.slow
-RECIPE = """
-[model.tiny]
-hidden_size = 16
-num_layers = 1
-num_heads = 2
-num_kv_heads = 1
-intermediate_size = 16
+RECIPE = (
+    TINY
+    + """\
 max_model_len = 64
 [data.game]
 kind = "rows"
@@ -51,6 +42,7 @@ max_new_tok = 8
 threads = 1
 completions_every = 1
 """
+)
 GAME = """
 import random
 
@@ -82,15 +74,15 @@ class Game:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     rows = [{"n": f"{a} {b}"} for a in "012" for b in ("one", "two", "none")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "game.py").write_text(GAME)
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    (tmp_path / "one").mkdir()
     return tmp_path / "recipe.toml"
 
 
-def completions(run: Path, step: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "completions" / f"step-{step:08d}.jsonl").read_text().splitlines()]
+def completions_of(folder: Path, step: int) -> list[dict[str, Any]]:
+    file = folder / "completions" / f"step-{step:08d}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_environments_and_rewards_on_two_ranks_are_those_of_one(recipe: Path, warm_script: Path) -> None:
@@ -104,11 +96,10 @@ def test_environments_and_rewards_on_two_ranks_are_those_of_one(recipe: Path, wa
         timeout=300,
     )
     assert ranks.returncode == 0, ranks.stderr
-    loaded = load_recipe(recipe, [], Recipe)
-    one = run_recipe(loaded, folder / "one", Console(file=io.StringIO()), lambda: False, ALONE, resume=False)
-    two = json.loads((folder / "two" / "summary.json").read_text())
+    run(recipe, "one")
+    one, two = summary_of(folder / "one"), summary_of(folder / "two")
     assert json.loads((folder / "two" / "run.json").read_text())["ranks"] == 2
-    assert completions(folder / "two", 1) == completions(folder / "one", 1)  # from the same weights: every bit
+    assert completions_of(folder / "two", 1) == completions_of(folder / "one", 1)  # from the same weights: every bit
     rows_of_one, rows_of_two = read_steps(folder / "one"), read_steps(folder / "two")
 
     def told(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kTask = 16384;   // elements of a task, more or less; fewer are not worth a thread
 constexpr int64_t kPartials = 64;  // sums over rows that the gradient of a norm's weight is made of, at most
 
-// Arrays come as addresses: a layer calls these functions often, and reading a tensor through DLPack takes 2 us, longer
+// Arrays come as addresses: a layer calls these functions often, and reading a few tensors through DLPack takes longer
 // than a small op. kernels/layer_native.py checks what nanobind would. 0: there is none.
 using Address = uintptr_t;
 
@@ -68,14 +68,21 @@ void rms_norm_gradient(bool is_bfloat16, int64_t num, int64_t dim, Address total
     }
 }
 
+// Calls run(offset in bytes, number of elements) for pieces of [0, size).
+template <typename Run>
+void for_elements(Storage type, int64_t size, const Run& run) {
+    nb::gil_scoped_release release;
+    for_each_task(divided_up(size, kTask), [&](int64_t task, int64_t) noexcept {
+        run(task * kTask * item_bytes(type), std::min(kTask, size - task * kTask));
+    });
+}
+
 void swiglu(bool is_bfloat16, int64_t size, Address gate, Address up, Address y) {
     const Storage type = storage(is_bfloat16);
 #define ISOMORPH_SWIGLU(isa) isa::LayerBody::swiglu
     const auto run = ISOMORPH_OF_ISA(ISOMORPH_SWIGLU);
 #undef ISOMORPH_SWIGLU
-    nb::gil_scoped_release release;
-    for_each_task(divided_up(size, kTask), [&](int64_t task, int64_t) noexcept {
-        const int64_t offset = task * kTask * item_bytes(type), n = std::min(kTask, size - task * kTask);
+    for_elements(type, size, [&](int64_t offset, int64_t n) noexcept {
         run(type, at(gate) + offset, at(up) + offset, n, at(y) + offset);
     });
 }
@@ -85,9 +92,7 @@ void swiglu_gradient(bool is_bfloat16, int64_t size, Address gate, Address up, A
 #define ISOMORPH_SWIGLU_GRADIENT(isa) isa::LayerBody::swiglu_gradient
     const auto run = ISOMORPH_OF_ISA(ISOMORPH_SWIGLU_GRADIENT);
 #undef ISOMORPH_SWIGLU_GRADIENT
-    nb::gil_scoped_release release;
-    for_each_task(divided_up(size, kTask), [&](int64_t task, int64_t) noexcept {
-        const int64_t offset = task * kTask * item_bytes(type), n = std::min(kTask, size - task * kTask);
+    for_elements(type, size, [&](int64_t offset, int64_t n) noexcept {
         run(type, at(gate) + offset, at(up) + offset, at(dy) + offset, n, at(dgate) + offset, at(dup) + offset);
     });
 }

@@ -224,8 +224,8 @@ def prompt_rows(repeats: int, itemsize: int) -> int:
 def _blocks(num_queries: int, itemsize: int, block_d: int) -> dict[str, Any]:
     """Compile-time constants of a program. Queries are padded to a power of 2, at least 16 for a matrix instruction.
 
-    A product in float32 has no matrix instruction: a lane adds its terms one after the other, and with 64 the scores
-    err 2.4 times as much as sums in a tree. Two halves err 1.5 times as much (computed in float32 arithmetic on a CPU).
+    A product in float32 has no matrix instruction: a lane adds its terms one after the other, whose error grows with
+    their number. Two halves are two shorter chains.
     """
     block_q = triton.next_power_of_2(max(16, num_queries))
     num_warps = 8 if block_q >= 64 else 4

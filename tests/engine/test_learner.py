@@ -1,14 +1,12 @@
-import copy
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from small_world import CPU, NUM_VOCAB, TINY, WORDS, make_groups, one_thread, with_advantages  # noqa: F401
 from torch import Tensor
-from truth import exact_norms
+from truth import exact_norms, transformers_twin
 
 from isomorph.engine.config import (
     BatchConfig,
@@ -323,16 +321,6 @@ def dense_logprob(model: Any, groups: list[Group]) -> tuple[list[Tensor], list[T
             logprobs.append(rows.gather(1, r.token_ids[:, None])[:, 0])
             entropies.append(-(rows.exp() * rows).sum(-1))
     return logprobs, entropies
-
-
-def transformers_twin(policy: Policy) -> Any:
-    config = copy.deepcopy(policy.config)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=policy.dtype)
-    exact_norms(model)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), policy.snapshot(), strict=True):
-            p.copy_(value)
-    return model
 
 
 def written_out(model: Any, groups: list[Group], stage: Stage) -> list[dict[str, float]]:

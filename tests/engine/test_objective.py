@@ -4,7 +4,6 @@ Once on given logits, over the whole grid of choices; once through packing, the 
 transformers' own forward on repeated, padded prompts.
 """
 
-import copy
 import itertools
 import math
 import random
@@ -14,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from small_world import one_thread  # noqa: F401
 from torch import Tensor
-from truth import exact_norms
+from truth import exact_norms, transformers_twin
 
 from isomorph.engine.config import ObjectiveConfig, SamplingConfig, Stage, TinyModel
 from isomorph.engine.model.load import build_tiny
@@ -420,9 +418,7 @@ def world() -> World:
     policy, groups = random_policy(), random_groups()
     weights = policy.snapshot()
     old, ref = moved(weights, 1), moved(weights, 2)
-    config = copy.deepcopy(policy.config)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
-    exact_norms(model)
+    model = transformers_twin(policy)
 
     def stats_with(values: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         with torch.no_grad():

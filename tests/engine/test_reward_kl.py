@@ -4,16 +4,14 @@ RLOO (arXiv 2402.14740): R - coef * sum_t k1[t] of the whole response, less the 
 REINFORCE++ (arXiv 2501.03262): return-to-go of the token rewards, whitened over the tokens of a step.
 """
 
-import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from test_distributed import make_groups, make_policy, make_stage, step_on
 from torch import Tensor
-from truth import exact_norms
+from truth import transformers_twin
 
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.distributed.ranks import ALONE
@@ -37,9 +35,7 @@ def logprobs(model: Any, groups: list[Group]) -> list[Tensor]:
 def models() -> tuple[Any, list[Tensor], list[Tensor]]:
     """A model of transformers with the policy's weights; log-probabilities by the policy, and by the reference."""
     policy = make_policy()
-    config = copy.deepcopy(policy.config)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
-    exact_norms(model)
+    model = transformers_twin(policy)
     known = []
     for factor in (0.9, 1.0):  # step_on's reference comes first
         with torch.no_grad():

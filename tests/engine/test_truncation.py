@@ -1,6 +1,5 @@
 """Rollouts sampled with top-k, top-p and min-p: their log-probabilities, their kept sets, and the loss over these."""
 
-import copy
 import dataclasses
 import os
 import signal
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from echo import Echo
 from small_world import CPU, one_thread  # noqa: F401
 from torch import Tensor
@@ -21,7 +19,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from truth import exact_norms
+from truth import exact_norms, transformers_twin
 
 from isomorph.engine.components import Components
 from isomorph.engine.config import (
@@ -79,16 +77,6 @@ def make_sampling(truncation: Truncation, temperature: float = 0.8, stop_ids: Se
     return Sampling(**how, truncation=truncation)  # type: ignore[arg-type]
 
 
-def twin_of(policy: Policy) -> Any:
-    config = copy.deepcopy(policy.config)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
-    exact_norms(model)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), policy.snapshot(), strict=True):
-            p.copy_(value)
-    return model
-
-
 def plain_logits(model: Any, prompt: Prompt, rollout: Rollout) -> Tensor:
     """[n, V] by transformers' own forward over prompt and response alone."""
     ids = torch.tensor([[*prompt.token_ids, *rollout.token_ids.tolist()]])
@@ -124,7 +112,7 @@ def equal(ours: Sequence[Rollout], theirs: Sequence[Rollout]) -> bool:
 def test_log_probabilities_and_kept_tokens_are_those_of_transformers(cut: Truncation) -> None:
     policy, prompts = make_policy(), make_prompts(5, 1, 9)
     rollouts = BuiltinSampler(policy, SamplerConfig(max_seqs=5)).generate(prompts, make_sampling(cut))
-    model, scored = twin_of(policy), trainer_logprob(policy, prompts, rollouts, temperature=0.8)
+    model, scored = transformers_twin(policy), trainer_logprob(policy, prompts, rollouts, temperature=0.8)
     num_kept = []
     for i, rollout in enumerate(rollouts):
         with torch.no_grad():
@@ -253,7 +241,7 @@ def test_gradient_ratio_and_drift_are_those_of_the_distribution_that_was_sampled
     objective: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, stage = make_policy(), stage_of(objective, micro_batch_tok=40)
-    groups, model = groups_of(policy), twin_of(policy)
+    groups, model = groups_of(policy), transformers_twin(policy)
     true_loss(policy, model, groups, stage).backward()
     learner = Learner(policy)
     learner.enter(stage)

@@ -1,17 +1,15 @@
 """Rollouts of several turns: their fields, and both sides of the built-in sampler's conversation."""
 
-import copy
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from echo import Echo
 from small_world import CPU, NUM_VOCAB, WORDS, one_thread  # noqa: F401
 from stop_truth import first_end
-from truth import exact_norms
+from truth import exact_norms, transformers_twin
 
 from isomorph.engine.config import ObjectiveConfig, SamplerConfig, TinyModel
 from isomorph.engine.drift import check_ends
@@ -57,13 +55,8 @@ def make_sampling(max_new_tok: int = 60, samples: int = 4, temperature: float = 
 
 def plain_logprob(policy: Policy, prompt: Prompt, rollout: Rollout, temperature: float) -> torch.Tensor:
     """By transformers' own forward over prompt and response, no cache, nothing shared."""
-    config = copy.deepcopy(policy.config)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
-    exact_norms(model)
-    weights = policy.snapshot()
+    model = transformers_twin(policy)
     with torch.no_grad():
-        for p, value in zip(dict(model.named_parameters()).values(), weights, strict=True):
-            p.copy_(value)
         ids = torch.tensor([*prompt.token_ids, *rollout.token_ids.tolist()])
         logprob_TV = (model(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
     rows = logprob_TV[len(prompt.token_ids) - 1 : -1]

@@ -1,9 +1,14 @@
 """What several files of these tests measure against."""
 
+import copy
 from types import MethodType
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
+
+from isomorph.engine.model.policy import Policy
 
 
 def exact_norms(model: Any) -> Any:
@@ -16,3 +21,16 @@ def exact_norms(model: Any) -> Any:
         if hasattr(module, "variance_epsilon"):
             module.forward = MethodType(forward, module)
     return model
+
+
+def transformers_twin(policy: Policy) -> Any:
+    """transformers' own model in float64, with the policy's weights and PyTorch's attention: nothing packed or shared.
+
+    Their eager attention rounds to float32.
+    """
+    config = copy.deepcopy(policy.config)  # it would be written to
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), policy.snapshot(), strict=True):
+            p.copy_(value)
+    return exact_norms(model)
