@@ -188,7 +188,8 @@ def _answer_of_hub(repo: str, revision: str | None) -> tuple[str | None, Excepti
 
     def ask() -> None:
         try:
-            answered.append((HfApi().dataset_info(repo, revision=revision, timeout=PATIENCE_S).sha, None))
+            # a limit beyond ours: of two equal ones either might come first, each with its own words
+            answered.append((HfApi().dataset_info(repo, revision=revision, timeout=2 * PATIENCE_S).sha, None))
         except Exception as error:  # of the client or of its HTTP library
             answered.append((None, error))
 
