@@ -3,8 +3,10 @@
 import ast
 import graphlib
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,12 @@ ONE_PLACE = {  # a file, or a folder with a slash at its end
     "peft": "engine/model/lora.py",
     "trl": "engine/adapters/trl.py",
     "flash_attn": "kernels/flash.py",
+}
+EXTRAS = {  # files that import an extra's packages at their own import: only a function's body may import them
+    "triton": ("kernels/gpu/", "kernels/aot.py", "kernels/varlen_attention.py"),  # CUDA builds of torch bring it
+    "sympy": ("curriculum/rewards/",),
+    "pint": ("curriculum/rewards/quantity.py",),
+    "scipy": ("curriculum/study/", "curriculum/analogy/"),
 }
 APART = ("rollout", "update")  # folders of the engine that only its loop brings together
 
@@ -225,6 +233,54 @@ def test_what_is_allowed_is_not_reported(tmp_path: Path, file: str, line: str) -
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(line + "\n")
     assert violations(tmp_path) == []
+
+
+def top_level(root: Path) -> dict[str, set[str]]:
+    """Each module of the packages and all that it loads when it is imported, directly or through others of ours."""
+    direct: dict[str, set[str]] = {}
+    for path in python_files(root, *PACKAGES):
+        body = ast.Module(ast.parse(path.read_text(encoding="utf-8")).body, [])
+        at_import = [node for node in body.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        targets: set[str] = set()
+        for node in at_import:
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif node.module:
+                targets |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        direct[path.relative_to(root).as_posix()] = targets
+    file_of = {f"{OURS}.{file.removesuffix('.py').replace('/', '.')}": file for file in direct}
+
+    def closure(file: str, seen: set[str]) -> set[str]:
+        if file in seen:
+            return set()
+        seen.add(file)
+        return direct[file].union(*(closure(file_of[t], seen) for t in direct[file] if t in file_of))
+
+    return {file: closure(file, set()) for file in direct}
+
+
+def needs_an_extra(root: Path) -> list[str]:
+    """Modules that a plain ``pip install isomorph`` could not import, except those that EXTRAS names."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    plain = {str(re.match(r"[A-Za-z0-9_-]+", line)[0]) for line in needed} | {OURS, *sys.stdlib_module_names}  # type: ignore[index]
+    return [
+        f"{file}: {package}"
+        for file, loaded in top_level(root).items()
+        for package in sorted({target.partition(".")[0] for target in loaded} - plain)
+        if not file.startswith(EXTRAS.get(package, ("-",)))
+    ]
+
+
+def test_a_plain_install_imports_every_module() -> None:
+    assert needs_an_extra(ROOT) == []
+
+
+def test_an_extra_reached_through_another_module_is_found(tmp_path: Path) -> None:
+    (tmp_path / "curriculum/study").mkdir(parents=True)
+    (tmp_path / "curriculum/study/seeds.py").write_text("import numpy\nfrom scipy import stats\n")
+    (tmp_path / "curriculum/page.py").write_text("from isomorph.curriculum.study import seeds\n")
+    (tmp_path / "curriculum/cli.py").write_text("def f():\n    import datasets\n")
+    assert needs_an_extra(tmp_path) == ["curriculum/page.py: scipy"]
 
 
 def test_nothing_else_in_the_repository_imports_the_packages_by_their_bare_names() -> None:
