@@ -35,7 +35,8 @@ def sections(results: Path, gpu_rows: list[Row]) -> list[str]:
 WHY = """Where the two differ, and why:
 
 - `token_logprob`: not memory binds but slots: about 500 instructions for 16 logits of a thread (two exponentials,
-  guards for -inf and NaN). The measured rate is four fifths of what they allow.
+  guards for -inf and NaN). The measured rate is four fifths of what they allow. The kernel was changed since: 12
+  instructions a logit instead of 31, and memory binds (`isomorph kernels compile`); that was not measured.
 - `sample_token`: likewise, for the noise of every token.
 - `packed_attention`: dK/dV binds first, on shared memory: its blocks of 32 queries read 3 KB of operands for 16 clocks
   of the tensor cores. Then the order: one program a multiprocessor, whose warps wait for a product before the softmax.

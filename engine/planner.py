@@ -24,6 +24,7 @@ from isomorph.engine.config import EngineConfig, Stage, UserError
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.kernels.kept_tokens import BLOCK_BYTES, most_bytes
 from isomorph.kernels.linear import linear
+from isomorph.kernels.linear_chunks import logits_stride
 
 Moment = Literal["generate", "update", "step"]
 MOMENTS: tuple[Moment, ...] = ("generate", "update", "step")
@@ -170,6 +171,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
     has_masters = facts.weight_bytes < 4 or is_apart or is_cut
     own = trained / facts.num_shards
     chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
+    device = "cuda" if facts.is_gpu else "cpu"
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
     found = [
         MemoryUse("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
@@ -179,7 +181,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("moments", own * 8.0, MOMENTS, is_host=is_apart),
         MemoryUse("gradients", own * 4.0, first, is_host=is_apart),
         MemoryUse("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
-        MemoryUse("logits chunk", chunk_rows * shape.num_vocab * 4, ("update",)),
+        MemoryUse("logits chunk", chunk_rows * logits_stride(shape.num_vocab, device) * 4, ("update",)),
         MemoryUse("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
         MemoryUse("reference", _reference_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
         MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),

@@ -19,6 +19,11 @@ from isomorph.kernels.types import stats_dtype
 
 # bytes of logits in a chunk if the caller does not set the rows: the caches of a CPU; enough rows for a GPU's GEMMs
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
+# Rows of a chunk are a multiple of this where there are so many: oneDNN's on a CPU, a GPU's largest tile of a product.
+CHUNK_ROWS = {"cpu": ROW_MULTIPLE, "cuda": 128}
+# Logits from one row of the buffer to the next, as a multiple. On a GPU each row of float32 logits, and of bfloat16
+# gradients in its first half, begins at 256 bytes for every vocabulary: vector loads, and TMA in the GEMMs, need 16.
+STRIDE_MULTIPLE = {"cpu": 1, "cuda": 64}
 WIDEN_BYTES = 16 * 2**20  # bytes of a low-precision weight that are widened at a time, if no GEMM reads it as it is
 ONEDNN_COLUMNS = 4096  # logits per oneDNN product, so that the memory it allocates stays in the caches until copied
 
@@ -99,13 +104,21 @@ def make_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 def default_chunk_rows(head: Head) -> int:
     """Rows of a chunk of CHUNK_BYTES."""
-    fitting = CHUNK_BYTES[head.weight_VD.device.type] // (head.weight_VD.shape[0] * head.dtype.itemsize)
-    return whole_rows(fitting)
+    device = head.weight_VD.device.type
+    stride = logits_stride(head.weight_VD.shape[0], device)
+    return whole_rows(CHUNK_BYTES[device] // (stride * head.dtype.itemsize), device)
 
 
-def whole_rows(fitting: int) -> int:
-    """At most ``fitting`` rows, and at least one: a multiple of ROW_MULTIPLE where there are so many."""
-    return fitting // ROW_MULTIPLE * ROW_MULTIPLE or max(1, fitting)
+def whole_rows(fitting: int, device: str = "cpu") -> int:
+    """At most ``fitting`` rows, and at least one: a multiple of CHUNK_ROWS where there are so many."""
+    multiple = CHUNK_ROWS[device]
+    return fitting // multiple * multiple or max(1, fitting)
+
+
+def logits_stride(num_vocab: int, device: str) -> int:
+    """Logits from one row of a chunk's buffer to the next, on a device of this type."""
+    multiple = STRIDE_MULTIPLE[device]
+    return -(-num_vocab // multiple) * multiple
 
 
 def multiplied_rows(num_rows: int, device: torch.device) -> int:
@@ -118,8 +131,9 @@ class LogitChunks:
 
     def __init__(self, head: Head, chunk_rows: int) -> None:
         self.head = head
-        num_rows = multiplied_rows(min(chunk_rows, len(head.target_ids_N)), head.weight_VD.device)
-        self.buffer = head.weight_VD.new_empty((num_rows, head.weight_VD.shape[0]), dtype=head.dtype)
+        num_vocab, device = len(head.weight_VD), head.weight_VD.device
+        shape = multiplied_rows(min(chunk_rows, len(head.target_ids_N)), device), logits_stride(num_vocab, device.type)
+        self.buffer = head.weight_VD.new_empty(shape, dtype=head.dtype)[:, :num_vocab]
         self.inv_temperature = 1.0 / head.temperature
 
     def load(self, rows: slice) -> None:

@@ -19,9 +19,41 @@ from isomorph.kernels.gpu.variant import FLOAT_TYPES, Variant
 from isomorph.kernels.strides import check_contiguous, check_unit_stride
 from isomorph.kernels.types import stats_dtype
 
-BLOCK_V = 4096  # 16 values per thread; not tuned, because it changes the bits of the results
+BLOCK_V = 4096  # 16 values (of 4 bytes) per thread; not tuned, because it changes the bits of the results
+STRIPES = 4  # of a block of ``stats_kernel``
 NUM_WARPS = 8
 BLOCK_D = 1024
+
+
+@triton.jit
+def stats_block(
+    row_ptr, bias_ptr, at, V, top, total, weighted, base_2,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds the logits ``at`` [STRIPES, columns] to each column's running softmax; MASKED if some are beyond V.
+
+    ``base_2`` is log2(e) / temperature. The largest logit, the shift to it and the sums' correction cost once per
+    column and block: one exponential for each logit, and one for STRIPES of them.
+    """
+    if MASKED:
+        z = tl.load(row_ptr + at, mask=at < V, other=float("-inf")).to(WIDE)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + at, mask=at < V, other=0.0)
+    else:
+        z = tl.load(row_ptr + at).to(WIDE)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + at)
+    found = tl.max(z, 0)
+    new_top = tl.where(found > top, found, top)  # max without NaN: a NaN stays in z
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    step = top - shift
+    shrink = tl.exp2(step * base_2)
+    diff = z - shift[None, :]
+    e = tl.exp2(diff * base_2)
+    # where diff is -inf, e is 0 and so is their product; where it is NaN, e makes it NaN
+    surprise = tl.sum(e * tl.maximum(diff, -1e38), 0)
+    weighted = shrink * (weighted + tl.where(total > 0, total * step, 0.0)) + surprise
+    return new_top, shrink * total + tl.sum(e, 0), weighted
 
 
 @triton.jit
@@ -39,32 +71,31 @@ def stats_kernel(
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,  # the dtype of the arithmetic
     BLOCK_V: tl.constexpr,
+    STRIPES: tl.constexpr,  # a block is [STRIPES, BLOCK_V / STRIPES]; a column of it lies in one thread
 ):
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2**31
     row_ptr = logits_ptr + row * stride_n
     scale = tl.full((), inv_temperature, WIDE) + inv_temperature_rest
-    # Each lane keeps a running softmax of its own columns, so lanes are reduced once per row, not once per block.
-    column = tl.arange(0, BLOCK_V)
-    top = tl.full((BLOCK_V,), float("-inf"), WIDE)
-    total = tl.zeros((BLOCK_V,), WIDE)
-    weighted = tl.zeros((BLOCK_V,), WIDE)  # sum of exp(z - top) (z - top)
-    for start in range(0, V, BLOCK_V):
-        at = start + column
-        z = tl.load(row_ptr + at, mask=at < V, other=float("-inf")).to(WIDE)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + at, mask=at < V, other=0.0)
-        z = z * scale
-        new_top = tl.where(z > top, z, top)  # max without NaN: a NaN stays in z
-        step = tl.where(top == new_top, 0.0, top - new_top)
-        shrink = tl.exp(step)
-        diff = tl.where(z == float("-inf"), float("-inf"), z - new_top)
-        e = tl.exp(diff)
-        weighted = shrink * (weighted + tl.where(total > 0, total * step, 0.0)) + tl.where(e == 0, 0.0, e * diff)
-        total = shrink * total + e
-        top = new_top
+    base_2 = scale * 1.4426950408889634  # an exponential in base 2 is one instruction
+    # Each column keeps a running softmax of its own, so columns are reduced once per row, not once per block. Maxima
+    # and differences are of logits plus bias, the temperature comes after them.
+    COLUMNS: tl.constexpr = BLOCK_V // STRIPES
+    column = tl.arange(0, STRIPES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    top = tl.full((COLUMNS,), float("-inf"), WIDE)
+    total = tl.zeros((COLUMNS,), WIDE)
+    weighted = tl.zeros((COLUMNS,), WIDE)  # sum of exp((z - top) / temperature) (z - top)
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        top, total, weighted = stats_block(
+            row_ptr, bias_ptr, start + column, V, top, total, weighted, base_2, False, HAS_BIAS, WIDE
+        )
+    if whole < V:
+        top, total, weighted = stats_block(
+            row_ptr, bias_ptr, whole + column, V, top, total, weighted, base_2, True, HAS_BIAS, WIDE
+        )
     row_top = tl.max(top, 0)
     step = tl.where(top == row_top, 0.0, top - row_top)
-    shrink = tl.exp(step)
+    shrink = tl.exp(step * scale)
     weighted = tl.sum(tl.where(total == 0, 0.0, shrink * (weighted + tl.where(shrink == 0, 0.0, total * step))), 0)
     total = tl.sum(shrink * total, 0)
     log_total = tl.log(total)
@@ -72,10 +103,10 @@ def stats_kernel(
     z_y = tl.load(row_ptr + target).to(WIDE)
     if HAS_BIAS:
         z_y += tl.load(bias_ptr + target)
-    z_y = z_y * scale
-    tl.store(logprob_ptr + row, (z_y - row_top) - log_total)
-    tl.store(entropy_ptr + row, log_total - weighted / total)
-    tl.store(lse_ptr + row, tl.where(row_top == float("inf"), row_top, row_top + log_total))  # as torch.logsumexp
+    tl.store(logprob_ptr + row, (z_y - row_top) * scale - log_total)
+    tl.store(entropy_ptr + row, log_total - weighted / total * scale)
+    lse = row_top * scale
+    tl.store(lse_ptr + row, tl.where(row_top == float("inf"), row_top, lse + log_total))  # as torch.logsumexp
 
 
 @triton.jit
@@ -181,8 +212,8 @@ def row_stats(
         stats_kernel[(num_rows,)](
             logits_NV, target_N, bias_V, logprob, entropy, lse,
             logits_NV.stride(0), num_vocab, *split_float32(inv_temperature),
-            HAS_BIAS=bias_V is not None, WIDE=arithmetic_type(dtype), BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            HAS_BIAS=bias_V is not None, WIDE=arithmetic_type(dtype), BLOCK_V=_stats_block(logits_NV.element_size()),
+            STRIPES=STRIPES, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return logprob, entropy, lse
 
@@ -226,6 +257,11 @@ def add_rows(into_TD: Tensor, row_index_N: Tensor, rows_ND: Tensor) -> None:
     )
 
 
+def _stats_block(itemsize: int) -> int:
+    """Logits of a block of ``stats_kernel``: a thread loads 16 bytes of each stripe."""
+    return BLOCK_V * 4 // itemsize
+
+
 def split_float32(x: float) -> tuple[float, float]:
     """``x`` rounded to float32, and the rounding error: Triton passes a Python float as float32."""
     rounded = torch.tensor(x, dtype=torch.float32, device="cpu").item()
@@ -239,6 +275,7 @@ def arithmetic_type(dtype: torch.dtype) -> Any:
 
 # -- variants for kernels/aot.py
 # the gradients of a policy loss, of one with an entropy bonus, and of every statistic
+_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 GRADIENT_TERMS = (("dlogprob",), ("dlogprob", "dentropy"), ("bias", "dlogprob", "dentropy", "dlse"))
 
 
@@ -253,9 +290,10 @@ def variants(arch: int) -> list[Variant]:
             "inv_temperature_rest": "fp32",
         }  # fmt: skip
         fixed = {"WIDE": tl.float64 if dtype == "fp64" else tl.float32, "BLOCK_V": BLOCK_V}
+        block = {**fixed, "BLOCK_V": _stats_block(_ITEMSIZE[dtype]), "STRIPES": STRIPES}
         for has_bias in (False, True):
             label = dtype + (", bias" if has_bias else "")
-            found.append(Variant(stats_kernel, label, stats, {"HAS_BIAS": has_bias, **fixed}, num_warps=NUM_WARPS))
+            found.append(Variant(stats_kernel, label, stats, {"HAS_BIAS": has_bias, **block}, num_warps=NUM_WARPS))
         for out in {"fp32": ("fp32", "bf16")}.get(dtype, (dtype,)):
             gradient = {
                 "logits_ptr": f"*{dtype}", "out_ptr": f"*{out}", "target_ptr": "*i64", "bias_ptr": f"*{wide}",

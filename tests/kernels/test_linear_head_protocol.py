@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isomorph.kernels import backend
+from isomorph.engine.update.logits_chunk import logits_chunk_rows
+from isomorph.kernels import backend, linear_chunks
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_logprob_ref, linear_loss, linear_loss_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -218,3 +219,31 @@ def test_poison_in_fresh_memory_reaches_no_result(body: str, monkeypatch: pytest
         torch.use_deterministic_algorithms(False)
     for a, b in zip((*expected[0], *expected[1:]), (*poisoned[0], *poisoned[1:]), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("body", EXACT_ROWS)
+def test_rows_of_logits_on_boundaries_change_no_bit(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a buffer's rows are padded: V of no multiple, several blocks of columns, several chunks."""
+    if body == "triton":
+        from isomorph.kernels.gpu import rows
+
+        monkeypatch.setattr(rows, "BLOCK_V", 128)
+    problem = _head(5, 16, 257)
+    stats, *grads = _run(body, *problem, chunk_rows=2)
+    monkeypatch.setitem(linear_chunks.STRIDE_MULTIPLE, DEVICE, 64 if DEVICE == "cpu" else 1)
+    padded, *padded_grads = _run(body, *problem, chunk_rows=2)
+    for ours, usual in zip((*padded, *padded_grads), (*stats, *grads), strict=True):
+        assert torch.equal(ours, usual)
+    true_stats, *true_grads = _truth(*problem, chunk_rows=2)
+    for ours, true in zip((*padded, *padded_grads), (*true_stats, *true_grads), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=2e-5, atol=2e-5)
+
+
+def test_chunks_on_a_gpu_have_rows_and_strides_that_its_gemms_take() -> None:
+    """Tiles of 128 rows; rows of float32 logits that begin at 256 bytes, also where V is GPT-2's or Llama 2's."""
+    assert [linear_chunks.whole_rows(n, "cuda") for n in (5, 127, 128, 3533)] == [5, 127, 128, 3456]
+    for num_vocab in (49_152, 50_257, 128_257, 151_936):
+        stride = linear_chunks.logits_stride(num_vocab, "cuda")
+        assert num_vocab <= stride < num_vocab + 64 and stride * 4 % 256 == 0
+        assert linear_chunks.logits_stride(num_vocab, "cpu") == num_vocab
+    assert logits_chunk_rows(151_936, is_gpu=True) % linear_chunks.CHUNK_ROWS["cuda"] == 0
