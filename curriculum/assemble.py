@@ -370,7 +370,10 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
         "shortcuts": components.source.evaluations.shortcuts(),
         "stages": components.source.finished,
         "exams": components.source.evaluations.done,
-        "rows": {name: source.summary() for name, source in components.source.sources.items()},
+        "rows": {
+            **{name: source.summary() for name, source in components.source.sources.items()},
+            **{name: {"redrawn": count} for name, count in components.source.redrawn.items()},  # too long to fit
+        },
         "best": best and {**best, "folder": str(components.log.folder / BEST)},
         "judge": count_failures(components.judge, components.ranks),
         "environments": components.source.environment_counts(),

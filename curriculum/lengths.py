@@ -48,7 +48,8 @@ class LengthLimits:
     def refuse_generated(self) -> None:
         """Raises UserError where a stage's generated questions do not fit.
 
-        ``NUM_SAMPLES`` questions with the most steps that the difficulty allows are generated for each stage.
+        ``NUM_SAMPLES`` questions with the most steps that the difficulty allows are generated for each stage. The few
+        in a thousand that are longer than all of these are drawn again when they come up.
         """
         for stage in self.recipe.stage:
             for part in stage.mixture:

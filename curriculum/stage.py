@@ -71,6 +71,7 @@ class Curriculum:
         self.finished: list[dict[str, Any]] = []  # name, steps and end of the stages that are over
         # rollouts by how their environment failed, evaluations included; and training rows that it did not begin on
         self.environment_failures: Counter[str] = Counter()
+        self.redrawn: Counter[str] = Counter()  # generated questions that did not fit, by data
         self._num_unbegun_evaluation = 0  # rows for evaluation that it did not begin on
         self.evaluations = RunEvaluations(recipe, text, self.sources, self._begun_for_evaluation)
         self._begin_stage()
@@ -206,11 +207,12 @@ class Curriculum:
             "exams": list(self.evaluations.done),
             "finished": list(self.finished),
             "environments": dict(self.environment_failures),
+            "redrawn": dict(self.redrawn),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError for the state of another version, or of a recipe with more stages."""
-        state = {"environments": {}, "left_out": {}, **state}  # earlier versions did not count
+        state = {"environments": {}, "left_out": {}, "redrawn": {}, **state}  # earlier versions did not count
         self._refuse(state)
         self.stage_index = state["stage_index"]
         self.steps_done = state["steps_done"]
@@ -228,6 +230,7 @@ class Curriculum:
         self.evaluations.done = list(state["exams"])
         self.finished = list(state["finished"])
         self.environment_failures = Counter(state["environments"])
+        self.redrawn = Counter(state["redrawn"])
 
     def reopen_extended(self) -> bool:
         """Goes on with the last stage if it has ended by ``steps`` and the recipe now gives it more; whether it did.
@@ -306,12 +309,14 @@ class Curriculum:
         rng = random.Random(f"{self.recipe.run.seed}:{prompt_id}")
         part = self._part(rng)
         for _ in range(MOST_UNFIT):
-            task = self._begun(self._task(part, rng))
-            if task is not None:
-                return as_prompt(prompt_id, task, self.text)
+            task = self._task(part, rng)
+            begun = None if task is None else self._begun(task)
+            if begun is not None:
+                return as_prompt(prompt_id, begun, self.text)
+        what = "questions" if isinstance(self.recipe.data[part.data], GeneratedData) else "environment's first messages"
         raise UserError(
-            f"data.{part.data}: on none of {MOST_UNFIT} rows in succession do the environment's first messages fit: "
-            "shorten them, or raise batch.micro_batch_tok and the model's positions"
+            f"data.{part.data}: in {MOST_UNFIT} draws in succession the {what} do not fit: shorten them, or raise "
+            "batch.micro_batch_tok and the model's positions"
         )
 
     def _begun_for_evaluation(self, task: Task) -> Task | None:
@@ -329,10 +334,15 @@ class Curriculum:
         of = self.limits.misfit_of_evaluation if is_evaluation else self.limits.misfit_of_training
         return None if of(task.data, task.representation)(begun) else begun
 
-    def _task(self, part: Ingredient, rng: random.Random) -> Task:
+    def _task(self, part: Ingredient, rng: random.Random) -> Task | None:
+        """The next row, or a random question; None where that does not fit: the start saw a sample of them only."""
         data = self.recipe.data[part.data]
         if isinstance(data, GeneratedData):
-            return data.task(rng, part.representation, split="train", sequential_rate=part.sequential_rate)
+            task = data.task(rng, part.representation, split="train", sequential_rate=part.sequential_rate)
+            if self.limits is None or self.limits.misfit_of_training(part.data, part.representation)(task) is None:
+                return task
+            self.redrawn[part.data] += 1
+            return None
         key = f"{part.data}:{part.representation}"
         task, self.positions[key] = self.sources[part.data].draw(
             part.representation, self.positions.get(key, 0), self.recipe.run.seed

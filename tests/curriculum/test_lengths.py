@@ -100,6 +100,33 @@ def test_generated_questions_are_drawn_before_the_first_step(max_model_len: int)
             Curriculum(recipe, TEXT, max_model_len)
 
 
+def test_a_longer_question_than_those_seen_at_the_start_is_drawn_again() -> None:
+    form = {"form": "terse", "demonstration": "compact", "min_steps": 5, "max_steps": 6, "max_duration": 9}
+    difficulty = {**form, "edge_probability": 0.5, "max_predecessors": 3, "shuffled": True}
+    tables = {
+        "model": {"path": "a/model"},
+        "data": {"plans": {"kind": "async_plan", "difficulty": difficulty}},
+        "stage": [{"name": "s", "steps": 1, "mixture": [{"data": "plans"}], "sampling": {"max_new_tok": 100}}],
+        "eval": {"data": "plans", "representations": ["natural"], "prompts": 2, "max_new_tok": 1},
+    }
+    recipe = check_tables(tables, Recipe, where="test")
+    positions = 200
+    while True:  # the fewest that the start accepts
+        try:
+            source = Curriculum(recipe, TEXT, positions)
+            break
+        except UserError:
+            positions += 1
+    roomy = [len(prompt.token_ids) for prompt in Curriculum(recipe, TEXT, 4096).take(3000)]
+    drawn = source.take(3000)
+    assert all(len(prompt.token_ids) + 100 <= positions for prompt in drawn)
+    assert source.redrawn == {"plans": sum(length + 100 > positions for length in roomy)} != {"plans": 0}
+    assert [prompt.prompt_id for prompt in drawn] == list(range(3000))
+    resumed = Curriculum(recipe, TEXT, positions)
+    resumed.load_state_dict(source.state_dict())
+    assert resumed.redrawn == source.redrawn
+
+
 @pytest.mark.parametrize("words", ["a", "a b a", "", "aaaa bbbb cccc", "ä b", "日本 語"])
 def test_the_bound_on_the_number_of_tokens_is_one(words: str) -> None:
     for is_prompt in (True, False):
