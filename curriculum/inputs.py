@@ -33,14 +33,14 @@ def located(recipe: Recipe) -> Recipe:
     """``recipe`` with absolute paths: those of its data, and of a model that is not a hub name.
 
     Paths of data are relative to the recipe's folder, that of a model to the working folder. Variables of the
-    environment and ``~`` are replaced. Raises UserError where one is not set.
+    environment and ``~`` are replaced; a variable makes it a path. Raises UserError where one is not set.
     """
     tables = recipe.model_dump()
     for name, data in recipe.data.items():
         if hasattr(data, "located"):
             tables["data"][name] |= data.located(recipe.folder)
     path = recipe.model.path
-    if path is not None and Path(path).expanduser().exists():
+    if path is not None and ("$" in path or Path(path).expanduser().exists()):
         tables["model"]["path"] = resolve(path, Path())
     return Recipe.model_validate(tables, context={"folder": recipe.folder})
 

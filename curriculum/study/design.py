@@ -120,16 +120,17 @@ class Design:
 
         ``warm_weights``: hash of the weights of the run's warm start, which has to be finished; None without one.
         """
+        recipe = located(run.recipe)
         tables = run.recipe.model_dump(mode="json")
         tables.pop("log")
         tables["run"] = {key: value for key, value in tables["run"].items() if key not in NO_EFFECT}
-        files = {place: entry["sha256"] for place, entry in describe_files(located(run.recipe)).items()}
+        files = {place: entry["sha256"] for place, entry in describe_files(recipe).items()}
         weights: Any = warm_weights
         if run.warm is not None:
             tables["model"].pop("path")
             files = {place: value for place, value in files.items() if not place.startswith("model.path/")}
-        elif run.recipe.model.path is not None:
-            weights = self._weights_of(Path(run.recipe.model.path).expanduser())
+        elif recipe.model.path is not None:
+            weights = self._weights_of(Path(recipe.model.path))
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         text = json.dumps([tables, files, weights, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

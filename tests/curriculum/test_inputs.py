@@ -36,6 +36,9 @@ def test_paths_become_absolute_and_a_hub_name_stays(tmp_path: Path, monkeypatch:
         assert recipe.data["rows"].files == {"text": str(tmp_path / "below" / "a.jsonl")}  # type: ignore[union-attr]
     assert (local.model.path, hub.model.path) == (str(tmp_path / "model"), "someone/model")
     assert located(local) == local
+    monkeypatch.setenv("MODEL", "elsewhere/model")
+    by_variable = located(recipe_of("$ROWS/a.jsonl", "$MODEL"))
+    assert by_variable.model.path == str(tmp_path / "elsewhere" / "model")  # although nothing is there
     for name in ("in a folder", "elsewhere"):  # a recipe's data lies beside it, wherever the command starts
         (tmp_path / name).mkdir()
     (tmp_path / "in a folder" / "run.toml").write_text(RECIPE)
@@ -43,8 +46,9 @@ def test_paths_become_absolute_and_a_hub_name_stays(tmp_path: Path, monkeypatch:
     assert beside.data["rows"].files == {"text": str(tmp_path / "in a folder" / "a.jsonl")}  # type: ignore[union-attr]
     assert located(beside) == beside
     monkeypatch.delenv("ROWS")
-    with pytest.raises(UserError, match="environment variable"):
-        located(recipe_of("$ROWS/a.jsonl"))
+    for recipe in (recipe_of("$ROWS/a.jsonl"), recipe_of("a.jsonl", "$ROWS")):
+        with pytest.raises(UserError, match="environment variable"):
+            located(recipe)
 
 
 def test_a_file_with_another_content_is_named(tmp_path: Path) -> None:

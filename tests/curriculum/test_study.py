@@ -249,6 +249,19 @@ def test_an_identity_changes_with_all_that_matters_and_with_nothing_else(place: 
     assert design.identity(run, "sha") != design.identity(design.run("words", 2), "sha")
 
 
+def test_an_identity_is_of_a_models_weights_wherever_they_lie(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "base.toml").write_text('[model]\npath = "$MODEL"\n' + BASE[BASE.index("[log]") :])
+
+    def identity(folder: str, weights: bytes) -> str:
+        (place / folder).mkdir(exist_ok=True)
+        (place / folder / "model.safetensors").write_bytes(weights)
+        monkeypatch.setenv("MODEL", str(place / folder))
+        design = Design(place / "study.toml")
+        return design.identity(design.warm_run(1), None)
+
+    assert identity("a", b"1") == identity("b", b"1") != identity("b", b"2")
+
+
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*/STUDY.toml"))
 
 
