@@ -84,6 +84,8 @@ class LengthLimits:
             num_tok = at_most_in_response(self.text, task.demonstration, most)
             if num_tok > most:
                 return f"a demonstration of {num_tok} tokens, sampling.max_new_tok must be at least that, got {most}"
+            if self._over(task, num_tok, "", *min(limits)):  # perhaps only the bound does not fit
+                num_tok = len(self.text.encode_response(task.demonstration))
             response = f"a demonstration of {num_tok}"
         else:
             num_tok, response = most, f"sampling.max_new_tok={most}"

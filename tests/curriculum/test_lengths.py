@@ -77,6 +77,12 @@ def test_the_strictest_stage_decides_and_demonstrations_count(tmp_path: Path) ->
         curriculum(tmp_path, [row(3 + n, n, None) for n in range(8)], SHORT, SFT)
 
 
+def test_a_demonstration_counts_with_its_tokens_not_with_its_characters(tmp_path: Path) -> None:
+    rows = [row(10 + n, n, demonstration=30) for n in range(8)]  # 31 tokens with the stop token, 59 characters
+    stage = {**SFT, "sampling": {"max_new_tok": 60, "samples_per_prompt": 1}}
+    assert curriculum(tmp_path, rows, stage).sources["rows"].left_out == []
+
+
 def test_a_micro_batch_must_hold_a_prompt_and_its_longest_response(tmp_path: Path) -> None:
     rows = [row(9 + n, n) for n in range(4)]
     assert kept(curriculum(tmp_path, rows, {**SHORT, "batch": {"micro_batch_tok": 1 + 12 + 8 - 1}})) == 4
