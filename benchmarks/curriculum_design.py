@@ -1,0 +1,184 @@
+"""The study that curriculum_gpu.py makes: sizes, and its files for `isomorph study`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from isomorph.curriculum.named_recipes import FOLDER
+
+SEEDS = (1, 2, 3)
+BASELINE = "words"
+CLAIM = (BASELINE, "graph_words")  # come first; the others where time is left
+OTHERS = ("words_graph", "mixed", "fading", "adaptive")
+SMOLLM2 = Path(__file__).resolve().parents[1] / "studies" / "smollm2" / "shared.toml"
+TINY = FOLDER / "exam.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is trained and asked."""
+
+    base: Path  # recipe whose model, data and stage tables hold where nothing is said here
+    warm_steps: int  # supervised
+    warm_prompts: int
+    warm_lr: float
+    steps: int  # of RL, in each condition; half of them before a switch
+    every: int  # steps between exams, and between checkpoints
+    prompts: int  # of a step
+    samples: int  # of a prompt
+    lr: float
+    exam_prompts: int  # of each representation
+    representations: tuple[str, ...]
+    response_tok: int  # at most
+    demonstration_tok: int  # at most
+    micro_batch_tok: int
+    window: int  # steps, of the adaptive condition
+    model_len: int  # longest prompt and response, for vLLM
+    tiny: str = ""  # [model.tiny] in place of the base's
+
+
+FULL = Size(
+    base=TINY,
+    warm_steps=1000,
+    warm_prompts=32,
+    warm_lr=2e-3,
+    steps=120,
+    every=20,
+    prompts=32,
+    samples=8,
+    lr=1e-4,
+    exam_prompts=300,
+    representations=("natural", "graph", "code", "table"),
+    response_tok=120,
+    demonstration_tok=130,
+    micro_batch_tok=16_384,
+    window=10,
+    model_len=288,
+)
+REAL = Size(
+    base=SMOLLM2,
+    warm_steps=60,
+    warm_prompts=32,
+    warm_lr=3e-4,
+    steps=40,
+    every=10,
+    prompts=16,
+    samples=8,
+    lr=1e-5,
+    exam_prompts=200,
+    representations=("natural", "graph"),
+    response_tok=160,
+    demonstration_tok=160,
+    micro_batch_tok=16_384,
+    window=6,
+    model_len=640,
+)
+REHEARSAL = Size(
+    base=TINY,
+    warm_steps=6,
+    warm_prompts=4,
+    warm_lr=2e-3,
+    steps=6,
+    every=2,
+    prompts=2,
+    samples=2,
+    lr=1e-4,
+    exam_prompts=12,
+    representations=("natural", "graph"),
+    response_tok=120,
+    demonstration_tok=130,
+    micro_batch_tok=2048,
+    window=2,
+    model_len=288,
+    tiny="{ hidden_size = 16, num_layers = 1, num_heads = 2, num_kv_heads = 1, intermediate_size = 16 }",
+)
+
+
+def size_of(model: str, *, rehearse: bool) -> Size:
+    return REHEARSAL if rehearse else FULL if model == "tiny" else REAL
+
+
+def shared_recipe(size: Size, *, model: str, dtype: str, sampler: str, memory_frac: float) -> str:
+    """What all runs share, as TOML. ``model``: "tiny" or a path; ``memory_frac``: vLLM's share of the device."""
+    text = [f"extends = {json.dumps(str(size.base))}", "[model]", f'dtype = "{dtype}"']
+    text += [f"path = {json.dumps(model)}"] if model != "tiny" else [f"tiny = {size.tiny}"] if size.tiny else []
+    text += ["[log]", "tensorboard = false", "[run]", f"checkpoint_every = {size.every}"]
+    text += ["[sampler]", f'kind = "{sampler}"', f"max_seqs = {max(size.prompts * size.samples, 64)}"]
+    if sampler == "vllm":
+        text += ['publish = "shared"', f"max_model_len = {size.model_len}", f"memory_frac = {memory_frac:.3f}"]
+    text += ["[objective]", 'name = "dapo"', 'scale = "none"']
+    text += ["[optim]", f"lr = {size.lr}", "warmup_steps = 2"]
+    text += ["[batch]", f"prompts = {size.prompts}", f"micro_batch_tok = {size.micro_batch_tok}"]
+    text += ["[sampling]", f"max_new_tok = {size.response_tok}", f"samples_per_prompt = {size.samples}"]
+    text += ["[eval]", 'data = "plans"', f"representations = {list(size.representations)}"]
+    text += [f"prompts = {size.exam_prompts}", f"max_new_tok = {size.response_tok}", f"every = {size.every}"]
+    return "\n".join(text) + "\n"
+
+
+def study_file(size: Size, *, threads: int) -> str:
+    """STUDY.toml beside shared.toml: a warm start for each seed, and all conditions at equal steps."""
+    budgets = list(range(size.every, size.steps + 1, size.every))
+    half = size.steps // 2
+    parts = [_HEAD.format(seeds=list(SEEDS), budgets=budgets, baseline=BASELINE, threads=threads), _warm_start(size)]
+    graph, words = '{ data = "plans", representation = "graph"', '{ data = "plans", representation = "natural"'
+    stages = {
+        "words": [("words", size.steps, "", f"{words} }}")],
+        "graph_words": [("graph", half, "", f"{graph} }}"), ("words", half, _CARRY, f"{words} }}")],
+        "words_graph": [("words", half, "", f"{words} }}"), ("graph", half, _CARRY, f"{graph} }}")],
+        "mixed": [("mixed", size.steps, "", f"{graph} }}, {words} }}")],
+        "fading": [
+            (
+                "fading",
+                size.steps,
+                'fade = "cosine"\n',
+                f"{graph}, weight = 1.0, weight_end = 0.0 }}, {words}, weight = 0.0, weight_end = 1.0 }}",
+            )
+        ],
+        "adaptive": [
+            (
+                "adaptive",
+                size.steps,
+                f"adaptive = {{ least_share = 0.1, window = {size.window}, patience = 3 }}\n",
+                f"{graph} }}, {words} }}",
+            )
+        ],
+    }
+    for condition in (*CLAIM, *OTHERS):
+        for name, steps, more, mixture in stages[condition]:
+            parts.append(
+                f'[[condition.{condition}.stage]]\nname = "{name}"\nsteps = {steps}\n{more}mixture = [{mixture}]\n'
+            )
+    return "\n".join(parts)
+
+
+_CARRY = 'optimizer_state = "carry"\n'
+_HEAD = """[study]
+name = "study"
+question = "Does graph -> words beat words only at equal budget?"
+recipe = "shared.toml"
+seeds = {seeds}
+budgets = {budgets}
+baseline = "{baseline}"
+measure = ["natural"]
+threads = {threads}
+"""
+
+
+def _warm_start(size: Size) -> str:
+    """Demonstrations, most of them of graphs: reward in words is rare afterwards, but not absent."""
+    optim = (
+        f'{{ lr = {size.warm_lr}, schedule = "cosine", warmup_steps = {max(1, size.warm_steps // 20)}, '
+        "betas = [0.9, 0.98], weight_decay = 0.01 }"
+    )
+    return f"""[[warm_start.stage]]
+name = "warm-up"
+steps = {size.warm_steps}
+objective.name = "sft"
+optim = {optim}
+batch = {{ prompts = {size.warm_prompts} }}
+sampling = {{ max_new_tok = {size.demonstration_tok}, samples_per_prompt = 1 }}
+mixture = [
+  {{ data = "plans", representation = "graph", weight = 0.8 }},
+  {{ data = "plans", representation = "natural", weight = 0.2 }},
+]
+"""
