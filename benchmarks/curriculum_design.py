@@ -19,10 +19,12 @@ class Size:
     """How much is trained and asked."""
 
     base: Path  # recipe whose model, data and stage tables hold where nothing is said here
-    warm_steps: int  # supervised
+    warm_steps: int  # supervised, of right demonstrations
+    habit_steps: int  # and then of sequential answers, most of them in words; 0: none
     warm_prompts: int
     warm_lr: float
-    steps: int  # of RL, in each condition; half of them before a switch
+    steps: int  # of RL, in each condition
+    graph_steps: int  # of them, where words come after or before
     every: int  # steps between exams, and between checkpoints
     prompts: int  # of a step
     samples: int  # of a prompt
@@ -37,30 +39,35 @@ class Size:
     tiny: str = ""  # [model.tiny] in place of the base's
 
 
+# as studies/carry_over: without a habit of quick answers, RL of this size teaches nothing
 FULL = Size(
     base=TINY,
-    warm_steps=1000,
-    warm_prompts=32,
+    warm_steps=2000,
+    habit_steps=150,
+    warm_prompts=16,
     warm_lr=2e-3,
-    steps=120,
-    every=20,
-    prompts=32,
+    steps=60,
+    graph_steps=20,
+    every=10,
+    prompts=16,
     samples=8,
     lr=1e-4,
     exam_prompts=300,
-    representations=("natural", "graph", "code", "table"),
-    response_tok=120,
+    representations=("natural", "graph"),
+    response_tok=112,
     demonstration_tok=130,
     micro_batch_tok=16_384,
     window=10,
-    model_len=288,
+    model_len=320,
 )
 REAL = Size(
     base=SMOLLM2,
     warm_steps=60,
+    habit_steps=0,
     warm_prompts=32,
     warm_lr=3e-4,
     steps=40,
+    graph_steps=20,
     every=10,
     prompts=16,
     samples=8,
@@ -75,21 +82,23 @@ REAL = Size(
 )
 REHEARSAL = Size(
     base=TINY,
-    warm_steps=6,
+    warm_steps=4,
+    habit_steps=2,
     warm_prompts=4,
     warm_lr=2e-3,
     steps=6,
+    graph_steps=2,
     every=2,
     prompts=2,
     samples=2,
     lr=1e-4,
     exam_prompts=12,
     representations=("natural", "graph"),
-    response_tok=120,
+    response_tok=112,
     demonstration_tok=130,
     micro_batch_tok=2048,
     window=2,
-    model_len=288,
+    model_len=320,
     tiny="{ hidden_size = 16, num_layers = 1, num_heads = 2, num_kv_heads = 1, intermediate_size = 16 }",
 )
 
@@ -118,13 +127,13 @@ def shared_recipe(size: Size, *, model: str, dtype: str, sampler: str, memory_fr
 def study_file(size: Size, *, threads: int) -> str:
     """STUDY.toml beside shared.toml: a warm start for each seed, and all conditions at equal steps."""
     budgets = list(range(size.every, size.steps + 1, size.every))
-    half = size.steps // 2
+    graphs, rest = size.graph_steps, size.steps - size.graph_steps
     parts = [_HEAD.format(seeds=list(SEEDS), budgets=budgets, baseline=BASELINE, threads=threads), _warm_start(size)]
     graph, words = '{ data = "plans", representation = "graph"', '{ data = "plans", representation = "natural"'
     stages = {
         "words": [("words", size.steps, "", f"{words} }}")],
-        "graph_words": [("graph", half, "", f"{graph} }}"), ("words", half, _CARRY, f"{words} }}")],
-        "words_graph": [("words", half, "", f"{words} }}"), ("graph", half, _CARRY, f"{graph} }}")],
+        "graph_words": [("graph", graphs, "", f"{graph} }}"), ("words", rest, _CARRY, f"{words} }}")],
+        "words_graph": [("words", rest, "", f"{words} }}"), ("graph", graphs, _CARRY, f"{graph} }}")],
         "mixed": [("mixed", size.steps, "", f"{graph} }}, {words} }}")],
         "fading": [
             (
@@ -151,7 +160,7 @@ def study_file(size: Size, *, threads: int) -> str:
     return "\n".join(parts)
 
 
-_CARRY = 'optimizer_state = "carry"\n'
+_CARRY = 'optimizer_state = "carry"\noptim.warmup_steps = 0\n'
 _HEAD = """[study]
 name = "study"
 question = "Does graph -> words beat words only at equal budget?"
@@ -165,20 +174,31 @@ threads = {threads}
 
 
 def _warm_start(size: Size) -> str:
-    """Demonstrations, most of them of graphs: reward in words is rare afterwards, but not absent."""
-    optim = (
-        f'{{ lr = {size.warm_lr}, schedule = "cosine", warmup_steps = {max(1, size.warm_steps // 20)}, '
-        "betas = [0.9, 0.98], weight_decay = 0.01 }"
-    )
-    return f"""[[warm_start.stage]]
-name = "warm-up"
-steps = {size.warm_steps}
-objective.name = "sft"
-optim = {optim}
+    """Reward in words is rare afterwards, but not absent."""
+    shared = f"""objective.name = "sft"
 batch = {{ prompts = {size.warm_prompts} }}
-sampling = {{ max_new_tok = {size.demonstration_tok}, samples_per_prompt = 1 }}
+sampling = {{ max_new_tok = {size.demonstration_tok}, samples_per_prompt = 1 }}"""
+    optim = 'schedule = "cosine", betas = [0.9, 0.98], weight_decay = 0.01'
+    text = f"""[[warm_start.stage]]
+name = "demonstrations"
+steps = {size.warm_steps}
+{shared}
+optim = {{ lr = {size.warm_lr}, warmup_steps = {max(1, size.warm_steps // 40)}, {optim} }}
 mixture = [
   {{ data = "plans", representation = "graph", weight = 0.8 }},
   {{ data = "plans", representation = "natural", weight = 0.2 }},
+]
+"""
+    if not size.habit_steps:
+        return text
+    return f"""{text}
+[[warm_start.stage]]
+name = "habit"
+steps = {size.habit_steps}
+{shared}
+optim = {{ lr = 3e-4, warmup_steps = {max(1, size.habit_steps // 8)}, {optim} }}
+mixture = [
+  {{ data = "plans", representation = "graph", weight = 0.5, sequential_rate = 0.6 }},
+  {{ data = "plans", representation = "natural", weight = 0.5, sequential_rate = 0.95 }},
 ]
 """

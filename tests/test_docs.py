@@ -94,6 +94,7 @@ def _defined_in(source: Path) -> set[str]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names |= {alias.asname or alias.name for alias in node.names}
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        targets = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
         names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
 
@@ -171,8 +172,8 @@ def test_every_name_that_a_script_imports_exists() -> None:
 
 def test_a_planted_import_is_caught(tmp_path: Path) -> None:
     for name, text in {
-        "kernels/there.py": "def known() -> None: ...\n",
-        "benchmarks/a.py": "from isomorph.kernels import there\nfrom isomorph.kernels.there import gone, known\n",
+        "kernels/there.py": "A, B = 1, 2\ndef known() -> None: ...\n",
+        "benchmarks/a.py": "from isomorph.kernels import there\nfrom isomorph.kernels.there import B, gone, known\n",
     }.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
