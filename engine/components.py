@@ -1,7 +1,7 @@
 """The parts of a run, assembled outside and handed to ``engine.loop.train``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from isomorph.engine.config import RunConfig
 from isomorph.engine.distributed.ranks import ALONE, Ranks
@@ -10,6 +10,7 @@ from isomorph.engine.record.runlog import RunLog
 from isomorph.engine.types import Dialogue, Judge, PromptSource, RunState, Sampler
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.score import FindsAnswer
+from isomorph.engine.watch import Watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Components:
     ranks: Ranks = ALONE
     finds_answer: FindsAnswer | None = None  # None: judge/no_answer is not measured
     dialogue: Dialogue | None = None  # None: every rollout has one turn
+    watch: Watch = field(default_factory=Watch)
 
 
 class StopRequested(Exception):

@@ -222,10 +222,15 @@ def _record(components: Components, state: RunState, result: StepResult) -> None
     log, source = components.log, components.source
     with log.time("record"):
         row = step_row(result, state, source.label)
-    num_correct = sum(sum(group.correct(source.is_correct)) for group in result.groups)
+    correct = [group.correct(source.is_correct) for group in result.groups]
+    num_correct = sum(map(sum, correct))
     row |= log.end_step(num_tok=result.stats.num_loss_tok, num_correct=num_correct, gather=components.ranks.gather)
     with log.time("record"):
         log.write_step(row, console_line(row))
+        if not result.is_supervised:
+            solved = [all(of_group) for of_group in correct]
+            for sentence in components.watch.observe(state.step, result.stage, result.groups, solved, result.stats):
+                log.say(f"warning: {sentence}")
         if result.stage_step == 0:
             where = f"step {state.step}, the first of stage {result.stage}"
             _warn(components, warning_of_no_answer(where, result.found, result.texts, 1 - row["response/stopped"]))

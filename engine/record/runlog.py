@@ -111,8 +111,9 @@ class RunLog:
         rss_gib = row.get("mem/rss_gib")
         if rss_gib is not None and self.telemetry.growth.observe(rss_gib) and self.telemetry.growth.num_alarms == 1:
             self.say(
-                f"warning: resident memory grew in {NUM_GROWING} consecutive windows of {WINDOW} steps, now "
-                f"{rss_gib:.2f} GiB: possible memory leak"
+                f"warning: step {row['step']}: resident memory grew in {NUM_GROWING} consecutive windows of {WINDOW} "
+                f"steps, now {rss_gib:.2f} GiB, and does not slow down: possible memory leak; see mem/rss_gib in "
+                "steps.jsonl, and look at what reward functions and environments keep; a checkpoint resumes the run"
             )
         for sink in self.sinks:
             sink(row)
