@@ -8,7 +8,6 @@ cause; but if some of the step's optimizer steps have been made, the rest need t
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from isomorph.engine.components import Components, RunProgress
 from isomorph.engine.config import UserError
 from isomorph.engine.record.checkpoint import latest_checkpoint
 from isomorph.engine.types import RunFailed, RunState
+from isomorph.engine.update.not_finite import not_finite_weight
 
 KEEP_ALL = 1_000_000  # checkpoints: where weights may have diverged, the earlier ones are what is wanted
 
@@ -29,6 +29,8 @@ def rescue(components: Components, progress: RunProgress, error: Exception, save
     Any other exception is returned as it is, and the sentence goes to the console.
     """
     explained = _explained(error)
+    if type(explained) is RunFailed:
+        explained = RunFailed(f"{_when(progress.state)}: {explained}")
     if components.ranks.size == 1 and progress.state.step == 0 and not components.learner.is_within_round:
         return explained  # nothing has been learned
     folder = components.log.folder
@@ -51,7 +53,7 @@ def _checkpointed(components: Components, progress: RunProgress, save: Save) -> 
         return "no checkpoint was written, because the weights are ahead of the last whole step"
     if newest is not None and newest.name == f"step-{step:08d}" and not is_within:
         return f"the checkpoint of step {step} holds the present state"
-    if broken := _not_finite(components.policy.named_parameters()):
+    if broken := not_finite_weight(components.policy.named_parameters()):
         return f"no checkpoint was written, because {broken} holds numbers that are not finite"
     state = progress.state if is_within else dataclasses.replace(progress.state, draws=())
     try:
@@ -62,6 +64,13 @@ def _checkpointed(components: Components, progress: RunProgress, save: Save) -> 
     return f"a checkpoint {where} step {step} has been written, earlier ones are kept"
 
 
+def _when(state: RunState) -> str:
+    """The last whole step: also an evaluation or a weight sync after it can fail."""
+    if state.step == 0:
+        return "before the first step was done"
+    return f"after step {state.step}, in stage {state.stage}"
+
+
 def _explained(error: Exception) -> Exception:
     """A lack of memory, of whatever type, as RunFailed with the first line of its message and what to lower."""
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -69,11 +78,6 @@ def _explained(error: Exception) -> Exception:
         return error
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return RunFailed(f"out of memory ({first}): lower batch.micro_batch_tok, sampler.max_seqs or sampler.kv_tok")
-
-
-def _not_finite(parameters: dict[str, Any]) -> str | None:
-    """The name of the first weight that holds NaN or infinity; None if there is none."""
-    return next((name for name, weight in parameters.items() if not weight.detach().isfinite().all()), None)
 
 
 def _how_to_resume(folder: Path, newest: Path | None) -> str:

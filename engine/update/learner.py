@@ -31,9 +31,11 @@ from isomorph.engine.types import PackedBatch, RunFailed, StepDrift, StepStats
 from isomorph.engine.update.advantage import penalised
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.engine.update.micro_batches import Update
+from isomorph.engine.update.not_finite import origin_in_forward
 from isomorph.engine.update.objective import LossFunction, TokenInputs, loss_of_tokens, token_weight
 from isomorph.engine.update.optimizer import MasterAdamW, learning_rate
 from isomorph.engine.update.round import BatchLogprobs, Round, Tally
+from isomorph.kernels.bit_hash import bit_hash
 from isomorph.kernels.linear_logprob import TokenStats, linear_logprob, linear_loss
 
 
@@ -57,6 +59,8 @@ class Learner:
         self.optimizer_on_host = optimizer_on_host
         self.optimizer: MasterAdamW | None = None
         self.reference: list[Tensor] | None = None  # weights of the KL reference, in host memory
+        # the reference as it was taken: the list, and a hash of each tensor
+        self._taken: tuple[list[Tensor], dict[str, int]] | None = None
         self.start: list[Tensor] | None = None  # weights at the start of the stage, in host memory, if it needs them
         self.round: Round | None = None  # None: between rounds
         self._interrupted: dict[str, Tensor] = {}  # tensors of the round that ``begin`` resumes
@@ -76,7 +80,33 @@ class Learner:
             if stage.reference == "snapshot":
                 self.reference = None
         elif self.reference is None or stage.reference == "snapshot":
-            self.reference = self.policy.snapshot()
+            self._take_reference(self.policy.snapshot())
+        else:
+            self._refuse_moved_reference()
+
+    def _take_reference(self, weights: list[Tensor] | None) -> None:
+        self.reference = weights
+        self._taken = None if weights is None else (weights, self._hashes(weights))
+
+    def _refuse_moved_reference(self) -> None:
+        """Raises RunFailed if a tensor of the KL reference has changed since it was taken: KL would be to nothing."""
+        if self._taken is None or self.reference is not self._taken[0]:  # none, or set by a caller
+            return
+        weights, before = self._taken
+        after = self._hashes(weights)
+        if moved := [name for name in before if after[name] != before[name]]:
+            raise RunFailed(
+                f"the weights of the KL reference have changed since they were taken: {len(moved)} of {len(before)} "
+                f"tensors, the first is {moved[0]}; the KL was to another policy than the recipe says: resume from an "
+                "earlier checkpoint, and look for code that writes into the reference or shares its memory"
+            )
+
+    def _hashes(self, weights: Sequence[Tensor]) -> dict[str, int]:
+        """A hash of the bits of each trained parameter's tensor in ``weights``."""
+        return {
+            name: int(bit_hash(weight).item())
+            for name, weight in zip(self.policy.named_parameters(), weights, strict=True)
+        }
 
     def restart(self, stage: Stage, *, from_start: bool) -> None:
         """Begins another round of SFT within ``stage``: moments are cleared.
@@ -225,6 +255,7 @@ class Learner:
         A collective: all ranks must call it.
         """
         assert self.optimizer is not None
+        self._refuse_moved_reference()
         under_way = self.round.tensors() if self.round is not None and self.round.norms else self._interrupted
         rounds = {
             f"round/{rank}/{name}": tensor
@@ -241,7 +272,8 @@ class Learner:
         self.optimizer.load_state_tensors(tensors)
         own = f"round/{self.ranks.rank}/"
         self._interrupted = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
-        self.reference, self.start = self._found("reference", tensors), self._found("start", tensors)
+        self._take_reference(self._found("reference", tensors))
+        self.start = self._found("start", tensors)
 
     def _kept(self, kind: str, weights: Sequence[Tensor] | None) -> dict[str, Tensor]:
         """Weights in host memory as tensors of a checkpoint, unsharded."""
@@ -316,12 +348,21 @@ class Learner:
             torch.cat(parts)
             for parts in zip(*(chunks or [BatchLogprobs(hidden_TD.new_empty(0), hidden_TD.new_empty(0))]), strict=True)
         )
-        if not logprob.isfinite().all():
-            raise RunFailed(
-                f"{int((~logprob.isfinite()).sum())} of {len(logprob)} log-probabilities are not finite: the policy "
-                f"has diverged: lower optim.lr and start again, or resume from an earlier checkpoint"
-            )
+        if not torch.stack([logprob.isfinite().all(), loss.detach().isfinite()]).all():  # one wait for the device
+            raise self._not_finite(batch, logprob, loss)
         return BatchLogprobs(logprob, entropy)
+
+    def _not_finite(self, batch: PackedBatch, logprob: Tensor, loss: Tensor) -> RunFailed:
+        if num := int((~logprob.isfinite()).sum()):
+            return RunFailed(
+                f"{num} of {len(logprob)} log-probabilities are not finite: {origin_in_forward(self.policy, batch)}; "
+                "the policy has diverged: lower optim.lr and start again, or resume from an earlier checkpoint"
+            )
+        largest = batch.advantage.abs().max().item()
+        return RunFailed(
+            f"the loss is {loss.item()}, and all {len(logprob)} log-probabilities are finite; the largest advantage is "
+            f"{largest:.3g}: check the size of the rewards, and the loss function if it is your own"
+        )
 
     def _logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
         return self._batch_logprobs(batch, stage).logprob

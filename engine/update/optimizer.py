@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from isomorph.engine.config import OptimConfig
 from isomorph.engine.distributed.fsdp import full_tensor, local_shard, shard_like
 from isomorph.engine.types import RunFailed
+from isomorph.engine.update.not_finite import origin_in_gradient
 
 
 class MasterAdamW:
@@ -80,8 +81,8 @@ class MasterAdamW:
         norm = total.item()
         if not math.isfinite(norm):
             raise RunFailed(
-                f"the norm of the gradient must be finite, got {norm}; the weights are unchanged: lower optim.lr and "
-                "start again, or check the rewards"
+                f"the norm of the gradient must be finite, got {norm}: {origin_in_gradient(self.masters)}; the weights "
+                "are unchanged: lower optim.lr and start again, or check the rewards"
             )
         if clip_norm is not None and norm > clip_norm:  # else a pass over all gradients would multiply them by 1
             factor = (clip_norm / (total + 1e-6)).clamp(max=1.0)

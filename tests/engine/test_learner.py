@@ -213,6 +213,17 @@ def test_gradient_is_the_same_for_more_tokens_than_one_chunk_of_logits_holds() -
     )
 
 
+@by_name
+def test_gradient_is_the_same_where_a_chunk_of_logits_ends_within_a_sequence(
+    objective: ObjectiveConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that depends on a whole sequence must not be computed chunk by chunk."""
+    policy, groups = make_policy(), make_groups()
+    whole = gradient(policy, groups, objective)
+    monkeypatch.setattr("isomorph.engine.update.learner.logits_chunk_rows", lambda num_vocab, *, is_gpu: 3)
+    torch.testing.assert_close(gradient(policy, groups, objective), whole, rtol=0, atol=1e-12)
+
+
 # -- invariant 2: on the first update the policy is the one that drew
 @pytest.fixture(scope="module")
 def sampled() -> tuple[Policy, list[Group]]:
