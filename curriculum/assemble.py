@@ -34,7 +34,7 @@ from isomorph.engine.components import Components
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.fsdp import shard
 from isomorph.engine.distributed.heartbeat import lost_ranks_explained
-from isomorph.engine.distributed.ranks import Ranks
+from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.loop import train
 from isomorph.engine.model.load import load_policy, silence_loaders
 from isomorph.engine.model.policy import Policy
@@ -49,6 +49,7 @@ from isomorph.engine.rollout.fingerprint import fingerprint
 from isomorph.engine.rollout.stop_strings import check_stop_strings
 from isomorph.engine.types import Prompt, RunFailed, RunState, Sampler
 from isomorph.engine.update.learner import Learner
+from isomorph.engine.update.self_check import check_stages
 
 
 def run_recipe(
@@ -142,6 +143,7 @@ def _open_components(
 ) -> Iterator[tuple[Components, RunState]]:
     """The components of a run and the state that it begins or resumes with; closes sampler and reward workers."""
     policy = open_policy(recipe)
+    check_stages(recipe.stage, ranks if policy.device.type == "cpu" else ALONE)
     _refuse_long_responses(recipe, policy.max_model_len)
     check_stop_strings([string for stage in recipe.stage for string in stage.sampling.stop], policy.text)
     log.telemetry = Telemetry(*find_gpu(policy.device))

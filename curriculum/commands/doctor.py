@@ -108,7 +108,7 @@ def examine() -> list[Finding]:
     findings = [_python(), *(_package(name, *pins) for name, pins in BASE.items()), *_trio()]
     findings += [_vllm(), *(_extra(name, packages) for name, packages in EXTRAS.items()), _nvml(), _sinks()]
     if _state_of(findings, "torch") == "ok":
-        findings += [*_torch_devices(), _triton(), *_bodies(), _threads(), _contention()]
+        findings += [*_torch_devices(), _triton(), *_bodies(), _optimizer_step(), _threads(), _contention()]
     return [*findings, _memory(), _disk(), *_variables()]
 
 
@@ -288,6 +288,20 @@ def _bodies() -> Iterator[Finding]:
     if torch.cuda.is_available() and (reason := backend.native_cuda_reason()):
         yield Finding("CUDA C++ kernels", "missing", reason, "optional: the Triton kernels compute the same")
     yield _attention()
+
+
+def _optimizer_step() -> Finding:
+    """The self-check that a run makes of its objectives, with the default one."""
+    from isomorph.engine.config import ObjectiveConfig
+    from isomorph.engine.types import RunFailed
+    from isomorph.engine.update.self_check import check_learning
+
+    name = "optimizer step"
+    try:
+        check_learning(ObjectiveConfig())
+    except RunFailed as error:
+        return Finding(name, "problem", str(error), "reinstall isomorph with its pinned packages", required=True)
+    return Finding(name, "ok", "raises the log-probability of rewarded responses, however it is divided")
 
 
 def _bodies_on(device: str) -> Finding:

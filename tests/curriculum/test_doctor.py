@@ -51,6 +51,7 @@ def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
         "native kernels",
         "ops on cpu",
         "packed_attention",
+        "optimizer step",
         "threads",
         "contention",
         "memory",
