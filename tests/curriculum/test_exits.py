@@ -1,10 +1,12 @@
 """The tests that end a stage, on curves of which the truth is known: studies/stage_ends.py prints more of them."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from isomorph.curriculum.exits import Moments, lower_pass_rate, t_quantile, upper_gain
+from isomorph.curriculum.exits import Moments, StepOutcome, has_mastered, lower_pass_rate, t_quantile, upper_gain
 from isomorph.curriculum.stage_spec import Mastery, Plateau
 from studies import load_study
 
@@ -46,6 +48,17 @@ def test_a_curve_at_0_does_not_stop_unless_asked() -> None:
     assert ENDS.ends_of(zero, Plateau(), 2) == [None, None]
     assert ENDS.ends_of(zero, Plateau(at_zero=True), 2) == [50, 50]
     assert sum(end is None for end in ENDS.ends_of(late, Plateau(), RUNS)) >= 0.95 * RUNS
+
+
+def test_mastery_is_reached_where_the_bound_is_the_rate() -> None:
+    passed = Moments.of([1.0] * 7 + [0.5] * 2 + [0.0])
+    steps = [StepOutcome(rewards=passed, passed=passed)] * 3
+    bound = lower_pass_rate(passed.plus(passed).plus(passed), 0.95)
+    assert 0.5 < bound < 0.8
+    reached = Mastery(pass_rate=bound, window=3, min_steps=3)
+    assert has_mastered(steps, 3, reached)
+    assert not has_mastered(steps, 3, reached.model_copy(update={"pass_rate": math.nextafter(bound, 1)}))
+    assert not has_mastered(steps[:2], 3, reached) and not has_mastered(steps, 2, reached)
 
 
 def test_mastery_is_seldom_found_where_there_is_none() -> None:

@@ -290,7 +290,9 @@ def test_a_row_of_a_large_file_is_chosen_as_fast_as_one_of_a_small_file(tmp_path
     files = TaskFiles(data, TextCodec(word_tokenizer(["a"]), chat_template=False, stop_ids=[1]))
     tasks = files.training["text"]
     started = time.perf_counter()
-    two_passes = [files.draw("text", position, 7)[0].answer for position in range(2 * len(tasks))]
+    drawn = [files.draw("text", position, 7) for position in range(2 * len(tasks))]
+    two_passes = [task.answer for task, _ in drawn]
+    assert [after for _, after in drawn] == list(range(1, 2 * len(tasks) + 1))
     assert time.perf_counter() - started < 30  # 30,000 permutations of 30,000 rows take a quarter of an hour
     for turn, asked in enumerate((two_passes[: len(tasks)], two_passes[len(tasks) :])):
         order = random.Random(f"7:text:{turn}").sample(range(len(tasks)), len(tasks))
