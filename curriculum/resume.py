@@ -17,7 +17,7 @@ from isomorph.engine.record.checkpoint import latest_checkpoint
 MAY_CHANGE = (
     *("stage.*.steps", "stage.*.mastery*", "stage.*.plateau*", "stage.*.max_response_tok"),
     *("stage.*.optim.*", "stage.*.batch.micro_batch_tok"),
-    *("sampler.kv_tok", "sampler.max_seqs", "sampler.memory_frac", "sampler.max_model_len"),
+    *("sampler.kv_tok", "sampler.max_seqs", "sampler.memory_frac", "sampler.max_model_len", "sampler.keep_cache"),
     *("run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_every"),
     *("run.max_mean_drift", "run.profile*", "run.push_to_hub", "log.*"),
     *("eval.every", "eval.samples", "eval.temperature"),
@@ -25,8 +25,8 @@ MAY_CHANGE = (
     *("data.*.eval_files.*", "data.*.path", "data.*.eval_path", "data.*.chat_template"),
 )
 IN_WORDS = (
-    "a stage's steps and other ends, optim and batch.micro_batch_tok; the sampler's kv_tok, max_seqs, memory_frac and "
-    "max_model_len; run, but for its seed; log; eval.every, samples and temperature; "
+    "a stage's steps and other ends, optim and batch.micro_batch_tok; the sampler's kv_tok, max_seqs, memory_frac, "
+    "max_model_len and keep_cache; run, but for its seed; log; eval.every, samples and temperature; "
     "model.gradient_checkpointing_every, model.compile; paths to files of the same content"
 )
 

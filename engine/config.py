@@ -145,9 +145,11 @@ class SamplerConfig(Section):
     max_model_len: int = Field(2048, ge=16)  # vllm: longest prompt plus response, tokens
     max_seqs: int = Field(256, ge=1)  # sequences decoded at the same time
     kv_tok: int | None = Field(None, ge=1)  # builtin: capacity of the KV cache, tokens; None: what max_seqs needs
+    keep_cache: bool = False  # builtin: KV cache and CUDA graphs stay in memory while the learner runs
 
     def idle(self) -> dict[KeyPath, str]:
-        keys = ("publish", "memory_frac", "max_model_len") if self.kind == "builtin" else ("kv_tok",)
+        builtin = ("kv_tok", "keep_cache")
+        keys = ("publish", "memory_frac", "max_model_len") if self.kind == "builtin" else builtin
         return {(key,): f'sampler.kind is "{self.kind}"' for key in keys}
 
 
@@ -546,6 +548,11 @@ class EngineConfig(Section):
             raise ValueError(
                 'sampler.publish = "shared" is not supported with parallel.kind = "fsdp", because vLLM needs whole '
                 'weights: set sampler.publish = "copy"'
+            )
+        if self.parallel.kind == "fsdp" and self.sampler.keep_cache:
+            raise ValueError(
+                'sampler.keep_cache = true is not supported with parallel.kind = "fsdp", because the weights that CUDA '
+                "graphs read are gathered anew for each step: remove sampler.keep_cache"
             )
         if self.parallel.kind == "fsdp" and self.model.compile:
             raise ValueError('model.compile = true is not supported with parallel.kind = "fsdp": remove model.compile')

@@ -88,6 +88,7 @@ class Facts:
     memory_frac: float  # vllm
     max_seqs: int
     kv_limit_tok: int | None  # builtin: sampler.kv_tok
+    keeps_cache: bool  # builtin: sampler.keep_cache
     prompts: int  # of the step, this rank's share
     samples: int
     prompt_tok: float  # mean
@@ -172,6 +173,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
     own = trained / facts.num_shards
     chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
     device = "cuda" if facts.is_gpu else "cpu"
+    cached: tuple[Moment, ...] = MOMENTS if facts.keeps_cache else ("generate",)
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
     found = [
         MemoryUse("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
@@ -184,7 +186,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("logits chunk", chunk_rows * logits_stride(shape.num_vocab, device) * 4, ("update",)),
         MemoryUse("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
         MemoryUse("reference", _reference_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
-        MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, ("generate",)),
+        MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, cached),
         MemoryUse("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
         MemoryUse("prepacked weights", _prepacked_bytes(facts), ("generate",)),
         MemoryUse("kept tokens, at most", facts.kept_bytes, MOMENTS, is_host=True),
@@ -362,6 +364,7 @@ def facts_of(
         memory_frac=config.sampler.memory_frac,
         max_seqs=config.sampler.max_seqs,
         kv_limit_tok=config.sampler.kv_tok,
+        keeps_cache=config.sampler.kind == "builtin" and config.sampler.keep_cache,
         prompts=-(-batch.prompts // num_ranks),
         samples=stage.sampling.samples_per_prompt,
         prompt_tok=prompt_tok,

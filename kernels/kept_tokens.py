@@ -33,7 +33,7 @@ def keep_tokens_ref(
     if top_p < 1:
         sorted_BV, ids_BV = z_BV.sort(stable=True)
         is_removed_BV = sorted_BV.softmax(-1).cumsum(-1) <= 1 - top_p
-        is_removed_BV[:, -1] = False
+        is_removed_BV[:, -1].fill_(False)  # an assignment would make a tensor of the number first
         z_BV = z_BV.masked_fill(is_removed_BV.scatter(1, ids_BV, is_removed_BV), -torch.inf)
     return _with_min_p(z_BV, min_p) | ~has_softmax_B1
 

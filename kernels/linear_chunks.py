@@ -93,11 +93,23 @@ def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_rows, num_rows))
 
 
-def make_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    """Returns the logits [N, V], float32 (float64 for float64), of hidden [N, D] and weight [V, D]; for sampling."""
+def logits_buffer(weight_VD: Tensor, num_rows: int) -> Tensor:
+    """Memory for the logits [n, V] of at most ``num_rows`` rows and weight [V, D], with the rows that GEMMs add."""
+    num_vocab, device = len(weight_VD), weight_VD.device
+    shape = multiplied_rows(num_rows, device), logits_stride(num_vocab, device.type)
+    return weight_VD.new_empty(shape, dtype=stats_dtype(weight_VD.dtype))[:, :num_vocab]
+
+
+def make_logits(hidden_ND: Tensor, weight_VD: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Returns the logits [N, V], float32 (float64 for float64), of hidden [N, D] and weight [V, D]; for sampling.
+
+    They are written to ``buffer``, of ``logits_buffer``, where one is given. Raises ValueError if it is too small.
+    """
+    if buffer is not None and len(buffer) < multiplied_rows(len(hidden_ND), hidden_ND.device):
+        raise ValueError(f"the buffer has {len(buffer)} rows for the logits of {len(hidden_ND)}: make it larger")
     no_target_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
     head = make_head(hidden_ND, weight_VD, no_target_N, None, None, 1.0, "linear_logprob")
-    chunks = LogitChunks(head, len(hidden_ND))
+    chunks = LogitChunks(head, len(hidden_ND), buffer)
     chunks.load(slice(0, len(hidden_ND)))
     return chunks.logits_nV
 
@@ -129,11 +141,10 @@ def multiplied_rows(num_rows: int, device: torch.device) -> int:
 class LogitChunks:
     """Logits of one chunk at a time, in one buffer: computed, read by ``stats``, overwritten by their gradient."""
 
-    def __init__(self, head: Head, chunk_rows: int) -> None:
+    def __init__(self, head: Head, chunk_rows: int, buffer: Tensor | None = None) -> None:
         self.head = head
-        num_vocab, device = len(head.weight_VD), head.weight_VD.device
-        shape = multiplied_rows(min(chunk_rows, len(head.target_ids_N)), device), logits_stride(num_vocab, device.type)
-        self.buffer = head.weight_VD.new_empty(shape, dtype=head.dtype)[:, :num_vocab]
+        num_rows = min(chunk_rows, len(head.target_ids_N))
+        self.buffer = logits_buffer(head.weight_VD, num_rows) if buffer is None else buffer
         self.inv_temperature = 1.0 / head.temperature
 
     def load(self, rows: slice) -> None:

@@ -33,11 +33,13 @@ class BuiltinSampler:
     """Samples from ``policy``'s own parameters; ``publish`` therefore moves no bytes and sets the version alone.
 
     ``config.max_seqs``: responses decoded at once. ``config.kv_tok``: upper limit of the KV cache, in tokens.
+    ``config.keep_cache``: cache and CUDA graphs stay in ``asleep``, and serve every later call that fits them. Graphs
+    read the weights where they are, so that they see the learner's new values.
     """
 
     def __init__(self, policy: Policy, config: SamplerConfig) -> None:
         self.policy = policy
-        self.max_seqs, self.kv_tok = config.max_seqs, config.kv_tok
+        self.max_seqs, self.kv_tok, self.keep_cache = config.max_seqs, config.kv_tok, config.keep_cache
         self.policy_version = 0
         self._decoder: Decoder | None = None
 
@@ -72,8 +74,9 @@ class BuiltinSampler:
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        """Frees the KV cache and the CUDA graphs; the next ``generate`` makes them again."""
-        self._decoder = None
+        """Frees the KV cache and the CUDA graphs, unless they are kept; the next ``generate`` makes them again."""
+        if not self.keep_cache:
+            self._decoder = None
         yield
 
     def publish(self, version: int) -> Publication:
@@ -94,12 +97,17 @@ class BuiltinSampler:
             )
 
     def _decoder_for(self, prompts: Sequence[Prompt], sampling: Sampling) -> Decoder:
-        """The decoder of the last call if its spec is the same, because its CUDA graphs are recorded already."""
+        """The decoder of the last call if its spec is the same, because its CUDA graphs are recorded already.
+
+        One that is kept serves smaller requests, too: prompts of a step that are shorter, a refill of few prompts.
+        """
         spec = plan_decoder([len(p.token_ids) for p in prompts], sampling, self.max_seqs, self.kv_tok)
-        if self._decoder is None or self._decoder.spec != spec:
-            self._decoder = None  # the old cache goes before the new one comes
-            self._decoder = Decoder(self.policy, spec)
-        return self._decoder
+        last = self._decoder
+        is_served = last is not None and (last.spec.serves(spec) if self.keep_cache else last.spec == spec)
+        if last is None or not is_served:
+            last = self._decoder = None  # the old cache goes before the new one comes
+            last = self._decoder = Decoder(self.policy, spec)
+        return last
 
 
 def plan_decoder(prompt_lens: Sequence[int], sampling: Sampling, max_seqs: int, kv_tok: int | None) -> DecoderSpec:

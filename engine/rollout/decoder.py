@@ -9,11 +9,12 @@ response slot holds those of its own tokens. The state of a response is on the d
 Between two turns a response keeps its slot: ``append`` adds the environment's tokens to it, many tokens in one pass.
 
 A step therefore needs from the host only the list of slots. On a GPU it is recorded as a CUDA graph, once for each
-captured batch size; smaller batches are padded with a dummy slot.
+captured batch size; smaller batches are padded with a dummy slot. The graphs share one memory pool, since they run one
+after the other and what a step leaves is in the state above; logits have one buffer for all sizes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from isomorph.engine.types import Prompt
 from isomorph.kernels import backend
 from isomorph.kernels.decode_attention import CachedKV, decode_attention
 from isomorph.kernels.kept_tokens import KeptTokens, keep_tokens
-from isomorph.kernels.linear_chunks import make_logits
+from isomorph.kernels.linear_chunks import logits_buffer, make_logits
 from isomorph.kernels.packed_attention import packed_attention
 from isomorph.kernels.packed_layout import PackedLayout
 from isomorph.kernels.sample_token import sample_token
@@ -49,6 +50,11 @@ class DecoderSpec:
     def kv_tok(self) -> int:
         """Tokens that the KV cache has space for."""
         return self.seqs * self.max_new_tok + self.prompts * self.prompt_tok
+
+    def serves(self, wanted: "DecoderSpec") -> bool:
+        """Whether a decoder of this spec can sample what ``wanted`` asks for: its cache may be larger."""
+        sizes = {name: getattr(wanted, name) for name in ("seqs", "prompts", "prompt_tok")}
+        return replace(self, **sizes) == wanted and all(getattr(self, name) >= n for name, n in sizes.items())
 
 
 class Decoder:
@@ -74,7 +80,9 @@ class Decoder:
         # the reference implementation runs each row by itself: the last bits of a matrix product depend on its number
         # of rows
         self.is_row_by_row = backend.choose("decode_attention", device) == "reference"
+        self.logits = logits_buffer(policy.unembedding, padded_size(spec.seqs))
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.policy.dtype, device=self.policy.device)
@@ -206,7 +214,7 @@ class Decoder:
                 self._advance(slot_B)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 self._advance(slot_B)
             self.graphs[size] = graph, slot_B
         return self.graphs[size]
@@ -218,7 +226,7 @@ class Decoder:
     def _sample(self, slot_B: Tensor, hidden_BD: Tensor) -> None:
         """Samples a token from each of ``hidden_BD`` [B, D]; written only where the response has not ended."""
         length_B, had_ended_B = self.length[slot_B], self.ended[slot_B]
-        logits_BV = make_logits(hidden_BD, self.policy.unembedding.detach())
+        logits_BV = make_logits(hidden_BD, self.policy.unembedding.detach(), self.logits)
         if self.spec.temperature == 0:
             token_B, logprob_B = logits_BV.argmax(-1), torch.zeros_like(logits_BV[:, 0])
         else:

@@ -1,14 +1,18 @@
 """The built-in sampler's decoder: slots of the KV cache, and what a CUDA graph does, on the CPU."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from sampler_parts import generate, make_policy, make_prompts, make_sampling, same
 from small_world import one_thread  # noqa: F401
+from step_rules import Broken, recordable
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.config import SamplerConfig, Truncation, UserError
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout import builtin
 from isomorph.engine.rollout import decoder as decoder_file
@@ -17,6 +21,7 @@ from isomorph.engine.rollout.decoder import Decoder, DecoderSpec, pad_slots, pad
 from isomorph.engine.types import Prompt, Sampling
 from isomorph.kernels import backend
 from isomorph.kernels import decode_attention as attention_file
+from isomorph.kernels.kept_tokens import keep_tokens_ref
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +122,8 @@ def test_rows_that_fill_up_and_steps_after_the_end_change_nothing(policy: Policy
     prompts = make_prompts(5, 9)
     sampling = make_sampling(samples=3, stop_ids=(1, 5, 9, 13), max_new_tok=20)
     usual = generate(policy, prompts, sampling)
-    decoder = Decoder(policy, builtin.plan_decoder([5, 9], sampling, 6, None))
+    spec = dataclasses.replace(builtin.plan_decoder([5, 9], sampling, 6, None), seqs=9)
+    decoder = Decoder(policy, spec)
     with torch.no_grad():
         decoder.prefill(prompts, [1, 0])
         keys = [builtin.rng_key(0, p.prompt_id, sample) for p in prompts for sample in range(3)]
@@ -133,22 +139,83 @@ def test_rows_that_fill_up_and_steps_after_the_end_change_nothing(policy: Policy
         torch.testing.assert_close(logprob[i, : lengths[i]], rollout.sampler_logprob, rtol=0, atol=1e-5)
 
 
-def test_a_step_looks_at_nothing_on_the_host(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph cannot contain such a step. Checks of values are off there, so they are off here."""
-    sampling = make_sampling(samples=3)
+@contextlib.contextmanager
+def ready(policy: Policy, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, bodies: str) -> Iterator[Decoder]:
+    """A decoder with three running responses of one prompt. Checks of values are off on a GPU, so they are off here."""
     decoder = Decoder(policy, builtin.plan_decoder([5], sampling, 3, None))
-
-    def looked(*_: object) -> None:
-        raise AssertionError("a value was read on the host")
-
-    with torch.no_grad(), backend.using("decode_attention=torch"):
+    with torch.no_grad(), backend.using(bodies):
         decoder.prefill(make_prompts(5), [0])
         decoder.admit(range(3), [0, 0, 0], [5, 5, 5], [1, 2, 3])
-        rows = torch.arange(3)
         monkeypatch.setattr(attention_file, "_check", lambda q, prompt, own, scale: scale)
-        for name in ("item", "tolist", "__int__", "__bool__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
-            monkeypatch.setattr(Tensor, name, looked)
-        decoder._advance(rows)
+        monkeypatch.setattr(decoder_file, "keep_tokens", keep_tokens_ref)  # what a GPU runs; a CPU sorts fewer tokens
+        yield decoder
+
+
+@pytest.mark.parametrize("cut", [None, Truncation(top_k=3, top_p=0.9)], ids=["whole", "truncated"])
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_step_is_what_a_cuda_graph_can_record(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, temperature: float, cut: Truncation | None
+) -> None:
+    """No value is read on the host, nothing is copied from it, no shape depends on values, and logits are written to
+    the decoder's one buffer. Which tokens are kept, with top-k and the like, takes memory beside it."""
+    sampling = dataclasses.replace(make_sampling(temperature, samples=3), truncation=cut or Truncation())
+    rows, num_vocab = torch.arange(3), len(policy.unembedding)
+    with ready(policy, monkeypatch, sampling, "decode_attention=torch") as decoder:
+        sees_all = decoder.kept is None
+        with recordable(3, num_vocab if sees_all else None) as operations:
+            decoder._advance(rows)
+        assert "aten::mm" in operations
+    by_pytorch = "rms_norm=torch,swiglu=torch,rotary=torch,linear_logprob=torch,sample_token=reference"
+    with ready(policy, monkeypatch, sampling, f"decode_attention=torch,{by_pytorch}") as decoder:
+        before = decoder.token_ids.clone()
+        with FakeTensorMode(allow_non_fake_inputs=True):  # has no values: Python that depends on one cannot go on
+            decoder._advance(rows)
+        assert torch.equal(decoder.token_ids, before)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.cpu(),
+        lambda x: x + torch.tensor([1.0] * x.shape[1]),
+        lambda x: x.new_empty(3, 7),
+        lambda x: x.softmax(-1),
+    ],
+)
+def test_a_step_that_a_graph_cannot_record_is_refused(fault: Callable[[Tensor], object]) -> None:
+    x = torch.ones(3, 7)
+    with recordable(3, 7), pytest.raises(Broken):
+        fault(x)
+    with recordable(3, 7):
+        x.mul_(2).sum(1)
+        x[torch.arange(2)].add_(1)
+
+
+def test_the_cache_is_kept_in_sleep_and_serves_what_fits_it(policy: Policy) -> None:
+    """A kept decoder samples what a new one does: shorter prompts, fewer of them, after new weights in their place."""
+    kept = BuiltinSampler(policy, SamplerConfig(keep_cache=True))
+    kept.generate(make_prompts(3, 9, 4), make_sampling())
+    decoder = kept._decoder
+    with kept.asleep():
+        assert kept._decoder is decoder
+        weights = policy.snapshot()
+        policy.overwrite([1.5 * w for w in weights])
+    try:
+        for prompts in (make_prompts(8, 5, 2), make_prompts(6)):
+            usual = generate(policy, prompts, make_sampling())
+            assert same(kept.generate(prompts, make_sampling()), usual) and kept._decoder is decoder
+        for prompts, sampling in ((make_prompts(10), make_sampling()), (make_prompts(4), make_sampling(0.5))):
+            before = kept._decoder
+            assert same(kept.generate(prompts, sampling), generate(policy, prompts, sampling))
+            assert kept._decoder is not before
+    finally:
+        policy.overwrite(weights)
 
 
 def test_numbers_of_rows_that_are_recorded_are_few_and_near() -> None:
