@@ -7,6 +7,10 @@
 On an H200 our kernels took 0.61 to 0.74 of the time of PyTorch's FlashAttention 2, forward and backward, in three
 layouts (benchmarks/results/gpu/2026-11-27-h200-2.jsonl). Its kernels are made for sm_8x; nothing else was measured.
 
+FlashAttention 3, where the process has activated it, is preferred on sm_90 by an estimate until it is measured there:
+its paper has 648 and 561 TFLOP/s forward and backward at head dimension 128 where FlashAttention 2 has 370 and 322,
+1.75 times. Of the time of FlashAttention 3 ours would then be 0.61 * 1.75 to 0.74 * 1.75, 1.07 to 1.30.
+
 ``route`` depends on its argument alone, so it can be tested without a GPU. ``choose`` collects that argument and
 follows ``ISOMORPH_BACKEND`` and ``backend.using``.
 """
@@ -15,11 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from isomorph.kernels import backend
+from isomorph.kernels import backend, flash
 
 MAX_HEAD_DIM = 128  # of our Triton kernels
 FLASH_MAX_HEAD_DIM = 256
 FLASH_MAJORS = (8, 9, 10)  # sm_8x, sm_90, sm_10x
+FLASH_3_MAJORS = (9,)  # FlashAttention 3 has kernels for sm_90 alone
 TRITON_MAJORS = (9,)  # where our Triton kernels were measured to be faster
 
 
@@ -40,6 +45,7 @@ class Facts(NamedTuple):
     deterministic: bool  # torch.use_deterministic_algorithms(True)
     no_flash: str = ""  # why FlashAttention cannot run on this machine; empty if it can
     no_triton: str = ""  # why Triton kernels cannot
+    flash_version: int = 2  # of FlashAttention on sm_90
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, *, is_tree: bool) -> Route:
@@ -56,7 +62,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, *, is_tree: 
     capability = torch.cuda.get_device_capability(device)
     deterministic = torch.are_deterministic_algorithms_enabled()
     absent = backend.flash_reason(), backend.triton_reason()
-    return route(Facts(capability, dtype, head_dim, is_tree, deterministic, *absent))
+    return route(Facts(capability, dtype, head_dim, is_tree, deterministic, *absent, flash.flash_version()))
 
 
 def route(facts: Facts) -> Route:
@@ -72,6 +78,8 @@ def route(facts: Facts) -> Route:
         return Route("triton", no_flash)
     if facts.deterministic:
         return Route("triton", "deterministic algorithms are on, and FlashAttention accumulates dQ in no fixed order")
+    if facts.capability[0] in FLASH_3_MAJORS and facts.flash_version == 3:
+        return Route("varlen", f"FlashAttention 3 is active: estimated, not measured, to be faster than ours on {name}")
     if facts.capability[0] in TRITON_MAJORS:
         return Route("triton", f"measured to be faster than FlashAttention 2 on {name}")
     if facts.capability[0] not in FLASH_MAJORS:

@@ -56,6 +56,17 @@ def flash_reason() -> str:
     return f"torch {torch.__version__} has no varlen attention with a scale, and flash-attn >= 2.7 is not installed"
 
 
+def flash_version() -> int:
+    """Which FlashAttention ``flash()`` runs on sm_90: 3 where the process has activated it in PyTorch, else 2.
+
+    ``torch.nn.attention.activate_flash_attention_impl("FA3")``, with a wheel of flash_attn_3, replaces the kernels of
+    PyTorch's ops for the whole process, and so those of ``torch_flash``. We do not activate it: it is the user's.
+    """
+    found = flash()
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # torch 2.11 and later
+    return 3 if found is not None and found.name == "torch" and current is not None and current() == "FA3" else 2
+
+
 def torch_flash() -> Flash | None:
     """FlashAttention of ``torch.nn.attention.varlen``; None before torch 2.11."""
     try:

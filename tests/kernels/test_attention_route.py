@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from isomorph.kernels import attention_route, backend
+from isomorph.kernels import attention_route, backend, flash
 from isomorph.kernels.attention_route import Facts, route
 from isomorph.kernels.packed_attention import packed_attention
 from isomorph.kernels.packed_layout import PackedLayout
@@ -54,6 +54,21 @@ def test_the_rule(
     found = route(Facts(capability, dtype, head_dim, is_tree, deterministic, no_flash))
     assert found.body == body
     assert re.search(reason, found.reason), found.reason
+
+
+def test_flash_attention_3_is_preferred_where_it_runs_and_was_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(capability: tuple[int, int], *, is_tree: bool = False, deterministic: bool = False) -> str:
+        return route(Facts(capability, BF16, 128, is_tree, deterministic, flash_version=3)).body
+
+    assert body(H100) == "varlen" and body(RTX50) == body(H100, is_tree=True) == "triton"
+    assert body(H100, deterministic=True) == "triton"  # it accumulates dQ in no fixed order
+    assert "estimated" in route(Facts(H100, BF16, 128, False, False, flash_version=3)).reason
+    assert flash.flash_version() == 2
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3")
+    by_pytorch = flash.torch_flash() is not None
+    assert flash.flash_version() == (3 if by_pytorch else 2)
+    monkeypatch.setattr(flash, "flash", flash.package_flash)  # the package flash-attn is version 2
+    assert flash.flash_version() == 2
 
 
 def test_a_gpu_without_triton_has_the_reference() -> None:
