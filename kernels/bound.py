@@ -10,7 +10,9 @@ throughput; the unit with the longest time binds. The bound is the time of what 
 100 % means that nothing but that unit limits the loop. Latencies, waits between warps, tails of a grid and the
 program's first and last instructions come on top, so a measured rate is below the bound. ``schedule_percent`` also
 counts what warps wait for in the order of their instructions: a matrix product and the instructions that need its
-result run one after the other, unless other warps of the multiprocessor fill the time.
+result run one after the other, unless other warps of the multiprocessor fill the time. It is known on sm_90 alone: on
+sm_100 a product runs on its own and is waited for at a barrier in shared memory, on sm_80 and sm_120 the scoreboard
+orders products, and the text of the machine code names neither.
 
 Bytes of global memory count as often as they are loaded: where programs share what they load (the bias of a row kernel)
 the memory moves less, and the bound of a copy is too high.
