@@ -9,9 +9,10 @@ model of 8,000 weights makes one step on two groups of four responses, of which 
     direction   the log-probability of the rewarded responses less that of the others rises (sft: that of all rises)
 
 The direction is exact to first order: the responses of its group are equally long, so that the loss of every objective
-is -c times that difference where the ratio is 1 and KL and entropy terms are off, and Adam's first step moves each
-weight against the sign of its gradient. TOLERANCE is far above the rounding of float32 sums over some hundred terms
-(1e-6) and far below a factor of two. It takes a fraction of a second on the CPU and draws no random number.
+is -c times that difference where the ratio is 1, no bound is met, and KL and entropy terms are off; and Adam's first
+step moves each weight against the sign of its gradient. TOLERANCE is far above the rounding of float32 sums over some
+hundred terms (1e-6) and far below a factor of two. It takes a fraction of a second on the CPU and draws no random
+number.
 """
 
 import dataclasses
@@ -62,7 +63,8 @@ def check_learning(
 
     ``temperature``: of sampling. ``ranks``: a collective; their process group must sum tensors of the CPU.
     """
-    plain = objective.model_copy(update={"kl_coef": 0.0, "reward_kl_coef": 0.0, "entropy_coef": 0.0})
+    plain = _without_further_terms(objective)
+    temperature = min(max(temperature, 0.1), 10.0)  # beyond it rounding grows, and the direction says no more
     is_supervised = objective.is_supervised
     stage = Stage(
         name="self-check",
@@ -79,6 +81,15 @@ def check_learning(
     _check_alignment(policy, groups, stage.loss_temperature)
     _check_gradient(policy, groups, stage, ranks, loss_function)
     _check_direction(policy, groups[:1], stage, loss_function)
+
+
+def _without_further_terms(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """Without KL and entropy; with bounds so wide that rounding of ratios and weights, which are 1, meets none."""
+    off = {"kl_coef": 0.0, "reward_kl_coef": 0.0, "entropy_coef": 0.0, "importance_sampling_floor": 0.0}
+    wide = {"clip_low": 0.1, "clip_high": 0.1, "importance_sampling_cap": 2.0}
+    bounds = {name: getattr(objective, name) for name in wide}
+    widened = {name: max(least, bounds[name]) for name, least in wide.items() if bounds[name] is not None}
+    return objective.model_copy(update={**off, **widened})
 
 
 def _groups(policy: Policy, stage: Stage) -> list[Group]:

@@ -36,10 +36,18 @@ def test_every_objective_passes(name: Any) -> None:
         dict(kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01),
         dict(reward_kl_coef=0.1, importance_sampling="sequence"),
         dict(old_logprob="sampler", aggregation="constant", clip_dual=3.0),
+        dict(old_logprob="sampler", clip_low=1e-9, clip_high=1e-9),
+        dict(importance_sampling="token", importance_sampling_mode="mask", importance_sampling_cap=1.0),
+        dict(importance_sampling="sequence", importance_sampling_floor=1.5, importance_sampling_cap=1.5),
     ],
 )
-def test_options_that_only_add_terms_pass(choices: dict[str, Any]) -> None:
+def test_options_that_add_terms_or_bounds_pass(choices: dict[str, Any]) -> None:
     check_learning(ObjectiveConfig(name="dapo", **choices), temperature=0.7)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 100.0])
+def test_extreme_temperatures_pass(temperature: float) -> None:
+    check_learning(ObjectiveConfig(name="gspo"), temperature)
 
 
 @pytest.mark.parametrize("name", SAMPLED)
