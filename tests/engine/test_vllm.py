@@ -16,6 +16,7 @@ from transformers import AutoConfig, MistralConfig, Olmo2Config, Qwen3Config
 from vllm_parts import (
     DEVICE,
     check_that_it_follows,
+    check_that_no_tensor_may_stay_behind,
     drift,
     is_shared,
     make_policy,
@@ -147,6 +148,7 @@ def test_every_family_agrees_with_the_trainer(
     sampler = start_vllm(policy, SamplerConfig(kind="vllm", publish=publish, max_seqs=8), 0)
     try:
         check_that_it_follows(policy, sampler)
+        check_that_no_tensor_may_stay_behind(policy, sampler)
         make_policy(config_class, dtype, **options)  # a reference, for one; vLLM changes the class of OLMo-2's layers
     finally:
         sampler.close()

