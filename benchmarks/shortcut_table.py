@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from isomorph.curriculum.recipe import GeneratedData, Recipe
-from isomorph.curriculum.tasks.async_plan import draw_tasks
+from isomorph.curriculum.recipe import GeneratedData, PlansData, Recipe
+from isomorph.curriculum.tasks.battery import BAG, best_of
 from isomorph.curriculum.tasks.canonical import canonical_key
-from isomorph.curriculum.tasks.facts import graph_of, rates_of
-from isomorph.curriculum.tasks.shortcuts import StepGraph, best_of, is_solved
+from isomorph.curriculum.tasks.facts import rates_of, view_of
+from isomorph.curriculum.tasks.shortcuts import StepGraph
+from isomorph.curriculum.tasks.sieve import SievedGenerator
 from isomorph.curriculum.tasks.task import Split
 from isomorph.engine.recipe_file import load_recipe
 
@@ -34,21 +35,26 @@ def longest_of_most_steps(graph: StepGraph) -> int:
 
 
 def row_of(recipe: str, name: str, data: GeneratedData, split: Split, num: int, seed: int) -> dict[str, Any]:
-    tasks = draw_tasks(data.difficulty, "graph", num, seed=seed, split=split)
-    graphs = [graph for task in tasks if (graph := graph_of(task)) is not None]
+    tasks = data.tasks("graph", num, seed=seed, split=split)
+    views = [view_of(task) for task in tasks]
     rates = rates_of(tasks)
-    return {
+    others = [answer for shortcut, answer in data.generator.battery(data.difficulty).items() if shortcut != BAG]
+    row = {
         "recipe": Path(recipe).name,
         "data": name,
         "split": split,
-        "procedures": len(graphs),
-        "structures": len({canonical_key([0] * len(g.amounts), g.predecessors) for g in graphs}),
+        "procedures": len(tasks),
         "best": best_of(rates),
         "shortcuts": {key: round(rate, 4) for key, rate in rates.items()},
-        "hard": sum(not is_solved(graph) for graph in graphs) / len(graphs),
-        "longest_of_most_steps": sum(longest_of_most_steps(g) == g.total for g in graphs) / len(graphs),
+        "hard": sum(not any(answer(view) == view.total for answer in others) for view in views) / len(views),
         "difficulty": data.difficulty.model_dump(mode="json", exclude_defaults=True),
     }
+    if isinstance(data, PlansData):
+        structures = {canonical_key([0] * len(view.amounts), view.predecessors) for view in views}
+        longest = sum(longest_of_most_steps(view) == view.total for view in views) / len(views)
+        return {**row, "structures": len(structures), "longest_of_most_steps": longest}
+    assert isinstance(data.generator, SievedGenerator)
+    return {**row, "structures": len({data.generator.structure_of(view) for view in views})}
 
 
 def main() -> None:
@@ -65,6 +71,11 @@ def main() -> None:
                 rows += [row_of(path, name, data, split, args.prompts, recipe.eval.seed) for split in SPLITS]
     if args.out is not None:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for batteries in dict.fromkeys(tuple(row["shortcuts"]) for row in rows):  # kinds of tasks have their own
+        print_table([row for row in rows if tuple(row["shortcuts"]) == batteries])
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
     heads = [f"{row['recipe']} {row['data']} {row['split']}" for row in rows]
     sys.stdout.write("| shortcut | " + " | ".join(heads) + " |\n")
     for shortcut in rows[0]["shortcuts"]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.named_recipes import FOLDER, recipe_line, recipe_names
 from isomorph.curriculum.rewards.builtin import BUILTINS
-from isomorph.curriculum.rewards.families import FAMILIES
+from isomorph.curriculum.rewards.families import FAMILIES, GENERATED
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
 
@@ -316,22 +316,26 @@ def make_data(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Difficulty as key=value, for example max_steps=8; repeatable")
     ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help=f"{', '.join(GENERATED)}; default: {GENERATED[0]}, or the recipe's")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Output file; default: standard output")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file")] = False,
 ) -> None:
-    """Generate async-planning tasks as JSON Lines. For a recipe of kind "jsonl" write one file per representation."""
+    """Generate tasks as JSON Lines. For a recipe of kind "jsonl" write one file per representation."""
     from isomorph.curriculum.commands.data import PROMPTS, make, make_of_recipe
 
     asked = representation or []
     if recipe is not None:
-        if settings or seed is not None:
-            raise UserError("--recipe says how its tasks are drawn: remove --set and --seed")
+        if settings or seed is not None or kind is not None:
+            raise UserError("--recipe says how its tasks are drawn: remove --set, --seed and --kind")
         make_of_recipe(recipe, name, asked, prompts, out, split=split, force=force)
         return
     if name is not None:
         raise UserError("--data selects one of a recipe's [data.NAME]: name the recipe by --recipe")
     num = PROMPTS if prompts is None else prompts
-    make(asked, num, settings or [], out, seed=seed or 0, split=split, force=force)
+    chosen = GENERATED[0] if kind is None else kind
+    make(asked, num, settings or [], out, kind=chosen, seed=seed or 0, split=split, force=force)
 
 
 _REWARDS = ("Reward functions of rows by name:", *(f"{name}: {known.line}" for name, known in BUILTINS.items()))

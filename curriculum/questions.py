@@ -21,8 +21,8 @@ from isomorph.curriculum.rewards.families import ASYNC_PLAN, FAMILIES
 from isomorph.curriculum.rewards.pool import RewardPool
 from isomorph.curriculum.rewards.table_judge import TableJudge, rewarded_sources
 from isomorph.curriculum.sources import Source, open_sources
-from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
 from isomorph.curriculum.tasks.jsonl import read_rows
+from isomorph.curriculum.tasks.kinds import GENERATORS
 from isomorph.curriculum.tasks.task import Split
 from isomorph.engine.config import UserError
 from isomorph.engine.model.policy import Policy
@@ -62,7 +62,8 @@ def open_exam(
         pool = stack.enter_context(RewardPool())
         if recipe is None:
             asked = [_of_family(text, None, prompts, split) for text in wanted]
-            asked = asked or [_drawn(name, prompts, split) for name in REPRESENTATIONS]
+            plans = ASYNC_PLAN.name
+            asked = asked or [_drawn(plans, name, prompts, split) for name in GENERATORS[plans].representations]
             yield Exam(asked=asked, judge=pool, dialogue=None)
             return
         environments = stack.enter_context(Environments(recipe, say=say))
@@ -166,13 +167,15 @@ def _of_family(text: str, known: _RecipeQuestions | None, prompts: int | None, s
     of_recipe = known.of_family(family, representation) if known else None
     if of_recipe is not None:
         return of_recipe
-    if family != ASYNC_PLAN.name:
-        raise UserError(f"--data {text}: only {ASYNC_PLAN.name} tasks can be generated; name a file: {text}=FILE")
-    if representation not in REPRESENTATIONS:
-        raise UserError(f"--data {text}: the representation must be one of {', '.join(REPRESENTATIONS)}")
-    return _drawn(representation, prompts, split)
+    if family not in GENERATORS:
+        raise UserError(f"--data {text}: only {', '.join(GENERATORS)} tasks can be generated; name a file: {text}=FILE")
+    known_forms = GENERATORS[family].representations
+    if representation not in known_forms:
+        raise UserError(f"--data {text}: the representation must be one of {', '.join(known_forms)}")
+    return _drawn(family, representation, prompts, split)
 
 
-def _drawn(representation: str, prompts: int | None, split: Split) -> Asked:
-    tasks = draw_tasks(Difficulty(), representation, prompts or PROMPTS, seed=SEED, split=split)
-    return Asked(key=f"{ASYNC_PLAN.name}:{representation}", tasks=tuple(tasks))
+def _drawn(family: str, representation: str, prompts: int | None, split: Split) -> Asked:
+    generator = GENERATORS[family]
+    tasks = generator.tasks(generator.difficulty(), representation, prompts or PROMPTS, seed=SEED, split=split)
+    return Asked(key=f"{family}:{representation}", tasks=tuple(tasks))

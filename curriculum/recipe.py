@@ -9,26 +9,22 @@
 
 import random
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from isomorph.curriculum.environments.spec import EnvironmentTable
 from isomorph.curriculum.evaluation_spec import START, EvalConfig, EvalSet, step_of
 from isomorph.curriculum.paths import resolve
-from isomorph.curriculum.rewards.families import ASYNC_PLAN, Reward, check_reward, family_of
+from isomorph.curriculum.rewards.families import Reward, check_reward, family_of
 from isomorph.curriculum.rewards.spec import RewardTable
 from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.stage_spec import StageRecipe
-from isomorph.curriculum.tasks.async_plan import (
-    HELD_OUT,
-    REPRESENTATIONS,
-    Difficulty,
-    draw_tasks,
-    make_task,
-    vocabulary,
-)
+from isomorph.curriculum.tasks.arithmetic.expression import ArithmeticDifficulty
+from isomorph.curriculum.tasks.kinds import GENERATORS, AnyGenerator
+from isomorph.curriculum.tasks.procedure import Difficulty
+from isomorph.curriculum.tasks.routes.road_map import RouteDifficulty
 from isomorph.curriculum.tasks.task import Split, Task
 from isomorph.engine.config import NO_KEPT_TOKENS, EngineConfig, Section
 from isomorph.engine.effect import KeyPath
@@ -42,46 +38,70 @@ Family = Annotated[str, AfterValidator(_known_family)]
 
 
 class GeneratedData(Section):
-    """Async-planning tasks, generated as they are needed; training and evaluation never share a procedure."""
+    """Tasks that are generated as they are needed; training and evaluation never share an instance."""
 
-    kind: Literal["async_plan"]
-    difficulty: Difficulty = Difficulty()
+    kind: str
+    difficulty: Any
     reward: Reward = "strict"
 
     @property
+    def generator(self) -> AnyGenerator:
+        return GENERATORS[self.kind]
+
+    @property
     def family(self) -> str:
-        return ASYNC_PLAN.name
+        return self.generator.name
 
     @property
     def representations(self) -> tuple[str, ...]:
-        return REPRESENTATIONS
+        return self.generator.representations
 
     @property
-    def longest(self) -> "GeneratedData":
+    def longest(self) -> Self:
         """The same with the longest questions that the difficulty allows."""
-        difficulty = self.difficulty.model_copy(update={"min_steps": self.difficulty.max_steps})
-        return self.model_copy(update={"difficulty": difficulty})
+        return self.model_copy(update={"difficulty": self.generator.longest(self.difficulty)})
 
     def task(self, rng: random.Random, representation: str, *, split: Split, sequential_rate: float = 0.0) -> Task:
         """A random task of ``split``; its demonstration is sequential with probability ``sequential_rate``."""
-        return make_task(rng, self.difficulty, representation, split=split, sequential_rate=sequential_rate)
+        return self.generator.task(rng, self.difficulty, representation, split=split, sequential_rate=sequential_rate)
 
     def tasks(self, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
-        """``num_tasks`` tasks; task i is the same procedure in every representation."""
-        return draw_tasks(self.difficulty, representation, num_tasks, seed=seed, split=split)
+        """``num_tasks`` tasks; task i is the same instance in every representation."""
+        return self.generator.tasks(self.difficulty, representation, num_tasks, seed=seed, split=split)
 
     def vocabulary(self) -> list[str]:
         """All words of its tasks, for a tiny model. Raises DataError where they are not a closed set."""
-        return vocabulary(self.difficulty)
+        return self.generator.vocabulary(self.difficulty)
 
     @model_validator(mode="after")
-    def _reward_reads_its_answers(self) -> "GeneratedData":
+    def _reward_reads_its_answers(self) -> Self:
         if self.reward == "paper":
             raise ValueError(
                 'reward = "paper" compares an answer such as "80 min" as text, so that "80 minutes" would be wrong: '
                 'generated tasks need reward = "strict"'
             )
         return self
+
+
+class PlansData(GeneratedData):
+    """Async planning: the longest path of a DAG of steps."""
+
+    kind: Literal["async_plan"]
+    difficulty: Difficulty = Difficulty()
+
+
+class RoutesData(GeneratedData):
+    """The cheapest route between two places of a map."""
+
+    kind: Literal["routes"]
+    difficulty: RouteDifficulty = RouteDifficulty()
+
+
+class ArithmeticData(GeneratedData):
+    """The value of an expression: as a word problem, a graph, a program or a formula."""
+
+    kind: Literal["arithmetic"]
+    difficulty: ArithmeticDifficulty = ArithmeticDifficulty()
 
 
 class JsonlData(Section):
@@ -123,7 +143,7 @@ class JsonlData(Section):
         return self
 
 
-Data = GeneratedData | JsonlData | RowsData | ReasoningGymData
+Data = PlansData | RoutesData | ArithmeticData | JsonlData | RowsData | ReasoningGymData
 
 
 def evaluated_on(data: Data) -> tuple[str, ...] | None:
@@ -171,7 +191,7 @@ class Recipe(EngineConfig):
             keys[("model", "tiny", "max_words")] = "the words of generated tasks are a closed set"
         supervised = {part.data for stage in self.stage if stage.has_demonstrations for part in stage.mixture}
         for name, data in self.data.items():
-            if isinstance(data, GeneratedData) and name not in supervised and data.difficulty.form != "terse":
+            if isinstance(data, PlansData) and name not in supervised and data.difficulty.form != "terse":
                 keys[("data", name, "difficulty", "demonstration")] = "no supervised stage uses it"
         return {**keys, **self._idle_between_stages()}
 
@@ -231,7 +251,7 @@ class Recipe(EngineConfig):
                 if isinstance(data, RewardTable) and not stage.has_demonstrations:
                     data.refuse_unrewarded(part.data, f"stage {stage.name!r}")
                     data.refuse_stage(stage)
-                if isinstance(data, GeneratedData) and part.representation in HELD_OUT:
+                if isinstance(data, GeneratedData) and part.representation in data.generator.held_out:
                     raise ValueError(f"stage {stage.name!r}: {part.representation!r} is for evaluation only")
         for one in self.eval.all_sets:
             data = self._named(one.data, "eval")

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from isomorph.curriculum.analogy.structure import Structure, structures_of
 from isomorph.curriculum.evaluation import evaluation_tasks
-from isomorph.curriculum.recipe import GeneratedData, JsonlData, Recipe
+from isomorph.curriculum.recipe import GeneratedData, JsonlData, PlansData, Recipe
 from isomorph.curriculum.report.run_record import read_completions
 from isomorph.curriculum.rewards.families import ASYNC_PLAN
 from isomorph.curriculum.sources import read_files
@@ -91,7 +91,7 @@ def evaluated_structures(recipe: Recipe) -> dict[str, Structure]:
     found: dict[str, Structure] = {}
     for one in recipe.evaluation_sets:
         data = recipe.data[one.data]
-        if isinstance(data, GeneratedData):
+        if isinstance(data, PlansData):
             form = (one.representations or data.representations)[0]
             found |= structures_of(evaluation_tasks(recipe, {}, one, form))
         elif isinstance(data, JsonlData) and data.family == ASYNC_PLAN.name:
@@ -104,7 +104,7 @@ def training_structures(recipe: Recipe) -> list[Structure]:
     found: dict[tuple[str, str], Structure] = {}
     for name, form in dict.fromkeys((part.data, part.representation) for s in recipe.stage for part in s.mixture):
         data, tasks = recipe.data[name], list[Task]()
-        if isinstance(data, GeneratedData):
+        if isinstance(data, PlansData):
             tasks = data.tasks(form, NUM_GENERATED, seed=recipe.run.seed, split="train")
         elif isinstance(data, JsonlData) and data.family == ASYNC_PLAN.name:
             tasks = [task for file in read_files(data) if file.form == form for task in file.training or ()]

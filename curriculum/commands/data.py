@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, create_model
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.recipe import GeneratedData, Recipe
-from isomorph.curriculum.rewards.families import FAMILIES
-from isomorph.curriculum.tasks.async_plan import REPRESENTATIONS, Difficulty, draw_tasks
+from isomorph.curriculum.rewards.families import ASYNC_PLAN, FAMILIES
 from isomorph.curriculum.tasks.jsonl import has_solver, read_rows
+from isomorph.curriculum.tasks.kinds import GENERATORS, AnyGenerator
 from isomorph.curriculum.tasks.task import Split, Task
 from isomorph.engine.config import Section, UserError
 from isomorph.engine.foreign import printable
@@ -34,13 +35,20 @@ def make(
     settings: Sequence[str],
     out: Path | None,
     *,
+    kind: str,
     seed: int,
     split: str,
     force: bool,
 ) -> None:
     """Writes generated tasks to ``out`` or the standard output. Raises UserError and DataError."""
-    rows = make_rows(representations, num_tasks, parse_difficulty(settings), seed=seed, split=split)
-    write_rows(rows, out, force=force)
+    difficulty = parse_difficulty(settings, kind)
+    write_rows(make_rows(representations, num_tasks, difficulty, kind=kind, seed=seed, split=split), out, force=force)
+
+
+def _kind(name: str) -> AnyGenerator:
+    if name not in GENERATORS:
+        raise UserError(f"--kind must be one of {', '.join(GENERATORS)}, got {name!r}")
+    return GENERATORS[name]
 
 
 def make_of_recipe(
@@ -63,7 +71,8 @@ def make_of_recipe(
     part = _checked_split(split)
     most = num_tasks or next((one.prompts for one in recipe.eval.all_sets if recipe.data[one.data] is data), PROMPTS)
     seed = recipe.run.seed if part == "train" else recipe.eval.seed
-    write_rows(make_rows(representations, most, data.difficulty, seed=seed, split=part), out, force=force)
+    rows = make_rows(representations, most, data.difficulty, kind=data.kind, seed=seed, split=part)
+    write_rows(rows, out, force=force)
 
 
 def _generated(recipe: Recipe, name: str | None, file: Path) -> GeneratedData:
@@ -83,7 +92,7 @@ def inspect(file: Path, family: str, representation: str, console: Console) -> N
     show_inspection(inspect_file(file, family, representation), file, console)
 
 
-def parse_difficulty(settings: Sequence[str]) -> Difficulty:
+def parse_difficulty(settings: Sequence[str], kind: str = ASYNC_PLAN.name) -> BaseModel:
     """``key=value`` texts, values as in a recipe. Raises UserError, which names the nearest key for an unknown one."""
     tables: dict[str, Any] = {}
     for setting in settings:
@@ -91,31 +100,43 @@ def parse_difficulty(settings: Sequence[str]) -> Difficulty:
         if not equals or not key.strip():
             raise UserError(f"--set must read key=value, for example --set max_steps=8; got {setting!r}")
         tables[key.strip()] = toml_value(value.strip())
-    return check_tables({"difficulty": tables}, _Settings, where="--set").difficulty
+    schema = create_model("Settings", __base__=_Settings, difficulty=(_kind(kind).difficulty, ...))
+    found: BaseModel = check_tables({"difficulty": tables}, schema, where="--set").difficulty
+    return found
 
 
 class _Settings(Section):
-    difficulty: Difficulty
+    difficulty: Any
 
 
 def make_rows(
-    representations: Sequence[str], num_tasks: int, difficulty: Difficulty, *, seed: int, split: str
+    representations: Sequence[str],
+    num_tasks: int,
+    difficulty: BaseModel,
+    *,
+    kind: str = ASYNC_PLAN.name,
+    seed: int,
+    split: str,
 ) -> list[str]:
     """JSON lines with the keys question, answer, representation, key, demonstration and sequential_answer.
 
-    One representation after the other, all where none is named; row i of each is the same procedure.
+    One representation after the other, all where none is named; row i of each is the same instance. ``difficulty``: of
+    the ``kind``.
 
     Raises:
-        UserError: an unknown representation or split, or fewer than one task.
-        DataError: the difficulty allows no procedure.
+        UserError: an unknown kind, representation or split, or fewer than one task.
+        DataError: the difficulty allows no instance.
     """
-    if unknown := [name for name in representations if name not in REPRESENTATIONS]:
-        raise UserError(f"--representation must be one of {', '.join(REPRESENTATIONS)}, got {unknown[0]!r}")
+    generator = _kind(kind)
+    if unknown := [name for name in representations if name not in generator.representations]:
+        raise UserError(f"--representation must be one of {', '.join(generator.representations)}, got {unknown[0]!r}")
     if num_tasks < 1:
         raise UserError(f"--prompts must be at least 1, got {num_tasks}")
-    names = representations or REPRESENTATIONS
+    names = representations or generator.representations
     part = _checked_split(split)
-    return [_row(task) for name in names for task in draw_tasks(difficulty, name, num_tasks, seed=seed, split=part)]
+    return [
+        _row(task) for name in names for task in generator.tasks(difficulty, name, num_tasks, seed=seed, split=part)
+    ]
 
 
 def _checked_split(split: str) -> Split:
@@ -199,7 +220,7 @@ def inspect_file(file: Path, family: str, representation: str) -> Inspection:
         tasks=tuple(tasks),
         duplicates=tuple(duplicates),
         contradictions=tuple(contradictions),
-        unsolved=_unsolved(tasks) if has_solver(family) else None,
+        unsolved=_unsolved(tasks) if has_solver(family) and any(task.demonstration for task in tasks) else None,
     )
 
 

@@ -22,7 +22,7 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
 from isomorph.curriculum.report.run_record import read_run, read_run_json
 from isomorph.curriculum.resume import Changes, resumed_recipe
-from isomorph.curriculum.tasks.shortcuts import best_of
+from isomorph.curriculum.tasks.battery import best_of
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.launch import open_ranks

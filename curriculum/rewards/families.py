@@ -71,7 +71,22 @@ PHYSICS = RewardFamily(
     packages=("sympy", "pint"),
     extra="math",
 )
-FAMILIES: Mapping[str, RewardFamily] = {family.name: family for family in (ASYNC_PLAN, MATH, PHYSICS)}
+ROUTES = RewardFamily(
+    name="routes",
+    function="isomorph.curriculum.rewards.plan:same_plan",
+    check_answer="isomorph.curriculum.rewards.plan:accepted_plan",
+    why_no_paper='the paper has no such tasks; use reward = "strict"',
+)
+ARITHMETIC = RewardFamily(
+    name="arithmetic",
+    function="isomorph.curriculum.rewards.plan:same_plan",
+    check_answer="isomorph.curriculum.rewards.plan:accepted_plan",
+    why_no_paper='the paper has no such tasks; use reward = "strict"',
+)
+FAMILIES: Mapping[str, RewardFamily] = {
+    family.name: family for family in (ASYNC_PLAN, MATH, PHYSICS, ROUTES, ARITHMETIC)
+}
+GENERATED = (ASYNC_PLAN.name, ROUTES.name, ARITHMETIC.name)  # those that tasks can be generated of
 
 
 def family_of(name: str) -> RewardFamily:

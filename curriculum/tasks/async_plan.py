@@ -1,21 +1,22 @@
 """Generated async-planning tasks: how long a procedure takes whose steps may overlap, the longest path of a DAG."""
 
-import functools
 import random
-import re
+from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
+from isomorph.curriculum.rewards.duration import parse_duration
 from isomorph.curriculum.rewards.families import ASYNC_PLAN
 from isomorph.curriculum.tasks import wording
-from isomorph.curriculum.tasks.draw import draw, part_of
-from isomorph.curriculum.tasks.facts import facts_of
+from isomorph.curriculum.tasks.draw import battery, draw
+from isomorph.curriculum.tasks.generator import Generator, Written, words_of
 from isomorph.curriculum.tasks.longest_path import (
     Working,
     finish_times,
     with_unit,
     worked_solution,
 )
-from isomorph.curriculum.tasks.procedure import SECONDS, Difficulty, Part, Procedure
+from isomorph.curriculum.tasks.procedure import SECONDS, Difficulty, Procedure
 from isomorph.curriculum.tasks.render import (
     HELD_OUT,
     REPRESENTATIONS,
@@ -26,10 +27,12 @@ from isomorph.curriculum.tasks.render import (
     render,
     spelled,
 )
+from isomorph.curriculum.tasks.shortcuts import StepGraph
 from isomorph.curriculum.tasks.task import DataError, Split, Task
 
 __all__ = [
     "HELD_OUT",
+    "PLANS",
     "REPRESENTATIONS",
     "TRAINED",
     "Difficulty",
@@ -45,9 +48,6 @@ __all__ = [
 ]
 
 MAX_NUMBERS = 100_000
-KEPT_SHARE = 0.5  # of the test exam's questions whose wordings are used nowhere else
-MOST_REPEATS = 300  # draws of procedures that the exam has already, for one question
-TOKEN = re.compile(r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
 
 
 def solve(procedure: Procedure) -> tuple[str, list[int]]:
@@ -59,6 +59,71 @@ def solve(procedure: Procedure) -> tuple[str, list[int]]:
 def sequential_sum(procedure: Procedure) -> str:
     """The sum of all durations: the sequential answer, right only where no steps overlap."""
     return with_unit(sum(procedure.amounts), procedure.unit)
+
+
+class Plans(Generator[Difficulty, Procedure, StepGraph]):
+    """The longest path of a DAG of steps."""
+
+    family = ASYNC_PLAN
+    trained = TRAINED
+    held_out = HELD_OUT
+    difficulty = Difficulty
+    wrong = "wrong path"
+
+    def draw(self, rng: random.Random, difficulty: Difficulty, *, split: Split) -> Procedure:
+        return draw(rng, difficulty, split=split)
+
+    def write(
+        self,
+        rng: random.Random,
+        instance: Procedure,
+        difficulty: Difficulty,
+        representation: str,
+        *,
+        is_kept: bool = False,
+    ) -> Written:
+        return Written(
+            render(instance, representation, rng, difficulty, is_kept=is_kept),
+            lambda is_sequential: demonstration(instance, representation, difficulty, sequential=is_sequential),
+        )
+
+    def answer(self, instance: Procedure) -> str:
+        return solve(instance)[0]
+
+    def sequential_answer(self, instance: Procedure) -> str:
+        return sequential_sum(instance)
+
+    def facts(self, instance: Procedure) -> dict[str, Any]:
+        """The durations in ``unit``, and the predecessors of each step, 0-based."""
+        return {
+            "amounts": instance.amounts,
+            "predecessors": [list(before) for before in instance.predecessors],
+            "unit": instance.unit,
+            "width": instance.width,
+        }
+
+    def view(self, row: Mapping[str, Any]) -> StepGraph | None:
+        if "amounts" not in row or "predecessors" not in row:
+            return None
+        return StepGraph.of(row["amounts"], row["predecessors"])
+
+    def battery(self, difficulty: Difficulty) -> Mapping[str, Callable[[StepGraph], int | None]]:
+        return battery(difficulty)
+
+    def sizes(self, view: StepGraph, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"steps": len(view.amounts), "width": row["width"], "path_len": path_length(view)}
+
+    def stated(self, row: Mapping[str, Any], answer: str) -> tuple[Fraction, Fraction] | None:
+        return amounts_stated(answer, row["unit"])
+
+    def longest(self, difficulty: Difficulty) -> Difficulty:
+        return difficulty.model_copy(update={"min_steps": difficulty.max_steps})
+
+    def vocabulary(self, difficulty: Difficulty) -> list[str]:
+        return vocabulary(difficulty)
+
+
+PLANS = Plans()
 
 
 def make_task(
@@ -75,35 +140,7 @@ def make_task(
         ValueError: an unknown representation or split, or a rate outside 0..1.
         DataError: the difficulty allows no procedure.
     """
-    if not 0 <= sequential_rate <= 1:
-        raise ValueError(f"sequential_rate must be in 0..1, got {sequential_rate}")
-    procedure = draw(rng, difficulty, split=split)
-    return _task(rng, procedure, difficulty, representation, split=split, sequential_rate=sequential_rate)
-
-
-def _task(
-    rng: random.Random,
-    procedure: Procedure,
-    difficulty: Difficulty,
-    representation: str,
-    *,
-    split: Split,
-    sequential_rate: float,
-) -> Task:
-    is_kept = split == "test" and rng.random() < KEPT_SHARE
-    question = render(procedure, representation, rng, difficulty, is_kept=is_kept)
-    is_sequential = rng.random() < sequential_rate
-    return Task(
-        family=ASYNC_PLAN.name,
-        representation=representation,
-        question=question,
-        answer=solve(procedure)[0],
-        demonstration=demonstration(procedure, representation, difficulty, sequential=is_sequential),
-        sequential_answer=sequential_sum(procedure),
-        key=procedure.key,
-        difficulty=difficulty.model_dump(mode="json"),
-        row={**facts_of(procedure), "wording": "kept" if is_kept else "trained"},
-    )
+    return PLANS.task(rng, difficulty, representation, split=split, sequential_rate=sequential_rate)
 
 
 def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, seed: int, split: Split) -> list[Task]:
@@ -111,37 +148,24 @@ def draw_tasks(difficulty: Difficulty, representation: str, num_tasks: int, *, s
 
     In an exam ("dev" or "test") no two tasks are of one procedure. Raises DataError where there are too few.
     """
-    if part_of(split) == "train":
-        rngs = (random.Random(f"{seed}:{i}") for i in range(num_tasks))
-        return [make_task(rng, difficulty, representation, split=split) for rng in rngs]
-    tasks = []
-    for procedure, state in _exam(difficulty, num_tasks, seed, part_of(split)):
-        rng = random.Random()
-        rng.setstate(state)
-        tasks.append(_task(rng, procedure, difficulty, representation, split=split, sequential_rate=0.0))
-    return tasks
+    return PLANS.tasks(difficulty, representation, num_tasks, seed=seed, split=split)
 
 
-@functools.lru_cache(maxsize=8)
-def _exam(difficulty: Difficulty, num_tasks: int, seed: int, part: Part) -> list[tuple[Procedure, Any]]:
-    """Different procedures, each with the state of the generator that its wording is drawn by."""
-    prefix = "" if part == "dev" else "test:"  # other seeds
-    found: list[tuple[Procedure, Any]] = []
-    seen: set[str] = set()
-    for i in range(num_tasks):
-        for attempt in range(MOST_REPEATS):
-            rng = random.Random(f"{prefix}{seed}:{i}" + (f":{attempt}" if attempt else ""))
-            procedure = draw(rng, difficulty, split=part)
-            if procedure.key not in seen:
-                break
-        else:
-            raise DataError(
-                f"the {part} exam has hardly more than {len(found)} different procedures, {num_tasks} are asked for: "
-                "ask for fewer, or raise max_steps or max_duration"
-            )
-        seen.add(procedure.key)
-        found.append((procedure, rng.getstate()))
-    return found
+def amounts_stated(answer: str, unit: str) -> tuple[Fraction, Fraction] | None:
+    """The shortest and the longest duration that ``answer`` may mean, in ``unit``; None where it states none."""
+    duration = parse_duration(answer)
+    if duration is None:
+        return None
+    return Fraction(duration.low) / SECONDS[unit], Fraction(duration.high) / SECONDS[unit]
+
+
+def path_length(graph: StepGraph) -> int:
+    """Steps on the longest path; the fewest where several paths are longest."""
+    best: dict[int, tuple[int, int]] = {}  # finish, minus number of steps
+    for j in graph.order:
+        finish, steps = max((best[i] for i in graph.predecessors[j]), default=(0, 0))
+        best[j] = finish + graph.amounts[j], steps - 1
+    return -max(best.values())[1]
 
 
 def demonstration(procedure: Procedure, representation: str, difficulty: Difficulty, *, sequential: bool) -> str:
@@ -198,5 +222,4 @@ def _words(difficulty: Difficulty) -> set[str]:
         TERSE_SYNTAX_OF_UNITS if len(difficulty.units) > 1 else "",
         "<think>1: 1 > 0 + 1 = 1; 2</think> <answer></answer>",
     ]
-    text = re.sub(r"\{[a-z]+\}", " ", " ".join(patterns))
-    return {token for token in TOKEN.findall(text) if not token.isdigit()}
+    return words_of(*patterns)

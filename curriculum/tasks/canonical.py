@@ -30,6 +30,25 @@ def canonical_key(labels: Sequence[Hashable], predecessors: Predecessors) -> str
         colours = finer
 
 
+def relation_key(labels: Sequence[str], links: Sequence[Sequence[tuple[tuple[str, int], int]]]) -> str:
+    """16 hexadecimal digits that do not depend on how the nodes are numbered.
+
+    ``links[j]``: label and number of each node that node j is linked with. As with ``canonical_key`` different graphs
+    may share a key, equal ones never have two.
+    """
+    rank = {label: k for k, label in enumerate(sorted(set(labels)))}
+    colours = [rank[label] for label in labels]
+    history: list[object] = [sorted(labels)]
+    while True:
+        seen = [(colours[j], sorted((label, colours[k]) for label, k in own)) for j, own in enumerate(links)]
+        ordered = sorted(seen)
+        history.append(ordered)
+        distinct = [one for k, one in enumerate(ordered) if k == 0 or one != ordered[k - 1]]
+        if len(distinct) == len(set(colours)):
+            return _digest(history)
+        colours = [distinct.index(one) for one in seen]
+
+
 def _ancestors(predecessors: Predecessors) -> list[set[int]]:
     above: list[set[int]] = [set() for _ in predecessors]
     for j in topological_order(predecessors):

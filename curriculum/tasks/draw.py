@@ -5,16 +5,17 @@ import random
 from collections.abc import Mapping
 
 from isomorph.curriculum.tasks.batch import fitted_weights
+from isomorph.curriculum.tasks.battery import BAG
 from isomorph.curriculum.tasks.procedure import (
     Difficulty,
-    Part,
     Procedure,
     is_wide_enough,
     named,
     random_graph,
     random_procedure,
 )
-from isomorph.curriculum.tasks.shortcuts import BAG, SHORTCUTS, BagOfNumbers, Shortcut, is_solved
+from isomorph.curriculum.tasks.shortcuts import SHORTCUTS, BagOfNumbers, Shortcut, is_solved
+from isomorph.curriculum.tasks.split import Part, part_of
 from isomorph.curriculum.tasks.task import DataError, Split
 
 MAX_DRAWS = 10_000
@@ -40,15 +41,6 @@ def draw(rng: random.Random, difficulty: Difficulty, *, split: Split) -> Procedu
         if bag(graph) != graph.total:
             return procedure
     raise DataError(f"the bag of numbers solves all procedures of {difficulty}: raise max_duration or max_steps")
-
-
-def part_of(split: Split) -> Part:
-    """``split``, with "dev" for its other name "eval". Raises ValueError for an unknown one."""
-    if split == "eval":
-        return "dev"
-    if split not in ("train", "dev", "test"):
-        raise ValueError(f'split must be "train", "dev" or "test" ("eval" is "dev"), got {split!r}')
-    return split
 
 
 @functools.lru_cache(maxsize=64)

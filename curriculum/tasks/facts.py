@@ -1,78 +1,75 @@
-"""What is known of a generated task besides its texts: the procedure, in ``Task.row``; what a wrong answer shows."""
+"""What is known of generated tasks besides their texts: rates of shortcuts, records of items, kinds of errors."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from isomorph.curriculum.rewards.answer import last_answer
-from isomorph.curriculum.rewards.duration import parse_duration
-from isomorph.curriculum.tasks.draw import battery
-from isomorph.curriculum.tasks.procedure import SECONDS, Difficulty, Procedure
-from isomorph.curriculum.tasks.shortcuts import BAG, Shortcut, StepGraph, shortcut_rates
+from isomorph.curriculum.tasks.battery import BAG, Solvable, rates
+from isomorph.curriculum.tasks.kinds import AnyGenerator, generator_of
 from isomorph.curriculum.tasks.task import Task
 
-_SUM = re.compile(r"(\d+) \+ (\d+) = (\d+)")
+_STEP = re.compile(r"(?<![*+-] )\b(\d+) ([-+*]) (\d+) = (-?\d+)")
+_RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
-def facts_of(procedure: Procedure) -> dict[str, Any]:
-    """JSON-able: the durations in ``unit``, and the predecessors of each step, 0-based."""
-    return {
-        "amounts": procedure.amounts,
-        "predecessors": [list(before) for before in procedure.predecessors],
-        "unit": procedure.unit,
-        "width": procedure.width,
-    }
-
-
-def graph_of(task: Task) -> StepGraph | None:
-    """The procedure of a generated task; None of another task."""
-    facts = task.row
-    if not task.difficulty or "amounts" not in facts or "predecessors" not in facts:
-        return None
-    return StepGraph.of(facts["amounts"], facts["predecessors"])
+def view_of(task: Task) -> Any:
+    """What shortcuts see of a generated task; None of another task."""
+    generator = generator_of(task)
+    return None if generator is None else generator.view(task.row)
 
 
 def rates_of(tasks: Sequence[Task]) -> dict[str, float]:
-    """Shortcut -> share of the generated ones among ``tasks`` that it solves; {} without any."""
-    by_difficulty: dict[Difficulty, list[StepGraph]] = {}
+    """Shortcut -> share of the generated ones among ``tasks`` that it solves; {} without any.
+
+    Raises ValueError where they are of several kinds, whose shortcuts differ.
+    """
+    groups: dict[tuple[str, str], list[tuple[Task, Any]]] = {}
     for task in tasks:
-        graph = graph_of(task)
-        if graph is not None:
-            by_difficulty.setdefault(Difficulty.model_validate(task.difficulty), []).append(graph)
-    total = sum(map(len, by_difficulty.values()))
-    rates: dict[str, float] = {}
-    for difficulty, graphs in by_difficulty.items():
-        for name, rate in shortcut_rates(graphs, battery(difficulty)).items():
-            rates[name] = rates.get(name, 0.0) + rate * len(graphs) / total
-    return rates
+        if (view := view_of(task)) is not None:
+            groups.setdefault((task.family, repr(task.difficulty)), []).append((task, view))
+    if len({family for family, _ in groups}) > 1:
+        raise ValueError(f"tasks must be of one kind, got {sorted({family for family, _ in groups})}")
+    total = sum(map(len, groups.values()))
+    found: dict[str, float] = {}
+    for own in groups.values():
+        shortcuts = _battery(own[0][0])
+        for name, rate in rates([view for _, view in own], shortcuts).items():
+            found[name] = found.get(name, 0.0) + rate * len(own) / total
+    return found
 
 
-def shortcuts_of(task: Task) -> Mapping[str, Shortcut]:
-    """The battery of a generated task's difficulty."""
-    return battery(Difficulty.model_validate(task.difficulty))
+def _generator(task: Task) -> AnyGenerator:
+    generator = generator_of(task)
+    if generator is None:
+        raise ValueError(f"a generated task is needed, got one of {task.family}")
+    return generator
+
+
+def _battery(task: Task) -> Any:
+    generator = _generator(task)
+    return generator.battery(generator.difficulty.model_validate(task.difficulty))
 
 
 def item_record(task: Task, text: str, *, is_correct: bool, has_answer: bool | None) -> dict[str, Any]:
     """What is kept of the response to one question of an evaluation; None where it is not known.
 
-    ``error``: what a wrong response shows. "format": it states no duration; "arithmetic": one of its
-    sums is wrong; "shortcut:NAME": its answer is that of a shortcut; "wrong path": another answer. "none": it is right.
+    ``error``: what a wrong response shows. "format": it states no answer of the kind; "arithmetic": one of its
+    sums, differences or products is wrong; "shortcut:NAME": its answer is that of a shortcut; "wrong path" (of
+    arithmetic "wrong value"): another answer. "none": it is right.
     ``hard``: no shortcut solves the question. ``wording``: "kept" where its wordings are the test exam's own.
-    ``path_len``: steps on the longest path, the fewest where several are longest.
+    ``path_len``: steps on the longest path, the fewest where several are longest; roads of the cheapest route;
+    operations that wait for each other.
     """
     answer = last_answer(text)
-    graph = graph_of(task)
+    view = view_of(task)
     known: dict[str, Any] = dict.fromkeys(("steps", "width", "path_len", "hard", "wording"))
     error = None
-    if graph is not None:
-        known = {
-            "steps": len(graph.amounts),
-            "width": task.row["width"],
-            "path_len": path_length(graph),
-            "hard": not any(answer(graph) == graph.total for answer in shortcuts_of(task).values()),
-            "wording": task.row["wording"],
-        }
-        error = "none" if is_correct else error_of(task, graph, text)
+    if view is not None:
+        known |= _generator(task).sizes(view, task.row)
+        known["hard"] = not any(shortcut(view) == view.total for shortcut in _battery(task).values())
+        known["wording"] = task.row["wording"]
+        error = "none" if is_correct else error_of(task, view, text)
     elif is_correct:
         error = "none"
     elif has_answer is False:
@@ -88,24 +85,16 @@ def item_record(task: Task, text: str, *, is_correct: bool, has_answer: bool | N
     }
 
 
-def path_length(graph: StepGraph) -> int:
-    """Steps on the longest path; the fewest where several paths are longest."""
-    best: dict[int, tuple[int, int]] = {}  # finish, minus number of steps
-    for j in graph.order:
-        finish, steps = max((best[i] for i in graph.predecessors[j]), default=(0, 0))
-        best[j] = finish + graph.amounts[j], steps - 1
-    return -max(best.values())[1]
-
-
-def error_of(task: Task, graph: StepGraph, text: str) -> str:
+def error_of(task: Task, view: Solvable, text: str) -> str:
     """The kind of a wrong response; see ``item_record``."""
-    stated = parse_duration(last_answer(text) or "")
+    generator = _generator(task)
+    stated = generator.stated(task.row, last_answer(text) or "")
     if stated is None:
         return "format"
-    if any(int(a) + int(b) != int(c) for a, b, c in _SUM.findall(text)):
+    if any(_RESULT[sign](int(a), int(b)) != int(c) for a, sign, b, c in _STEP.findall(text)):
         return "arithmetic"
-    ratio = SECONDS[task.row["unit"]]
-    for name, answer in shortcuts_of(task).items():
-        if name != BAG and answer(graph) * ratio == stated.low == stated.high:
+    low, high = stated
+    for name, answer in _battery(task).items():
+        if name != BAG and answer(view) == low == high:
             return f"shortcut:{name}"
-    return "wrong path"
+    return generator.wrong

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from isomorph.curriculum.rewards.families import ASYNC_PLAN, check_answer, check_reward
+from isomorph.curriculum.rewards.families import ARITHMETIC, ASYNC_PLAN, ROUTES, check_answer, check_reward
 from isomorph.curriculum.rewards.pool import unreadable_answers
 from isomorph.curriculum.tasks.asynchow import (
     FORMS,
@@ -197,8 +197,16 @@ def _with_plan_solved(task: Task, record: dict[str, Any]) -> Task:
     )
 
 
+def _with_own_solution_if_any(task: Task, record: dict[str, Any]) -> Task:
+    return _with_own_solution(task, record) if "key" in record else task
+
+
 # family -> (task, its row) -> the task with key, demonstration and sequential answer
-_SOLVERS: Mapping[str, Callable[[Task, dict[str, Any]], Task]] = {ASYNC_PLAN.name: _with_plan_solved}
+_SOLVERS: Mapping[str, Callable[[Task, dict[str, Any]], Task]] = {
+    ASYNC_PLAN.name: _with_plan_solved,
+    ROUTES.name: _with_own_solution_if_any,
+    ARITHMETIC.name: _with_own_solution_if_any,
+}
 
 
 def _with_own_solution(task: Task, record: dict[str, Any]) -> Task:

@@ -5,7 +5,6 @@ measured; its key, or that of its structure alone, decides which split it belong
 """
 
 import functools
-import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from isomorph.curriculum.tasks.canonical import canonical_key
 from isomorph.curriculum.tasks.domains import rich_activities
 from isomorph.curriculum.tasks.longest_path import Style, finish_times, topological_order
 from isomorph.curriculum.tasks.shortcuts import StepGraph
+from isomorph.curriculum.tasks.split import Part, SplitBy, part_of_key
 from isomorph.curriculum.tasks.wording import MAX_STEPS, SCENARIOS, TERSE_ACTIVITIES
 
 # Weeks at most: months and years have no fixed length, so answers would not be exact.
@@ -24,10 +24,8 @@ Unit = Literal["sec", "min", "hour", "day", "week"]
 UNITS: tuple[str, ...] = get_args(Unit)  # ascending
 SECONDS: dict[str, int] = {"sec": 1, "min": 60, "hour": 3_600, "day": 86_400, "week": 604_800}
 
-Part = Literal["train", "dev", "test"]
 # chosen among 3,000 so that both exams get an even share of the structures of 3 to 6 steps, frequent ones included
 STRUCTURE_SALT = 287
-EXAM_SHARE = 8  # of so many procedures one belongs to the development exam, another to the test exam
 
 
 class Difficulty(BaseModel):
@@ -50,7 +48,7 @@ class Difficulty(BaseModel):
     hard_share: float = Field(0.0, ge=0, le=1)  # of procedures that no shortcut solves; the others are as they come
     # what training and the exams do not share: whole procedures, or structures, which are procedures whatever their
     # durations, so that no procedure of an exam differs from one of training in its durations only
-    split_by: Literal["procedure", "structure"] = "procedure"
+    split_by: SplitBy = "procedure"
     form: Literal["full", "terse"] = "full"  # terse: short prompts from a small vocabulary, for tiny models
     # of the full form; rich: many sentence frames and domains, references by name, several edges in a sentence,
     # sentences that do not matter, a second form of graphs and programs
@@ -137,16 +135,11 @@ class Procedure:
         """The same for procedures that differ only in numbering, durations and redundant edges."""
         return canonical_key([0] * self.num_steps, self.predecessors)
 
-    def part(self, split_by: Literal["procedure", "structure"]) -> Part:
+    def part(self, split_by: SplitBy) -> Part:
         """The split that it belongs to."""
         if split_by == "procedure":
-            return _part(int(self.key, 16))
+            return part_of_key(self.key)
         return _part_of_structure(self.predecessors, topological_order(self.predecessors))
-
-
-def _part(number: int) -> Part:
-    chosen = number % EXAM_SHARE
-    return "dev" if chosen == 0 else "test" if chosen == 1 else "train"
 
 
 def _part_of_structure(predecessors: Sequence[Sequence[int]], order: Sequence[int]) -> Part:
@@ -166,7 +159,7 @@ def _part_of_closure(above: tuple[int, ...]) -> Part:
     structure = canonical_key(
         [0] * len(above), [[i for i in range(j) if mask >> i & 1] for j, mask in enumerate(above)]
     )
-    return _part(int(hashlib.sha256(f"{STRUCTURE_SALT}:{structure}".encode()).hexdigest(), 16))
+    return part_of_key(structure, STRUCTURE_SALT)
 
 
 def is_wide_enough(procedure: Procedure, difficulty: Difficulty) -> bool:

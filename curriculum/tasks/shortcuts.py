@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from isomorph.curriculum.tasks.battery import rates
 from isomorph.curriculum.tasks.longest_path import Predecessors, finish_times, topological_order
 
 
@@ -135,7 +136,6 @@ SHORTCUTS: Mapping[str, Shortcut] = {
         in_number_order,
     )
 }
-BAG = "bag_of_numbers"
 # cheapest sieve first: most procedures are solved by one of the first three
 _SIEVE = (most_steps, in_number_order, back_along_longest, forward_along_longest, *SHORTCUTS.values())
 
@@ -170,16 +170,4 @@ def _features(graph: StepGraph) -> list[float]:
 
 def shortcut_rates(graphs: Iterable[StepGraph], shortcuts: Mapping[str, Shortcut] = SHORTCUTS) -> dict[str, float]:
     """Shortcut -> share of the graphs that it answers rightly. Raises ValueError without graphs."""
-    known = list(graphs)
-    if not known:
-        raise ValueError("at least one procedure is needed, got none")
-    right = [graph.total for graph in known]
-    return {
-        name: sum(answer(graph) == total for graph, total in zip(known, right, strict=True)) / len(known)
-        for name, answer in shortcuts.items()
-    }
-
-
-def best_of(rates: Mapping[str, float]) -> str:
-    """The name of the best shortcut."""
-    return max(rates, key=rates.__getitem__)
+    return rates(graphs, shortcuts)

@@ -9,13 +9,14 @@ import pytest
 from isomorph.curriculum.judge import judge
 from isomorph.curriculum.named_recipes import FOLDER
 from isomorph.curriculum.recipe import GeneratedData, Recipe
-from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task
+from isomorph.curriculum.tasks.async_plan import draw_tasks, make_task, path_length
+from isomorph.curriculum.tasks.battery import BAG
 from isomorph.curriculum.tasks.canonical import canonical_key
 from isomorph.curriculum.tasks.draw import bag_of_numbers, draw
-from isomorph.curriculum.tasks.facts import error_of, graph_of, item_record, path_length, rates_of
+from isomorph.curriculum.tasks.facts import error_of, item_record, rates_of, view_of
 from isomorph.curriculum.tasks.longest_path import with_unit
 from isomorph.curriculum.tasks.procedure import Difficulty
-from isomorph.curriculum.tasks.shortcuts import BAG, SHORTCUTS, StepGraph, is_solved, shortcut_rates
+from isomorph.curriculum.tasks.shortcuts import SHORTCUTS, StepGraph, is_solved, shortcut_rates
 from isomorph.curriculum.tasks.task import DataError, Split, Task
 from isomorph.engine.recipe_file import load_recipe
 
@@ -88,7 +89,7 @@ def test_no_shortcut_solves_more_than_35_percent_of_the_standard_exam(
     rates = rates_of(exams[part])
     assert set(rates) == {*SHORTCUTS, BAG}
     assert max(rates.values()) <= 0.35
-    graphs = [graph for task in exams[part] if (graph := graph_of(task))]
+    graphs = [graph for task in exams[part] if (graph := view_of(task))]
     assert sum(not is_solved(graph) for graph in graphs) >= 75  # the hard half
 
 
@@ -129,7 +130,7 @@ def test_an_exam_that_has_too_few_procedures_is_refused() -> None:
 def test_the_bag_of_numbers_stands_above_a_constant_answer(
     exams: dict[Split, list[Task]], standard: Difficulty
 ) -> None:
-    graphs = [graph for task in exams["dev"] if (graph := graph_of(task))]
+    graphs = [graph for task in exams["dev"] if (graph := view_of(task))]
     bag = bag_of_numbers(standard)
     miss = sum(abs(bag(graph) - graph.total) for graph in graphs) / len(graphs)
     middle = sorted(graph.total for graph in graphs)[75]
@@ -158,7 +159,7 @@ def test_a_wrong_response_is_of_the_kind_that_it_shows() -> None:
         ("<answer>11 min</answer>", "wrong path"),
     ):
         assert judge("async_plan", text, task.answer) == 0.0
-        graph = graph_of(task)
+        graph = view_of(task)
         assert graph is not None and error_of(task, graph, text) == kind
         record = item_record(task, text, is_correct=False, has_answer=None)
         assert record["error"] == kind and record["gold"] == "9 min" and record["steps"] == 4
