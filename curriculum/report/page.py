@@ -234,9 +234,14 @@ def _shortcut_table(record: RunRecord) -> str:
     if not known:
         return ""
     names = list(dict.fromkeys(name for rates in known.values() for name in rates))
-    rows = [[name.replace("_", " "), *(f"{rates[name]:.1%}" for rates in known.values())] for name in names]
-    note = "Accuracy of answers that do not take the longest path: a model below the best of them may not plan."
+    rows = [[name.replace("_", " "), *(_rate(rates.get(name)) for rates in known.values())] for name in names]
+    note = "Accuracy of answers without the procedure: a model below the best of them may not use it either."
     return "<h4>Shortcuts</h4>" + document.table(["shortcut", *known], rows) + document.note(note)
+
+
+def _rate(rate: float | None) -> str:
+    """ "-" for a shortcut of another kind of task."""
+    return "-" if rate is None else f"{rate:.1%}"
 
 
 def _best(record: RunRecord) -> str:
