@@ -36,10 +36,10 @@ from isomorph.engine.distributed.fsdp import shard
 from isomorph.engine.distributed.heartbeat import lost_ranks_explained
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.loop import train
-from isomorph.engine.model.load import load_policy, silence_loaders
+from isomorph.engine.model.load import load_policy, read_weights, silence_loaders
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.best import BEST, read_best, save_model
-from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
+from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, load_shards, weights_sha256
 from isomorph.engine.record.runlog import QuietLog, RunLog
 from isomorph.engine.record.sinks import check_sinks, open_sinks
 from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory_gib
@@ -142,7 +142,7 @@ def _open_components(
     resume: bool,
 ) -> Iterator[tuple[Components, RunState]]:
     """The components of a run and the state that it begins or resumes with; closes sampler and reward workers."""
-    policy = open_policy(recipe)
+    policy = _policy_of_run(recipe, resume=resume)
     check_stages(recipe.stage, ranks if policy.device.type == "cpu" else ALONE)
     _refuse_long_responses(recipe, policy.max_model_len)
     check_stop_strings([string for stage in recipe.stage for string in stage.sampling.stop], policy.text)
@@ -166,8 +166,6 @@ def _open_components(
         judge.start()  # before run.json, so that a start that is refused leaves nothing
         accept_demonstrations(curriculum.sources, judge, policy.text, log.say)
         # after the sampler, which may have moved the parameters into its own storage
-        if recipe.parallel.kind == "fsdp":
-            shard(policy)
         learner = Learner(policy, ranks, optimizer_on_host=recipe.model.offload_optimizer)
         if learned is not None and state.stage:  # else the run was interrupted before its first stage
             present = curriculum.stage() or recipe.stage[-1]
@@ -246,12 +244,28 @@ def _refuse_long_responses(recipe: Recipe, max_model_len: int) -> None:
             raise UserError(f"{name} must leave positions for a prompt: the model has {max_model_len}, got {num_tok}")
 
 
-def open_policy(recipe: Recipe) -> Policy:
-    """Loads the recipe's model on this machine's device."""
+def _policy_of_run(recipe: Recipe, *, resume: bool) -> Policy:
+    """The recipe's model; with FSDP2 this rank's shards, before the sampler, which copies its weights from them.
+
+    ``resume``: a checkpoint is going to fill the shards, so that no file of the model is read.
+    """
+    is_sharded = recipe.parallel.kind == "fsdp"
+    policy = open_policy(recipe, defers=is_sharded)
+    if is_sharded:
+        shard(policy)
+        if not resume:
+            read_weights(policy)
+    return policy
+
+
+def open_policy(recipe: Recipe, *, defers: bool = False) -> Policy:
+    """Loads the recipe's model on this machine's device. ``defers``: as of ``load_policy``."""
     silence_loaders()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (words, notes), seed = tiny_words(recipe), recipe.run.seed
-    policy = load_policy(recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora, tags=ANSWER_TAGS)
+    policy = load_policy(
+        recipe.model, vocabulary=words, seed=seed, device=device, lora=recipe.lora, tags=ANSWER_TAGS, defers=defers
+    )
     policy.notes += notes
     return policy
 
@@ -276,9 +290,13 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
     newest = latest_checkpoint(root)
     if newest is None:
         raise UserError(f"{root} holds no complete checkpoint: start a new run with isomorph train RECIPE")
-    state, weights, learned = load_checkpoint(newest)
-    check_base(policy, state.base, newest)
-    policy.overwrite([weights[name] for name in policy.named_parameters()])
+    if policy.is_sharded:
+        state, learned = load_shards(newest, policy.stored(), ranks)
+        policy.unread = ()
+    else:
+        state, weights, learned = load_checkpoint(newest)
+        check_base(policy, state.base, newest)
+        policy.overwrite([weights[name] for name in policy.named_parameters()])
     log.cut_after(state.step)
     log.seconds_before = state.totals["wall_s"]
     where = "within the step after" if state.draws else "after"

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from isomorph.curriculum.assemble import check_base, open_policy
 from isomorph.curriculum.inputs import changed_files
@@ -20,7 +18,7 @@ from isomorph.engine.model.load import load_policy, silence_loaders
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.recipe_file import check_tables
 from isomorph.engine.record.best import BEST, FILE, read_best
-from isomorph.engine.record.checkpoint import latest_checkpoint
+from isomorph.engine.record.checkpoint import latest_checkpoint, load_weights
 
 NEEDED = (
     "a run folder (with run.json), a checkpoint of a run (with state.json), RUN/best, or a model folder (with "
@@ -127,9 +125,9 @@ def _checkpoint(target: str, checkpoint: Path, run: Path) -> Candidate:
         try:
             state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
             check_base(policy, state.get("base", ""), checkpoint)
-            weights = load_file(checkpoint / "weights.safetensors")
+            weights = load_weights(checkpoint)
             policy.overwrite([weights[name] for name in policy.named_parameters()])
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        except (OSError, KeyError, RuntimeError) as error:
             raise UserError(f"{checkpoint}: the weights do not fit the recipe's model: {error}") from error
         return policy
 

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     *("stage.*.optim.*", "stage.*.batch.micro_batch_tok"),
     *("sampler.kv_tok", "sampler.max_seqs", "sampler.memory_frac", "sampler.max_model_len", "sampler.keep_cache"),
     *("run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_every"),
+    "run.checkpoint_in_background",
     *("run.max_mean_drift", "run.profile*", "run.push_to_hub", "log.*"),
     *("eval.every", "eval.samples", "eval.temperature"),
     *("model.gradient_checkpointing_every", "model.compile", "model.path", "data.*.files.*"),

@@ -7,6 +7,7 @@ from isomorph.engine.config import RunConfig
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.runlog import RunLog
+from isomorph.engine.record.saver import Saver
 from isomorph.engine.types import Dialogue, Judge, PromptSource, RunState, Sampler
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.score import FindsAnswer
@@ -30,6 +31,7 @@ class Components:
     finds_answer: FindsAnswer | None = None  # None: judge/no_answer is not measured
     dialogue: Dialogue | None = None  # None: every rollout has one turn
     watch: Watch = field(default_factory=Watch)
+    saver: Saver = field(default_factory=Saver)
 
 
 class StopRequested(Exception):

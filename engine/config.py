@@ -478,6 +478,8 @@ class RunConfig(Section):
     threads: int | None = Field(None, ge=1)  # of PyTorch, on the CPU; None: all cores
     checkpoint_every: int = Field(50, ge=1)  # steps
     keep_checkpoints: int = Field(2, ge=1)  # the newest ones; older ones are deleted
+    # written from a copy in host memory while training goes on; false: training waits, and there is no copy
+    checkpoint_in_background: bool = True
     completions_every: int = Field(10, ge=1)  # steps between samples written to completions/
     # largest mean |trainer - sampler log-probability| of a step, nats; None: by dtype and layers, see engine/drift.py
     max_mean_drift: float | None = Field(None, gt=0)

@@ -73,6 +73,7 @@ def train(components: Components, state: RunState) -> RunState:
         raise raised from error
     finally:
         components.learner.on_batch = lambda: None
+        components.saver.join()
 
 
 def _all_stages(components: Components, progress: RunProgress) -> RunState:
@@ -85,6 +86,7 @@ def _all_stages(components: Components, progress: RunProgress) -> RunState:
     is_new = False  # whether the present state is of a step or an evaluation that no checkpoint holds
     while True:
         stop_if_requested(components)
+        components.saver.settle(components.ranks)
         best: dict[str, Any] | None = None
         with log.time("exam"):
             if request := source.pending_evaluation():
@@ -317,21 +319,25 @@ def _answers(components: Components, request: EvaluationRequest, *, is_greedy: b
     )
 
 
-def save(components: Components, state: RunState, keep: int | None = None) -> None:
-    """Writes a checkpoint, on the first rank. A collective: all ranks must call it.
+def save(components: Components, state: RunState, keep: int | None = None, *, waits: bool = True) -> None:
+    """Writes a checkpoint. A collective: all ranks must call it.
 
     ``keep``: how many checkpoints stay, this one included; None: ``run.keep_checkpoints``. Before the first stage
-    there is no optimizer, and the checkpoint holds the weights only.
+    there is no optimizer, and the checkpoint holds the weights only. ``waits``: it is complete on return; else a copy
+    is written while training goes on, if ``run.checkpoint_in_background``.
     """
     totals = {**state.totals, "wall_s": components.log.wall_s()}
     state = dataclasses.replace(state, num_ranks=components.ranks.size, totals=totals)
-    tensors = components.learner.state_tensors() if state.stage else {}
-    with components.policy.unsharded():
-        if components.ranks.is_first:
-            root = components.log.folder / "checkpoints"
-            weights = {name: p.detach() for name, p in components.policy.named_parameters().items()}
-            save_checkpoint(root, state, weights, tensors, keep=keep or components.config.keep_checkpoints)
-    components.ranks.wait()  # a rank that goes on may rely on the checkpoint
+    components.saver.save(
+        components.log.folder / "checkpoints",
+        state,
+        components.policy.stored(),
+        components.learner.state_tensors() if state.stage else {},
+        components.ranks,
+        keep=keep or components.config.keep_checkpoints,
+        waits=waits or not components.config.checkpoint_in_background,
+        save_whole=save_checkpoint,
+    )
 
 
 def _save_where_due(
@@ -345,10 +351,12 @@ def _save_where_due(
     has_ended = state.stage not in ("", "" if stage is None else stage.name)
     is_due = state.step > 0 and state.step % components.config.checkpoint_every == 0
     is_kept = not is_new or is_due or stage is None  # as one of the newest, which the others do not push out
+    is_copied = best is not None or has_ended
     if stage is None or (is_new and is_due):
-        save(components, state)
-    if best is None and not has_ended:
+        save(components, state, waits=stage is None or is_copied)
+    if not is_copied:
         return
+    components.saver.settle(components.ranks, waits=True)  # what is copied must be complete
     if not is_kept:
         save(components, state, KEEP_ALL)
     with components.policy.unsharded():

@@ -31,6 +31,8 @@ def rescue(components: Components, progress: RunProgress, error: Exception, save
     explained = _explained(error)
     if type(explained) is RunFailed:
         explained = RunFailed(f"{_when(progress.state)}: {explained}")
+    if failure := components.saver.close():
+        components.log.say(f"warning: {failure}")
     if components.ranks.size == 1 and progress.state.step == 0 and not components.learner.is_within_round:
         return explained  # nothing has been learned
     folder = components.log.folder

@@ -19,7 +19,10 @@ from isomorph.engine.config import UserError
 from isomorph.engine.recipe_file import load_recipe, load_variant
 
 # of [run]: what changes neither a run's weights nor its evaluations, up to rounding
-NO_EFFECT = ("threads", "checkpoint_every", "keep_checkpoints", "completions_every", "profile", "push_to_hub")
+NO_EFFECT = (
+    *("threads", "checkpoint_every", "keep_checkpoints", "checkpoint_in_background"),
+    *("completions_every", "profile", "push_to_hub"),
+)
 WARM_SEED = 1_000_000  # is added to a seed for its warm start, so that RL does not begin with the warm start's tasks
 VERSIONS = ("isomorph", "torch")
 

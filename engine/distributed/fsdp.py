@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Module, Parameter
 
 from isomorph.engine.model.policy import Policy
 
@@ -24,13 +25,18 @@ def shard(policy: Policy) -> None:
     Each rank keeps its shard of the weights in float32 (the optimizer's masters). A layer's full weights are gathered,
     in the policy's dtype, while the layer computes; gradients are reduced by summation during the backward. Call it
     before the optimizer is built, and after everything that needs the weights as they were loaded.
+
+    One unit after the other is widened and cut, so that a rank holds at most one full unit in float32. Weights of a
+    model on the meta device are allocated unit by unit, too, and hold no values afterwards: read them into the shards.
     """
     model, wide = policy.model, torch.promote_types(policy.dtype, torch.float32)
     mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=wide, cast_forward_inputs=False)
-    model.to(wide)
     for layer in model.model.layers:
+        _widen(layer, wide, policy.device)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
+    outside = (model.model.embed_tokens, model.model.norm, model.lm_head)
+    _widen(torch.nn.ModuleList(outside), wide, policy.device)
     # the loss reads the unembedding after the pass through the layers
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for module in (*model.model.layers, model):
@@ -38,6 +44,18 @@ def shard(policy: Policy) -> None:
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "run")
     policy.unsharded = partial(_unsharded, model)
+
+
+def _widen(unit: Module, wide: torch.dtype, device: torch.device) -> None:
+    """Makes the parameters of ``unit`` ``wide``, in place, and allocates those on the meta device. Ties stay."""
+    made: dict[Parameter, Parameter] = {}
+    for module in unit.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                is_empty = parameter.is_meta
+                data = torch.empty_like(parameter, dtype=wide, device=device) if is_empty else parameter.to(wide)
+                made[parameter] = Parameter(data.detach(), requires_grad=parameter.requires_grad)
+            setattr(module, name, made[parameter])
 
 
 @contextlib.contextmanager
@@ -68,17 +86,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """``full``, which every rank holds, as a DTensor sharded as ``like`` is; no communication."""
-    if not isinstance(like, DTensor):
+    """``full``, which every rank holds, as a DTensor sharded as ``like`` is; no communication. A DTensor stays."""
+    if not isinstance(like, DTensor) or isinstance(full, DTensor):
         return full
     return distribute_tensor(full.detach().to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def full_from_shard(own: Tensor, like: Tensor) -> Tensor:
-    """The full tensor of which each rank passes its shard ``own``, sharded as ``like`` is. All ranks must call it."""
+def from_shard(own: Tensor, like: Tensor) -> Tensor:
+    """The DTensor of which this rank's shard is ``own``, sharded as ``like`` is; no communication."""
     if not isinstance(like, DTensor):
         return own
-    sharded = DTensor.from_local(
+    return DTensor.from_local(
         own.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
-    return sharded.full_tensor()

@@ -6,14 +6,17 @@ Everything that can be wrong with model, tokenizer and chat template is checked 
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.utils import cached_file
 
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
+from isomorph.engine.distributed.shards import read_into, saved_in
 from isomorph.engine.foreign import foreign
 from isomorph.engine.model.attention import registered_attention
 from isomorph.engine.model.check import end_ids, limit_to_window, repair_generation_config, try_saving, untie
@@ -40,8 +43,13 @@ def load_policy(
     device: torch.device,
     lora: LoraConfig | None = None,
     tags: Sequence[str] = (),
+    defers: bool = False,
 ) -> Policy:
     """The policy of ``config`` on ``device``: loaded from ``config.path``, or built by ``config.tiny``.
+
+    ``defers``: the parameters are left on the meta device where the files allow it, and ``Policy.unread`` names the
+    files: shard them, then call ``read_weights``. Files that no part can be read of (GGUF, pickled ones, a tied
+    unembedding that has a tensor of its own) are loaded whole, which ``Policy.notes`` says.
 
     Model, tokenizer and chat template are checked against each other, and saving is tried; what was repaired is in
     ``Policy.notes``. ``vocabulary``: words of a tiny model. ``seed``: of a tiny model's weights and of the adapters.
@@ -50,28 +58,45 @@ def load_policy(
     if lora is not None:
         require_peft()  # before the weights are read, which takes long
     dtype = getattr(torch, config.dtype)
+    unread: tuple[Path, ...] = ()
     if config.tiny is not None:
         model, tokenizer = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
         text, notes = _opened_text(model, tokenizer, config, tags), []
     else:
         assert config.path is not None
-        model, tokenizer = _loaded_model(config.path, dtype)
+        model, tokenizer, unread = _loaded_model(config.path, dtype, defers=defers)
         with _about(config.path):
             notes = untie(model) + limit_to_window(model)
+            if defers and not unread:
+                notes.append("the weights were loaded whole by every rank: no safetensors files with exactly its names")
             text = _opened_text(model, tokenizer, config, tags)
             notes += repair_generation_config(model, text)
             try_saving(model, tokenizer)
     adapters = None if lora is None else attach(model, lora, seed=seed, base=config.path)
     gradient_checkpointing_every, compiles = config.gradient_checkpointing_every, config.compile
     policy = Policy(
-        model.to(device),
+        model if unread else model.to(device),
         text,
+        device=device,
         gradient_checkpointing_every=gradient_checkpointing_every,
         compiles=compiles,
         adapters=adapters,
     )
     policy.notes = (*notes, *text.notes)
+    policy.unread = unread
     return policy
+
+
+def read_weights(policy: Policy) -> None:
+    """Reads the weights of a policy that was loaded with ``defers``: with FSDP2, of each tensor this rank's rows.
+
+    Raises UserError where a file cannot be read.
+    """
+    if not policy.unread:
+        return
+    with foreign(f"model.path: the weights in {policy.unread[0].parent} could not be read"):
+        read_into(policy.unread, policy.stored())
+    policy.unread = ()
 
 
 @contextlib.contextmanager
@@ -83,12 +108,15 @@ def _about(path: str) -> Iterator[None]:
         raise UserError(f"model.path: {path}: {error}") from error
 
 
-def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _loaded_model(path: str, dtype: torch.dtype, *, defers: bool) -> tuple[Any, Any, tuple[Path, ...]]:
+    """Model, tokenizer, and the files of its weights where ``defers`` is set and the model has none yet."""
     folder, gguf = _locate(path)
     tokenizer = _loaded_tokenizer(path, folder, gguf)
     loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
     with foreign(f"model.path: no model could be loaded from {path!r}"):
         _refuse_broken_generation_config(Path(folder))
+        if defers and not gguf and (found := _deferred_model(folder, dtype)) is not None:
+            return found[0], tokenizer, found[1]
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=registered_attention(), output_loading_info=True, **loader_options
         )
@@ -99,7 +127,36 @@ def _loaded_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f"the first is {missing[0]}: use a complete checkpoint of the model that config.json describes"
         )
     model.config._attn_implementation = registered_attention()
-    return model, tokenizer
+    return model, tokenizer, ()
+
+
+def _deferred_model(folder: str, dtype: torch.dtype) -> tuple[Any, tuple[Path, ...]] | None:
+    """The model on the meta device, and the files of its weights; None where their names are not the model's own."""
+    files = _weight_files(folder)
+    if not files:
+        return None
+    model_config = transformers.AutoConfig.from_pretrained(folder)
+    refuse_unsupported(model_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=registered_attention(), dtype=dtype)
+    if saved_in(files).keys() != dict(model.named_parameters()).keys():
+        return None
+    # its buffers are computed, not read
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    with contextlib.suppress(OSError):  # most models have a generation_config.json, none has to
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model, files
+
+
+def _weight_files(folder: str) -> tuple[Path, ...]:
+    """The safetensors files that hold the weights, from the hub's cache where ``folder`` is a hub name; or none."""
+    found = partial(cached_file, folder, _raise_exceptions_for_missing_entries=False)
+    if single := found("model.safetensors"):
+        return (Path(single),)
+    if index := found("model.safetensors.index.json"):
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        return tuple(Path(file) for file in map(found, names) if file is not None)
+    return ()
 
 
 def _loaded_tokenizer(path: str, folder: str, gguf: Mapping[str, str]) -> Any:

@@ -76,7 +76,8 @@ class Policy:
     ``model``: transformers' model, loaded with attn_implementation="isomorph"; changed in place. Its parameters may be
     views of the sampler's storage. ``adapters``: LoRA adapters that are already part of ``model``; they alone are then
     trained. ``gradient_checkpointing_every``: n for every n-th layer, None for no layer. ``compiles``: runs each layer
-    of the learner's pass through torch.compile.
+    of the learner's pass through torch.compile. ``device``: where the parameters will be, if they are on the meta
+    device now; None: theirs.
 
     Raises UserError for a model that is not supported.
     """
@@ -89,6 +90,7 @@ class Policy:
         gradient_checkpointing_every: int | None = None,
         compiles: bool = False,
         adapters: Adapters | None = None,
+        device: torch.device | None = None,
     ) -> None:
         refuse_unsupported(model.config)
         _refuse_other_attention(model)
@@ -104,7 +106,8 @@ class Policy:
         self.config = model.config
         self.text = text
         self.notes: tuple[str, ...] = ()  # what ``load_policy`` repaired, one sentence each
-        self.device: torch.device = self.unembedding.device
+        self.unread: tuple[Path, ...] = ()  # files of the weights, where the parameters are on the meta device
+        self.device: torch.device = device or self.unembedding.device
         self.dtype: torch.dtype = self.unembedding.dtype  # of the computation; FSDP keeps parameters in float32
         # context: parameters are full tensors while it is open. With FSDP a rank has its shards alone otherwise
         self.unsharded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -229,12 +232,20 @@ class Policy:
         for parameter, weight in zip(self._stored(), weights, strict=True):
             parameter.copy_(weight)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 has cut the weights."""
+        return isinstance(self.model, FSDPModule)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The trained parameters by name as this rank stores them, without gradient: with FSDP DTensors in float32."""
+        if self.is_sharded:
+            self.model.reshard()  # after a pass the parameters may still be the gathered ones
+        return {name: p.detach() for name, p in self.named_parameters().items()}
+
     def _stored(self) -> list[Tensor]:
         """The storage of the trained parameters on this rank; with FSDP of their shards."""
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # after a pass the parameters may still be the gathered ones
-        parameters = (p.detach() for p in self.named_parameters().values())
-        return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        return [p.to_local() if isinstance(p, DTensor) else p for p in self.stored().values()]
 
     def save(self, folder: Path) -> None:
         """Writes model and tokenizer as transformers and vLLM load them, with adapters merged into the weights."""

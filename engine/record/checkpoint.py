@@ -5,15 +5,21 @@ checkpoints/step-00000050/
     weights.safetensors      trained weights: Policy.named_parameters()
     optimizer.safetensors    Learner.state_tensors(): masters, moments, KL reference, the round of an interrupted step
     draws.safetensors        token ids and log-probabilities of an interrupted step's rollouts; else empty
+    checksums.json           of every other file the number of its bytes and their CRC-32
 checkpoints/stage-NAME/      the same at the end of a stage; never deleted, and not what a run resumes from
+
+With FSDP2 each of N ranks writes its shards: weights-00001-of-0000N.safetensors (the float32 masters) and
+optimizer-00001-of-0000N.safetensors, in the layout of torch.distributed.checkpoint (engine.distributed.shards).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +27,141 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from isomorph.engine.config import UserError
+from isomorph.engine.distributed.ranks import ALONE, Ranks
+from isomorph.engine.distributed.shards import Part, apart, read_into, saved_in, write_parts
 from isomorph.engine.serialise import join_scored, split_scored
 from isomorph.engine.types import RunFailed, RunState, ScoredRollouts
 
-FORMAT = 2
+FORMAT, SHARDED = 2, 3  # of one rank; of ranks with shards
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+STATE, SUMS = "state.json", "checksums.json"
+BLOCK_BYTES = 2**20
+Sums = dict[str, list[int]]  # by file: the number of its bytes, their CRC-32
 REPLACED = ".replaced-"  # prefix of a checkpoint while a new one of the same step is renamed to its name
 
 
 def save_checkpoint(
-    root: Path, state: RunState, weights: dict[str, Tensor], learner: dict[str, Tensor], *, keep: int
+    root: Path, state: RunState, weights: Mapping[str, Tensor], learner: Mapping[str, Tensor], *, keep: int
 ) -> Path:
     """Writes ``root``/step-N atomically, deletes all but ``keep - 1`` of the older ones, and returns its path.
 
-    Raises RunFailed if the disk refuses; earlier checkpoints are left as they were.
+    One rank calls it, with whole tensors. Raises RunFailed if the disk refuses; earlier checkpoints are left as they
+    were.
     """
-    final = checkpoint_path(root, state.step)
-    partial = root / f".partial-{state.step:08d}"
+    with _explained(root, state.step):
+        partial = _begun(root, state.step)
+        sums = {}
+        for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, learner)):
+            file = partial / f"{name}.safetensors"
+            save_file(apart(tensors), file)
+            sums[file.name] = _synced(file)
+        final = _finished(root, state, sums, FORMAT)
+    _delete_older(root, keep)
+    return final
+
+
+# -- several ranks, each with shards: all begin, each writes its own files, the first finishes
+def begin_shards(root: Path, step: int) -> None:
+    """Makes the folder that every rank writes into. The first rank calls it. Raises RunFailed."""
+    with _explained(root, step):
+        _begun(root, step)
+
+
+def write_shards(
+    root: Path, step: int, rank: int, num_ranks: int, weights: Mapping[str, Part], learner: Mapping[str, Part]
+) -> Sums:
+    """Writes a rank's parts of a checkpoint; returns what ``finish_shards`` has to know of its files. Raises RunFailed.
+
+    A tensor that is not divided is written by the rank that passes it, which must be one.
+    """
+    sums = {}
+    with _explained(root, step, cleans_up=False):
+        for name, parts in ((WEIGHTS, weights), (OPTIMIZER, learner)):
+            file = _partial(root, step) / f"{name}-{rank + 1:05d}-of-{num_ranks:05d}.safetensors"
+            write_parts(file, parts)
+            sums[file.name] = _synced(file)
+    return sums
+
+
+def finish_shards(root: Path, state: RunState, sums: Sequence[Sums], *, keep: int) -> Path:
+    """Gives the checkpoint its name, when every rank has written; deletes older ones. As ``save_checkpoint`` else."""
+    with _explained(root, state.step):
+        final = _finished(root, state, {name: told for own in sums for name, told in own.items()}, SHARDED)
+    _delete_older(root, keep)
+    return final
+
+
+def abandon_shards(root: Path, step: int) -> None:
+    """Deletes what the ranks have written of a checkpoint that failed on one of them."""
+    shutil.rmtree(_partial(root, step), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(root: Path, step: int, *, cleans_up: bool = True) -> Iterator[None]:
+    """Context: RunFailed in place of the disk's errors, with the checkpoint that is left."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_partial(root)
-        partial.mkdir()
-        _write_tensors(partial / "weights.safetensors", weights)
-        _write_tensors(partial / "optimizer.safetensors", learner)
-        fields_of_draws, tensors = _split_all(state.draws)
-        _write_tensors(partial / "draws.safetensors", tensors)
-        fields = dataclasses.asdict(dataclasses.replace(state, draws=()))
-        _write_text(partial / "state.json", json.dumps({"format": FORMAT, **fields, "draws": fields_of_draws}))
-        sync(partial)
-        if final.exists():
-            replaced = root / f"{REPLACED}{final.name}"
-            shutil.rmtree(replaced, ignore_errors=True)  # left by a process that was killed here
-            final.rename(replaced)
-        partial.rename(final)
-        sync(root)
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if cleans_up:
+            abandon_shards(root, step)
         earlier = latest_checkpoint(root)
         kept = f"the newest complete checkpoint is {earlier}" if earlier else "there is no earlier checkpoint"
-        raise RunFailed(
-            f"checkpoint of step {state.step} could not be written under {root}: {error}; {kept}"
-        ) from error
+        raise RunFailed(f"checkpoint of step {step} could not be written under {root}: {error}; {kept}") from error
+
+
+def _partial(root: Path, step: int) -> Path:
+    return root / f".partial-{step:08d}"
+
+
+def _begun(root: Path, step: int) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_partial(root)
+    partial = _partial(root, step)
+    partial.mkdir()
+    return partial
+
+
+def _finished(root: Path, state: RunState, sums: Sums, number: int) -> Path:
+    """Writes the rest, and gives the folder its name."""
+    final, partial = checkpoint_path(root, state.step), _partial(root, state.step)
+    fields_of_draws, tensors = _split_all(state.draws)
+    draws = partial / "draws.safetensors"
+    save_file(apart(tensors), draws)
+    fields = dataclasses.asdict(dataclasses.replace(state, draws=()))
+    text = json.dumps({"format": number, **fields, "draws": fields_of_draws})
+    sums = {**sums, draws.name: _synced(draws), STATE: [len(text.encode()), zlib.crc32(text.encode())]}
+    _write_text(partial / SUMS, json.dumps(sums, indent=2))
+    _write_text(partial / STATE, text)
+    sync(partial)
+    if final.exists():
+        replaced = root / f"{REPLACED}{final.name}"
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a process that was killed here
+        final.rename(replaced)
+    partial.rename(final)
+    sync(root)
+    return final
+
+
+def _delete_older(root: Path, keep: int) -> None:
     for old in (*_complete(root)[:-keep], *root.glob(f"{REPLACED}*")):
         discard(old)
-    return final
+
+
+def _synced(file: Path) -> list[int]:
+    """Waits until ``file`` is on the disk; returns its size and the CRC-32 of its bytes."""
+    sync(file)
+    return _sum(file)
+
+
+def _sum(file: Path) -> list[int]:
+    size = checksum = 0
+    with file.open("rb", buffering=0) as opened:
+        while block := opened.read(BLOCK_BYTES):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -121,22 +217,124 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str, Tensor]]:
-    """Returns state, weights and learner tensors. Raises UserError if they cannot be read or have another format."""
+    """Returns state, weights and learner tensors, none of them sharded, of a checkpoint of any number of ranks.
+
+    Weights that ranks with FSDP wrote are the float32 masters. Raises UserError if they cannot be read, are not what
+    was written, or have another format.
+    """
+    with _readable(folder):
+        state = _read_state(folder)
+        _check_sums(folder, ALONE)
+        weights = _whole(_files(folder, WEIGHTS))
+        learner = _whole(_files(folder, OPTIMIZER))
+        if state.stage and _is_sharded(folder):
+            learner |= {f"master/{name}": weight for name, weight in weights.items()}
+        return state, weights, learner
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights alone, as ``load_checkpoint`` returns them. Raises UserError."""
+    with _readable(folder):
+        _check_sums(folder, ALONE)
+        return _whole(_files(folder, WEIGHTS))
+
+
+def load_shards(folder: Path, weights: Mapping[str, Tensor], ranks: Ranks) -> tuple[RunState, dict[str, Tensor]]:
+    """Reads this rank's shards, of a checkpoint of any number of ranks: into ``weights``, and the learner's tensors.
+
+    Of the learner's, those that belong to a weight are DTensors, as ``weights`` are: float32 masters by name. A
+    collective: all ranks must call it, and all raise UserError where one cannot read.
+    """
+    refusal, found = "", None
     try:
-        fields = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        found = fields.pop("format")
-        if found == FORMAT:
-            draws = _join_all(fields.pop("draws"), load_file(folder / "draws.safetensors"))
-            weights = load_file(folder / "weights.safetensors")
-            return RunState(**fields, draws=draws), weights, load_file(folder / "optimizer.safetensors")
+        with _readable(folder):
+            state = _read_state(folder)
+            _check_sums(folder, ranks)
+            found = state, _read_shards(folder, weights)
+    except UserError as error:
+        refusal = str(error)
+    if refused := [text for text in ranks.gather(refusal) if text]:
+        raise UserError(refused[0])
+    assert found is not None
+    return found
+
+
+def _read_shards(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    files = [*_files(folder, WEIGHTS), *_files(folder, OPTIMIZER)]
+    saved = saved_in(files)
+    learner: dict[str, Tensor] = {}
+    for name, (dtype, shape) in saved.items():
+        kind, _, of = name.partition("/")
+        if kind == "master" or name in weights:
+            continue
+        like = weights.get(of)
+        if isinstance(like, DTensor) and shape == like.shape:
+            learner[name] = torch.empty_like(like, dtype=dtype)
+        else:
+            learner[name] = torch.empty(shape, dtype=dtype)
+    # a checkpoint of one rank has bfloat16 weights beside their masters
+    named = {f"master/{name}" if f"master/{name}" in saved else name: weight for name, weight in weights.items()}
+    read_into(files, {**learner, **named})
+    return learner
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Context: UserError in place of what reading raises."""
+    try:
+        yield
+    except UserError:
+        raise
     except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
+        earlier = [path for path in _complete(folder.parent) if path.name < folder.name]
+        before = f", which is {earlier[-1]}" if earlier else ""
         raise UserError(
-            f"{folder}: not a readable checkpoint ({error}): delete it to resume from an earlier one"
+            f"{folder}: not a readable checkpoint ({error}): delete it to resume from an earlier one{before}"
         ) from error
-    raise UserError(
-        f"{folder}: the checkpoint format must be {FORMAT}, got {found}: resume with the version of isomorph that "
-        "wrote it (versions in run.json), or start a new run"
-    )
+
+
+def _read_state(folder: Path) -> RunState:
+    fields = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    found = fields.pop("format")
+    if found not in (FORMAT, SHARDED):
+        raise UserError(
+            f"{folder}: the checkpoint format must be {FORMAT} or {SHARDED}, got {found}: resume with the version of "
+            "isomorph that wrote it (versions in run.json), or start a new run"
+        )
+    draws = _join_all(fields.pop("draws"), load_file(folder / "draws.safetensors"))
+    return RunState(**fields, draws=draws)
+
+
+def _check_sums(folder: Path, ranks: Ranks) -> None:
+    """Raises ValueError where a file has not the bytes that were written; each rank checks its share of the files."""
+    if not (folder / SUMS).is_file():  # versions before 2026-12 wrote none
+        return
+    told = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+    for name in ranks.share(sorted(told)):
+        found = _sum(folder / name)
+        if found[0] != told[name][0]:
+            raise ValueError(f"{name} has {found[0]} bytes, {told[name][0]} were written")
+        if found[1] != told[name][1]:
+            raise ValueError(f"{name} has other bytes than were written: their CRC-32 differs")
+
+
+def _is_sharded(folder: Path) -> bool:
+    return not (folder / f"{WEIGHTS}.safetensors").exists()
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """The files of ``name``, one, or one for each rank that wrote."""
+    single = folder / f"{name}.safetensors"
+    return sorted(folder.glob(f"{name}-*-of-*.safetensors")) or [single]
+
+
+def _whole(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors in ``files``, put together where ranks have written their rows."""
+    if len(files) == 1:
+        return load_file(files[0])
+    found = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in saved_in(files).items()}
+    read_into(files, found)
+    return found
 
 
 def _split_all(draws: Sequence[ScoredRollouts]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -157,7 +355,7 @@ def _join_all(fields_of_draws: Sequence[dict[str, Any]], tensors: Mapping[str, T
 def _complete(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first. One that is being replaced counts until its successor has its name."""
     folders = (*root.glob(f"{REPLACED}step-*"), *root.glob("step-*"))
-    by_name = {path.name.removeprefix(REPLACED): path for path in folders if (path / "state.json").is_file()}
+    by_name = {path.name.removeprefix(REPLACED): path for path in folders if (path / STATE).is_file()}
     return [by_name[name] for name in sorted(by_name)]
 
 
@@ -171,12 +369,6 @@ def discard(folder: Path) -> None:
 def _remove_partial(root: Path) -> None:
     for path in root.glob(".partial-*"):
         shutil.rmtree(path)
-
-
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes contiguous copies, because safetensors refuses tensors that share storage."""
-    save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, file)
-    sync(file)
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -67,8 +67,9 @@ class VllmSampler:
         try:
             self.model = model_of(self.llm)
             own: type[SharedWeights | CopiedWeights] = SharedWeights if config.publish == "shared" else CopiedWeights
-            self._weights = own(self.model, policy)
-            self.publish(0)
+            with policy.unsharded():
+                self._weights = own(self.model, policy)
+                self.publish(0)
         except BaseException:
             self.close()
             raise

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import Stage
-from isomorph.engine.distributed.fsdp import full_from_shard, local_shard, shard_like
+from isomorph.engine.distributed.fsdp import from_shard, local_shard, shard_like
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import batch_stats
@@ -252,15 +252,18 @@ class Learner:
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of optimizer.safetensors: optimizer state, KL reference and the current round.
 
-        A collective: all ranks must call it.
+        With FSDP DTensors, and of the round this rank's own tensors; else those of all ranks. A collective: all ranks
+        must call it.
         """
         assert self.optimizer is not None
         self._refuse_moved_reference()
         under_way = self.round.tensors() if self.round is not None and self.round.norms else self._interrupted
+        if self.policy.is_sharded:
+            by_rank = {self.ranks.rank: under_way}
+        else:
+            by_rank = dict(enumerate(self.ranks.gather(under_way)))
         rounds = {
-            f"round/{rank}/{name}": tensor
-            for rank, tensors in enumerate(self.ranks.gather(under_way))
-            for name, tensor in tensors.items()
+            f"round/{rank}/{name}": tensor for rank, tensors in by_rank.items() for name, tensor in tensors.items()
         }
         kept = {**self._kept("reference", self.reference), **self._kept("start", self.start)}
         return {**self.optimizer.state_tensors(), **kept, **rounds}
@@ -276,13 +279,13 @@ class Learner:
         self.start = self._found("start", tensors)
 
     def _kept(self, kind: str, weights: Sequence[Tensor] | None) -> dict[str, Tensor]:
-        """Weights in host memory as tensors of a checkpoint, unsharded."""
-        named = zip(self.policy.named_parameters().items(), weights or [], strict=False)
-        return {f"{kind}/{name}": full_from_shard(weight, parameter) for (name, parameter), weight in named}
+        """Weights in host memory as tensors of a checkpoint."""
+        named = zip(self.policy.stored().items(), weights or [], strict=False)
+        return {f"{kind}/{name}": from_shard(weight, parameter) for (name, parameter), weight in named}
 
     def _found(self, kind: str, tensors: dict[str, Tensor]) -> list[Tensor] | None:
         """The inverse of ``_kept``; None where the checkpoint has none."""
-        named = {f"{kind}/{name}": p for name, p in self.policy.named_parameters().items()}
+        named = {f"{kind}/{name}": p for name, p in self.policy.stored().items()}
         if not all(name in tensors for name in named):
             return None
         return [local_shard(shard_like(tensors[name], p)).cpu() for name, p in named.items()]

@@ -96,13 +96,11 @@ class MasterAdamW:
         return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Returns masters and moments by name, unsharded, for a checkpoint."""
-        tensors = {
-            f"master/{name}": full_tensor(master) for name, master in self.masters.items() if self._is_apart(name)
-        }
+        """Returns masters and moments by name, for a checkpoint; with FSDP DTensors, whose masters are the weights."""
+        tensors = {f"master/{name}": master for name, master in self.masters.items() if self._is_apart(name)}
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = full_tensor(value)
+                tensors[f"{key}/{name}"] = value
         return tensors
 
     @torch.no_grad()
@@ -112,14 +110,13 @@ class MasterAdamW:
                 master.copy_(shard_like(tensors[f"master/{name}"], master))
             if f"step/{name}" not in tensors:
                 continue
-            moments = {key: shard_like(tensors[f"{key}/{name}"], master).clone() for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: _taken(tensors[f"{key}/{name}"], master) for key in ("exp_avg", "exp_avg_sq")}
             state = {"step": tensors[f"step/{name}"].clone(), **moments}
             self.adamw.state[master] = {key: value.to(master.device) for key, value in state.items()}
 
     def _is_apart(self, name: str) -> bool:
-        """Whether the master must be saved beside the weight: it is another tensor, or FSDP's float32 original."""
-        master = self.masters[name]
-        return master is not self.parameters[name] or isinstance(master, DTensor)
+        """Whether the master is another tensor than the weight, and must be saved beside it."""
+        return self.masters[name] is not self.parameters[name]
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -136,6 +133,11 @@ def _master(parameter: Parameter) -> Tensor:
     if parameter.dtype in (torch.float32, torch.float64):
         return parameter
     return parameter.detach().float().clone()
+
+
+def _taken(saved: Tensor, master: Tensor) -> Tensor:
+    """A moment for ``master``: a shard as it is, of a whole tensor a copy of this rank's part."""
+    return saved if isinstance(saved, DTensor) else shard_like(saved, master).clone()
 
 
 def _host_master(parameter: Parameter) -> Tensor:

@@ -304,8 +304,29 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path)
     fields: dict[str, Any] = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**fields, "format": 99}))
-    with pytest.raises(UserError, match="format must be 2, got 99"):
+    with pytest.raises(UserError, match="format must be 2 or 3, got 99"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.safetensors", "draws.safetensors"])
+def test_a_flipped_bit_and_a_cut_file_are_refused_with_the_checkpoint_before(tmp_path: Path, name: str) -> None:
+    before, folder = save(tmp_path, 4), save(tmp_path, 5)
+    good = (folder / name).read_bytes()
+    flipped = bytearray(good)
+    flipped[-2 if name == "state.json" else -1] ^= 1
+    for content in (bytes(flipped), good[:-1]):
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match="delete it to resume from an earlier one, which is") as caught:
+            load_checkpoint(folder)
+        assert str(folder) in str(caught.value) and str(before) in str(caught.value)
+    (folder / name).write_bytes(good)
+    load_checkpoint(folder)
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_read(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (folder / "checksums.json").unlink()
+    assert_same(load_checkpoint(folder)[1], make_weights())
 
 
 # -- the digest

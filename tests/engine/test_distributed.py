@@ -1,15 +1,13 @@
 """Two gloo ranks against one: gradients, denominators, statistics, and collectives."""
 
 import dataclasses
-import multiprocessing
-import os
-import socket
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crowd import Crowd
 from small_world import TINY, WORDS, make_groups, with_advantages
 from torch import Tensor
 from truth import exact_norms
@@ -24,12 +22,14 @@ from isomorph.engine.config import (
     UserError,
 )
 from isomorph.engine.distributed.fsdp import full_tensor, shard
-from isomorph.engine.distributed.launch import open_ranks
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.lora import attach
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.types import Group, Rollout, Scores, StepStats
+from isomorph.engine.record import checkpoint
+from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, load_shards
+from isomorph.engine.record.saver import Saver
+from isomorph.engine.types import Group, Rollout, RunFailed, RunState, Scores, StepStats
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.micro_batches import pack
 
@@ -73,58 +73,9 @@ def make_stage(objective: ObjectiveConfig = GRPO, **tables: Any) -> Stage:
     )
 
 
-# -- two rank processes that run given functions
-class Crowd:
-    """``ask(function, *arguments)`` runs ``function(ranks, *arguments)`` on every rank; functions of this module."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("fork")  # an import of this module by name would not find it
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(NUM_RANKS):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, port, theirs), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        assert all(pipe.poll(60) for pipe in self.pipes)
-        return [pipe.recv() for pipe in self.pipes]
-
-    def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
-        for process in self.processes:
-            process.join(30)
-            assert process.exitcode == 0
-
-
-def serve(rank: int, port: int, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    started_by_torchrun = {
-        "TORCHELASTIC_RUN_ID": "test",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(NUM_RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.update(started_by_torchrun)
-    with open_ranks() as ranks:
-        while (asked := pipe.recv()) is not None:
-            function, arguments = asked
-            pipe.send(function(ranks, *arguments))
-
-
 @pytest.fixture(scope="module")
 def crowd() -> Iterator[Crowd]:
-    crowd = Crowd()
+    crowd = Crowd(NUM_RANKS)
     yield crowd
     crowd.close()
 
@@ -233,18 +184,15 @@ def test_a_step_without_any_gradient_is_left_out_everywhere(crowd: Crowd) -> Non
         assert gradients == [] and stats.num_updates == 0 and stats.num_loss_tok == 28
 
 
-def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, resumes: bool = False) -> Tensor:
-    """After three steps; ``resumes``: the last one by another policy and learner that were restored."""
+def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, root: Path | None = None) -> Tensor:
+    """After three steps; ``root``: the last one by another policy and learner, from a checkpoint written there."""
     stage = make_stage(ObjectiveConfig(name="grpo", kl_coef=0.1), optim=dict(lr=1e-2, clip_norm=0.5))
     policy, learner = started(ranks, dtype, kind)
     learner.enter(stage)
     for seed in range(3):
-        if resumes and seed == 2:
-            tensors = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
-            with policy.unsharded():
-                weights = [p.detach().clone() for p in policy.named_parameters().values()]
-            policy, learner = started(ranks, dtype, kind, weights)
-            learner.restore(stage, tensors)
+        if root is not None and seed == 2:
+            save(ranks, policy, learner, root)
+            policy, learner = resumed(ranks, dtype, kind, stage, root)
         updates = pack(
             make_groups(seed=seed),
             micro_batch_tok=100,
@@ -258,13 +206,33 @@ def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, resumes: bo
         return torch.cat([p.detach().flatten() for p in policy.named_parameters().values()])
 
 
-def started(ranks: Ranks, dtype: torch.dtype, kind: str, weights: list[Tensor] | None = None) -> tuple[Policy, Learner]:
+def started(ranks: Ranks, dtype: torch.dtype, kind: str) -> tuple[Policy, Learner]:
     policy = make_policy(dtype)
-    if weights is not None:
-        policy.overwrite(weights)
     if kind == "fsdp":
         shard(policy)
     return policy, Learner(policy, ranks)
+
+
+def save(ranks: Ranks, policy: Policy, learner: Learner, root: Path) -> None:
+    """In the background, as a run does between two steps."""
+    state = RunState(step=2, stage="s", num_ranks=ranks.size)
+    saver = Saver()
+    saver.save(root, state, policy.stored(), learner.state_tensors(), ranks, keep=1, waits=False)
+    saver.settle(ranks, waits=True)
+
+
+def resumed(ranks: Ranks, dtype: torch.dtype, kind: str, stage: Stage, root: Path) -> tuple[Policy, Learner]:
+    policy, learner = started(ranks, dtype, kind)
+    policy.overwrite([torch.zeros_like(weight) for weight in policy.snapshot()])
+    newest = latest_checkpoint(root)
+    assert newest is not None
+    if kind == "fsdp":
+        _, tensors = load_shards(newest, policy.stored(), ranks)
+    else:
+        _, weights, tensors = load_checkpoint(newest)
+        policy.overwrite([weights[name] for name in policy.named_parameters()])
+    learner.restore(stage, tensors)
+    return policy, learner
 
 
 @by_kind
@@ -276,11 +244,140 @@ def test_weights_stay_the_same_bits_on_all_ranks_and_those_of_one_rank(crowd: Cr
 
 @by_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_learner_goes_on_bit_for_bit(crowd: Crowd, kind: str, dtype: torch.dtype) -> None:
+def test_a_restored_learner_goes_on_bit_for_bit(crowd: Crowd, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     whole, other = crowd.ask(weights_after_steps, dtype, kind)
     assert whole.dtype == dtype and torch.equal(whole, other)
-    for resumed in crowd.ask(weights_after_steps, dtype, kind, True):
-        assert torch.equal(resumed, whole)
+    for found in crowd.ask(weights_after_steps, dtype, kind, tmp_path):
+        assert torch.equal(found, whole)
+
+
+# -- a checkpoint of some ranks is read by others
+def saved_state(ranks: Ranks, kind: str, root: Path) -> dict[str, Tensor]:
+    """Trains two steps in bfloat16, writes a checkpoint and returns what it must hold: float32 masters and moments."""
+    stage = make_stage(ObjectiveConfig(name="grpo", kl_coef=0.1), optim=dict(lr=1e-2))
+    policy, learner = started(ranks, torch.bfloat16, kind)
+    learner.enter(stage)
+    for seed in range(2):
+        updates = pack(
+            make_groups(seed=seed),
+            micro_batch_tok=100,
+            prompts_per_update=2,
+            objective=stage.objective,
+            device=policy.device,
+            ranks=ranks,
+        )
+        learner.update(updates, stage, seed)
+    save(ranks, policy, learner, root)
+    return masters_and_moments(learner)
+
+
+def found_state(ranks: Ranks, kind: str, root: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What a restored learner holds of the checkpoint, and the weights that its model computes with."""
+    stage = make_stage(ObjectiveConfig(name="grpo", kl_coef=0.1), optim=dict(lr=1e-2))
+    policy, learner = resumed(ranks, torch.bfloat16, kind, stage, root)
+    with policy.unsharded():
+        weights = [p.detach().clone() for p in policy.named_parameters().values()]
+    return masters_and_moments(learner), weights
+
+
+def masters_and_moments(learner: Learner) -> dict[str, Tensor]:
+    assert learner.optimizer is not None
+    found = {f"master/{name}": full_tensor(master.detach()) for name, master in learner.optimizer.masters.items()}
+    others = {name: t for name, t in learner.state_tensors().items() if name not in found}
+    return found | {name: full_tensor(tensor) for name, tensor in others.items()}
+
+
+def assert_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys() and any(name.startswith("reference/") for name in wanted)
+    for name, tensor in wanted.items():
+        # a reference of one rank is in the weights' dtype
+        assert torch.equal(found[name].double(), tensor.double()), name
+
+
+def test_a_checkpoint_of_two_ranks_is_read_by_three_and_by_one(crowd: Crowd, tmp_path: Path) -> None:
+    wanted, other = crowd.ask(saved_state, "fsdp", tmp_path)
+    assert_same_tensors(other, wanted)
+    folder = tmp_path / "step-00000002"
+    files = sorted(path.name for path in folder.iterdir())
+    assert [name for name in files if name.startswith("weights")] == [
+        "weights-00001-of-00002.safetensors",
+        "weights-00002-of-00002.safetensors",
+    ]
+    sizes = [sum(path.stat().st_size for path in folder.glob(f"*-0000{i}-of-*")) for i in (1, 2)]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25  # no rank has written what the other has
+    three = Crowd(3)
+    try:
+        answers = three.ask(found_state, "fsdp", tmp_path)
+    finally:
+        three.close()
+    for found, weights in (*answers, found_state(ALONE, "data", tmp_path)):
+        assert_same_tensors(found, wanted)
+        masters = [tensor for name, tensor in wanted.items() if name.startswith("master/")]
+        assert all(torch.equal(w, m.bfloat16()) for w, m in zip(weights, masters, strict=True))
+
+
+def test_a_checkpoint_of_one_rank_is_read_by_two(crowd: Crowd, tmp_path: Path) -> None:
+    wanted = saved_state(ALONE, "data", tmp_path)
+    assert (tmp_path / "step-00000002" / "weights.safetensors").is_file()
+    for found, _ in crowd.ask(found_state, "fsdp", tmp_path):
+        assert_same_tensors(found, wanted)
+
+
+def refused(ranks: Ranks, root: Path) -> str:
+    policy, _ = started(ranks, torch.bfloat16, "fsdp")
+    try:
+        load_shards(root / "step-00000002", policy.stored(), ranks)
+    except UserError as error:
+        return str(error)
+    return "read"
+
+
+def test_a_damaged_shard_is_refused_by_every_rank(crowd: Crowd, tmp_path: Path) -> None:
+    crowd.ask(saved_state, "fsdp", tmp_path)
+    assert crowd.ask(refused, tmp_path) == ["read", "read"]
+    file = tmp_path / "step-00000002" / "optimizer-00002-of-00002.safetensors"
+    good = file.read_bytes()
+    flipped = bytearray(good)
+    flipped[-1] ^= 1
+    for content, said in ((bytes(flipped), "CRC-32"), (good[:-1], f"has {len(good) - 1} bytes, {len(good)}")):
+        file.write_bytes(content)
+        first, second = crowd.ask(refused, tmp_path)
+        assert first == second and file.name in first and said in first and "delete it" in first
+    file.unlink()
+    assert all("No such file" in text for text in crowd.ask(refused, tmp_path))
+
+
+def fails_to_write(ranks: Ranks, root: Path) -> tuple[str, list[str]]:
+    """The second rank's disk refuses the second checkpoint; what each rank is told, and what is left."""
+    policy, learner = started(ranks, torch.float32, "fsdp")
+    learner.enter(make_stage())
+    save(ranks, policy, learner, root)
+    saver = Saver()
+    real = checkpoint.write_parts
+
+    def write_parts(file: Path, parts: Any) -> None:
+        raise OSError(28, "No space left on device", str(file))
+
+    if ranks.rank == 1:
+        checkpoint.write_parts = write_parts
+    try:
+        state = RunState(step=3, stage="s", num_ranks=ranks.size)
+        saver.save(root, state, policy.stored(), learner.state_tensors(), ranks, keep=1, waits=False)
+        saver.settle(ranks, waits=True)
+    except RunFailed as error:
+        return str(error), sorted(path.name for path in root.iterdir())
+    finally:
+        checkpoint.write_parts = real
+    return "written", []
+
+
+def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_the_checkpoint_before(
+    crowd: Crowd, tmp_path: Path
+) -> None:
+    for said, _ in (answers := crowd.ask(fails_to_write, tmp_path)):
+        assert "checkpoint of step 3 could not be written" in said and "No space left" in said
+        assert "step-00000002" in said
+    assert answers[0][1] == ["step-00000002"]
 
 
 # -- collectives

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import killed_while_writing
 import pytest
 from small_world import one_thread  # noqa: F401
 from toy_run import gold, gold_but_for_one, make_components, make_stage, sha, source_of
 
+from isomorph.engine import loop
 from isomorph.engine.components import Components
 from isomorph.engine.config import (
     SamplerConfig,
@@ -19,7 +21,7 @@ from isomorph.engine.loop import train
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import read_steps
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Prompt, Rollout, RunState
+from isomorph.engine.types import Prompt, Rollout, RunFailed, RunState
 
 
 def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
@@ -204,3 +206,20 @@ def test_a_stop_does_not_wait_for_the_reward_function(tmp_path: Path) -> None:
         assert not may_end.is_set() and latest_checkpoint(tmp_path / "checkpoints") is not None
     finally:
         may_end.set()
+
+
+def test_a_run_killed_while_a_checkpoint_is_written_resumes_from_the_one_before(tmp_path: Path) -> None:
+    """More of them: python tests/engine/killed_while_writing.py 10."""
+    assert killed_while_writing.count(tmp_path, 2) == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_in_the_background_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(root: Path, state: RunState, *_: Any, **__: Any) -> Path:
+        raise RunFailed(f"no space for step {state.step}")
+
+    components = make_components(tmp_path, make_stage(steps=9), checkpoint_every=4)
+    monkeypatch.setattr(loop, "save_checkpoint", refuse)
+    with pytest.raises(RunFailed, match="no space for step 4"):
+        train(components, RunState())

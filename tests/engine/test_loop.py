@@ -311,7 +311,9 @@ class Forgetful(Questions):
 @pytest.mark.slow
 def test_three_hundred_steps_hold_on_to_nothing(tmp_path: Path) -> None:
     stage = make_stage(steps=300, objective="grpo", objective_choices=dict(kl_coef=0.01), refills=1)
-    components = make_components(tmp_path, stage, judge=gold_but_for_one, checkpoint_every=50)
+    # a copy that is being written holds tensors, for how long depends on the disk
+    saved = dict(checkpoint_every=50, checkpoint_in_background=False)
+    components = make_components(tmp_path, stage, judge=gold_but_for_one, **saved)
     source = Forgetful(components.policy, stage)
     source.held = {}
     train(dataclasses.replace(components, source=source), RunState())

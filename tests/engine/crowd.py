@@ -1,0 +1,60 @@
+"""Gloo ranks on this machine, forks of the test's process, that run given functions."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from isomorph.engine.distributed.launch import open_ranks
+
+
+class Crowd:
+    """``ask(function, *arguments)`` runs ``function(ranks, *arguments)`` on every rank; functions of a test module."""
+
+    def __init__(self, num_ranks: int) -> None:
+        context = multiprocessing.get_context("fork")  # an import of a test's module by name would not find it
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, num_ranks, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        assert all(pipe.poll(300) for pipe in self.pipes)
+        return [pipe.recv() for pipe in self.pipes]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(30)
+            assert process.exitcode == 0
+
+
+def serve(rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    started_by_torchrun = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(started_by_torchrun)
+    with open_ranks() as ranks:
+        while (asked := pipe.recv()) is not None:
+            function, arguments = asked
+            pipe.send(function(ranks, *arguments))
