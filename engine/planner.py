@@ -187,7 +187,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
         MemoryUse("reference", _reference_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
         MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, cached),
-        MemoryUse("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, ("generate",)),
+        MemoryUse("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, cached),
         MemoryUse("prepacked weights", _prepacked_bytes(facts), ("generate",)),
         MemoryUse("kept tokens, at most", facts.kept_bytes, MOMENTS, is_host=True),
         MemoryUse("packed kept tokens", facts.kept_bytes, ("update", "step"), is_host=True),
@@ -292,11 +292,9 @@ def _fits(facts: Facts, micro_tok: int) -> bool:
 
 def largest_kv_tok(facts: Facts) -> int:
     """Capacity of the KV cache in tokens beside everything else; with vLLM within its share of the memory."""
-    rest = sum(
-        a.num_bytes
-        for a in memory_uses(facts)
-        if "generate" in a.moments and a.name != "KV cache" and not (facts.is_gpu and a.is_host)
-    )
+    uses = [a for a in memory_uses(facts) if a.name != "KV cache" and not (facts.is_gpu and a.is_host)]
+    moments = MOMENTS if facts.keeps_cache else ("generate",)
+    rest = max(sum(a.num_bytes for a in uses if moment in a.moments) for moment in moments)
     free = facts.device_gib * GIB - rest
     if facts.sampler == "vllm":
         free = min(free, _vllm_share_bytes(facts))

@@ -193,6 +193,7 @@ def test_an_old_name_is_refused_with_the_new_one(section: type[Section], old: di
         (EngineConfig, dict(FSDP, sampler=dict(kind="vllm", publish="shared")), 'publish = "shared"', '"copy"'),
         (EngineConfig, dict(FSDP, model=dict(path="x", offload_optimizer=True)), "offload_optimizer", '"data"'),
         (EngineConfig, dict(FSDP, lora=dict()), "[lora]", 'set parallel.kind = "data"'),
+        (EngineConfig, dict(FSDP, sampler=dict(keep_cache=True)), "sampler.keep_cache", "remove sampler.keep_cache"),
         (ObjectiveConfig, dict(name="sft", kl_coef=0.1), "kl_coef", "remove it"),
         (ObjectiveConfig, dict(name="reinforce_pp", scale="std", reward_kl_coef=0.1), "reward_kl_coef", '"batch"'),
     ],

@@ -192,6 +192,16 @@ def test_vllm_keeps_to_its_share_of_the_memory_however_many_sequences_are_asked_
     assert gib(seven_b(is_gpu=False, max_seqs=1))["KV cache"] < 1  # what one sequence needs
 
 
+def test_a_cache_that_is_kept_is_there_while_the_learner_runs() -> None:
+    builtin: dict[str, Any] = dict(sampler="builtin", sampler_copies=False, device_gib=300.0)
+    freed, kept = seven_b(**builtin), seven_b(**builtin, keeps_cache=True)
+    assert gib(freed) == gib(kept) and peak_bytes(freed, "generate") == peak_bytes(kept, "generate")
+    more = (gib(kept)["KV cache"] + gib(kept)["sampler"]) * GIB
+    for moment in ("update", "step"):
+        assert peak_bytes(kept, moment) == pytest.approx(peak_bytes(freed, moment) + more)
+    assert 0 < largest_kv_tok(kept) < largest_kv_tok(freed)
+
+
 def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
     assert seven_b(kv_limit_tok=1000).kv_tok == 1000
 
