@@ -31,8 +31,14 @@ def report(rows: Sequence[Row]) -> list[str]:
         return ["no exam yet"]
     lines = _head(rows)
     forms = next(iter(exams.values()))["right"]
-    exams |= {(name, seed, 0): row for (name, seed, _), row in exams.items() if name == WARM_START}
-    steps = sorted({step for condition, _, step in exams if condition != WARM_START or step == 0})
+    # a warm start's last exam is that of the model that all begin with
+    warm = {
+        (name, seed, 0): row
+        for (name, seed, step), row in exams.items()
+        if (name, step) == (WARM_START, row["of_steps"])
+    }
+    exams = {key: row for key, row in exams.items() if key[0] != WARM_START} | warm
+    steps = sorted({step for _, _, step in exams})
     for form in forms:
         lines += ["", f"Accuracy on {form}, mean over the seeds that have this exam (their number)"]
         lines += _table(["condition", *(f"after {step}" for step in steps)], _accuracies(exams, form, steps))

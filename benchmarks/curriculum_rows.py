@@ -87,6 +87,7 @@ def exam_row(job: Job, file: Path, step: int) -> Row:
         "seed": run.seed,
         "identity": job.identity,
         "step": step,
+        "of_steps": run.steps,
         "right": {form: "".join("1" if one["correct"] else "0" for one in own) for form, own in by_form.items()},
         "errors": {form: _errors(own) for form, own in by_form.items()},
         "items": {form: _hash(own) for form, own in by_form.items()},

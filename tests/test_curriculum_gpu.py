@@ -40,7 +40,7 @@ def test_all_recipes_are_right_and_the_claim_comes_first(model: str, sampler: st
 
 def exam(condition: str, seed: int, step: int, right: str, identity: str = "new") -> dict[str, Any]:
     machine = {"device": "cuda", "device_name": "a GPU", "dtype": "bfloat16", "sampler": "builtin"}
-    asked = {"right": {"natural": right}, "items": {"natural": "the same"}, "versions": {"torch": "2"}}
+    asked = {"of_steps": 4, "right": {"natural": right}, "items": {"natural": "the same"}, "versions": {"torch": "2"}}
     return {"kind": "exam", "condition": condition, "seed": seed, "step": step, "identity": identity} | machine | asked
 
 
@@ -49,17 +49,20 @@ def test_the_table_pairs_by_seed_and_item_and_counts_the_newest_run() -> None:
 
     settings = {"model": "tiny", "rehearse": False}
     rows = [{"kind": "call", "settings": settings}, {"kind": "shortcuts", "rates": {"natural": {"a": 0.25, "b": 0.5}}}]
+    rows += [exam("warm", 1, 2, "1111"), exam("warm", 1, 4, "1000"), exam("warm", 2, 2, "1111")]  # two in the middle
     rows += [exam("words", 1, 4, "1111", identity="of another recipe"), exam("words", 1, 2, "0000")]
     rows += [exam("words", 1, 4, "1000"), exam("words", 2, 4, "1100")]
     rows += [exam("graph_words", 1, 4, "1100"), exam("graph_words", 2, 4, "1110"), exam("graph_words", 3, 4, "1111")]
     text = "\n".join(report(rows))
-    assert "| words | 0.0% (1) | 37.5% (2) |" in text  # (1/4 + 2/4) / 2
-    assert "| graph_words |  | 75.0% (3) |" in text
+    assert "| warm | 25.0% (1) |  |  |" in text
+    assert "| words |  | 0.0% (1) | 37.5% (2) |" in text  # (1/4 + 2/4) / 2
+    assert "| graph_words |  |  | 75.0% (3) |" in text
     # differences +1/4 and +1/4 over the two seeds that both have; no third pair
     assert "| graph_words | 4 | +25.0 [" in text and "| 2 of 2 | t |" in text
     assert "| natural | 25.0% | 50.0% | b |" in text
 
 
+@pytest.mark.slow
 def test_real_runs_leave_a_row_after_every_exam_and_are_not_repeated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +70,7 @@ def test_real_runs_leave_a_row_after_every_exam_and_are_not_repeated(
 
     call = ["--out", str(tmp_path), "--rehearse", "--device", "cpu", "--only", "words", "graph_words", "--seeds", "1"]
     script = str(BENCHMARKS / "curriculum_gpu.py")
-    done = subprocess.run([sys.executable, "-P", script, *call], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-P", script, *call], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     file = tmp_path / "curriculum_gpu.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
