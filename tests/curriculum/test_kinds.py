@@ -15,6 +15,7 @@ import networkx as nx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import TINY, run, summary_of
 
 from isomorph.curriculum.commands.data import inspect_file, make_rows, parse_difficulty
 from isomorph.curriculum.judge import judge
@@ -417,3 +418,45 @@ def test_one_recipe_mixes_the_kinds_and_refuses_their_held_out_forms(recipe: Rec
     }
     with pytest.raises(UserError, match="'table' is for evaluation only"):
         load_recipe(TRANSFER, ['stage.1.mixture=[{data="routes",representation="table"}]'], Recipe)
+
+
+MIXED = """
+[data.routes]
+kind = "routes"
+difficulty = { form = "terse" }
+[data.sums]
+kind = "arithmetic"
+difficulty = { form = "terse" }
+[[stage]]
+name = "both"
+steps = 2
+objective.name = "sft"
+optim = { lr = 1e-3 }
+batch = { prompts = 4, micro_batch_tok = 2048 }
+sampling = { max_new_tok = 200, samples_per_prompt = 1 }
+mixture = [{ data = "routes", representation = "code" }, { data = "sums", representation = "expression" }]
+[eval]
+max_new_tok = 8
+[[eval.sets]]
+data = "routes"
+representations = ["natural"]
+prompts = 3
+[[eval.sets]]
+data = "sums"
+representations = ["table"]
+prompts = 3
+"""
+
+
+def test_a_run_of_two_kinds_leaves_shortcuts_items_and_a_page(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.toml"
+    file.write_text(TINY + "max_model_len = 512\n" + MIXED)
+    folder, _ = run(file)
+    shortcuts = summary_of(folder)["shortcuts"]
+    assert set(shortcuts["routes"]) == {*OF_ROUTES, BAG} and set(shortcuts["sums"]) == {*OF_SUMS, BAG}
+    rows = [json.loads(line) for line in (folder / "evaluations" / "both.jsonl").read_text().splitlines()]
+    assert {(row["set"], row["steps"] is not None, row["width"]) for row in rows} == {
+        ("routes", True, None),
+        ("sums", True, None),
+    }
+    assert "nearest until direct" in (folder / "report" / "report.html").read_text()
