@@ -7,7 +7,7 @@ import numpy as np
 from curriculum_design import BASELINE, CLAIM, OTHERS
 
 from isomorph.curriculum.study.spec import WARM_START
-from isomorph.curriculum.tasks.shortcuts import best_of
+from isomorph.curriculum.tasks.battery import best_of
 
 Row = dict[str, Any]
 Exams = dict[tuple[str, int, int], Row]  # condition, seed, step -> its row
