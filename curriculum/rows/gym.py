@@ -7,6 +7,7 @@ from typing import Any
 
 from isomorph.curriculum.lengths import LengthLimits, at_most_in_prompt
 from isomorph.curriculum.rewards.answer import Answer, stated_answer
+from isomorph.curriculum.rows.gym_answers import harmless
 from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.spec import ROWS
 from isomorph.curriculum.rows.template import Source
@@ -135,7 +136,8 @@ class Scorer:
         name = answer.row["metadata"]["source_dataset"]
         if name not in self._scorers:
             self._scorers[name] = self._gym.get_score_answer_fn(name)
-        return float(self._scorers[name](stated, dict(answer.row)))
+        known = harmless(name, stated, str(answer.row["answer"]))
+        return float(self._scorers[name](known, dict(answer.row)))
 
 
 def _package() -> Any:

@@ -5,6 +5,7 @@ Everything that can be wrong with model, tokenizer and chat template is checked 
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import TextCodec, byte_tokenizer, open_text, word_tokenizer
 from isomorph.engine.planner import ModelShape
 
+# Python files of a model's folder are never run. Without this transformers asks on the terminal whether to run them.
+NO_CODE = False
 # a folder with a tokenizer has at least one of these
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
@@ -118,7 +121,12 @@ def _loaded_model(path: str, dtype: torch.dtype, *, defers: bool) -> tuple[Any, 
         if defers and not gguf and (found := _deferred_model(folder, dtype)) is not None:
             return found[0], tokenizer, found[1]
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=registered_attention(), output_loading_info=True, **loader_options
+            folder,
+            dtype=dtype,
+            attn_implementation=registered_attention(),
+            output_loading_info=True,
+            trust_remote_code=NO_CODE,
+            **loader_options,
         )
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would initialise them randomly
@@ -166,7 +174,7 @@ def _loaded_tokenizer(path: str, folder: str, gguf: Mapping[str, str]) -> Any:
             "there from the model that the weights come from"
         )
     with foreign(f"model.path: no tokenizer could be loaded from {path!r}"):
-        return AutoTokenizer.from_pretrained(folder, **gguf)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=NO_CODE, **gguf)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -201,7 +209,7 @@ def read_shape(config: ModelConfig, vocabulary: Sequence[str], lora: LoraConfig 
     A tokenizer in the model's folder is checked as by ``load_policy``. Raises UserError.
     """
     model = _weightless_model(config, vocabulary)
-    if config.path is not None and has_tokenizer(Path(config.path).expanduser()):
+    if config.path is not None and has_tokenizer(Path(os.path.expanduser(config.path))):
         folder, gguf = _locate(config.path)
         with _about(config.path):
             _opened_text(model, _loaded_tokenizer(config.path, folder, gguf), config, tags=())
@@ -230,7 +238,7 @@ def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
     with foreign(
         f"model.path: no config.json could be read from {config.path!r} (its folder may hold nothing else for this)"
     ):
-        model_config = transformers.AutoConfig.from_pretrained(folder, **gguf)
+        model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=NO_CODE, **gguf)
     refuse_unsupported(model_config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config, attn_implementation=registered_attention())
@@ -297,7 +305,7 @@ def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype:
 
 
 def _locate(path: str) -> tuple[str, dict[str, str]]:
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
     if file.suffix == ".gguf":
         if not file.is_file():
             raise UserError(f"model.path: no such file: {file}")
