@@ -35,6 +35,7 @@ from isomorph.engine.config import UserError
 from isomorph.engine.distributed.fsdp import shard
 from isomorph.engine.distributed.heartbeat import lost_ranks_explained
 from isomorph.engine.distributed.ranks import ALONE, Ranks
+from isomorph.engine.foreign import foreign
 from isomorph.engine.loop import train
 from isomorph.engine.model.load import load_policy, read_weights, silence_loaders
 from isomorph.engine.model.policy import Policy
@@ -154,7 +155,8 @@ def _open_components(
         for sentence in source.left_out:
             log.say(f"warning: {sentence}")
     if resume:
-        curriculum.load_state_dict(state.source)
+        with foreign("the newest checkpoint's state.json is not of the recipe's stages: delete that checkpoint"):
+            curriculum.load_state_dict(state.source)
         if curriculum.reopen_extended():
             state = dataclasses.replace(state, source=curriculum.state_dict())
     with (
@@ -296,7 +298,8 @@ def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict
     else:
         state, weights, learned = load_checkpoint(newest)
         check_base(policy, state.base, newest)
-        policy.overwrite([weights[name] for name in policy.named_parameters()])
+        with foreign(f"{newest}: its weights do not fit the recipe's model"):
+            policy.overwrite([weights[name] for name in policy.named_parameters()])
     log.cut_after(state.step)
     log.seconds_before = state.totals["wall_s"]
     where = "within the step after" if state.draws else "after"

@@ -1,10 +1,9 @@
 """What ``isomorph eval`` can evaluate: a run, a checkpoint of one, its best model, or any model."""
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from isomorph.engine.model.load import load_policy, silence_loaders
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.recipe_file import check_tables
 from isomorph.engine.record.best import BEST, FILE, read_best
-from isomorph.engine.record.checkpoint import latest_checkpoint, load_weights
+from isomorph.engine.record.checkpoint import latest_checkpoint, load_weights, read_state
 
 NEEDED = (
     "a run folder (with run.json), a checkpoint of a run (with state.json), RUN/best, or a model folder (with "
@@ -43,7 +42,7 @@ def find_candidate(target: str) -> Candidate:
     Raises UserError where there is none, with what is needed.
     """
     silence_loaders()
-    folder = Path(target).expanduser()
+    folder = Path(os.path.expanduser(target))
     if (folder / "run.json").is_file():
         return _of_run(target, folder)
     if folder.name == BEST and (folder.parent / "run.json").is_file():
@@ -121,9 +120,9 @@ def _checkpoint(target: str, checkpoint: Path, run: Path) -> Candidate:
     recipe, changed = _recipe_of(run)
 
     def load() -> Policy:
+        state = read_state(checkpoint)
         policy = open_policy(recipe)
         try:
-            state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
             check_base(policy, state.get("base", ""), checkpoint)
             weights = load_weights(checkpoint)
             policy.overwrite([weights[name] for name in policy.named_parameters()])

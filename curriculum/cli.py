@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.named_recipes import FOLDER, recipe_line, recipe_names
@@ -19,6 +18,7 @@ from isomorph.curriculum.rewards.builtin import BUILTINS
 from isomorph.curriculum.rewards.families import FAMILIES, GENERATED
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
+from isomorph.engine.foreign import PrintableConsole
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Generate tasks; check files of tasks.")
@@ -27,7 +27,7 @@ app.add_typer(data, name="data")
 app.add_typer(kernels, name="kernels")
 bench = typer.Typer(no_args_is_help=True, help="Benchmark the ops against other implementations.")
 app.add_typer(bench, name="bench")
-console = Console(markup=False, emoji=False)  # a user's names may hold brackets and colons
+console = PrintableConsole(markup=False, emoji=False)  # a user's names may hold brackets and colons
 
 
 def main() -> None:

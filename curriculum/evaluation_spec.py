@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from isomorph.engine.config import Section
+from isomorph.engine.config import FileName, Section
 from isomorph.engine.effect import KeyPath
 
 
@@ -15,7 +15,7 @@ class EvalSet(Section):
     data: str
     representations: tuple[str, ...] | None = Field(None, min_length=1)  # None: all that the data has
     prompts: int = Field(300, ge=1)  # per representation; of files at most what eval_share keeps
-    name: str = Field("", pattern=r"^[\w.-]*$")
+    name: FileName = Field("", pattern=r"^[\w.-]*$")
 
     def key(self, representation: str, num_sets: int) -> str:
         """What results on ``representation`` are listed under, in a recipe with ``num_sets`` sets.
@@ -38,7 +38,7 @@ class EvalConfig(Section):
     prompts: int = Field(300, ge=1)
     sets: tuple[EvalSet, ...] = ()
     max_new_tok: int = Field(72, ge=1)
-    seed: int = 999  # of generated questions, and of the samples
+    seed: int = Field(999, ge=0, lt=2**32)  # of generated questions, and of the samples
     # of generated questions: "dev" while a recipe is worked on, "test" for what is claimed; they share no procedure,
     # and half of the test exam's wordings occur nowhere else
     split: Literal["dev", "test"] = "dev"

@@ -1,6 +1,5 @@
 """``isomorph train --resume DIR section.key=value``: which keys a resumed run may change."""
 
-import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +10,7 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.engine.config import STAGE_TABLES, UserError
 from isomorph.engine.effect import leaves
 from isomorph.engine.recipe_file import check_tables, overridden
-from isomorph.engine.record.checkpoint import latest_checkpoint
+from isomorph.engine.record.checkpoint import latest_checkpoint, read_state
 
 # Keys of length, speed and output, and paths whose file has the same content.
 MAY_CHANGE = (
@@ -117,7 +116,7 @@ def _refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         return  # resuming raises
-    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    state = read_state(newest)
     present = state["source"].get("stage_index", 0)
     done = state["source"].get("steps_done", 0)
     is_extended = present == len(after.stage) and _extends_the_end(changes, after, state["source"])

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -65,13 +66,28 @@ def _scalars_in(annotation: Any) -> set[type]:
     return {annotation} if annotation in (int, float, bool, str) else set()
 
 
+MAX_NAME_BYTES = 120  # file systems allow 255, and names of files have more in them
+
+
+def _short_name(name: str) -> str:
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"must have at most {MAX_NAME_BYTES} bytes, because it is part of file names")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_short_name)]
+
+
+MAX_TINY = 2_000_000_000
+
+
 class TinyModel(Section):
     """A Llama decoder with random weights and a tokenizer of its own, built at the start of the run: no download."""
 
     renamed = {"max_tok": "max_model_len"}
 
     hidden_size: int = Field(128, ge=8)
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=1000)
     num_heads: int = Field(4, ge=1)
     num_kv_heads: int = Field(2, ge=1)
     intermediate_size: int = Field(384, ge=8)
@@ -82,6 +98,16 @@ class TinyModel(Section):
 
     def idle(self) -> dict[KeyPath, str]:
         return {("max_words",): 'model.tiny.tokenizer is "bytes"'} if self.tokenizer == "bytes" else {}
+
+    @model_validator(mode="after")
+    def _is_tiny(self) -> "TinyModel":
+        size = self.num_layers * self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size)
+        if size > MAX_TINY:
+            raise ValueError(
+                f"the layers of model.tiny must have fewer than 2 billion weights, got {size:,}: lower hidden_size, "
+                "intermediate_size or num_layers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TinyModel":
@@ -402,7 +428,7 @@ class Stage(Section):
         'reference = "keep"': 'reference = "previous"',
     }
 
-    name: str = Field(pattern=r"^\w[\w .-]*$")  # also part of file names
+    name: FileName = Field(pattern=r"^\w[\w .-]*$")  # also part of file names
     steps: int = Field(ge=1)  # at most; length of the learning-rate schedule
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
@@ -474,7 +500,7 @@ class ParallelConfig(Section):
 class RunConfig(Section):
     """Seed, threads, checkpoints and diagnostics of a run."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)  # as numpy takes it
     threads: int | None = Field(None, ge=1)  # of PyTorch, on the CPU; None: all cores
     checkpoint_every: int = Field(50, ge=1)  # steps
     keep_checkpoints: int = Field(2, ge=1)  # the newest ones; older ones are deleted

@@ -2,13 +2,29 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from isomorph.engine.config import UserError
 
 # Terminals interpret control characters (line feed and tab are harmless) and marks that change the direction of text;
 # half a surrogate pair cannot be encoded.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class PrintableConsole(Console):
+    """A console that prints no control character of a text: what models, data and recipes wrote is shown, not obeyed.
+
+    Names come from recipes, run folders and rows, and pass through many sentences and tables on their way here.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of ``renderable`` with ``printable`` texts; those that move rich's own cursor stay."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(printable(text), style)
 
 
 @contextlib.contextmanager

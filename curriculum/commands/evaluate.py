@@ -23,6 +23,7 @@ from isomorph.curriculum.questions import SEED, check_wanted, open_exam
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.study.statistics import mcnemar, paired_difference
 from isomorph.engine.config import SamplerConfig, UserError
+from isomorph.engine.foreign import printable
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.recipe_file import load_recipe
 from isomorph.engine.rollout.builtin import BuiltinSampler
@@ -84,7 +85,7 @@ def evaluate(targets: Sequence[str], options: Options, console: Console, *, as_j
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
 
 
 def evaluate_targets(targets: Sequence[str], options: Options, *, say: Say) -> dict[str, Any]:

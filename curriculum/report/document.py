@@ -9,6 +9,13 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from isomorph.engine.foreign import printable
+
+
+def escaped(text: object) -> str:
+    """``text`` as HTML that shows it: tags, quotes, control characters and marks of direction are written out."""
+    return html.escape(printable(str(text)))
+
 
 class Album:
     """Saves figures as PNG files and returns them as HTML with the image embedded."""
@@ -22,20 +29,20 @@ class Album:
         FigureCanvasAgg(figure).print_png(buffer)  # draws once; savefig draws twice
         (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
-        alt = html.escape(caption)
+        alt = escaped(caption)
         return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>\n'
 
 
 def note(text: str) -> str:
     """A paragraph in small grey letters."""
-    return f'<p class="note">{html.escape(text)}</p>'
+    return f'<p class="note">{escaped(text)}</p>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, css: str = "numbers") -> str:
     """An HTML table; without titles where all of ``head`` are empty. ``css``: numbers or facts."""
-    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    titles = "".join(f"<th>{escaped(cell)}</th>" for cell in head)
     # browsers break lines inside "->"
-    lines = ["".join(f"<td>{html.escape(cell.replace('->', '→'))}</td>" for cell in row) for row in rows]
+    lines = ["".join(f"<td>{escaped(cell.replace('->', '→'))}</td>" for cell in row) for row in rows]
     top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table class="{css}">{top}<tbody>{body}</tbody></table></div>\n'
@@ -61,7 +68,7 @@ pre.prompt { background: #eef4fb; } summary { cursor: pointer; font-size: .9rem;
 
 def page(title: str, body: str) -> str:
     """The whole page; ``title`` is escaped, ``body`` is HTML."""
-    shown = html.escape(title)
+    shown = escaped(title)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

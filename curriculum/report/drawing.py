@@ -11,8 +11,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from isomorph.curriculum.report.run_record import Span
 from isomorph.curriculum.study.statistics import Accuracy
+from isomorph.engine.foreign import shortened
 
 WIDTH_IN = 9.0
+MAX_NAME_CHARS = 60
 MIN_LABEL_SHARE = 0.09  # of the axis: a narrower stage has its name written slanted
 MIN_TICK_SHARE = 0.2  # a wider stage has a tick in its middle
 
@@ -34,6 +36,11 @@ def errorbars(ax: Axes, at: Sequence[tuple[float, Accuracy]], **style: Any) -> N
     spread = [rates - [a.low for _, a in at], [a.high for _, a in at] - rates]
     # rounding may leave an end a hair inside the rate
     ax.errorbar([x for x, _ in at], rates, yerr=np.maximum(spread, 0), marker="o", ms=5, capsize=3, **style)
+
+
+def as_label(name: str) -> str:
+    """``name`` as a figure shows it: on one line, shortened, and without matplotlib's mathematics between dollars."""
+    return shortened(name, MAX_NAME_CHARS).replace("$", r"\$")
 
 
 def new_figure(height_in: float) -> Figure:
@@ -104,7 +111,7 @@ def _name_stages(ax: Axes, spans: Sequence[Span], steps: np.ndarray, places: np.
         ax.text(
             (span.first + span.last) / 2,
             1.01,
-            span.stage.name,
+            as_label(span.stage.name),
             transform=ax.get_xaxis_transform(),
             ha="center",
             va="bottom",

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from isomorph.curriculum.evaluation_spec import START
 from isomorph.curriculum.report.drawing import (
+    as_label,
     dot,
     dress,
     errorbars,
@@ -107,7 +108,7 @@ def _rewards(ax: Axes, record: RunRecord, spans: Sequence[Span]) -> None:
             reward = series(span.rows, f"reward/{name}")
             ax.plot(steps, reward, color=colour_of[name], alpha=0.3, lw=0.8, marker=dot(span), ms=3)
             smooth = moving_average(reward, smoothing_window(len(steps)))
-            ax.plot(steps, smooth, color=colour_of[name], lw=2, label=None if name in labelled else name)
+            ax.plot(steps, smooth, color=colour_of[name], lw=2, label=None if name in labelled else as_label(name))
             labelled.add(name)
     dress(ax, "reward per step (thick: moving average)", "mean reward, 0 to 1")
     ax.set_ylim(-0.02, 1.02)
@@ -123,7 +124,7 @@ def evaluation_accuracy(record: RunRecord) -> Figure:
     for i, name in enumerate(names):
         shift = 0.06 * (i - (len(names) - 1) / 2)
         at = [(x + shift, done.accuracy[name]) for x, done in enumerate(record.evaluations) if name in done.accuracy]
-        errorbars(ax, at, color=colour_of[name], label=name)
+        errorbars(ax, at, color=colour_of[name], label=as_label(name))
     _baselines(ax, {name: value for name, value in record.baseline.items() if value is not None}, colour_of)
     ax.set_xticks(range(len(record.evaluations)), [_evaluation_name(done) for done in record.evaluations])
     ax.set_xlim(-0.4, len(record.evaluations) - 0.6)
@@ -143,11 +144,11 @@ def accuracy_over_steps(record: RunRecord) -> Figure:
     for name in names:
         shown = [done for done in record.evaluations if name in done.accuracy]
         greedy = [(max(start, done.step), done.accuracy[name]) for done in shown]
-        errorbars(ax, greedy, color=colour_of[name], label=name, lw=1.5)
+        errorbars(ax, greedy, color=colour_of[name], label=as_label(name), lw=1.5)
         drawn = [(max(start, done.step), done.sampled[name]) for done in shown if name in done.sampled]
         for what, line in zip(_first_and_last(drawn[-1][1].means()) if drawn else (), ("--", ":"), strict=False):
             at = [(step, sampled.means()[what].rate) for step, sampled in drawn if what in sampled.means()]
-            ax.plot(*zip(*at, strict=True), color=colour_of[name], ls=line, lw=1.2, label=f"{name}, {what}")
+            ax.plot(*zip(*at, strict=True), color=colour_of[name], ls=line, lw=1.2, label=f"{as_label(name)}, {what}")
     _baselines(ax, {name: value for name, value in record.baseline.items() if value is not None}, colour_of)
     dress(ax, "accuracy at each evaluation; greedy with 95 % intervals", "accuracy")
     mark_stages(ax, record.spans)
@@ -166,7 +167,7 @@ def _baselines(ax: Axes, baseline: Mapping[str, float], colour_of: Mapping[str, 
         ax.axhline(next(iter(baseline.values())), color="black", ls=":", lw=1.2, label="sequential baseline")
         return
     for name, value in baseline.items():
-        ax.axhline(value, color=colour_of[name], ls=":", lw=1.2, label=f"sequential baseline, {name}")
+        ax.axhline(value, color=colour_of[name], ls=":", lw=1.2, label=f"sequential baseline, {as_label(name)}")
 
 
 HEALTH: tuple[tuple[str, str, str, float, Literal["linear", "log"]], ...] = (
@@ -241,8 +242,8 @@ def transfer_picture(matrix: TransferMatrix) -> Figure:
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
             _write_cell(ax, x, y, cell)
-    ax.set_xticks(range(num_columns), matrix.evaluated_on)
-    ax.set_yticks(range(num_rows), [_broken(label) for label in matrix.trained_on])
+    ax.set_xticks(range(num_columns), [as_label(name) for name in matrix.evaluated_on])
+    ax.set_yticks(range(num_rows), [_broken(as_label(label)) for label in matrix.trained_on])
     ax.set_xlabel("evaluated on", fontsize=9)
     ax.set_ylabel("trained on", fontsize=9)
     ax.xaxis.set_label_position("top")
@@ -265,7 +266,7 @@ def compare_rewards(records: Sequence[RunRecord], names: Sequence[str]) -> Figur
     figure = new_figure(3.6)
     ax = figure.subplots()
     for i, (record, name) in enumerate(zip(records, names, strict=True)):
-        label: str | None = name
+        label: str | None = as_label(name)
         for span in record.spans:
             if span.stage.objective.is_supervised:
                 continue
@@ -289,7 +290,7 @@ def compare_accuracy(records: Sequence[RunRecord], names: Sequence[str]) -> Figu
     for ax, representation in zip(axes, panels, strict=False):
         for i, (record, name) in enumerate(zip(records, names, strict=True)):
             _accuracy_over_steps(ax, record, representation, name, i)
-        dress(ax, representation, "accuracy")
+        dress(ax, as_label(representation), "accuracy")
         ax.set_xlabel("RL steps", fontsize=9)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -301,7 +302,7 @@ def compare_accuracy(records: Sequence[RunRecord], names: Sequence[str]) -> Figu
 def _accuracy_over_steps(ax: Axes, record: RunRecord, representation: str, name: str, i: int) -> None:
     shown = [done for done in record.evaluations if representation in done.accuracy]
     at = [(_rl_steps_before(record, done.step), done.accuracy[representation]) for done in shown]
-    errorbars(ax, at, label=name, **_run_style(i))
+    errorbars(ax, at, label=as_label(name), **_run_style(i))
 
 
 def _rl_steps_before(record: RunRecord, step: int) -> int:
@@ -315,7 +316,7 @@ def _run_style(i: int) -> dict[str, Any]:
 
 
 def _evaluation_name(done: EvaluationResult) -> str:
-    return done.label if done.label == START else f"after {done.label}"
+    return done.label if done.label == START else f"after {as_label(done.label)}"
 
 
 def _broken(label: str) -> str:

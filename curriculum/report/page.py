@@ -1,6 +1,5 @@
 """The report: one self-contained HTML page and its figures as PNG files, of one run or comparing several."""
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -135,7 +134,7 @@ def _matrix_table(matrix: TransferMatrix) -> str:
 
 
 def _section(record: RunRecord, name: str, album: document.Album, *, prefix: str) -> str:
-    title = f"<h2>{html.escape(name)}</h2>" if prefix else ""  # of a single run the page's title is enough
+    title = f"<h2>{document.escaped(name)}</h2>" if prefix else ""  # of a single run the page's title is enough
     parts = [title, _status(record), *map(document.note, record.notes), _facts(record)]
     parts += ["<h3>Accuracy</h3>", _accuracy_table(record)]
     if record.evaluations:
@@ -168,13 +167,14 @@ def _status(record: RunRecord) -> str:
     total = sum(stage.steps for stage in record.recipe.stage)
     last = record.rows[-1]
     if record.is_done:
-        return f"<p>Done: {last['step']} steps.</p>"
+        return f"<p>Done: {document.escaped(last['step'])} steps.</p>"
     reason = (record.summary or {}).get("reason")
-    why = f" ({html.escape(reason)})" if reason else ""
-    return (
-        f'<p class="warning">This run is {html.escape(record.status)}{why}: step {last["step"]} of at most {total}, '
-        f"in stage {html.escape(last['stage'])}. This page shows its state so far.</p>"
+    why = f" ({reason})" if reason else ""
+    said = (
+        f"This run is {record.status}{why}: step {last['step']} of at most {total}, in stage {last['stage']}. This "
+        "page shows its state so far."
     )
+    return f'<p class="warning">{document.escaped(said)}</p>'
 
 
 def _facts(record: RunRecord) -> str:
@@ -346,14 +346,14 @@ def _samples_of(file: Path) -> Iterable[str]:
     for row in read_completions(file) or ():
         first.setdefault((row["representation"], row["correct"]), row)
     if first:
-        yield f"<h4>{html.escape(file.stem)}</h4>"
+        yield f"<h4>{document.escaped(file.stem)}</h4>"
     for (representation, _), row in sorted(first.items(), key=lambda item: (item[0][0], not item[0][1])):
         none = ", no answer found" if row.get("answered") is False else ""
-        summary = f"{html.escape(representation)}, {reward_text(row)}{none}"
+        summary = f"{document.escaped(representation)}, {document.escaped(reward_text(row))}{none}"
         prompt = f"<pre class='prompt'>{_cut(row['prompt'])}</pre>" if "prompt" in row else ""
         yield f"<details open><summary>{summary}</summary>{prompt}<pre>{_cut(row['text'])}</pre></details>"
 
 
 def _cut(text: str) -> str:
     left = len(text) - MAX_SAMPLE_CHARS
-    return html.escape(text[:MAX_SAMPLE_CHARS]) + (f" ... ({left} more characters)" if left > 0 else "")
+    return document.escaped(text[:MAX_SAMPLE_CHARS]) + (f" ... ({left} more characters)" if left > 0 else "")

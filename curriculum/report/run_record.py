@@ -11,11 +11,12 @@ import numpy as np
 from isomorph.curriculum.evaluation_results import Sampled
 from isomorph.curriculum.evaluation_spec import START, step_of
 from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.report.schema import Described, Response, Step, Summary, check, fits
 from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.curriculum.study.statistics import Accuracy
 from isomorph.engine.config import UserError
 from isomorph.engine.recipe_file import check_tables
-from isomorph.engine.record.checkpoint import latest_checkpoint
+from isomorph.engine.record.checkpoint import latest_checkpoint, read_state
 from isomorph.engine.record.runlog import Row, read_steps
 
 
@@ -95,6 +96,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     described = read_run_json(folder)
     recipe = check_tables(described["recipe"], Recipe, where=f"{folder}/run.json")
+    check(Described, described, f"{folder}/run.json", "the description of a run")
     rows, notes = _rows(folder)
     spans = _spans(recipe, rows, folder)
     evaluations, further_notes = _evaluations(folder, spans)
@@ -128,15 +130,17 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     summary = _json_object(file, f"{file} must be the summary of a run")
-    if "status" not in summary:
-        raise UserError(f"{file} must be the summary of a run, with a status; got {sorted(summary)}")
+    check(Summary, summary, str(file), "the summary of a run")
     return summary
 
 
 def series(rows: Sequence[Row], key: str) -> np.ndarray:
     """[len(rows)] float64 of one column; NaN where a row lacks it or nothing was measured."""
-    values = (row.get(key) for row in rows)
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    values = [np.nan if row.get(key) is None else row[key] for row in rows]
+    try:
+        return np.array(values, dtype=np.float64).reshape(len(rows))
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"steps.jsonl: {key} must be a number or null in every row") from None
 
 
 def trained_on(stages: Sequence[StageRecipe]) -> str:
@@ -156,13 +160,12 @@ def _rows(folder: Path) -> tuple[tuple[Row, ...], list[str]]:
         rows = read_steps(folder)
     except FileNotFoundError:
         num_lines, rows = 0, []
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} must be a readable file of JSON Lines: {error}") from error
     if not rows:
         raise UserError(f"{folder} holds no completed step yet: wait for the first row of steps.jsonl")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {"step", "stage", "time/step_s"} <= row.keys():
-            raise UserError(f"{file}, line {number}: must be one step's row, got {str(row)[:80]}")
+        check(Step, row, f"{file}, line {number}:", "one step's row")
     lost = num_lines - len(rows)
     notes = [f"steps.jsonl: {lost} row(s) from line {len(rows) + 1} on cannot be read and are left out"] if lost else []
     return tuple(rows), notes
@@ -214,10 +217,9 @@ def read_completions(file: Path) -> list[Row] | None:
     """The rows of a file under completions/; None where it is incomplete."""
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
-    is_whole = all(isinstance(row, dict) and {"representation", "text", "reward"} <= row.keys() for row in rows)
-    if not rows or not is_whole:
+    if not rows or not fits(Response, rows):
         return None
     for row in rows:  # files of older versions lack the column; their rewards are 0 or 1
         row.setdefault("correct", row["reward"] == 1)
@@ -261,15 +263,14 @@ def _of_evaluation(folder: Path, summary: dict[str, Any] | None, key: str) -> di
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         return {}
-    state = _json_object(newest / "state.json", f"{newest} must be a readable checkpoint")
-    done = state.get("source", {}).get("exams", [])
+    done = read_state(newest)["source"].get("exams", [])
     return dict(done[-1].get(key, {})) if done else {}
 
 
 def _json_object(file: Path, must: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{must}: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{must}: {file} holds {type(value).__name__} instead of an object")

@@ -16,7 +16,7 @@ from typing import Any
 
 from isomorph.curriculum.rows.arrow import ArrowRows
 from isomorph.engine.config import UserError
-from isomorph.engine.foreign import cause_of, shortened
+from isomorph.engine.foreign import cause_of, printable, shortened
 
 PATIENCE_S = 4.0  # for the hub's first answer
 QUIET_S = 4.0  # without anything arriving, until that is said
@@ -128,8 +128,8 @@ def _watched(load: Callable[[], Any], repo: str, datasets: Any) -> Any:
         if waited > QUIET_S and not is_said and thread.is_alive():
             is_said = True
             sys.stderr.write(
-                f"note: hub:{repo}: nothing has arrived from the hub for {QUIET_S:g} s; it is given up after "
-                f"{STALLED_S:g} s\n"
+                f"note: hub:{printable(repo)}: nothing has arrived from the hub for {QUIET_S:g} s; it is given up "
+                f"after {STALLED_S:g} s\n"
             )
     if raised:
         raise raised[0]

@@ -140,9 +140,12 @@ def _files_saved_in(folder: Path) -> list[Path]:
     """The files of a dataset that ``datasets`` saved there; [] where it saved none."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, LookupError, TypeError):  # no such file, or one of something else
+        names = [str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # no such file, or one of something else
         return []
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{folder}/state.json: the files of a dataset must lie in its folder, got {outside[0]!r}")
+    return [folder / name for name in names]
 
 
 def _is_of(file: Path, folder: Path, split: str) -> bool:

@@ -8,8 +8,6 @@ import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from rich.console import Console
-
 from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.commands.train import train_in
 from isomorph.curriculum.report.run_record import read_run_json
@@ -18,6 +16,7 @@ from isomorph.curriculum.rewards.spawn import CleanSpawnContext
 from isomorph.curriculum.study.design import PlannedRun
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
+from isomorph.engine.foreign import PrintableConsole
 
 PR_SET_PDEATHSIG = 1
 DEVICES = "/dev", "nvidia[0-9]*"
@@ -46,7 +45,7 @@ def train_run(run: PlannedRun, log: Path, parent: int, resume: bool) -> None:
     """What the process does."""
     _stop_with(parent)
     _print_to(log)
-    console = Console(file=sys.stdout, markup=False, emoji=False, width=120)
+    console = PrintableConsole(file=sys.stdout, markup=False, emoji=False, width=120)
     try:
         recipe = run.recipe
         if resume:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -133,7 +134,7 @@ class Design:
             tables["model"].pop("path")
             files = {place: value for place, value in files.items() if not place.startswith("model.path/")}
         elif recipe.model.path is not None:
-            weights = self._weights_of(Path(recipe.model.path))
+            weights = self._weights_of(Path(os.path.expanduser(recipe.model.path)))
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         text = json.dumps([tables, files, weights, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

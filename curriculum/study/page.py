@@ -1,6 +1,5 @@
 """A study's page: one HTML file that stands alone and its pictures as PNGs, from the rows of the study's folder."""
 
-import html
 import json
 import math
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ def _body(results: StudyResults, analysis: Analysis, album: document.Album) -> s
     study = results.study
     rates = shortcut_rates(results)
     shortcut = max(rates.items(), key=lambda item: item[1], default=None)
-    parts = [f"<p><b>{html.escape(study['question'])}</b></p>"]
+    parts = [f"<p><b>{document.escaped(study['question'])}</b></p>"]
     if analysis.missing:
         parts.append(_warning(f"Not finished: {', '.join(analysis.missing)}. Seeds without a partner are left out."))
     caption = (
@@ -54,7 +53,9 @@ def _body(results: StudyResults, analysis: Analysis, album: document.Album) -> s
         "by seed and item, so that this cancels; 95 % intervals, not adjusted for their number."
     )
     parts.append(album.add("answer", pictures.answer(results, analysis, shortcut), caption))
-    parts.append("<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts(analysis)) + "</ul>")
+    parts.append(
+        "<ul>" + "".join(f"<li>{document.escaped(sentence)}</li>" for sentence in verdicts(analysis)) + "</ul>"
+    )
     parts.append(
         document.note("In brackets 95 % intervals. *: p of the paired t test below 0.05 after Holm's adjustment.")
     )
@@ -290,7 +291,7 @@ def _cost(row: dict[str, object]) -> tuple[float, ...]:
 
 
 def _warning(text: str) -> str:
-    return f'<p class="warning">{html.escape(text)}</p>'
+    return f'<p class="warning">{document.escaped(text)}</p>'
 
 
 def _points(share: float) -> str:

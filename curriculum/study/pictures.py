@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from isomorph.curriculum.report.drawing import dress, legend, new_figure, percent
+from isomorph.curriculum.report.drawing import as_label, dress, legend, new_figure, percent
 from isomorph.curriculum.report.figures import RUN_COLOURS, RUN_LINES
 from isomorph.curriculum.study.analysis import Analysis, Comparison, Curve, Reached
 from isomorph.curriculum.study.results import DIFFICULTY, StudyResults
@@ -37,7 +37,12 @@ def answer(results: StudyResults, analysis: Analysis, shortcut: tuple[str, float
         left.axhline(shortcut[1], color="black", ls=":", lw=1.1, label=f"best shortcut: {shortcut[0]}")
     for budget in results.study["budgets"]:
         left.axvline(budget, color="#dddddd", lw=0.8, zorder=0)
-    dress(left, f"accuracy, {measure} (bands: 95 % over seeds)", "greedy accuracy", x="steps after the warm start")
+    dress(
+        left,
+        f"accuracy, {as_label(measure)} (bands: 95 % over seeds)",
+        "greedy accuracy",
+        x="steps after the warm start",
+    )
     percent(left)
     _differences(right, planned, results)
     legend(figure)
@@ -49,7 +54,7 @@ def _curves(ax: Axes, curves: Sequence[Curve], results: StudyResults, *, by_toke
     for curve in curves:
         x = np.array(curve.tokens) / 1000 if by_tokens else np.array(curve.steps)
         own = style[curve.condition]
-        ax.plot(x, curve.mean, **own, lw=2, marker="o", ms=3.5, label=curve.condition)
+        ax.plot(x, curve.mean, **own, lw=2, marker="o", ms=3.5, label=as_label(curve.condition))
         if not by_tokens and np.isfinite(curve.low).all():
             low, high = np.clip(curve.low, 0, 1), np.clip(curve.high, 0, 1)
             ax.fill_between(x, low, high, color=own["color"], alpha=0.08, lw=0)
@@ -68,7 +73,7 @@ def _differences(ax: Axes, planned: Sequence[Comparison], results: StudyResults)
     for y in range(1, len(planned)):
         if planned[y].name != planned[y - 1].name:
             ax.axhline(y - 0.5, color="#eeeeee", lw=0.8)
-    ax.set_yticks(range(len(planned)), [f"{one.name}, {one.budget} steps" for one in planned])
+    ax.set_yticks(range(len(planned)), [f"{as_label(one.name)}, {one.budget} steps" for one in planned])
     ax.set_ylim(len(planned) - 0.4, -0.6)
     exam = "test exam" if planned and planned[0].exam == "test" else "development exam"
     dress(ax, f"differences, {exam}", "", x="points of accuracy (grey dots: seeds)")
@@ -87,7 +92,7 @@ def representations(results: StudyResults, analysis: Analysis) -> Figure:
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).flat)
     for ax, measure in zip(axes, measures, strict=False):
         _curves(ax, [c for c in analysis.curves if c.measure == measure], results)
-        dress(ax, measure, "accuracy", x="steps after the warm start")
+        dress(ax, as_label(measure), "accuracy", x="steps after the warm start")
         percent(ax)
     for ax in axes[len(measures) :]:
         ax.set_visible(False)
@@ -103,7 +108,12 @@ def tokens(results: StudyResults, analysis: Analysis) -> Figure:
     _curves(ax, [c for c in analysis.curves if c.measure == measure], results, by_tokens=True)
     if analysis.token_budget is not None:
         ax.axvline(analysis.token_budget / 1000, color=GREY, lw=0.9, ls="--", label="compared here")
-    dress(ax, f"accuracy, {measure}, by response tokens", "accuracy", x="thousand response tokens, mean over seeds")
+    dress(
+        ax,
+        f"accuracy, {as_label(measure)}, by response tokens",
+        "accuracy",
+        x="thousand response tokens, mean over seeds",
+    )
     percent(ax)
     legend(figure)
     return figure
@@ -126,7 +136,7 @@ def reached(results: StudyResults, found: Sequence[Reached]) -> Figure:
                 ax.plot([reach.median] * 2, [y - 0.3, y + 0.3], color=style[name]["color"], lw=2)
         dress(ax, f"steps to {one.target:.1%} (line: median)", "", x="steps after the warm start")
         ax.set_xlim(left=0, right=1.25 * next(iter(one.of_condition.values())).end)
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), [as_label(name) for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
     return figure
 
@@ -146,8 +156,8 @@ def difficulty(results: StudyResults, analysis: Analysis) -> Figure:
         for name in results.study["conditions"]:
             at = [(x, group.rates[name]) for x, group in enumerate(groups) if name in group.rates]
             if at:
-                ax.plot(*zip(*at, strict=True), **style[name], marker="o", ms=4, lw=1.5, label=name)
-        ax.set_xticks(range(len(groups)), [f"{group.name}\n(n={group.num_items})" for group in groups])
+                ax.plot(*zip(*at, strict=True), **style[name], marker="o", ms=4, lw=1.5, label=as_label(name))
+        ax.set_xticks(range(len(groups)), [f"{as_label(str(group.name))}\n(n={group.num_items})" for group in groups])
         dress(ax, DIFFICULTY[by], "accuracy", x="")
         percent(ax)
     legend(figure)

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from isomorph.engine.config import Section
+from isomorph.engine.config import FileName, Section
 from isomorph.engine.recipe_file import check_tables, read_tables
 
 NAME = r"^\w[\w.-]*$"
@@ -18,7 +18,7 @@ Tables = dict[str, Any]
 class StudyTable(Section):
     """[study]: the question, what all conditions share, and where they are compared."""
 
-    name: str = Field(pattern=NAME)
+    name: FileName = Field(pattern=NAME)
     question: str = Field(min_length=1)  # shown at the top of the page
     recipe: str  # relative to the study's file: model, data, [eval] and defaults of all conditions
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -91,7 +91,7 @@ class StudySpec(Section):
 
     study: StudyTable
     warm_start: WarmStart | None = None
-    condition: dict[str, Condition] = Field(min_length=1)
+    condition: dict[FileName, Condition] = Field(min_length=1)
     compare: tuple[Compare, ...] = ()
     test: Tables | None = None  # what the test exam has in place of keys of the recipe's [eval]
 

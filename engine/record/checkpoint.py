@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.distributed.shards import Part, apart, read_into, saved_in, write_parts
+from isomorph.engine.foreign import shortened
 from isomorph.engine.serialise import join_scored, split_scored
 from isomorph.engine.types import RunFailed, RunState, ScoredRollouts
 
@@ -40,6 +42,20 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 STATE, SUMS = "state.json", "checksums.json"
 BLOCK_BYTES = 2**20
 Sums = dict[str, list[int]]  # by file: the number of its bytes, their CRC-32
+
+
+class _Fields(BaseModel):
+    """What every version has written of state.json; all other keys are passed on."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int = Field(ge=0)
+    stage: str
+    source: dict[str, Any]
+    totals: dict[str, float]
+    draws: list[dict[str, Any]]
+
+
 REPLACED = ".replaced-"  # prefix of a checkpoint while a new one of the same step is renamed to its name
 
 
@@ -285,22 +301,34 @@ def _readable(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         earlier = [path for path in _complete(folder.parent) if path.name < folder.name]
         before = f", which is {earlier[-1]}" if earlier else ""
         raise UserError(
-            f"{folder}: not a readable checkpoint ({error}): delete it to resume from an earlier one{before}"
+            f"{folder}: not a readable checkpoint ({shortened(str(error))}): delete it to resume from an earlier one{before}"
         ) from error
 
 
-def _read_state(folder: Path) -> RunState:
-    fields = json.loads((folder / STATE).read_text(encoding="utf-8"))
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, with its types checked. Raises UserError if unreadable or of another format."""
+    with _readable(folder):
+        return _fields(folder)
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     found = fields.pop("format")
     if found not in (FORMAT, SHARDED):
         raise UserError(
             f"{folder}: the checkpoint format must be {FORMAT} or {SHARDED}, got {found}: resume with the version of "
             "isomorph that wrote it (versions in run.json), or start a new run"
         )
+    _Fields.model_validate(fields, strict=True)
+    return fields
+
+
+def _read_state(folder: Path) -> RunState:
+    fields = _fields(folder)
     draws = _join_all(fields.pop("draws"), load_file(folder / "draws.safetensors"))
     return RunState(**fields, draws=draws)
 

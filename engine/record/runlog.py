@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch.profiler import record_function
 
 from isomorph.engine.config import UserError
+from isomorph.engine.foreign import printable
 from isomorph.engine.record.telemetry import NUM_GROWING, WINDOW, Gather, Telemetry
 from isomorph.engine.types import RunFailed
 
@@ -169,7 +170,9 @@ class RunLog:
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar if there is one."""
         console = self._progress.console if self._progress else self.console
-        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)  # no markup: brackets stay
+        console.print(
+            printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True
+        )  # no markup: brackets stay
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[None]:
@@ -197,7 +200,8 @@ class RunLog:
         """Removes what was written after ``step``, that of the checkpoint from which the run resumes."""
         file = self.folder / "steps.jsonl"
         if file.exists():
-            kept = [line for line in file.read_text().splitlines() if _is_before(line, step)]
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _is_before(line, step)]
             partial = self.folder / ".steps.jsonl"
             with self.writing("steps.jsonl"):
                 partial.write_text("".join(line + "\n" for line in kept))
@@ -303,8 +307,8 @@ def read_steps(folder: Path) -> list[Row]:
 def _is_before(line: str, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
-    except json.JSONDecodeError:
-        return False  # incomplete row of a killed run
+    except (ValueError, LookupError, TypeError):
+        return False  # incomplete row of a killed run, or no row at all
 
 
 def _jsonable(value: Any) -> Any:
