@@ -1,6 +1,7 @@
 """The files that a run reads: their absolute paths, and whether they changed since the run began."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def located(recipe: Recipe) -> Recipe:
         if hasattr(data, "located"):
             tables["data"][name] |= data.located(recipe.folder)
     path = recipe.model.path
-    if path is not None and ("$" in path or Path(path).expanduser().exists()):
+    if path is not None and ("$" in path or os.path.exists(os.path.expanduser(path))):
         tables["model"]["path"] = resolve(path, Path())
     return Recipe.model_validate(tables, context={"folder": recipe.folder})
 

@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def _parse_family(text: str, sets: Sequence[str]) -> tuple[str, str, Path | None
             f"--data must {of_recipe}read FAMILY:REPRESENTATION or FAMILY:REPRESENTATION=FILE with a family of "
             f"{', '.join(FAMILIES)}; got {text!r}"
         )
-    return family, representation, Path(file).expanduser() if file else None
+    return family, representation, Path(os.path.expanduser(file)) if file else None
 
 
 def _of_family(text: str, known: _RecipeQuestions | None, prompts: int | None, split: Split) -> Asked:

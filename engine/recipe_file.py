@@ -108,13 +108,13 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the recipe cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOML's own errors, numbers of thousands of digits, deep nesting
         raise UserError(f"{path}: not valid TOML: {error}") from None
     base = tables.pop("extends", None)
     if base is None:
         return {}, tables
     chain = (*extended_by, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
+    if not isinstance(base, str) or "\0" in base or (path.parent / base).resolve() in chain:
         raise UserError(f"{path}: extends must name another recipe, without a cycle, got {base!r}")
     return _merged(*_read_toml(path.parent / base, chain)), tables
 
@@ -152,7 +152,7 @@ def _is_around(loc: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 def _overridden(text: str) -> list[KeyPath]:
     """Returns the paths that an override sets."""
     key, _, value = text.partition("=")
-    at = tuple(int(name) if name.isdigit() else name for name in key.strip().split("."))
+    at = tuple(int(name) if _is_number(name) else name for name in key.strip().split("."))
     return list(leaves(toml_value(value.strip()), at))
 
 
@@ -173,10 +173,15 @@ def _override(tables: dict[str, Any], text: str) -> None:
     node[leaf] = toml_value(value.strip())
 
 
+def _is_number(name: str) -> bool:
+    """Whether it is a stage's number: ``int`` does not read every digit of Unicode, and not thousands of them."""
+    return name.isascii() and name.isdigit() and len(name) < 10
+
+
 def _child(node: Any, name: str, text: str) -> Any:
     if isinstance(node, dict):
         return node.setdefault(name, {})
-    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+    if isinstance(node, list) and _is_number(name) and int(name) < len(node):
         return node[int(name)]
     if isinstance(node, list):
         raise UserError(f"override {text!r}: {name!r} must be a stage's number, 0 to {len(node) - 1}")
@@ -187,7 +192,7 @@ def toml_value(text: str) -> Any:
     """Parses ``text`` as a TOML value; what is not one is taken as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -6,6 +6,7 @@ answer, at least 1 % and at most 10 % of its value, 0 where that is 0; it does n
 
 import functools
 import re
+import tokenize
 from typing import Any, NamedTuple
 
 import pint
@@ -172,6 +173,9 @@ def _unit_name(text: str) -> str:
     return _UNIT_NAMES.get(text.lower(), text)
 
 
+_OF_PINT = (pint.PintError, tokenize.TokenError, RecursionError)  # its parser raises what Python's tokenizer does
+
+
 @functools.cache
 def _registry() -> pint.UnitRegistry:
     return pint.UnitRegistry()
@@ -183,7 +187,7 @@ def _convert(value: float, unit: str, wanted: str) -> float | None:
     try:
         quantity = _registry().Quantity(value, _parse_unit(unit))
         return float(quantity.to(_parse_unit(wanted)).magnitude)
-    except (pint.PintError, ArithmeticError, AttributeError, TypeError, ValueError, AssertionError):
+    except (*_OF_PINT, ArithmeticError, AttributeError, TypeError, ValueError, AssertionError):
         return None  # a unit unknown to pint, or of another dimension
 
 

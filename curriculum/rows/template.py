@@ -1,12 +1,15 @@
 """Columns and templates over columns: how a recipe names what it takes from a row."""
 
 import json
+import re
 import string
 from collections.abc import Sequence
 from typing import Any
 
 from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
+
+_INDEX = re.compile("[0-9]{1,9}")  # of an item of a list
 
 
 class Column:
@@ -28,7 +31,9 @@ class Column:
         for key in self.keys:
             if isinstance(found, dict) and key in found:
                 found = found[key]
-            elif isinstance(found, list) and key.isdigit() and int(key) < len(found):
+            elif (
+                isinstance(found, list) and key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(found)
+            ):
                 found = found[int(key)]
             else:
                 raise DataError(f"must have the column {self.name}, has {', '.join(row)}")
