@@ -155,10 +155,7 @@ def _open_components(
         for sentence in source.left_out:
             log.say(f"warning: {sentence}")
     if resume:
-        with foreign("the newest checkpoint's state.json is not of the recipe's stages: delete that checkpoint"):
-            curriculum.load_state_dict(state.source)
-        if curriculum.reopen_extended():
-            state = dataclasses.replace(state, source=curriculum.state_dict())
+        state = _continued(curriculum, state)
     with (
         open_sampler(recipe, policy) as sampler,
         RewardPool() as pool,
@@ -285,6 +282,13 @@ def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
         yield sampler
     finally:
         sampler.close()
+
+
+def _continued(curriculum: Curriculum, state: RunState) -> RunState:
+    """``state``, whose place ``curriculum`` takes; with more steps in the last stage that stage goes on."""
+    with foreign("the newest checkpoint's state.json is not of the recipe's stages: delete that checkpoint"):
+        curriculum.load_state_dict(state.source)
+    return dataclasses.replace(state, source=curriculum.state_dict()) if curriculum.reopen_extended() else state
 
 
 def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict[str, torch.Tensor]]:
