@@ -47,6 +47,8 @@ class Section(BaseModel):
             field = cls.model_fields.get(key)
             if field is None or any(isinstance(rule, BeforeValidator) for rule in field.metadata):
                 continue
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:  # as TOML has it; a float has no room for all
+                raise ValueError(f"{key} must be a number of 64 bits, got one of {value.bit_length()}")
             kinds = _scalars_in(field.annotation)
             if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
                 raise ValueError(f"{key} must be a number, got {value!r}")

@@ -1,6 +1,7 @@
 """A few hundred cases of tests/fuzz.py, and what the thousands have found."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from isomorph.curriculum.inputs import located
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.rewards.answer import Answer
 from isomorph.curriculum.rewards.builtin import physics
+from isomorph.curriculum.rows.dataset import Side
+from isomorph.curriculum.rows.spec import RowsData
+from isomorph.curriculum.rows.table import training_rows
+from isomorph.curriculum.tasks.task import DataError
 from isomorph.engine.config import UserError
 from isomorph.engine.recipe_file import load_recipe
 
@@ -21,7 +26,8 @@ SMOKE = Path(__file__).parents[1] / "curriculum" / "recipes" / "smoke.toml"
         ("stage.².steps=1", "must be a stage's number"),  # int() reads no superscripts, isdigit() does
         ("stage.0.name=" + "[" * 5000, "match pattern"),  # TOML's reader raises RecursionError
         ("stage.0.steps=" + "9" * 5000, "must be a number"),  # and ValueError for a number of so many digits
-        ("run.seed=1" + "0" * 30, "less than"),  # PyTorch's generator takes 64 bits, numpy's 32
+        ("batch.prompts=1" + "0" * 400, "64 bits"),
+        ("run.seed=4294967296", "less than"),  # PyTorch's generator takes 64 bits, numpy's 32
         ("model.tiny.hidden_size=1000000000", "fewer than 2 billion weights"),
     ],
 )
@@ -43,6 +49,15 @@ def test_the_home_of_nobody_is_a_path_like_others(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(f'{before}[model]\npath = "~nobody-here/x"\n{after}')
     recipe = load_recipe(tmp_path / "recipe.toml", [], Recipe)
     assert located(recipe).model.path == "~nobody-here/x"
+
+
+@pytest.mark.parametrize("content", [5, {"text": "a"}, ["a"], [{"text": 5}], [{"image": "a"}]])
+def test_a_message_of_no_text_is_refused(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"q": [{"role": "user", "content": content}]}) + "\n")
+    data = RowsData(kind="rows", path=str(path), prompt="q")
+    with pytest.raises(DataError, match="must be messages of text"):
+        Side(training_rows(data), data, "rows")
 
 
 def test_a_unit_that_is_no_unit_is_wrong() -> None:

@@ -84,7 +84,7 @@ class Renderer:
             raise DataError(f"{self._prompt.name} must end with the user's message, ends with {last}")
         if self._data.system is not None and messages[0]["role"] == "system":
             raise DataError(f"{self._prompt.name} has a system message of its own: remove system from the recipe")
-        return content_text(messages[-1]["content"]), tuple(messages)
+        return content_text(messages[-1].get("content")), tuple(messages)
 
     def answer(self, row: dict[str, Any]) -> str:
         """The accepted answer; "" where the recipe names none."""
@@ -97,7 +97,11 @@ class Renderer:
             key = hash(value)
         else:
             question, messages = self.prompt(row)
-            turns = () if messages is None else tuple((turn["role"], as_text(turn["content"])) for turn in messages)
+            turns = (
+                ()
+                if messages is None
+                else tuple((turn["role"], as_text(turn.get("content") or "")) for turn in messages)
+            )
             key = hash(turns or question)
         if self._answer is not None:
             self._answer.text(row)
@@ -139,7 +143,8 @@ class Renderer:
             if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn):
                 raise DataError(f"{name} must be messages with role and content, has {str(turn)[:80]!r}")
             content = turn["content"]
-            if isinstance(content, list) and any("text" not in part for part in content):
+            parts = content if isinstance(content, list) else [] if content is None else [{"text": content}]
+            if not all(isinstance(part, dict) and isinstance(part.get("text", 0), str | None) for part in parts):
                 raise DataError(f"{name} must be messages of text, has {str(content)[:80]!r}")
         return value
 
