@@ -299,13 +299,14 @@ def _readable(folder: Path) -> Iterator[None]:
     """Context: UserError in place of what reading raises."""
     try:
         yield
-    except UserError:
+    except (UserError, RunFailed):
         raise
     except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         earlier = [path for path in _complete(folder.parent) if path.name < folder.name]
         before = f", which is {earlier[-1]}" if earlier else ""
+        said = shortened(str(error))
         raise UserError(
-            f"{folder}: not a readable checkpoint ({shortened(str(error))}): delete it to resume from an earlier one{before}"
+            f"{folder}: not a readable checkpoint ({said}): delete it to resume from an earlier one{before}"
         ) from error
 
 
