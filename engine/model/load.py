@@ -143,7 +143,7 @@ def _deferred_model(folder: str, dtype: torch.dtype) -> tuple[Any, tuple[Path, .
     files = _weight_files(folder)
     if not files:
         return None
-    model_config = transformers.AutoConfig.from_pretrained(folder)
+    model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=NO_CODE)
     refuse_unsupported(model_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, attn_implementation=registered_attention(), dtype=dtype)
