@@ -1,6 +1,7 @@
 """Reads the finish time of every step out of a response: our two demonstrations' forms, and what is near them.
 
 compact     3: 1 4, 2 7 > 7 + 5 = 12            sentences   Step 3 takes 5 min ...: ... is finished at 7 + 5 = 12 min.
+listed      1: 0; 2: 0; 3: 1 2. and then as compact; that first sentence has no times and is passed over
 
 What a model wrote may miss steps, repeat them or mix forms: an entry that cannot be read is left out, and of a step
 that is given twice the last one counts.
@@ -22,6 +23,7 @@ _END = re.compile(
     re.IGNORECASE,
 )
 _LEADS = re.compile(rf"\b(?:step|node)\s+{_NAME}\s*\((?:finished at|at)?\s*({_NUMBER})[^)]*\)", re.IGNORECASE)
+_LISTING = re.compile(r"\s*(?:\w+\s*:(?:\s*\w+)+\s*;\s*)*\w+\s*:(?:\s*\w+)+\s*\.(?=\s)")
 _ANSWER = re.compile(r"<answer>.*?(?:</answer>|$)|</?think>", re.DOTALL)
 
 
@@ -37,7 +39,9 @@ class TracedStep:
 def read_trace(text: str) -> dict[str, TracedStep]:
     """Name of a step -> what ``text`` says of it; {} where no step can be read."""
     found: dict[str, TracedStep] = {}
-    for entry in re.split(r"[;\n]", _ANSWER.sub("\n", text)):
+    said = _ANSWER.sub("\n", text)
+    listing = _LISTING.match(said)
+    for entry in re.split(r"[;\n]", said[listing.end() :] if listing else said):
         read = _sentence(entry) or _compact(entry)
         if read is not None:
             found[read[0]] = read[1]

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 Amount = TypeVar("Amount", int, Decimal, Fraction)
 Predecessors = Sequence[Sequence[int]]
-Style = Literal["compact", "sentences"]
+Style = Literal["compact", "listed", "sentences"]  # listed: what precedes each step, by number, then as compact
 
 
 def topological_order(predecessors: Predecessors) -> list[int]:
@@ -77,11 +77,12 @@ def worked_solution(working: Working, *, style: Style, sequential: bool) -> str:
     """
     times = sequential_finish_times if sequential else finish_times
     finish: list[Any] = times(working.amounts, working.predecessors)
-    write = _compact_line if style == "compact" else _sentence
+    write = _sentence if style == "sentences" else _compact_line
     lines = [write(working, finish, j) for j in topological_order(working.predecessors)]
     answer = f"<answer>{with_unit(max(finish), working.unit)}</answer>"
-    if style == "compact":
-        return f"<think>{'; '.join(lines)}</think> {answer}"
+    if style != "sentences":
+        listed = f"{_listed(working)}. " if style == "listed" else ""
+        return f"<think>{listed}{'; '.join(lines)}</think> {answer}"
     last = f"The last {working.noun} is finished at {with_unit(max(finish), working.unit)}."
     return "\n".join([*lines, last, answer])
 
@@ -103,6 +104,15 @@ def _compact_line(working: Working, finish: Sequence[Any], j: int) -> str:
     conversion = f"{written} = {_shown(amount)}, " if written else ""
     arrow = f"{known} > " if known else ""
     return f"{working.names[j]}: {conversion}{arrow}{_addition(amount, finish[j])}{_shown(finish[j])}"
+
+
+def _listed(working: Working) -> str:
+    """``1: 3; 2: 1 4; 3: 0; 4: 0``: the direct predecessors of each step, 0 where it has none."""
+    names = working.names
+    return "; ".join(
+        f"{name}: {' '.join(names[i] for i in before) or '0'}"
+        for name, before in zip(names, working.predecessors, strict=True)
+    )
 
 
 def _sentence(working: Working, finish: Sequence[Any], j: int) -> str:

@@ -68,8 +68,10 @@ class Difficulty(BaseModel):
             raise ValueError(f"min_width must be at most max_steps, got {self.min_width} > {self.max_steps}")
         if self.form == "terse" and self.language == "rich":
             raise ValueError('language = "rich" is of form = "full": the terse form has a closed vocabulary')
-        if self.form == "terse" and self.demonstration != "compact":
-            raise ValueError('form = "terse" needs demonstration = "compact": sentences are not in its vocabulary')
+        if self.form == "terse" and self.demonstration == "sentences":
+            raise ValueError(
+                'form = "terse" needs demonstration = "compact" or "listed": sentences are not in its vocabulary'
+            )
         return self
 
 

@@ -102,7 +102,7 @@ def test_a_procedure_has_one_structure_in_every_form(stand_ins: Path) -> None:
     ]
     for alike in zip(*read, strict=True):
         np.testing.assert_allclose(strengths(alike, alike), 1.0)  # type: ignore[arg-type]
-    for style in ("compact", "sentences"):
+    for style in ("compact", "listed", "sentences"):
         difficulty = Difficulty(max_predecessors=3, max_steps=7, units=("min", "hour"), demonstration=style)
         for i, task in enumerate(draw_tasks(difficulty, "graph", 8, seed=5, split="train")):
             procedure = draw(random.Random(f"5:{i}"), difficulty, split="train")
@@ -112,7 +112,7 @@ def test_a_procedure_has_one_structure_in_every_form(stand_ins: Path) -> None:
 
 
 # -- traces
-@pytest.mark.parametrize("style", ["compact", "sentences"])
+@pytest.mark.parametrize("style", ["compact", "listed", "sentences"])
 def test_the_finish_times_of_demonstrations_are_read(style: Any) -> None:
     difficulty = Difficulty(max_predecessors=3, max_steps=7, units=("min", "hour"), demonstration=style)
     for i, task in enumerate(draw_tasks(difficulty, "natural", 20, seed=1, split="train")):
@@ -133,6 +133,8 @@ def test_the_finish_times_of_demonstrations_are_read(style: Any) -> None:
         ("Step 2 ends at 7 minutes.\n- Node 3 is completed at time 3 + 4 = 7.", {"2": 7, "3": 7}),
         ("1: 0 + 3 = 3; 1: 0 + 4 = 4; 2: what", {"1": 4}),
         ("<answer>3: 4</answer>", {}),
+        ("<think> 1 : 0 ; 2 : 1 . 1 : 0 + 3 = 3 ; 2 : 1 3 > 3 + 4 = 7 </think>", {"1": 3, "2": 7}),
+        ("<think>1: 0; 2: 1; 3: 1 2. 2: 0 + 4 = 4</think>", {"2": 4}),
         ("no step here", {}),
         ("Step 4 (finished at 2) is late", {}),
     ],

@@ -360,7 +360,13 @@ TOKEN = re.compile(r"<\/?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
 
 
 @pytest.mark.parametrize(
-    ("difficulty", "num_tasks"), [(TERSE, 3000), (TERSE_MIXED, 3000), (TERSE.model_copy(update={"templates": 1}), 800)]
+    ("difficulty", "num_tasks"),
+    [
+        (TERSE, 3000),
+        (TERSE_MIXED, 3000),
+        (TERSE.model_copy(update={"templates": 1}), 800),
+        (TERSE.model_copy(update={"demonstration": "listed"}), 3000),
+    ],
 )
 def test_the_vocabulary_holds_every_token_and_no_other_word(difficulty: Difficulty, num_tasks: int) -> None:
     words = vocabulary(difficulty)

@@ -167,6 +167,11 @@ def test_demonstrations_name_predecessors_and_convert_units() -> None:
         "<think>1: 5 min = 300, 0 + 300 = 300; 2: 1 hours = 3600, 0 + 3600 = 3600; 3: 1 300 > 300 + 30 = 330; "
         "4: 2 hours 30 minutes = 9000, 1 300 2 3600 > 3600 + 9000 = 12600</think> <answer>12600 sec</answer>"
     )
+    assert demonstrate_question(NATURAL, "natural", style="listed") == (
+        "<think>1: 0; 2: 0; 3: 1; 4: 1 2. 1: 5 min = 300, 0 + 300 = 300; 2: 1 hours = 3600, 0 + 3600 = 3600; "
+        "3: 1 300 > 300 + 30 = 330; 4: 2 hours 30 minutes = 9000, 1 300 2 3600 > 3600 + 9000 = 12600</think> "
+        "<answer>12600 sec</answer>"
+    )
     assert demonstrate_question(CODE, "code").endswith("<answer>210</answer>")
     assert "Node 9 takes 0.5 and comes after node 7 (finished at 5)" in demonstrate_question(CODE, "code")
 
