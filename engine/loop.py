@@ -335,7 +335,7 @@ def save(components: Components, state: RunState, keep: int | None = None, *, wa
         components.learner.state_tensors() if state.stage else {},
         components.ranks,
         keep=keep or components.config.keep_checkpoints,
-        waits=waits or not components.config.checkpoint_in_background,
+        waits=not components.config.checkpoint_in_background or waits,
         save_whole=save_checkpoint,
     )
 

@@ -294,11 +294,15 @@ def _optimizer_step() -> Finding:
     """The self-check that a run makes of its objectives, with the default one."""
     from isomorph.engine.config import ObjectiveConfig
     from isomorph.engine.types import RunFailed
-    from isomorph.engine.update.self_check import check_learning
 
     name = "optimizer step"
     try:
+        from isomorph.engine.update.self_check import check_learning
+
         check_learning(ObjectiveConfig())
+    except (ImportError, ValueError) as error:  # a package that does not load, a body that does not exist
+        first = str(error).partition("\n")[0]
+        return Finding(name, "problem", f"not tried: {first}", "correct what is said of packages and ops first")
     except RunFailed as error:
         return Finding(name, "problem", str(error), "reinstall isomorph with its pinned packages", required=True)
     return Finding(name, "ok", "raises the log-probability of rewarded responses, however it is divided")
