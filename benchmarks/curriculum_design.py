@@ -1,7 +1,7 @@
 """The study that curriculum_gpu.py makes: sizes, and its files for `isomorph study`."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isomorph.curriculum.named_recipes import FOLDER
@@ -36,6 +36,7 @@ class Size:
     micro_batch_tok: int
     window: int  # steps, of the adaptive condition
     model_len: int  # longest prompt and response, for vLLM
+    graph_share: float = 0.6  # of the demonstrations; the others are in words
     tiny: str = ""  # [model.tiny] in place of the base's
 
 
@@ -54,11 +55,11 @@ FULL = Size(
     lr=1e-4,
     exam_prompts=300,
     representations=("natural", "graph"),
-    response_tok=112,
-    demonstration_tok=130,
+    response_tok=136,
+    demonstration_tok=160,
     micro_batch_tok=16_384,
     window=10,
-    model_len=320,
+    model_len=352,
 )
 REAL = Size(
     base=SMOLLM2,
@@ -79,26 +80,21 @@ REAL = Size(
     micro_batch_tok=16_384,
     window=6,
     model_len=640,
+    graph_share=0.8,
 )
-REHEARSAL = Size(
-    base=TINY,
+REHEARSAL = replace(
+    FULL,
     warm_steps=4,
     habit_steps=2,
     warm_prompts=4,
-    warm_lr=2e-3,
     steps=6,
     graph_steps=2,
     every=2,
     prompts=2,
     samples=2,
-    lr=1e-4,
     exam_prompts=12,
-    representations=("natural", "graph"),
-    response_tok=112,
-    demonstration_tok=130,
     micro_batch_tok=2048,
     window=2,
-    model_len=320,
     tiny="{ hidden_size = 16, num_layers = 1, num_heads = 2, num_kv_heads = 1, intermediate_size = 16 }",
 )
 
@@ -185,8 +181,8 @@ steps = {size.warm_steps}
 {shared}
 optim = {{ lr = {size.warm_lr}, warmup_steps = {max(1, size.warm_steps // 40)}, {optim} }}
 mixture = [
-  {{ data = "plans", representation = "graph", weight = 0.8 }},
-  {{ data = "plans", representation = "natural", weight = 0.2 }},
+  {{ data = "plans", representation = "graph", weight = {size.graph_share} }},
+  {{ data = "plans", representation = "natural", weight = {1 - size.graph_share:.3g} }},
 ]
 """
     if not size.habit_steps:

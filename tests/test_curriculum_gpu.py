@@ -38,6 +38,29 @@ def test_all_recipes_are_right_and_the_claim_comes_first(model: str, sampler: st
     assert [stage.steps for stage in recipe.stage] == [size.graph_steps, size.steps - size.graph_steps]
 
 
+def test_the_tiny_models_runs_are_those_of_the_committed_study(tmp_path: Path) -> None:
+    """Lengths that are too short for the demonstrations would cut off right answers."""
+    from curriculum_design import shared_recipe, size_of, study_file
+
+    from isomorph.curriculum.study.design import Design
+
+    size = size_of("tiny", rehearse=False)
+    shared = shared_recipe(size, model="tiny", dtype="float32", sampler="builtin", memory_frac=0.2)
+    (tmp_path / "shared.toml").write_text(shared)
+    (tmp_path / "STUDY.toml").write_text(study_file(size, threads=1))
+    ours = Design(tmp_path / "STUDY.toml")
+    theirs = Design(BENCHMARKS.parent / "studies" / "carry_over" / "STUDY.toml")
+    for run, committed in (
+        (ours.run("graph_words", 11).recipe, theirs.run("graph20_words40", 11).recipe),
+        (ours.warm_run(11).recipe, theirs.warm_run(11).recipe),
+    ):
+        assert run.data == committed.data and run.model.tiny == committed.model.tiny
+        for stage, other in zip(run.stage, committed.stage, strict=True):
+            assert (stage.steps, stage.mixture) == (other.steps, other.mixture)
+            assert (stage.sampling, stage.batch.prompts) == (other.sampling, other.batch.prompts)
+            assert (stage.objective, stage.optim.lr) == (other.objective, other.optim.lr)
+
+
 def exam(condition: str, seed: int, step: int, right: str, identity: str = "new") -> dict[str, Any]:
     machine = {"device": "cuda", "device_name": "a GPU", "dtype": "bfloat16", "sampler": "builtin"}
     asked = {"of_steps": 4, "right": {"natural": right}, "items": {"natural": "the same"}, "versions": {"torch": "2"}}
