@@ -28,7 +28,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,12 @@ def _when_free(folder: Path, stack: contextlib.ExitStack) -> None:
             time.sleep(0.2)
 
 
-def make_runs(design: Design, runs: Sequence[PlannedRun], rows: Path, *, jobs: int, left_s: float) -> int:
+def make_runs(
+    design: Design, runs: Sequence[PlannedRun], rows: Path, *, jobs: int, left_s: float, say: Callable[[str], None]
+) -> int:
     """Runs for ``left_s`` seconds; 1 where one failed."""
-    execution = Execution(design, runs, jobs=jobs, say=_say)
-    follower = Follower(execution, rows, _say)
-    if left_s <= 0:
-        raise UserError(f"no time is left after a start of {age_s():.0f} s: raise --limit-s")
+    execution = Execution(design, runs, jobs=jobs, say=say)
+    follower = Follower(execution, rows, say)
     try:
         execution.go(stop_after_s=left_s, show=lambda _: follower.look())
     finally:
@@ -153,8 +153,17 @@ def age_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _say(line: str) -> None:
-    print(f"[{age_s():6.1f} s] {line}", flush=True)
+class Clock:
+    """Seconds of one call, ``spent_s`` of which were over when it was made."""
+
+    def __init__(self, spent_s: float) -> None:
+        self._zero = time.monotonic() - spent_s
+
+    def spent_s(self) -> float:
+        return time.monotonic() - self._zero
+
+    def say(self, line: str) -> None:
+        print(f"[{self.spent_s():6.1f} s] {line}", flush=True)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -181,7 +190,7 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace, clock: Clock) -> int:
     """Raises UserError, KeyboardInterrupt."""
     settings = settings_of(args, on_gpu=choose_device(args.device))
     if settings["model"] != "tiny" and not (found := Path(settings["model"])).exists():
@@ -197,18 +206,23 @@ def _train(args: argparse.Namespace) -> int:
     runs = runs_of(design, args.only, args.seeds)
     with alone(design.out, runs):
         append_lines(rows, [{"kind": "call", "settings": settings, "jobs": jobs, "limit_s": args.limit_s}])
-        _say(f"{len(runs)} runs, {jobs} at a time, {settings['device']}, sampler {settings['sampler']}: {rows}")
-        left_s = max(args.limit_s - STOP_S, LEAST_SHARE * args.limit_s) - age_s()
-        return make_runs(design, runs, rows, jobs=jobs, left_s=left_s)
+        clock.say(f"{len(runs)} runs, {jobs} at a time, {settings['device']}, sampler {settings['sampler']}: {rows}")
+        left_s = max(args.limit_s - STOP_S, LEAST_SHARE * args.limit_s) - clock.spent_s()
+        if left_s <= 0:
+            raise UserError(f"no time is left after a start of {clock.spent_s():.0f} s: raise --limit-s")
+        return make_runs(design, runs, rows, jobs=jobs, left_s=left_s, say=clock.say)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 where a run failed; 2 for a wrong argument; 130 interrupted. Runs that have no time left are no failure."""
-    args, code = _arguments(argv), 0
+def main(argv: Sequence[str] | None = None, spent_s: float = 0.0) -> int:
+    """0; 1 where a run failed; 2 for a wrong argument; 130 interrupted. Runs that have no time left are no failure.
+
+    ``spent_s``: seconds of the limit that are over already.
+    """
+    args, code, clock = _arguments(argv), 0, Clock(spent_s)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if args.out is not None:
-            code = _train(args)
+            code = _train(args, clock)
         elif not (args.report / ROWS).is_file():
             raise UserError(f"--report must name a folder with {ROWS}, got {args.report}")
         print("\n".join(report(read_lines((args.out or args.report) / ROWS))), flush=True)
@@ -222,4 +236,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(spent_s=age_s()))

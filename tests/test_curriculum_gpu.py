@@ -87,7 +87,7 @@ def test_the_table_pairs_by_seed_and_item_and_counts_the_newest_run() -> None:
 
 @pytest.mark.slow
 def test_real_runs_leave_a_row_after_every_exam_and_are_not_repeated(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import curriculum_gpu
 
@@ -109,11 +109,13 @@ def test_real_runs_leave_a_row_after_every_exam_and_are_not_repeated(
     assert max(rate for row in rows if row["kind"] == "shortcuts" for rate in row["rates"]["natural"].values()) > 0
     file.write_text(file.read_text() + '{"kind": "ex')  # a kill in the middle of a row
     before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(curriculum_gpu, "age_s", lambda: 1e6)  # of this process: a call has a limit of its own
     try:
         assert curriculum_gpu.main(call) == 0
+        assert curriculum_gpu.main(call, spent_s=600) == 2 and "raise --limit-s" in capfd.readouterr().err
     finally:
         signal.signal(signal.SIGTERM, before)
     again = [json.loads(line) for line in file.read_text().splitlines()]
-    assert again[:-1] == rows and again[-1]["kind"] == "call", "a second call finds everything done"
-    assert "| graph_words |" in capfd.readouterr().out
+    assert again[:-2] == rows and {row["kind"] for row in again[-2:]} == {"call"}, "the later calls find it all done"
+    assert curriculum_gpu.main(["--report", str(tmp_path)]) == 0 and "| graph_words |" in capfd.readouterr().out
     assert curriculum_gpu.main([*call, "--dtype", "bfloat16"]) == 2 and "another --out" in capfd.readouterr().err
