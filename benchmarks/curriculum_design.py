@@ -20,7 +20,7 @@ class Size:
 
     base: Path  # recipe whose model, data and stage tables hold where nothing is said here
     warm_steps: int  # supervised, of right demonstrations
-    habit_steps: int  # and then of sequential answers, most of them in words; 0: none
+    habit_steps: int  # and then of sequential answers, always in words, on two graphs in five; 0: none
     warm_prompts: int
     warm_lr: float
     steps: int  # of RL, in each condition
@@ -40,11 +40,11 @@ class Size:
     tiny: str = ""  # [model.tiny] in place of the base's
 
 
-# as studies/carry_over: without a habit of quick answers, RL of this size teaches nothing
+# as studies/demonstrations (mixed), then studies/carry_over: without a habit of quick answers, RL of this size teaches nothing
 FULL = Size(
     base=TINY,
     warm_steps=2000,
-    habit_steps=150,
+    habit_steps=400,
     warm_prompts=16,
     warm_lr=2e-3,
     steps=60,
@@ -170,7 +170,7 @@ threads = {threads}
 
 
 def _warm_start(size: Size) -> str:
-    """Reward in words is rare afterwards, but not absent."""
+    """Reward in words is rare afterwards: with a tiny model in about one response of a hundred."""
     shared = f"""objective.name = "sft"
 batch = {{ prompts = {size.warm_prompts} }}
 sampling = {{ max_new_tok = {size.demonstration_tok}, samples_per_prompt = 1 }}"""
@@ -194,7 +194,7 @@ steps = {size.habit_steps}
 {shared}
 optim = {{ lr = 3e-4, warmup_steps = {max(1, size.habit_steps // 8)}, {optim} }}
 mixture = [
-  {{ data = "plans", representation = "graph", weight = 0.5, sequential_rate = 0.6 }},
-  {{ data = "plans", representation = "natural", weight = 0.5, sequential_rate = 0.95 }},
+  {{ data = "plans", representation = "graph", weight = 0.5, sequential_rate = 0.4 }},
+  {{ data = "plans", representation = "natural", weight = 0.5, sequential_rate = 1.0 }},
 ]
 """

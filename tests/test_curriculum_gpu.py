@@ -49,13 +49,16 @@ def test_the_tiny_models_runs_are_those_of_the_committed_study(tmp_path: Path) -
     (tmp_path / "shared.toml").write_text(shared)
     (tmp_path / "STUDY.toml").write_text(study_file(size, threads=1))
     ours = Design(tmp_path / "STUDY.toml")
-    theirs = Design(BENCHMARKS.parent / "studies" / "carry_over" / "STUDY.toml")
-    for run, committed in (
-        (ours.run("graph_words", 11).recipe, theirs.run("graph20_words40", 11).recipe),
-        (ours.warm_run(11).recipe, theirs.warm_run(11).recipe),
+    studies = BENCHMARKS.parent / "studies"
+    theirs = Design(studies / "carry_over" / "STUDY.toml")
+    first = Design(studies / "demonstrations" / "STUDY.toml").run("mixed", 11).recipe
+    run, warm = ours.run("graph_words", 11).recipe, ours.warm_run(11).recipe
+    assert run.data == theirs.run("words", 11).recipe.data == first.data and warm.model.tiny == first.model.tiny
+    for stages, committed in (
+        (run.stage, theirs.run("graph20_words40", 11).recipe.stage),
+        (warm.stage, (*first.stage, *theirs.warm_run(11).recipe.stage)),
     ):
-        assert run.data == committed.data and run.model.tiny == committed.model.tiny
-        for stage, other in zip(run.stage, committed.stage, strict=True):
+        for stage, other in zip(stages, committed, strict=True):
             assert (stage.steps, stage.mixture) == (other.steps, other.mixture)
             assert (stage.sampling, stage.batch.prompts) == (other.sampling, other.batch.prompts)
             assert (stage.objective, stage.optim.lr) == (other.objective, other.optim.lr)

@@ -63,6 +63,7 @@ def study(file: Path, options: Options, out: Console) -> None:
     table = design.spec.study
     conditions = _chosen("--only", options.only, tuple(design.spec.condition))
     seeds = _chosen("--seeds", options.seeds, table.seeds)
+    design.check_first_models(seeds)
     design.out.mkdir(parents=True, exist_ok=True)
     with _alone(design.out, out), _stopped_by_sigterm():
         (design.out / ".gitignore").write_text(IGNORED)

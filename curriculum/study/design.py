@@ -79,6 +79,16 @@ class Design:
             planned += [self.run(name, seed) for name in conditions]
         return planned
 
+    def check_first_models(self, seeds: tuple[int, ...]) -> None:
+        """Raises UserError where the warm start of one of ``seeds`` begins with a model that is not there."""
+        for seed in seeds:
+            model = self._first_model(seed)
+            if model is not None and not (model / "config.json").is_file():
+                raise UserError(
+                    f"{self.file}: warm_start.model: seed {seed} needs a model folder with config.json, and {model} is "
+                    "none: train it first, or choose other seeds with --seeds"
+                )
+
     def warm_folder(self, seed: int) -> Path | None:
         return None if self.spec.warm_start is None else self.out / WARM_START / f"seed{seed}"
 
@@ -95,7 +105,8 @@ class Design:
             )
         else:
             own: Tables = {"run": run, "eval": {"every": 0}, "stage": [dict(stage) for stage in warm.stage]}
-            recipe = load_variant(self.base, own, Recipe, where=where)
+            own, without = self._beginning_with(self._first_model(seed), own)
+            recipe = load_variant(self.base, own, Recipe, without=without, where=where)
         return PlannedRun(condition=WARM_START, seed=seed, recipe=recipe, folder=folder, warm=None)
 
     def run(self, condition: str, seed: int) -> PlannedRun:
@@ -130,8 +141,9 @@ class Design:
         tables["run"] = {key: value for key, value in tables["run"].items() if key not in NO_EFFECT}
         files = {place: entry["sha256"] for place, entry in describe_files(recipe).items()}
         weights: Any = warm_weights
-        if run.warm is not None:
-            tables["model"].pop("path")
+        if run.warm is not None or (run.condition == WARM_START and self._first_model(run.seed) is not None):
+            weights = weights or self._weights_of(Path(recipe.model.path or ""))
+            tables["model"].pop("path")  # the weights count, not where they are
             files = {place: value for place, value in files.items() if not place.startswith("model.path/")}
         elif recipe.model.path is not None:
             weights = self._weights_of(Path(os.path.expanduser(recipe.model.path)))
@@ -161,10 +173,7 @@ class Design:
 
     def _condition(self, name: str, run: Tables, warm: Path | None, test: Tables | None = None) -> Recipe:
         own: Tables = {**self.spec.condition[name].tables(), "run": dict(run)}
-        without: list[tuple[str, ...]] = []
-        if warm is not None:
-            own["model"] = {"path": str((warm / "model").resolve())}
-            without += [("model", "tiny"), ("model", "path")]
+        own, without = self._beginning_with(warm and warm / "model", own)
         if test is not None:
             own["eval"] = dict(test)
             if "sets" in test:
@@ -172,6 +181,19 @@ class Design:
         where = f"{self.file}: {'test' if test is not None else f'condition.{name}'}"
         recipe = load_variant(self.base, own, Recipe, without=without, where=where)
         return recipe if test is not None else self._keeping_models(recipe)
+
+    @staticmethod
+    def _beginning_with(model: Path | None, tables: Tables) -> tuple[Tables, list[tuple[str, ...]]]:
+        """``tables`` with the path of ``model``, and the keys of the study's recipe that it replaces."""
+        if model is None:
+            return tables, []
+        return {**tables, "model": {"path": str(model.resolve())}}, [("model", "tiny"), ("model", "path")]
+
+    def _first_model(self, seed: int) -> Path | None:
+        """The folder that the warm start of a seed begins with; None: the recipe's model."""
+        if self.spec.warm_start is None or self.spec.warm_start.model is None:
+            return None
+        return self.file.parent / self.spec.warm_start.model.format(seed=seed, warm_seed=seed + WARM_SEED)
 
     def _keeping_models(self, recipe: Recipe) -> Recipe:
         """With a checkpoint at each budget of the test exam, none of which is deleted."""

@@ -1,6 +1,7 @@
 """Schema of a study's TOML file: conditions, seeds, budgets, a shared warm start, planned contrasts, the test exam."""
 
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -51,11 +52,18 @@ class WarmStart(Section):
 
     stage: tuple[Tables, ...] | None = Field(None, min_length=1)  # over the study's recipe
     recipe: str | None = None  # a whole recipe instead, relative to the study's file
+    # model folder that the stages begin with, relative to the study's file; {seed} and {warm_seed} are replaced
+    model: str | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "WarmStart":
         if (self.stage is None) == (self.recipe is None):
             raise ValueError("exactly one of stage and recipe must be given")
+        if self.model is not None and self.stage is None:
+            raise ValueError("model needs stages; with recipe, the recipe's model.path says which model is trained")
+        for _, name, *_ in Formatter().parse(self.model or ""):
+            if name not in (None, "seed", "warm_seed"):
+                raise ValueError(f"model: only {{seed}} and {{warm_seed}} are replaced, got {{{name}}}")
         return self
 
 

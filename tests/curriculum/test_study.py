@@ -262,6 +262,33 @@ def test_an_identity_is_of_a_models_weights_wherever_they_lie(place: Path, monke
     assert identity("a", b"1") == identity("b", b"1") != identity("b", b"2")
 
 
+def test_a_warm_start_begins_with_a_model_of_its_seed(place: Path) -> None:
+    file = place / "study.toml"
+    begins = '[warm_start]\nmodel = "first/seed{warm_seed}/model"\n[[warm_start.stage]]'
+    file.write_text(STUDY.replace("[[warm_start.stage]]", begins))
+
+    def weights(seed: int, content: bytes) -> None:
+        folder = place / "first" / f"seed{seed + WARM_SEED}" / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(content)
+
+    weights(1, b"1")
+    design = Design(file)
+    with pytest.raises(UserError, match=r"seed 2 needs a model folder .*first/seed1000002/model"):
+        design.check_first_models((1, 2))
+    weights(2, b"2")
+    design.check_first_models((1, 2))
+    warm = design.warm_run(2)
+    assert warm.recipe.model.path == str(place / "first" / "seed1000002" / "model") and warm.recipe.model.tiny is None
+    before = design.identity(warm, None)
+    weights(2, b"3")
+    assert Design(file).identity(warm, None) != before
+    file.write_text(STUDY.replace("[[warm_start.stage]]", begins.replace("warm_seed", "speed")))
+    with pytest.raises(UserError, match=r"only \{seed\} and \{warm_seed\} are replaced, got \{speed\}"):
+        Design(file)
+
+
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*/STUDY.toml"))
 
 
