@@ -40,7 +40,7 @@ class Size:
     tiny: str = ""  # [model.tiny] in place of the base's
 
 
-# as studies/demonstrations (mixed), then studies/carry_over: without a habit of quick answers, RL of this size teaches nothing
+# as studies/demonstrations (mixed), then studies/carry_over: without a habit, RL of this size teaches nothing
 FULL = Size(
     base=TINY,
     warm_steps=2000,
