@@ -23,8 +23,6 @@ SMALL = (
     "eval.representations=['natural']",
     "eval.max_new_tok=4",
     "log.tensorboard=false",
-    "data.plans.difficulty.min_steps=2",
-    "data.plans.difficulty.max_steps=3",
 )
 
 
@@ -40,6 +38,7 @@ def shortened(name: str) -> list[str]:
             found += [f"stage.{i}.adaptive.window=2"]
         if stage.star:
             found += [f"stage.{i}.star.{key}=2" for key in ("samples", "prompts")]
+            found += [f"stage.{i}.sampling.max_new_tok=8"]
     return found
 
 
@@ -56,7 +55,8 @@ def run(name: str, overrides: list[str], folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 16}
-    overrides = [*SMALL, "stage.0.steps=1", *(f"model.tiny.{key}={value}" for key, value in sizes.items())]
+    short = ("stage.0.steps=1", "stage.1.steps=1")
+    overrides = [*SMALL, *short, *(f"model.tiny.{key}={value}" for key, value in sizes.items())]
     folder = tmp_path_factory.mktemp("conditions") / "warm_up"
     run("warm_up", overrides, folder)
     return folder
@@ -80,4 +80,4 @@ def test_a_condition_runs_from_the_warm_start(
 def test_every_rl_condition_makes_the_same_number_of_steps() -> None:
     for name in CONDITIONS:
         stages = load_recipe(FOLDER / f"{name}.toml", [], Recipe).stage
-        assert any(stage.star for stage in stages) or sum(stage.steps for stage in stages) == 80, name
+        assert any(stage.star for stage in stages) or sum(stage.steps for stage in stages) == 60, name
