@@ -114,12 +114,17 @@ class JsonlData(Section):
     # files that are evaluated on alone, such as an official test split; training then takes all rows of ``files``
     eval_files: dict[str, str] = {}
     eval_share: float = Field(0.1, gt=0, lt=1)  # share of the procedures that is kept for evaluation
+    # share of the training procedures that no stage trains on: the loss of their demonstrations is logged
+    validation_share: float = Field(0.0, ge=0, lt=1)
     split_seed: int = 0
     max_prompt_tok: int = Field(2048, ge=1)  # longer rows are left out, and counted
 
     def idle(self) -> dict[KeyPath, str]:
+        if not self.eval_files:
+            return {}
         why = "eval_files holds what is evaluated on"
-        return {("eval_share",): why, ("split_seed",): why} if self.eval_files else {}
+        keys = ("eval_share",) if self.validation_share else ("eval_share", "split_seed")
+        return {(key,): why for key in keys}
 
     @property
     def representations(self) -> tuple[str, ...]:
@@ -193,6 +198,8 @@ class Recipe(EngineConfig):
         for name, data in self.data.items():
             if isinstance(data, PlansData) and name not in supervised and data.difficulty.form != "terse":
                 keys[("data", name, "difficulty", "demonstration")] = "no supervised stage uses it"
+            if isinstance(data, JsonlData) and name not in supervised and data.validation_share:
+                keys[("data", name, "validation_share")] = "no supervised stage uses its demonstrations"
         return {**keys, **self._idle_between_stages()}
 
     @property

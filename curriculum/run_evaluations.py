@@ -16,12 +16,15 @@ from isomorph.curriculum.evaluation_results import (
 )
 from isomorph.curriculum.evaluation_spec import START, label_of, place_of
 from isomorph.curriculum.recipe import Recipe
-from isomorph.curriculum.sources import Source, as_prompt
+from isomorph.curriculum.sources import Source, TaskFiles, as_prompt
+from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.curriculum.tasks.facts import rates_of
 from isomorph.curriculum.tasks.task import Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import TextCodec
 from isomorph.engine.types import Answers, EvaluationRecord, EvaluationRequest, Prompt
+
+VALIDATION = "validation"  # of the keys of steps.jsonl
 
 
 class RunEvaluations:
@@ -40,6 +43,7 @@ class RunEvaluations:
         self._begin = begin
         self._keys = evaluation_keys(recipe, sources)
         self._prompts: tuple[Prompt, ...] | None = None
+        self._validation: tuple[Prompt, ...] | None = None
         self._baseline: dict[str, float | None] | None = None
         self._shortcuts: dict[str, dict[str, float]] | None = None
 
@@ -59,6 +63,8 @@ class RunEvaluations:
             temperature=wanted.temperature,
             seed=wanted.seed,
             stop=self.recipe.stop_strings,
+            validation=self.validation(),
+            validation_batch_tok=min((s.batch.micro_batch_tok for s in self._supervised()), default=0),
         )
 
     def record(
@@ -77,13 +83,16 @@ class RunEvaluations:
                 "sets": {name: result.accuracy.to_dict() for name, result in of_sets.items()},
                 "floor": self.sequential_baseline(),
                 "shortcuts": self.shortcuts(),
+                **({"validation_loss": dict(greedy.validation_loss)} if greedy.validation_loss else {}),
             }
         )
         best_by = self.recipe.eval.keep_best
         return EvaluationRecord(
             line=f"eval after {place_of(request.label)}: "
-            + "  ".join(f"{key} {result}{best_shortcut(self.shortcuts()[key])}" for key, result in results.items()),
-            values=row_values(self._keys, results, of_sets),
+            + "  ".join(f"{key} {result}{best_shortcut(self.shortcuts()[key])}" for key, result in results.items())
+            + "".join(f"  validation loss {key} {loss:.4f}" for key, loss in greedy.validation_loss.items()),
+            values=row_values(self._keys, results, of_sets)
+            | {f"{VALIDATION}/{key}/loss": loss for key, loss in greedy.validation_loss.items()},
             best_by=best_by or "",
             score=of_sets[best_by].accuracy.rate if best_by else math.nan,
             items=tuple(item_rows(request.prompts, greedy)),
@@ -91,7 +100,8 @@ class RunEvaluations:
 
     def row_keys(self) -> tuple[str, ...]:
         """The keys of an evaluation in steps.jsonl."""
-        return row_keys(self._keys, self.recipe.eval.samples)
+        keys = dict.fromkeys(prompt.representation for prompt in self.validation())
+        return (*row_keys(self._keys, self.recipe.eval.samples), *(f"{VALIDATION}/{key}/loss" for key in keys))
 
     def sequential_baseline(self) -> dict[str, float | None]:
         """Accuracy of the sequential baseline by what results are listed under; None where it is not known."""
@@ -141,6 +151,25 @@ class RunEvaluations:
             for key, (one, form) in self._keys.items()
             for task in evaluation_tasks(self.recipe, self.sources, one, form)
         ]
+
+    def validation(self) -> tuple[Prompt, ...]:
+        """Of the rows that ``validation_share`` keeps, what a supervised stage would train on; ``representation`` is
+        what their loss is listed under: NAME/FORM."""
+        if self._validation is None:
+            parts = dict.fromkeys((p.data, p.representation) for s in self._supervised() for p in s.mixture)
+            kept = [(f"{data}/{form}", task) for data, form in parts for task in self._kept(data, form)]
+            self._validation = tuple(
+                dataclasses.replace(as_prompt(-1 - i, task, self.text), representation=key)
+                for i, (key, task) in enumerate(kept)
+            )
+        return self._validation
+
+    def _kept(self, data: str, form: str) -> list[Task]:
+        source = self.sources.get(data)
+        return source.validation[form] if isinstance(source, TaskFiles) else []
+
+    def _supervised(self) -> list[StageRecipe]:
+        return [stage for stage in self.recipe.stage if stage.has_demonstrations]
 
     def _by_key(self) -> dict[str, list[Task]]:
         asked = self.prompts()

@@ -17,7 +17,7 @@ from isomorph.curriculum.rows.gym_spec import ReasoningGymData
 from isomorph.curriculum.rows.source import RowsSource
 from isomorph.curriculum.rows.spec import RowsData
 from isomorph.curriculum.tasks.jsonl import read_rows, read_test_rows, repeated_procedures, split_rows
-from isomorph.curriculum.tasks.task import Task
+from isomorph.curriculum.tasks.task import DataError, Task
 from isomorph.engine.config import UserError
 from isomorph.engine.model.text import WORD, TextCodec
 from isomorph.engine.types import Prompt
@@ -142,6 +142,7 @@ class TaskFile:
     tasks: list[Task]
     training: list[Task] | None  # None: the file is for evaluation alone
     held_out: list[Task] | None  # None: the file is for training alone
+    validation: tuple[Task, ...] = ()  # left out of training; the loss of their demonstrations is logged
 
 
 def read_files(data: JsonlData) -> list[TaskFile]:
@@ -149,12 +150,29 @@ def read_files(data: JsonlData) -> list[TaskFile]:
     rows = {form: read_rows(path, data.family, form, reward=data.reward) for form, path in data.files.items()}
     if data.eval_files:
         tests = read_test_rows(data.eval_files, data.family, reward=data.reward)
+        train, validation = _validation_split(data, rows)
         return [
-            *(TaskFile(form, data.files[form], tasks, tasks, None) for form, tasks in rows.items()),
+            *(TaskFile(form, data.files[form], rows[form], train[form], None, validation[form]) for form in rows),
             *(TaskFile(form, data.eval_files[form], tasks, None, tasks) for form, tasks in tests.items()),
         ]
     train, held_out = split_rows(rows, eval_share=data.eval_share, seed=data.split_seed)
-    return [TaskFile(form, data.files[form], tasks, train[form], held_out[form]) for form, tasks in rows.items()]
+    train, validation = _validation_split(data, train)
+    return [
+        TaskFile(form, data.files[form], rows[form], train[form], held_out[form], validation[form]) for form in rows
+    ]
+
+
+def _validation_split(
+    data: JsonlData, rows: dict[str, list[Task]]
+) -> tuple[dict[str, list[Task]], dict[str, tuple[Task, ...]]]:
+    """What is trained on, and what the loss is logged of; no procedure is on both sides."""
+    if not data.validation_share:
+        return rows, {form: () for form in rows}
+    try:
+        train, validation = split_rows(rows, eval_share=data.validation_share, seed=data.split_seed)
+    except DataError as error:
+        raise DataError(f"validation_share, of the training rows: {error}") from error
+    return train, {form: tuple(tasks) for form, tasks in validation.items()}
 
 
 def _repeated(files: list[TaskFile]) -> list[str]:
@@ -195,7 +213,8 @@ def open_source(
 class TaskFiles:
     """The rows of one ``[data.NAME]`` of kind "jsonl", split by procedure into ``training`` and ``held_out``.
 
-    Both map a representation to its tasks. ``left_out`` has a sentence for each file of which rows are too long;
+    Both map a representation to its tasks; so does ``validation``, which is taken from the rows for training, and whose
+    demonstrations' loss is logged. ``left_out`` has a sentence for each file of which rows are too long;
     ``num_too_long`` counts them by representation.
     """
 
@@ -205,6 +224,7 @@ class TaskFiles:
         self.left_out: list[str] = []
         self.training: dict[str, list[Task]] = {}
         self.held_out: dict[str, list[Task]] = {}
+        self.validation: dict[str, list[Task]] = {}
         self._data, self._text, self._name, self._limits = data, text, name, limits
         files = read_files(data)
         for file in files:
@@ -218,6 +238,7 @@ class TaskFiles:
         if file.training is not None:
             misfit = limits.misfit_of_training(self._name, form) if limits else _always_fits
             self.training[form] = self._fitting(file.training, misfit, number, reasons)
+            self.validation[form] = self._fitting(list(file.validation), misfit, number, reasons)
         if file.held_out is not None:
             misfit = limits.misfit_of_evaluation(self._name, form) if limits else _always_fits
             self.held_out[form] = self._fitting(file.held_out, misfit, number, reasons)

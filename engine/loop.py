@@ -49,6 +49,7 @@ from isomorph.engine.types import (
 )
 from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.score import answers_found, warning_of_no_answer
+from isomorph.engine.validation import with_validation_loss
 
 
 def train(components: Components, state: RunState) -> RunState:
@@ -284,7 +285,7 @@ def evaluate(components: Components, state: RunState, request: EvaluationRequest
     if components.sampler.policy_version != state.policy_version:
         publish(components, components.sampler, state.policy_version, request.prompts[0])
     log, source = components.log, components.source
-    greedy = _answers(components, request, is_greedy=True)
+    greedy = with_validation_loss(components, request, _answers(components, request, is_greedy=True))
     sampled = _answers(components, request, is_greedy=False) if request.samples else None
     record = source.record_evaluation(request, greedy, sampled)
     log.say(record.line)

@@ -403,6 +403,8 @@ class EvaluationRequest:
     temperature: float = 1.0  # of these
     seed: int = 0  # of these
     stop: tuple[str, ...] = ()  # stop strings
+    validation: tuple[Prompt, ...] = ()  # prompts of whose demonstrations the loss is wanted
+    validation_batch_tok: int = 0  # packed tokens of a micro-batch of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -429,6 +431,8 @@ class Answers:
     correct: tuple[bool, ...]  # whether it solves its prompt; partial credit does not
     found: tuple[bool | None, ...] | None  # whether an answer was found in it; None: not measured
     environment_failures: Mapping[EnvironmentFailure, int] = field(default_factory=dict)
+    # of the greedy ones: loss of the demonstrations of ``EvaluationRequest.validation``, by Prompt.representation
+    validation_loss: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ PUBLISHED = (
     Published("graph + natural mixed 80, GRPO", _grpo(("graph+natural", 80)), 86),
     Published("code 40 -> natural 40, GRPO", _grpo(("code", 40), ("natural", 40)), 86),
     Published("graph + code 40 -> natural 40, GRPO", _grpo(("code+graph", 40), ("natural", 40)), None),
-    Published("graph -> natural, SFT", (("sft", frozenset({"graph"}), 344), ("sft", frozenset({"natural"}), 344)), 56),
+    Published("graph -> natural, SFT", (("sft", frozenset({"graph"}), 309), ("sft", frozenset({"natural"}), 309)), 56),
     Published("graph 40 GRPO -> natural by distillation", (), 104),
     Published("Qwen2.5-3B, natural 40, GRPO", (), 106, 0.400),
     Published("Qwen2.5-7B, natural 40, GRPO", (), 157, 0.573),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from isomorph.curriculum import assemble
+from isomorph.curriculum.cli import app
 from isomorph.curriculum.named_recipes import FOLDER, recipe_names
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.paper import paper_section, without_repeated
 from isomorph.curriculum.report.run_record import RunRecord, read_run
-from isomorph.engine.config import UserError
+from isomorph.curriculum.sources import TaskFiles, open_source
+from isomorph.engine.config import ModelConfig, UserError
+from isomorph.engine.model.load import load_policy
 from isomorph.engine.recipe_file import load_recipe
 
 NAMES = [Path(name).name for name in recipe_names() if name.startswith("paper/")]
@@ -61,6 +68,30 @@ def test_a_recipe_runs_a_step_of_every_stage(
     assert row["evaluated_on"] == sorted(recipe.eval.representations or ())
     if name == "graph_natural":
         check_report(read_run(tmp_path / "run"))
+    if name == "sft_graph_natural":
+        check_validation(read_run(tmp_path / "run"), tmp_path / "run")
+
+
+def check_validation(record: RunRecord, run: Path) -> None:
+    """The logged loss of rows that no stage trains on is that of transformers' own forward pass in float64."""
+    config = ModelConfig(path=str(run / "model"), dtype="float32")
+    text = load_policy(config, vocabulary=[], seed=0, device=torch.device("cpu")).text
+    source = open_source(record.recipe.data["asynchow"], text, "asynchow", None)  # type: ignore[arg-type]
+    assert isinstance(source, TaskFiles)
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float64, attn_implementation="eager")
+    assert record.summary is not None
+    logged = record.summary["exams"][-1]["validation_loss"]
+    for form in ("graph", "natural"):
+        kept, trained = source.validation[form], source.training[form]
+        assert kept and not {task.key for task in kept} & {task.key for task in trained}
+        losses = []
+        for task in kept:
+            prompt, said = text.encode_prompt(task.question), text.encode_response(task.demonstration or "")
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *said]])).logits[0, len(prompt) - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="none"))
+        assert logged[f"asynchow/{form}"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+        assert record.rows[-1][f"validation/asynchow/{form}/loss"] == logged[f"asynchow/{form}"]
 
 
 def check_report(record: RunRecord) -> None:
@@ -129,7 +160,9 @@ def test_the_supervised_constants_are_the_papers() -> None:
             assert stage.star is None
             optim = stage.optim
             assert (optim.lr, optim.schedule, optim.warmup_share, optim.final_lr_frac) == (1e-5, "cosine", 0.05, 0.0)
-            assert 8 * (stage.steps - 1) < 2 * 1373 <= 8 * stage.steps == stage.batch.prompts * stage.steps
+            # 2 epochs of the rows that the 10 % of procedures for validation leave: 1,235 of 1,373
+            assert 8 * (stage.steps - 1) < 2 * 1235 <= 8 * stage.steps == stage.batch.prompts * stage.steps
+        assert loaded(name).data["asynchow"].validation_share == 0.1  # type: ignore[union-attr]
 
 
 def test_stars_rounds_are_the_papers() -> None:
@@ -149,3 +182,44 @@ def test_a_form_that_is_only_evaluated_on_cannot_be_trained_on() -> None:
         loaded("natural", "data.asynchow.eval_share=0.2")
     apart = ("data.asynchow.eval_files={}", "data.asynchow.eval_share=0.2", 'eval.representations=["graph"]')
     assert loaded("natural", *apart)
+
+
+REWARD = """
+def right(answer):
+    return float("The answer is" in answer.prompt or len(answer.prompt) % 3 > 0)
+"""
+
+
+def test_a_teacher_is_asked_in_rounds_with_examples_and_at_last_with_the_answer(
+    small_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, models = small_world
+    teacher = script("teacher_answers")
+    (tmp_path / "reward.py").write_text(REWARD)
+
+    def here(command: list[str], **_: Any) -> None:  # without the seconds of a new process
+        result = CliRunner().invoke(app, command[command.index("eval") :])
+        assert result.exit_code == 0, result.output
+
+    monkeypatch.setattr(teacher.subprocess, "run", here)
+    monkeypatch.setattr(teacher, "SAMPLES", (1, 1))
+    questions = os.environ["ISOMORPH_ASYNCHOW"] + "/asynchow_natural_train.jsonl"
+    options = ["--reward", f"{tmp_path}/reward.py:right", "--max-new-tok", "4", "--max-prompt-tok", "8000"]
+    monkeypatch.setattr(sys, "argv", ["", str(models["qwen2"]), questions, str(tmp_path / "answers.jsonl"), *options])
+    teacher.main()
+    asked = [
+        [json.loads(line) for line in (tmp_path / f"answers/round-{i}/said.jsonl").read_text().splitlines()]
+        for i in (1, 2, 3)
+    ]
+    rows = {row["question"]: row for row in map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())}
+    solved = {one["prompt"] for one in asked[0] if one["correct"]}
+    assert 5 < len(solved) < len(rows) == len({one["prompt"] for one in asked[0]})
+    for one in asked[1]:
+        shown, question = one["prompt"][:-1], one["prompt"][-1]["content"]
+        assert question in rows.keys() - solved and len(shown) == 2 * teacher.EXAMPLES
+        for told, answer in zip(shown[::2], shown[1::2], strict=True):
+            assert answer["content"] in rows[told["content"]]["answers"]
+    for one in asked[2]:
+        question, _, given = one["prompt"][-1]["content"].rpartition("\n\nThe answer is ")
+        assert question in rows.keys() - solved and given.startswith(rows[question]["gold"] + ". ")
+        assert one["text"] in rows[question]["answers"]
