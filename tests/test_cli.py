@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from processes import step_rows, wait_for
 from rich.console import Console
 
 from isomorph.curriculum.commands.train import AGAIN_S, Stop, new_folder
@@ -41,11 +41,6 @@ def isomorph(
 def warm(warm_isomorph: list[str]) -> Command:
     """``isomorph``, where the test is about what the command does and not how it starts."""
     return partial(isomorph, program=warm_isomorph)
-
-
-def step_rows(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -76,7 +71,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     described = json.loads((whole_run / "run.json").read_text())
     assert described["recipe"]["stage"][2]["objective"]["clip_high"] == 0.28  # resolved, presets filled in
     assert described["versions"]["torch"] and described["backends"]["packed_attention"]
-    assert [row["step"] for row in step_rows(whole_run)] == list(range(1, 21))
+    assert [row["step"] for row in step_rows(whole_run, UNTIMED)] == list(range(1, 21))
     assert (whole_run / "report" / "report.html").is_file()
     assert list((whole_run / "completions").glob("step-*.jsonl"))
 
@@ -99,20 +94,18 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path, warm:
         [*TRAIN, "--run", str(run)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
     steps = run / "steps.jsonl"
-    deadline = time.monotonic() + 300
     # two steps after a checkpoint, which ends the stage with a reference policy and two updates a step
-    while not (steps.is_file() and len(steps.read_text().splitlines()) >= 18):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: steps.is_file() and len(steps.read_text().splitlines()) >= 18, process, seconds=300)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "summary.json").exists()
 
     resumed = warm("train", "--resume", run, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert step_rows(run) == step_rows(whole_run)
+    assert step_rows(run, UNTIMED) == step_rows(whole_run, UNTIMED)
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole_run))
     assert one["weights_sha256"] == other["weights_sha256"]
     assert one["exams"] == other["exams"] and one["tokens"] == other["tokens"]
@@ -129,10 +122,7 @@ def test_an_interrupted_run_writes_a_checkpoint_and_goes_on(whole_run: Path, tmp
         text=True,
     )
     steps = run / "steps.jsonl"
-    deadline = time.monotonic() + 300
-    while not (steps.is_file() and len(steps.read_text().splitlines()) >= 14):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: steps.is_file() and len(steps.read_text().splitlines()) >= 14, process, seconds=300)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import wait_for
 
 SMOKE = Path(__file__).parents[1] / "curriculum" / "recipes" / "smoke.toml"
 ISOMORPH = [sys.executable, "-c", "from isomorph.curriculum.cli import main; main()"]
@@ -66,13 +67,12 @@ def test_an_interrupted_run_leaves_no_process_no_file_and_no_shared_memory(
         # a cache that PyTorch makes when it is imported, and keeps
         env=os.environ | {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
         stdout=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,
     )
     sessions.append(process.pid)
-    steps, deadline = run / "steps.jsonl", time.monotonic() + 120
-    while not (steps.is_file() and steps.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    steps = run / "steps.jsonl"
+    wait_for(lambda: steps.is_file() and steps.read_text().count("\n") >= 3, process)
     process.send_signal(sent)
     assert process.wait(timeout=60) == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
     assert gone_within(process.pid, 10) == {}

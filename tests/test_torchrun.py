@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from processes import step_rows, wait_for
 
 SMOKE = Path(__file__).parents[1] / "curriculum" / "recipes" / "smoke.toml"
 PROGRAM = "import sys; from isomorph.curriculum.cli import main; main()"
@@ -67,24 +67,8 @@ def test_a_wait_ends_when_the_launcher_has_ended() -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    with pytest.raises(pytest.fail.Exception, match="the launcher ended with 1 .*\n.*\nno such module"):
+    with pytest.raises(pytest.fail.Exception, match="the process ended with 1 .*\nno such module"):
         wait_for(lambda: False, launcher, seconds=600)
-
-
-def step_rows(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
-
-
-def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str], *, seconds: float = 120) -> None:
-    """Waits for what the launcher's ranks are to do; fails at once, with their output, where it has ended."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if launcher.poll() is not None:
-            out, err = launcher.communicate()
-            pytest.fail(f"the launcher ended with {launcher.returncode} before it happened:\n{out}\n{err}")
-        assert time.monotonic() < end, f"it did not happen in {seconds:.0f} s"
-        time.sleep(0.05)
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -127,7 +111,7 @@ def test_a_run_on_two_ranks_leaves_what_one_would(whole_run: Path) -> None:
     assert summary["status"] == "done" and summary["steps"] == 14
     assert set(summary["accuracy"]["after"]) == {"natural", "graph", "code", "table"}
     assert json.loads((whole_run / "run.json").read_text())["ranks"] == 2
-    rows = step_rows(whole_run)
+    rows = step_rows(whole_run, UNTIMED)
     assert [row["step"] for row in rows] == list(range(1, 15))
     assert {row["groups/all"] for row in rows} == {16, 4}  # of both ranks
     assert (whole_run / "report" / "report.html").is_file()
@@ -147,7 +131,7 @@ def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, warm_script: Path, who
     whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (whole_run, tmp_path / "killed"))
     assert resumed["weights_sha256"] == whole["weights_sha256"]
     assert resumed["accuracy"] == whole["accuracy"] and resumed["tokens"] == whole["tokens"]
-    assert step_rows(tmp_path / "killed") == step_rows(whole_run)
+    assert step_rows(tmp_path / "killed", UNTIMED) == step_rows(whole_run, UNTIMED)
 
 
 def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(warm_isomorph: list[str], whole_run: Path) -> None:
@@ -167,7 +151,7 @@ def test_every_rank_has_a_vllm_of_its_own(isomorph: Path, tmp_path: Path, publis
     small = ("stage.0.steps=2", "stage.1.steps=2", "stage.2.steps=1", "eval.prompts=1", "model.tiny.hidden_size=64")
     sampler = ("sampler.kind=vllm", f"sampler.publish={publish}", "sampler.max_seqs=16", "sampler.max_model_len=192")
     finished(torchrun(isomorph, "train", SMOKE, "--run", "run", *small, *sampler, cwd=tmp_path))
-    rows = [row for row in step_rows(tmp_path / "run") if row["stage"] != "warm-up"]
+    rows = [row for row in step_rows(tmp_path / "run", UNTIMED) if row["stage"] != "warm-up"]
     assert len(rows) == 3 and all(row["drift/max"] is None or row["drift/max"] < 1e-4 for row in rows)
     assert any(row["drift/max"] is not None for row in rows)
 
@@ -209,6 +193,6 @@ def test_a_stop_ends_all_ranks_with_a_checkpoint(isomorph: Path, tmp_path: Path)
     with at_work(isomorph, tmp_path) as (launcher, ranks):
         ranks[1].send_signal(signal.SIGINT)  # one is enough
         launcher.communicate(timeout=60)
-    steps = len(step_rows(tmp_path / "run"))
+    steps = len(step_rows(tmp_path / "run", UNTIMED))
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}" / "state.json").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
+from tiny_runs import summary_of
 
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.evaluation import evaluation_keys
@@ -57,11 +58,6 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run with two sets, evaluated every two steps, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "evaluated"
     return folder, run(folder, recipe_with({**EVERY, "sets": SETS, "keep_best": "plans"}))
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
 
 
 def test_training_is_bit_for_bit_that_without_evaluations(evaluated: tuple[Path, str], tmp_path: Path) -> None:

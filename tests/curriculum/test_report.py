@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from tiny_runs import summary_of
 
 from isomorph.curriculum.report import figures
 from isomorph.curriculum.report.drawing import moving_average
@@ -69,10 +70,6 @@ def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "copy"))
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "summary.json").read_text()))
 
 
 def steps_of(run: Path, name: str) -> list[dict[str, Any]]:

@@ -6,12 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from processes import wait_for
 from simulated_study import write_study
 
 from isomorph.curriculum.study import page, seeds
@@ -108,14 +107,6 @@ def started(isomorph: list[str], place: Path, *arguments: str) -> Iterator[subpr
         process.communicate()
 
 
-def wait_for(what: Callable[[], Any]) -> Any:
-    until = time.monotonic() + 120
-    while not (found := what()):
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    return found
-
-
 def owner(folder: Path) -> int:
     """The process that writes into ``folder``, as its lock says; 0: none yet."""
     words = (folder / ".lock").read_text().split() if (folder / ".lock").exists() else []
@@ -137,16 +128,16 @@ def folder_of(place: Path, condition: str, seed: int) -> Path:
 def test_a_study_that_is_killed_goes_on_and_repeats_nothing(place: Path, warm_isomorph: list[str]) -> None:
     runs = place / "tiny" / "runs"
     with started(warm_isomorph, place) as study:
-        wait_for(lambda: len(read_lines(place / "tiny" / "runs.jsonl")) >= 2)  # a warm start and a condition
-        victim = wait_for(lambda: owner(runs / "graph_words-seed1"))
+        wait_for(lambda: len(read_lines(place / "tiny" / "runs.jsonl")) >= 2, study)  # a warm start and a condition
+        victim = wait_for(lambda: owner(runs / "graph_words-seed1"), study, every=0.005)
         os.kill(owner(place / "tiny"), signal.SIGKILL)
         study.communicate(timeout=60)
     before = finished(place)
     assert {"warm-seed1", "words-seed1"} <= before.keys() < ALL
 
     with started(warm_isomorph, place) as study:
-        wait_for(lambda: owner(runs / "graph_words-seed1") not in (0, victim))
-        other = wait_for(lambda: owner(runs / "words-seed2"))
+        wait_for(lambda: owner(runs / "graph_words-seed1") not in (0, victim), study)
+        other = wait_for(lambda: owner(runs / "words-seed2"), study, every=0.005)
         os.kill(other, signal.SIGKILL)
         printed, _ = study.communicate(timeout=120)
     assert study.returncode == 0, printed

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
-from isomorph.engine.config import TinyModel
+from isomorph.engine.config import Stage, TinyModel
 from isomorph.engine.types import Group, Prompt, Rollout
+from isomorph.engine.update.micro_batches import Update, pack
 
 CPU = torch.device("cpu")
 WORDS = [f"w{chr(97 + i)}" for i in range(16)]
@@ -50,3 +52,20 @@ def make_groups(shapes: tuple[tuple[int, tuple[int, ...]], ...] = SHAPES, seed: 
 
 def with_advantages(group: Group, *advantages: float) -> Group:
     return dataclasses.replace(group, advantages=advantages)
+
+
+def updates_of(groups: list[Group], stage: Stage) -> list[Update]:
+    """The groups packed as the stage's batch says."""
+    return pack(
+        groups,
+        micro_batch_tok=stage.batch.micro_batch_tok,
+        prompts_per_update=stage.batch.prompts_per_update,
+        objective=stage.objective,
+        device=CPU,
+    )
+
+
+def moved(weights: list[Tensor], seed: int) -> list[Tensor]:
+    """Copies of the weights, each with noise of its own: a policy some steps away."""
+    generator = torch.Generator().manual_seed(seed)
+    return [w + 0.02 * torch.randn(w.shape, generator=generator) for w in weights]

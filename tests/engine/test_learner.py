@@ -4,7 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_world import CPU, NUM_VOCAB, TINY, WORDS, make_groups, one_thread, with_advantages  # noqa: F401
+from small_world import (  # noqa: F401
+    CPU,
+    NUM_VOCAB,
+    TINY,
+    WORDS,
+    make_groups,
+    moved,
+    one_thread,
+    updates_of,
+    with_advantages,
+)
 from torch import Tensor
 from truth import exact_norms, transformers_twin
 
@@ -22,7 +32,6 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Group, PackedBatch, Rollout, RunFailed, Sampling, Scores, StepStats
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.micro_batches import Update, pack
 from isomorph.engine.update.round import Tally
 
 GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
@@ -58,21 +67,6 @@ def make_stage(objective: ObjectiveConfig = GRPO, **tables: Any) -> Stage:
     )
 
 
-def packed(groups: list[Group], stage: Stage) -> list[Update]:
-    return pack(
-        groups,
-        micro_batch_tok=stage.batch.micro_batch_tok,
-        prompts_per_update=stage.batch.prompts_per_update,
-        objective=stage.objective,
-        device=CPU,
-    )
-
-
-def moved(weights: list[Tensor], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [w + 0.02 * torch.randn(w.shape, generator=generator) for w in weights]
-
-
 def gradient(policy: Policy, groups: list[Group], objective: ObjectiveConfig, micro_batch_tok: int = 10_000) -> Tensor:
     """Of one optimizer step over all micro-batches, before clipping: all parameters in one vector."""
     stage = make_stage(objective, batch=dict(micro_batch_tok=micro_batch_tok))
@@ -80,7 +74,7 @@ def gradient(policy: Policy, groups: list[Group], objective: ObjectiveConfig, mi
     learner.enter(stage)
     weights = policy.snapshot()
     learner.reference = moved(weights, 2)
-    (update,) = packed(groups, stage)
+    (update,) = updates_of(groups, stage)
     references = learner._reference_logprobs([update.batches], stage)
     with policy.borrowed_weights(moved(weights, 1)):
         old = [learner._logprob(batch, stage) for batch in update.batches]
@@ -98,7 +92,7 @@ def update(policy: Policy, groups: list[Group], stage: Stage, learner: Learner |
     learner = learner or Learner(policy)
     if learner.optimizer is None:
         learner.enter(stage)
-    return learner.update(packed(groups, stage), stage, 0)
+    return learner.update(updates_of(groups, stage), stage, 0)
 
 
 def flat(policy: Policy) -> Tensor:
@@ -163,13 +157,13 @@ def test_gradient_is_the_same_whether_responses_without_advantage_are_left_out_o
     policy, groups = make_policy(), make_groups()
     groups = [with_advantages(groups[0], 1.0, 0.0, -1.0), with_advantages(groups[1], 0.0, 0.0, 0.0), groups[2]]
     assert objective.drops_zero_advantages
-    trained = packed(groups, make_stage(objective))[0]
+    trained = updates_of(groups, make_stage(objective))[0]
     assert sum(b.num_seqs for b in trained.batches) == 5
     if objective.name == "rft":  # what was rejected does not count there, so rejected responses may as well not exist
         kept = one_by_one(groups[0])[0:3:2] + one_by_one(groups[2])
     else:
         objective_kept = objective.model_copy(update={"entropy_coef": 1e-300})
-        assert sum(b.num_seqs for b in packed(groups, make_stage(objective_kept))[0].batches) == 9
+        assert sum(b.num_seqs for b in updates_of(groups, make_stage(objective_kept))[0].batches) == 9
         torch.testing.assert_close(
             gradient(policy, groups, objective), gradient(policy, groups, objective_kept), rtol=0, atol=1e-13
         )
@@ -207,7 +201,9 @@ def test_gradient_is_the_same_for_more_tokens_than_one_chunk_of_logits_holds() -
     policy = make_policy()
     groups = make_groups(tuple((2, (27,) * 12) for _ in range(26)))
     objective = ObjectiveConfig(name="dapo", kl_coef=0.1)
-    assert packed(groups, make_stage(objective, batch=dict(micro_batch_tok=20_000)))[0].batches[0].num_loss_tok > 8192
+    assert (
+        updates_of(groups, make_stage(objective, batch=dict(micro_batch_tok=20_000)))[0].batches[0].num_loss_tok > 8192
+    )
     torch.testing.assert_close(
         gradient(policy, groups, objective, 20_000), gradient(policy, groups, objective, 400), rtol=0, atol=1e-12
     )
@@ -264,7 +260,7 @@ def test_the_ratio_to_recomputed_old_log_probabilities_is_one(sampled: tuple[Pol
     stage = make_stage()
     learner = Learner(policy)
     learner.enter(stage)
-    (step,) = packed(groups, stage)
+    (step,) = updates_of(groups, stage)
     (batch,) = step.batches
     old = learner._logprob(batch, stage)
     seen = learner._backward(batch, learner._token_inputs(batch, step, stage, None, None), stage, Tally()).logprob
@@ -419,7 +415,7 @@ def test_a_round_that_an_earlier_version_left_unfinished_is_refused() -> None:
     left = {"round/0/norms": torch.ones(1), "round/0/drift_max": torch.zeros(()), **learner.state_tensors()}
     learner.restore(stage, left)
     with pytest.raises(UserError, match="by an earlier version"):
-        learner.begin(packed(make_groups(), stage), stage, 0)
+        learner.begin(updates_of(make_groups(), stage), stage, 0)
 
 
 def test_demonstrations_have_no_drift_no_kl_and_no_ratio() -> None:
@@ -455,7 +451,7 @@ def test_the_schedule_runs_over_the_stage() -> None:
     policy, groups = make_policy(), make_groups()
     learner = Learner(policy)
     learner.enter(stage)
-    rates = [learner.update(packed(groups, stage), stage, step).lr for step in range(4)]
+    rates = [learner.update(updates_of(groups, stage), stage, step).lr for step in range(4)]
     assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125])
 
 
@@ -464,7 +460,7 @@ def test_bf16_weights_learn_from_float32_sums_over_micro_batches() -> None:
     learner = Learner(policy)
     stage = make_stage(optim=dict(lr=1e-5), batch=dict(micro_batch_tok=13))
     learner.enter(stage)
-    (step,) = packed(make_groups(), stage)
+    (step,) = updates_of(make_groups(), stage)
     assert len(step.batches) > 1
     stats = learner.update([step], stage, 0)
     assert learner.optimizer is not None and stats.grad_norm > 0
@@ -544,13 +540,13 @@ def test_a_round_on_the_samplers_log_probabilities_goes_on_bit_for_bit_within_it
     policy, twin = make_policy(), make_policy()
     learner, other = Learner(policy), Learner(twin)
     learner.enter(stage)
-    work = learner.begin(packed(make_groups(), stage), stage, 0)
+    work = learner.begin(updates_of(make_groups(), stage), stage, 0)
     learner.advance(work)
     learner.advance(work)
     weights, tensors = policy.snapshot(), {k: v.clone() for k, v in learner.state_tensors().items()}
     twin.overwrite(weights)
     other.restore(stage, tensors)
-    again = other.begin(packed(make_groups(), stage), stage, 0)
+    again = other.begin(updates_of(make_groups(), stage), stage, 0)
     while not work.is_done:
         learner.advance(work)
         other.advance(again)
@@ -659,7 +655,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_its_weights_unchanged()
 # -- stages
 def kl_of_one_step(learner: Learner, stage: Stage) -> float:
     """The step's k3 to the reference, measured before it moves anything; then it moves."""
-    return learner.update(packed(make_groups(), stage), stage, 0).kl
+    return learner.update(updates_of(make_groups(), stage), stage, 0).kl
 
 
 def test_a_stage_measures_kl_to_where_it_began_or_to_where_an_earlier_one_began() -> None:
@@ -729,7 +725,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     policy = make_policy(dtype)
     learner = Learner(policy)
     learner.enter(stage)
-    learner.update(packed(make_groups(), stage), stage, 0)
+    learner.update(updates_of(make_groups(), stage), stage, 0)
     weights, tensors = policy.snapshot(), {k: v.clone() for k, v in learner.state_tensors().items()}
     twin = make_policy(dtype)
     twin.overwrite(weights)
@@ -737,7 +733,9 @@ def test_a_restored_learner_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     other.restore(stage, tensors)
     for step in (1, 2):
         groups = make_groups(seed=step)
-        assert learner.update(packed(groups, stage), stage, step) == other.update(packed(groups, stage), stage, step)
+        assert learner.update(updates_of(groups, stage), stage, step) == other.update(
+            updates_of(groups, stage), stage, step
+        )
     assert torch.equal(flat(policy), flat(twin))
     for name, value in learner.state_tensors().items():
         assert torch.equal(other.state_tensors()[name], value), name

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from small_world import CPU, TINY, WORDS, make_groups, one_thread  # noqa: F401
+from small_world import CPU, TINY, WORDS, make_groups, one_thread, updates_of  # noqa: F401
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from truth import exact_norms
@@ -74,14 +74,7 @@ def make_stage(objective: ObjectiveConfig = KL, **tables: Any) -> Stage:
 
 
 def packed(stage: Stage, seed: int = 3) -> list[Update]:
-    batch = stage.batch
-    return pack(
-        make_groups(seed=seed),
-        micro_batch_tok=batch.micro_batch_tok,
-        prompts_per_update=batch.prompts_per_update,
-        objective=stage.objective,
-        device=CPU,
-    )
+    return updates_of(make_groups(seed=seed), stage)
 
 
 def entered(policy: Policy, stage: Stage) -> Learner:

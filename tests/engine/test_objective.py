@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_world import one_thread  # noqa: F401
+from small_world import moved, one_thread  # noqa: F401
 from torch import Tensor
 from truth import exact_norms, transformers_twin
 
@@ -346,11 +346,6 @@ def random_policy() -> Policy:
     generator = torch.Generator().manual_seed(0)
     policy.overwrite([0.4 * torch.randn(w.shape, generator=generator) for w in policy.snapshot()])
     return policy
-
-
-def moved(weights: list[Tensor], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [w + 0.02 * torch.randn(w.shape, generator=generator) for w in weights]
 
 
 def random_groups(sampled: bool = True) -> list[Group]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from echo import Echo
-from small_world import CPU, one_thread  # noqa: F401
+from small_world import CPU, one_thread, updates_of  # noqa: F401
 from torch import Tensor
 from toy_run import gold_but_for_one, make_components, make_stage, sha
 from transformers.generation.logits_process import (
@@ -43,7 +43,6 @@ from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.serialise import join_scored, split_scored
 from isomorph.engine.types import Group, Prompt, Rollout, RunFailed, RunState, Sampling, ScoredRollouts, Scores
 from isomorph.engine.update.learner import Learner
-from isomorph.engine.update.micro_batches import pack
 from isomorph.engine.update.objective import TokenInputs, loss_of_tokens, token_weight
 from isomorph.kernels import backend
 from isomorph.kernels.kept_tokens import KeptTokens
@@ -252,16 +251,6 @@ def test_gradient_ratio_and_drift_are_those_of_the_distribution_that_was_sampled
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-7)  # collected in float32
     learner.close()
-
-
-def updates_of(groups: list[Group], stage: Stage) -> list[Any]:
-    return pack(
-        groups,
-        micro_batch_tok=stage.batch.micro_batch_tok,
-        prompts_per_update=stage.batch.prompts_per_update,
-        objective=stage.objective,
-        device=CPU,
-    )
 
 
 @pytest.mark.parametrize("batch", [dict(), dict(num_iterations=2), dict(prompts_per_update=1)])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, MistralConfig, Olmo2Config, Qwen3Config
+from truth import causal
 from vllm_parts import (
     DEVICE,
     check_that_it_follows,
@@ -230,11 +231,6 @@ def take_steps(policy: Policy, num: int = 2) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return attended.transpose(1, 2)
 
 
 @with_real_model

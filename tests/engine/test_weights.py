@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from truth import causal
 
 from isomorph.engine.config import SamplerConfig, TinyModel
 from isomorph.engine.model.load import build_tiny
@@ -150,11 +151,6 @@ def test_trainer_logprob_is_that_of_every_sequence_alone() -> None:
         alone = all_TV[len(prompt) - 1 : -1].gather(1, rollout.token_ids[:, None])[:, 0]
         assert logprob.shape == rollout.token_ids.shape
         assert (logprob - alone).abs().max() < 1e-5
-
-
-def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return attended.transpose(1, 2)
 
 
 # -- the tripwire

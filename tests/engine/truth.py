@@ -34,3 +34,9 @@ def transformers_twin(policy: Policy) -> Any:
         for p, value in zip(model.parameters(), policy.snapshot(), strict=True):
             p.copy_(value)
     return exact_norms(model)
+
+
+def causal(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """PyTorch's attention over one sequence, for ``let_attend``: q [1, H, T, d] -> [1, T, H, d]."""
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2)
