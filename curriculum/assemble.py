@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from isomorph.curriculum.accepted import accept_demonstrations
 from isomorph.curriculum.environment import describe_run, fallbacks, notes_on_options
 from isomorph.curriculum.environments.open import Environments
-from isomorph.curriculum.estimate import FirstSteps, short_of_memory
+from isomorph.curriculum.estimate import FirstSteps, short_of_disk, short_of_memory
 from isomorph.curriculum.hub import prepare_push, push
 from isomorph.curriculum.inputs import changed_files, changed_rewards, describe_files, located, pinned
 from isomorph.curriculum.recipe import Recipe
@@ -346,23 +345,6 @@ def _open_judge(recipe: Recipe, curriculum: Curriculum, pool: RewardPool, log: R
     )
 
 
-def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
-    """A sentence where the disk is too small for the checkpoints to keep and the one being written; else None."""
-    trained = list(policy.named_parameters().values())
-    moments = 8 * sum(p.numel() for p in trained)
-    masters = 4 * sum(p.numel() for p in trained if p.dtype.itemsize < 4)
-    each = moments + masters + sum(p.nbytes for p in trained)
-    kept = recipe.run.keep_checkpoints + len(recipe.stage) + (recipe.eval.keep_best is not None)
-    needed, free = each * (kept + 1), shutil.disk_usage(folder).free
-    if needed <= free:
-        return None
-    return (
-        f"the run keeps up to {kept} checkpoints of {each / 2**30:.1f} GiB (run.keep_checkpoints, one of each stage's "
-        f"end, the best one) and writes one more, {needed / 2**30:.1f} GiB in all; {folder} has {free / 2**30:.1f} GiB "
-        "free: free some, or lower run.keep_checkpoints"
-    )
-
-
 def base_of(policy: Policy) -> str:
     """Fingerprint of the weights under the policy's adapters; "" without adapters: checkpoints hold all weights."""
     return "" if policy.adapters is None else fingerprint(policy.base())
@@ -402,24 +384,11 @@ def _summary(components: Components, state: RunState) -> dict[str, Any]:
             **{name: {"redrawn": count} for name, count in components.source.redrawn.items()},  # too long to fit
         },
         "best": best and {**best, "folder": str(components.log.folder / BEST)},
-        "judge": count_failures(components.judge, components.ranks),
+        "judge": components.judge.failures(components.ranks),
         "environments": components.source.environment_counts(),
         "memory_growth_alarms": components.log.telemetry.growth.num_alarms,
         "weights_sha256": weights_sha256(components.policy.weights()),
     }
-
-
-def count_failures(judge: TableJudge, ranks: Ranks) -> dict[str, int]:
-    """Responses with a reward of 0.0 because scoring them failed, over all ranks; of a resumed run since it resumed.
-
-    Those of a [data.NAME]'s rewards by name and kind, as ``right/deadline``.
-    """
-    pool = judge.pool
-    own = {"timeouts": pool.num_timeouts, "crashes": pool.num_crashes, "errors": pool.num_errors}
-    own |= {f"{name}/{kind}": num for name, kinds in judge.counts.by_name.items() for kind, num in kinds.items()}
-    counted = ranks.gather(own)
-    names = dict.fromkeys(name for counts in counted for name in counts)
-    return {name: sum(counts.get(name, 0) for counts in counted) for name in names}
 
 
 def _status(error: BaseException) -> str:

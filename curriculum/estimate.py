@@ -1,8 +1,10 @@
-"""Estimates of a recipe's memory and time before it runs, and their comparison with the run's first steps."""
+"""Estimates of a recipe's memory, disk and time before it runs, and their comparison with the run's first steps."""
 
 import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +101,29 @@ def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]
                 "sampling.max_new_tok or sampler.max_seqs; `isomorph plan` lists the memory by use"
             )
     return found
+
+
+def checkpoint_bytes(recipe: Recipe, policy: Policy) -> int:
+    """Of the weights, masters, moments and KL reference in one checkpoint; sampled responses come on top."""
+    trained = list(policy.named_parameters().values())
+    moments = 8 * sum(p.numel() for p in trained)
+    masters = 4 * sum(p.numel() for p in trained if p.dtype.itemsize < 4)
+    has_reference = any(stage.objective.needs_reference for stage in recipe.stage)
+    return moments + masters + (1 + has_reference) * sum(p.nbytes for p in trained)
+
+
+def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
+    """A sentence where the disk is too small for the checkpoints to keep and the one being written; else None."""
+    each = checkpoint_bytes(recipe, policy)
+    kept = recipe.run.keep_checkpoints + len(recipe.stage) + (recipe.eval.keep_best is not None)
+    needed, free = each * (kept + 1), shutil.disk_usage(folder).free
+    if needed <= free:
+        return None
+    return (
+        f"the run keeps up to {kept} checkpoints of {each / 2**30:.1f} GiB (run.keep_checkpoints, one of each stage's "
+        f"end, the best one) and writes one more, {needed / 2**30:.1f} GiB in all; {folder} has {free / 2**30:.1f} GiB "
+        "free: free some, or lower run.keep_checkpoints"
+    )
 
 
 def _device_gib(device: torch.device, num_ranks: int) -> float | None:

@@ -17,6 +17,7 @@ from isomorph.curriculum.rewards.worker import Call, Fault, Place, Result, calle
 from isomorph.curriculum.rows.spec import ROWS
 from isomorph.curriculum.tasks.task import FULL_MARKS, Task
 from isomorph.engine.config import UserError
+from isomorph.engine.distributed.ranks import Ranks
 from isomorph.engine.foreign import one_line
 from isomorph.engine.types import Outcome, Prompt, Rollout, RunFailed, Scores
 from isomorph.engine.update.score import normalised_sum
@@ -159,6 +160,17 @@ class TableJudge:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def failures(self, ranks: Ranks) -> dict[str, int]:
+        """Responses with a reward of 0.0 because scoring failed, over all ranks; of a resumed run since it resumed.
+
+        Those of a [data.NAME]'s rewards by name and kind, as ``right/deadline``. A collective.
+        """
+        own = {"timeouts": self.pool.num_timeouts, "crashes": self.pool.num_crashes, "errors": self.pool.num_errors}
+        own |= {f"{name}/{kind}": num for name, kinds in self.counts.by_name.items() for kind, num in kinds.items()}
+        counted = ranks.gather(own)
+        names = dict.fromkeys(name for counts in counted for name in counts)
+        return {name: sum(counts.get(name, 0) for counts in counted) for name in names}
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Rewards of tasks that no table rewards. Raises TypeError for others, which need the rollouts."""

@@ -68,7 +68,7 @@ def test_what_could_not_be_judged_is_summed_over_the_ranks() -> None:
         judges.num_timeouts, judges.num_crashes = 2, 3
         judge = TableJudge({}, judges)
         judge.counts.add("right", "deadline")
-        found = assemble.count_failures(judge, Two(0, 2))
+        found = judge.failures(Two(0, 2))
     assert found == {"timeouts": 3, "crashes": 3, "errors": 4, "right/deadline": 3, "short/nan": 1}
 
 

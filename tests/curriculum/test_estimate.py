@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from small_world import CPU, TINY, WORDS, make_groups, updates_of
 
-from isomorph.curriculum.estimate import plan_recipe
+from isomorph.curriculum import estimate
+from isomorph.curriculum.estimate import checkpoint_bytes, plan_recipe, short_of_disk
 from isomorph.curriculum.recipe import Recipe
-from isomorph.engine.config import UserError
+from isomorph.engine.config import ObjectiveConfig, UserError
+from isomorph.engine.model.load import build_tiny
 from isomorph.engine.recipe_file import check_tables
+from isomorph.engine.update.learner import Learner
 
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
 
@@ -36,3 +41,31 @@ def test_a_tiny_model_is_not_estimated_on_data_that_it_cannot_read() -> None:
     rows = {"kind": "reasoning_gym", "tasks": {"chain_sum": {}}}
     with pytest.raises(UserError, match="words of data.plans are not known before they are generated: set model.tiny"):
         plan_recipe(recipe({"tiny": {}}, "chain_sum", **rows), "h200", None, 1)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_checkpoint_are_those_of_its_tensors(dtype: torch.dtype, kl_coef: float) -> None:
+    policy, asked = build_tiny(TINY, WORDS, seed=0, dtype=dtype, device=CPU), recipe({"tiny": {}})
+    stage = asked.stage[0].model_copy(update={"objective": ObjectiveConfig(kl_coef=kl_coef)})
+    learner = Learner(policy)
+    learner.enter(stage)
+    learner.update(updates_of(make_groups(), stage), stage, 0)
+    trained = policy.named_parameters()
+    stored = sum(x.nbytes for x in (*trained.values(), *learner.state_tensors().values()))
+    counters = 4 * len(trained)  # AdamW's number of steps, for each parameter
+    assert stored - counters == checkpoint_bytes(asked.model_copy(update={"stage": [stage]}), policy)
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, asked = build_tiny(TINY, WORDS, seed=0, dtype=torch.float32, device=CPU), recipe({"tiny": {}})
+    kept = asked.run.keep_checkpoints + 1  # and that of the stage's end
+    needed = (kept + 1) * checkpoint_bytes(asked, policy)  # while one more is being written
+    usage = estimate.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda folder: usage._replace(free=needed))
+    assert short_of_disk(asked, policy, tmp_path) is None
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda folder: usage._replace(free=needed - 1))
+    told = short_of_disk(asked, policy, tmp_path)
+    assert told is not None and f"keeps up to {kept} checkpoints" in told and "lower run.keep_checkpoints" in told
