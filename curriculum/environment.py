@@ -37,7 +37,7 @@ PACKAGES = (
 
 
 def check_backends() -> None:
-    """Raises UserError where ISOMORPH_BACKEND asks for what this machine cannot run; before anything is loaded."""
+    """Raises UserError where ISOMORPH_BACKEND or ISOMORPH_ISA asks for what cannot run here; nothing is loaded yet."""
     try:
         backend.table("cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
@@ -114,6 +114,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_isa": backend.native_isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory_gib, 1),

@@ -13,6 +13,9 @@
 ``table(device)`` returns the current selection; a run records it. The implementation of packed_attention on CUDA also
 depends on its inputs: see ``attention_route.choose``.
 
+One C++ module has several bodies, for AVX-512, AVX2 and any processor; it runs the best that the processor supports.
+``ISOMORPH_ISA=baseline`` (or ``avx2``), set before the first op runs, selects another for the whole process.
+
 A selection by ``using`` holds on the thread that made it. Autograd runs the backward of CUDA tensors on its own thread,
 so the backward of an op uses the selection that its forward used. ``torch.utils.checkpoint`` runs a forward again on
 that thread: ``checkpoint(bound(function), ...)`` keeps the selection.
@@ -140,6 +143,14 @@ def native() -> ModuleType:
     return _native_module
 
 
+def native_isa() -> str:
+    """The instruction set that the C++ module runs with: "avx512", "avx2" or "baseline"; empty where it was not built.
+
+    Raises ValueError where ISOMORPH_ISA names one that the processor or the build does not have.
+    """
+    return "" if _native_module is None else str(_native_module.isa())
+
+
 def native_cuda() -> ModuleType:
     """The CUDA C++ module. Only after ``choose`` returned "cuda"."""
     assert _cuda_module is not None, _cuda_reason
@@ -192,7 +203,8 @@ def request() -> str:
 
 
 def table(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Op -> name of the implementation that it runs on ``device``."""
+    """Op -> name of the implementation that it runs on ``device``. Raises ValueError as choose and native_isa do."""
+    native_isa()
     return {op: choose(op, device) for op in OPS}
 
 

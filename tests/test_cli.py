@@ -18,6 +18,7 @@ from rich.console import Console
 
 from isomorph.curriculum.commands.train import AGAIN_S, Stop, new_folder
 from isomorph.engine.config import UserError
+from isomorph.kernels import backend
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 RECIPES = Path(__file__).parents[1] / "curriculum" / "recipes"
@@ -264,6 +265,14 @@ def test_a_wrong_choice_of_implementations_is_refused_before_anything_is_made(
     for command in (("train", SMOKE, "--run", "refused"), ("eval", "refused")):
         done = run(*command, cwd=tmp_path, ISOMORPH_BACKEND=request_, TRITON_INTERPRET="0")
         assert "ISOMORPH_BACKEND" in error_line(done)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_wrong_instruction_set_is_refused_before_anything_is_made(tmp_path: Path, warm: Command) -> None:
+    if not backend.native_available():
+        pytest.skip(backend.native_reason())
+    message = error_line(warm("train", SMOKE, "--run", "refused", cwd=tmp_path, ISOMORPH_ISA="avx1024"))
+    assert "ISOMORPH_ISA is avx1024" in message and "baseline" in message
     assert not (tmp_path / "refused").exists()
 
 

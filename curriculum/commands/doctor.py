@@ -22,6 +22,7 @@ VARIABLES = {
     "OMP_NUM_THREADS": "threads of PyTorch on the CPU",
     "CUDA_VISIBLE_DEVICES": "which GPUs a run may see",
     "ISOMORPH_BACKEND": "implementations of the ops",
+    "ISOMORPH_ISA": "instruction set of the C++ module",
     "ISOMORPH_ASYNCHOW": "folder of the paper's JSON Lines",
     "HF_HOME": "folder of models from the hub",
     "HF_HUB_OFFLINE": "1: models are never downloaded",
@@ -162,7 +163,7 @@ def _bodies_on(device: str) -> Finding:
     try:
         table = backend.table(device)
     except ValueError as error:
-        advice = f"correct or unset {backend.ENVIRONMENT}"
+        advice = f"correct or unset {str(error).partition(' ')[0]}"
         return Finding(name, "problem", str(error), advice, required=True)
     if device == "cuda":
         del table["packed_attention"]  # depends on its inputs, and has a line of its own

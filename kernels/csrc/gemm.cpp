@@ -15,8 +15,7 @@ using Array2 = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 
 bool has_bfloat16_gemm() {
 #if defined(ISOMORPH_HAS_AVX512BF16)
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
+    return isa() == "avx512" && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif

@@ -1,6 +1,7 @@
-// Selects the instruction set of the *_body.cpp files at run time: the best that the machine supports, or a forced one;
-// and maps DLPack types to Storage.
+// Selects the instruction set of the *_body.cpp files at run time: the best that the processor supports, the one that
+// ISOMORPH_ISA names, or one that a test forces; and maps DLPack types to Storage.
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,7 @@ namespace nb = nanobind;
 namespace isomorph {
 namespace {
 
-std::string forced;  // empty: the best that the machine supports
+std::string forced;  // by use_isa; empty: none
 
 std::vector<std::string> isas() {
     std::vector<std::string> found;
@@ -35,11 +36,21 @@ void use_isa(const std::string& isa) {
     forced = isa;
 }
 
+std::string unforced() {
+    const std::vector<std::string> here = isas();
+    const char* wanted = std::getenv("ISOMORPH_ISA");
+    if (wanted == nullptr || *wanted == '\0') return here.front();
+    if (std::find(here.begin(), here.end(), wanted) != here.end()) return wanted;
+    std::string names;
+    for (const std::string& name : here) names += (names.empty() ? "" : ", ") + name;
+    throw nb::value_error(("ISOMORPH_ISA is " + std::string(wanted) + ", but the C++ module runs here with: " + names).c_str());
+}
+
 }  // namespace
 
 const std::string& isa() {
-    static const std::string best = isas().front();
-    return forced.empty() ? best : forced;
+    static const std::string usual = unforced();
+    return forced.empty() ? usual : forced;
 }
 
 Storage storage_of(const Array& array, const char* op, bool takes_float16) {
@@ -54,6 +65,7 @@ Storage storage_of(const Array& array, const char* op, bool takes_float16) {
 }
 
 void bind_isa(nb::module_& module) {
+    module.def("isa", &isa);
     module.def("isas", &isas);
     module.def("use_isa", &use_isa, nb::arg("isa"));
 }

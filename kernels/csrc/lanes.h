@@ -46,12 +46,17 @@ ISOMORPH_INLINE A sum_of(const Vec<A>& x) {
 }
 
 // -- conversion between storage and arithmetic types
+#if defined(__aarch64__)
+typedef __fp16 Float16;  // before GCC 13 C++ has _Float16 on x86 alone
+#else
+typedef _Float16 Float16;
+#endif
 struct BFloat16 {
     uint16_t bits;
 };
 ISOMORPH_INLINE float widen(float x) { return x; }
 ISOMORPH_INLINE double widen(double x) { return x; }
-ISOMORPH_INLINE float widen(_Float16 x) { return static_cast<float>(x); }
+ISOMORPH_INLINE float widen(Float16 x) { return static_cast<float>(x); }
 ISOMORPH_INLINE float widen(BFloat16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float wide;
@@ -60,7 +65,7 @@ ISOMORPH_INLINE float widen(BFloat16 x) {
 }
 ISOMORPH_INLINE void narrow(float* to, float x) { *to = x; }
 ISOMORPH_INLINE void narrow(double* to, double x) { *to = x; }
-ISOMORPH_INLINE void narrow(_Float16* to, float x) { *to = static_cast<_Float16>(x); }
+ISOMORPH_INLINE void narrow(Float16* to, float x) { *to = static_cast<Float16>(x); }
 ISOMORPH_INLINE void narrow(BFloat16* to, float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof(bits));

@@ -27,7 +27,7 @@ void read(const void* row, Storage type, int64_t first, int64_t n, A* to) {
     if constexpr (sizeof(A) == sizeof(double)) return read_as<double>(row, first, n, to);
     else if (type == Storage::kFloat32) return read_as<float>(row, first, n, to);
     else if (type == Storage::kBFloat16) return read_as<BFloat16>(row, first, n, to);
-    else return read_as<_Float16>(row, first, n, to);
+    else return read_as<Float16>(row, first, n, to);
 }
 
 template <typename A>
@@ -35,7 +35,7 @@ void write(const A* from, int64_t n, void* row, Storage type, int64_t first) {
     if constexpr (sizeof(A) == sizeof(double)) return write_as<double>(from, n, row, first);
     else if (type == Storage::kFloat32) return write_as<float>(from, n, row, first);
     else if (type == Storage::kBFloat16) return write_as<BFloat16>(from, n, row, first);
-    else return write_as<_Float16>(from, n, row, first);
+    else return write_as<Float16>(from, n, row, first);
 }
 
 // Computes z of n columns, padded to whole vectors with -inf, a probability of 0. Returns the padded number.
