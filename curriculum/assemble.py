@@ -1,7 +1,6 @@
 """Runs a recipe: makes the engine's components, trains, and writes run.json, summary.json, model and report."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from isomorph.curriculum.inputs import changed_files, changed_rewards, describe_
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
-from isomorph.curriculum.resume import Changes, depends_on_steps
+from isomorph.curriculum.restored import base_of, restore
+from isomorph.curriculum.resume import Changes, depends_on_steps, refuse_what_is_over
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.curriculum.rewards.pool import RewardPool, answer_found
 from isomorph.curriculum.rewards.signature import Progress
@@ -34,18 +34,16 @@ from isomorph.engine.config import UserError
 from isomorph.engine.distributed.fsdp import shard
 from isomorph.engine.distributed.heartbeat import lost_ranks_explained
 from isomorph.engine.distributed.ranks import ALONE, Ranks
-from isomorph.engine.foreign import foreign
 from isomorph.engine.loop import train
 from isomorph.engine.model.load import load_policy, read_weights, silence_loaders
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.best import BEST, read_best, save_model
-from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, load_shards, weights_sha256
+from isomorph.engine.record.checkpoint import weights_sha256
 from isomorph.engine.record.runlog import QuietLog, RunLog
 from isomorph.engine.record.sinks import check_sinks, open_sinks
 from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory_gib
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
-from isomorph.engine.rollout.fingerprint import fingerprint
 from isomorph.engine.rollout.stop_strings import check_stop_strings
 from isomorph.engine.types import Prompt, RunFailed, RunState, Sampler
 from isomorph.engine.update.learner import Learner
@@ -89,6 +87,8 @@ def run_recipe(
             components, state = stack.enter_context(
                 _open_components(recipe, log, stop_requested, ranks, environments, resume=resume)
             )
+            if changes:
+                refuse_what_is_over(changes, recipe, folder)  # the checkpoint that is used may not be the newest
             if changes and ranks.is_first:
                 _record_changes(recipe, changes, log, state.step)
             assert isinstance(components.source, Curriculum)
@@ -147,14 +147,14 @@ def _open_components(
     _refuse_long_responses(recipe, policy.max_model_len)
     check_stop_strings([string for stage in recipe.stage for string in stage.sampling.stop], policy.text)
     log.telemetry = Telemetry(*find_gpu(policy.device))
-    state, learned = _restored(policy, log, ranks) if resume else (RunState(base=base_of(policy)), None)
     environments.load(policy.text)
     curriculum = Curriculum(recipe, policy.text, policy.max_model_len, environments)
     for source in curriculum.sources.values():
         for sentence in source.left_out:
             log.say(f"warning: {sentence}")
+    state, learned = RunState(base=base_of(policy)), None
     if resume:
-        state = _continued(curriculum, state)
+        state, learned = restore(policy, curriculum, log, ranks)
     with (
         open_sampler(recipe, policy) as sampler,
         RewardPool() as pool,
@@ -283,43 +283,6 @@ def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
         sampler.close()
 
 
-def _continued(curriculum: Curriculum, state: RunState) -> RunState:
-    """``state``, whose place ``curriculum`` takes; with more steps in the last stage that stage goes on."""
-    with foreign("the newest checkpoint's state.json is not of the recipe's stages: delete that checkpoint"):
-        curriculum.load_state_dict(state.source)
-    return dataclasses.replace(state, source=curriculum.state_dict()) if curriculum.reopen_extended() else state
-
-
-def _restored(policy: Policy, log: RunLog, ranks: Ranks) -> tuple[RunState, dict[str, torch.Tensor]]:
-    root = log.folder / "checkpoints"
-    newest = latest_checkpoint(root)
-    if newest is None:
-        raise UserError(f"{root} holds no complete checkpoint: start a new run with isomorph train RECIPE")
-    if policy.is_sharded:
-        state, learned = load_shards(newest, policy.stored(), ranks)
-        policy.unread = ()
-    else:
-        state, weights, learned = load_checkpoint(newest)
-        check_base(policy, state.base, newest)
-        with foreign(f"{newest}: its weights do not fit the recipe's model"):
-            policy.overwrite([weights[name] for name in policy.named_parameters()])
-    log.cut_after(state.step)
-    log.seconds_before = state.totals["wall_s"]
-    where = "within the step after" if state.draws else "after"
-    log.say(f"resuming {where} step {state.step} from {newest}")
-    if state.num_ranks != ranks.size and state.draws:
-        raise UserError(
-            f"{newest} was written within a step by {state.num_ranks} ranks, each of which holds a part of it: "
-            f"resume with {state.num_ranks} ranks, got {ranks.size}"
-        )
-    if state.num_ranks != ranks.size:
-        log.say(
-            f"warning: the run had {state.num_ranks} ranks and resumes with {ranks.size}: prompts are the same, "
-            "gradients the same up to rounding, so the run is not bit for bit the uninterrupted one"
-        )
-    return state, learned
-
-
 def _start_workers(recipe: Recipe, pool: RewardPool) -> None:
     """Starts reward workers before the first response comes. Raises UserError where a package is missing."""
     known = [data for data in recipe.data.values() if not isinstance(data, RewardTable)]
@@ -343,20 +306,6 @@ def _open_judge(recipe: Recipe, curriculum: Curriculum, pool: RewardPool, log: R
         max_new_tok=curriculum.max_new_tok,
         progress=lambda: Progress(step=curriculum.total_steps(), max_steps=total),
     )
-
-
-def base_of(policy: Policy) -> str:
-    """Fingerprint of the weights under the policy's adapters; "" without adapters: checkpoints hold all weights."""
-    return "" if policy.adapters is None else fingerprint(policy.base())
-
-
-def check_base(policy: Policy, base: str, checkpoint: Path) -> None:
-    """Raises UserError where the adapters of ``checkpoint`` were trained on other weights than the policy's."""
-    if (found := base_of(policy)) != base:
-        raise UserError(
-            f"{checkpoint} holds adapters only, trained on weights with fingerprint {base}; the recipe's model has "
-            f"{found}: restore the model that the run began with"
-        )
 
 
 def _summary(components: Components, state: RunState) -> dict[str, Any]:

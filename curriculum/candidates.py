@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from isomorph.curriculum.assemble import check_base, open_policy
+from isomorph.curriculum.assemble import open_policy
 from isomorph.curriculum.inputs import changed_files
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.run_record import read_run_json, read_summary
+from isomorph.curriculum.restored import check_base
 from isomorph.curriculum.rewards.answer import ANSWER_TAGS
 from isomorph.engine.config import ModelConfig, UserError
 from isomorph.engine.model.load import load_policy, silence_loaders

@@ -10,7 +10,7 @@ from isomorph.curriculum.recipe import Recipe
 from isomorph.engine.config import STAGE_TABLES, UserError
 from isomorph.engine.effect import leaves
 from isomorph.engine.recipe_file import check_tables, overridden
-from isomorph.engine.record.checkpoint import latest_checkpoint, read_state
+from isomorph.engine.record.usable import newest_state
 
 # Keys of length, speed and output, and paths whose file has the same content.
 MAY_CHANGE = (
@@ -54,7 +54,7 @@ def resumed_recipe(described: Mapping[str, Any], overrides: Sequence[str], folde
         raise UserError(
             f"{', '.join(refused)} cannot be changed by --resume: start a new run, or change only: {IN_WORDS}"
         )
-    _refuse_what_is_over(changes, after, folder)
+    refuse_what_is_over(changes, after, folder)
     return after, changes
 
 
@@ -111,12 +111,15 @@ def depends_on_steps(recipe: Recipe, changes: Changes) -> list[str]:
     return found
 
 
-def _refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
-    """Refuses changes of a stage that has ended, of steps that are done and of updates that are divided already."""
-    newest = latest_checkpoint(folder / "checkpoints")
-    if newest is None:
+def refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
+    """Refuses changes of a stage that has ended, of steps that are done and of updates that are divided already.
+
+    Of the state of the newest checkpoint; where another one turns out to be used, it is to be called again.
+    """
+    found = newest_state(folder / "checkpoints")
+    if found is None:
         return  # resuming raises
-    state = read_state(newest)
+    newest, state = found
     present = state["source"].get("stage_index", 0)
     done = state["source"].get("steps_done", 0)
     is_extended = present == len(after.stage) and _extends_the_end(changes, after, state["source"])

@@ -55,6 +55,8 @@ def _checkpointed(components: Components, progress: RunProgress, save: Save) -> 
         return "no checkpoint was written, because the weights are ahead of the last whole step"
     if newest is not None and newest.name == f"step-{step:08d}" and not is_within:
         return f"the checkpoint of step {step} holds the present state"
+    if lost := components.log.failed:
+        return f"no checkpoint was written, because a resumed run would not write {lost} again"
     if broken := not_finite_weight(components.policy.named_parameters()):
         return f"no checkpoint was written, because {broken} holds numbers that are not finite"
     state = progress.state if is_within else dataclasses.replace(progress.state, draws=())
@@ -83,6 +85,11 @@ def _explained(error: Exception) -> Exception:
 
 
 def _how_to_resume(folder: Path, newest: Path | None) -> str:
+    if not folder.is_dir():
+        return (
+            f"the run folder has gone: bring it back (is its disk connected?), and resume: isomorph train --resume "
+            f"{folder}"
+        )
     if newest is None:
         return "there is no checkpoint to resume from: start the run again"
     return (

@@ -14,14 +14,15 @@ optimizer-00001-of-0000N.safetensors, in the layout of torch.distributed.checkpo
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,6 +38,7 @@ from isomorph.engine.foreign import shortened
 from isomorph.engine.serialise import join_scored, split_scored
 from isomorph.engine.types import RunFailed, RunState, ScoredRollouts
 
+T = TypeVar("T")
 FORMAT, SHARDED = 2, 3  # of one rank; of ranks with shards
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 STATE, SUMS = "state.json", "checksums.json"
@@ -57,6 +59,22 @@ class _Fields(BaseModel):
 
 
 REPLACED = ".replaced-"  # prefix of a checkpoint while a new one of the same step is renamed to its name
+# what keeps a checkpoint from being read and says nothing about it: the right to read, handles, memory, the network
+NOT_ITS_FAULT = {
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN),
+}
+
+
+class UnusableCheckpoint(UserError):
+    """A checkpoint that is damaged, or of another version, model or recipe, so that an earlier one may do better."""
+
+    def __init__(self, folder: Path, why: str, before: Path | None = None) -> None:
+        super().__init__(folder, why, before)
+        self.folder, self.why, self.before = folder, why, before
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {self.why}{f'; the checkpoint before it is {self.before}' if self.before else ''}"
 
 
 def save_checkpoint(
@@ -133,7 +151,7 @@ def _partial(root: Path, step: int) -> Path:
 
 
 def _begun(root: Path, step: int) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)  # without parents: a run folder that has gone is not made again, without its run.json
     _remove_partial(root)
     partial = _partial(root, step)
     partial.mkdir()
@@ -162,7 +180,7 @@ def _finished(root: Path, state: RunState, sums: Sums, number: int) -> Path:
 
 
 def _delete_older(root: Path, keep: int) -> None:
-    for old in (*_complete(root)[:-keep], *root.glob(f"{REPLACED}*")):
+    for old in (*complete_checkpoints(root)[:-keep], *root.glob(f"{REPLACED}*")):
         discard(old)
 
 
@@ -228,15 +246,15 @@ def restore_replaced(final: Path) -> None:
 
 def latest_checkpoint(root: Path) -> Path | None:
     """Returns the newest complete checkpoint; None if there is none."""
-    complete = _complete(root)
+    complete = complete_checkpoints(root)
     return complete[-1] if complete else None
 
 
 def load_checkpoint(folder: Path) -> tuple[RunState, dict[str, Tensor], dict[str, Tensor]]:
     """Returns state, weights and learner tensors, none of them sharded, of a checkpoint of any number of ranks.
 
-    Weights that ranks with FSDP wrote are the float32 masters. Raises UserError if they cannot be read, are not what
-    was written, or have another format.
+    Weights that ranks with FSDP wrote are the float32 masters. Raises UnusableCheckpoint if they are not what was
+    written, or have another format; UserError if the machine does not let them be read.
     """
     with _readable(folder):
         state = _read_state(folder)
@@ -261,18 +279,28 @@ def load_shards(folder: Path, weights: Mapping[str, Tensor], ranks: Ranks) -> tu
     Of the learner's, those that belong to a weight are DTensors, as ``weights`` are: float32 masters by name. A
     collective: all ranks must call it, and all raise UserError where one cannot read.
     """
-    refusal, found = "", None
-    try:
+
+    def read() -> tuple[RunState, dict[str, Tensor]]:
         with _readable(folder):
             state = _read_state(folder)
             _check_sums(folder, ranks)
-            found = state, _read_shards(folder, weights)
+            return state, _read_shards(folder, weights)
+
+    return read_by_all(ranks, read)
+
+
+def read_by_all(ranks: Ranks, read: Callable[[], T]) -> T:
+    """What ``read`` returns to this rank; where it raises UserError on one, all raise that. A collective."""
+    refusal: UserError | None = None
+    found: list[T] = []
+    try:
+        found.append(read())
     except UserError as error:
-        refusal = str(error)
-    if refused := [text for text in ranks.gather(refusal) if text]:
-        raise UserError(refused[0])
-    assert found is not None
-    return found
+        refusal = error
+    refused = [refusal for refusal in ranks.gather(refusal) if refusal is not None]
+    if refused:  # of several one after which no other checkpoint is tried
+        raise min(refused, key=lambda refusal: isinstance(refusal, UnusableCheckpoint))
+    return found[0]
 
 
 def _read_shards(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -302,16 +330,19 @@ def _readable(folder: Path) -> Iterator[None]:
     except (UserError, RunFailed):
         raise
     except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        earlier = [path for path in _complete(folder.parent) if path.name < folder.name]
-        before = f", which is {earlier[-1]}" if earlier else ""
         said = shortened(str(error))
-        raise UserError(
-            f"{folder}: not a readable checkpoint ({said}): delete it to resume from an earlier one{before}"
-        ) from error
+        number = getattr(error, "errno", None)
+        if isinstance(error, PermissionError) or number in NOT_ITS_FAULT or "allocate memory" in str(error):
+            raise UserError(f"{folder}: the checkpoint cannot be read ({said}): mend that, and try again") from error
+        raise UnusableCheckpoint(folder, f"not a readable checkpoint ({said})", _before(folder)) from error
+
+
+def _before(folder: Path) -> Path | None:
+    return max((path for path in complete_checkpoints(folder.parent) if path.name < folder.name), default=None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, with its types checked. Raises UserError if unreadable or of another format."""
+    """state.json of a checkpoint, with its types checked. Raises as ``load_checkpoint`` does."""
     with _readable(folder):
         return _fields(folder)
 
@@ -320,9 +351,11 @@ def _fields(folder: Path) -> dict[str, Any]:
     fields: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     found = fields.pop("format")
     if found not in (FORMAT, SHARDED):
-        raise UserError(
-            f"{folder}: the checkpoint format must be {FORMAT} or {SHARDED}, got {found}: resume with the version of "
-            "isomorph that wrote it (versions in run.json), or start a new run"
+        raise UnusableCheckpoint(
+            folder,
+            f"the checkpoint format must be {FORMAT} or {SHARDED}, got {found}: use the version of isomorph that wrote "
+            "it (versions in run.json)",
+            _before(folder),
         )
     _Fields.model_validate(fields, strict=True)
     return fields
@@ -381,8 +414,8 @@ def _join_all(fields_of_draws: Sequence[dict[str, Any]], tensors: Mapping[str, T
     return tuple(join_scored(fields, own) for fields, own in zip(fields_of_draws, named, strict=True))
 
 
-def _complete(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. One that is being replaced counts until its successor has its name."""
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints of steps, oldest first. One that is replaced counts until its successor has its name."""
     folders = (*root.glob(f"{REPLACED}step-*"), *root.glob("step-*"))
     by_name = {path.name.removeprefix(REPLACED): path for path in folders if (path / STATE).is_file()}
     return [by_name[name] for name in sorted(by_name)]

@@ -48,6 +48,8 @@ class RunLog:
         self.telemetry = Telemetry()
         self.sinks: list[Sink] = []
         self.exam_keys: tuple[str, ...] = ()  # of evaluations: null in a row until ``write_evaluation``
+        self.failed = ""  # a file that could not be written: no checkpoint may follow that would count it as written
+        self._has_rows = False  # whether this process has written to steps.jsonl
         self.times: dict[str, float] = {}
         self.seconds_before = 0.0  # wall time up to the checkpoint that this run resumes
         self._between: dict[str, float] = {}  # seconds of phases between the previous step and this one
@@ -105,8 +107,9 @@ class RunLog:
     def write_step(self, row: Row, line: str) -> None:
         """Appends a row to steps.jsonl and prints ``line`` if one is due. Raises RunFailed if the disk refuses."""
         row = _jsonable({**row, **dict.fromkeys(self.exam_keys)})
-        with self.writing("steps.jsonl"), (self.folder / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.writing("steps.jsonl"):
+            _append(self.folder / "steps.jsonl", json.dumps(row) + "\n", creates=not self._has_rows)
+        self._has_rows = True
         if self._is_due(row):
             self.say(line)
         rss_gib = row.get("mem/rss_gib")
@@ -141,11 +144,16 @@ class RunLog:
         return False
 
     def write_completions(self, name: str, rows: Sequence[Row]) -> None:
-        """Writes completions/``name``.jsonl: responses with their rewards. Raises RunFailed if the disk refuses."""
+        """Writes completions/``name``.jsonl, responses with their rewards, replaced atomically.
+
+        Raises RunFailed if the disk refuses.
+        """
         folder = self.folder / "completions"
         with self.writing(f"completions/{name}.jsonl"):
             folder.mkdir(exist_ok=True)
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
+            partial = folder / f".{name}.jsonl"
+            partial.write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
+            os.replace(partial, folder / f"{name}.jsonl")
 
     def write_items(self, label: str, rows: Sequence[Row]) -> None:
         """Writes evaluations/``label``.jsonl, one row a question, replaced atomically: written again, it is the same.
@@ -180,6 +188,7 @@ class RunLog:
         try:
             yield
         except (OSError, SafetensorError) as error:
+            self.failed = name
             raise RunFailed(f"{name} cannot be written in {self.folder}: {error}") from error
 
     @contextlib.contextmanager
@@ -212,11 +221,31 @@ class RunLog:
                 path.unlink()
 
 
+def _append(file: Path, line: str, *, creates: bool) -> None:
+    """Adds ``line`` whole, or leaves ``file`` as it was. Without ``creates`` a file that has gone is an error."""
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | (os.O_CREAT if creates else 0), 0o666)
+    try:
+        _write_whole(handle, line.encode(), os.fstat(handle).st_size)
+    finally:
+        os.close(handle)
+
+
+def _write_whole(handle: int, new: bytes, size: int) -> None:
+    """Writes ``new``; where the disk takes only a part of it, cuts the file to ``size`` bytes and raises OSError."""
+    left = memoryview(new)
+    try:
+        while left:
+            left = left[os.write(handle, left) :]
+    except OSError:
+        os.ftruncate(handle, size)
+        raise
+
+
 def _add_to_last(file: Path, step: int, values: Row) -> None:
     """Replaces the last row, if it is that of ``step``, by one write in place, so that a kill loses no other row."""
     if not file.exists():
         return
-    with file.open("r+b") as rows:
+    with file.open("r+b", buffering=0) as rows:
         end = rows.seek(0, os.SEEK_END)
         size = 0
         while (size := min(end, size + LAST_ROW_BYTES)) < end:
@@ -228,8 +257,12 @@ def _add_to_last(file: Path, step: int, values: Row) -> None:
         row = json.loads(line) if line else {}
         if row.get("step") == step:
             new = json.dumps({**row, **values}).encode()
-            rows.seek(end - len(line) - 1)
-            rows.write(new.ljust(len(line)) + b"\n")  # spaces after a value are JSON
+            rows.seek(start := end - len(line) - 1)
+            try:
+                _write_whole(rows.fileno(), new.ljust(len(line)) + b"\n", end)  # spaces after a value are JSON
+            except OSError:  # over what it had already, which takes no space
+                os.pwrite(rows.fileno(), line + b"\n", start)
+                raise
 
 
 LOCK = ".lock"  # file in the run folder; holds the process that writes there

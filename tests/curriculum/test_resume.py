@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from rich.console import Console
 
 from isomorph.curriculum.assemble import run_recipe
+from isomorph.curriculum.candidates import find_candidate
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.resume import depends_on_steps, resumed_recipe
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import ALONE
+from isomorph.engine.record.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -75,6 +78,45 @@ def test_in_the_midst_of_a_step_its_batches_are_cut_already(stopped: Path) -> No
     with pytest.raises(UserError, match="cannot change within a step"):
         changes_of(stopped, "stage.1.batch.micro_batch_tok=2000")
     assert changes_of(stopped, "stage.2.batch.micro_batch_tok=2000")
+
+
+# -- damaged checkpoints
+def test_a_run_whose_newest_checkpoints_are_damaged_or_foreign_goes_on_from_the_one_before(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """A bit of the newest is flipped; after it lie one of another model and one of another recipe's stages."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / "summary.json").unlink()
+    folder = run / "checkpoints"
+    state, weights, tensors = load_checkpoint(folder / "step-00000083")
+    before = {**state.source, "stage_index": 9}
+    save_checkpoint(folder, replace(state, step=84, source=before), weights, tensors, keep=9)
+    save_checkpoint(folder, replace(state, step=85), {"model.w": torch.ones(1)}, {}, keep=9)
+    file = folder / "step-00000083" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for named in (folder / "step-00000083", folder / "step-00000085"):  # named by the user it is refused, and stays
+        with pytest.raises(UserError, match=named.name):
+            find_candidate(str(named)).load() if named.name.endswith("5") else load_checkpoint(named)
+    said = [line for line in resume(run).splitlines() if "step-000000" in line and "eval" not in line]
+    assert [line.split(": ", 2)[1].rpartition("/")[2] for line in said[:3]] == [f"step-000000{i}" for i in (85, 84, 83)]
+    for line, why in zip(said[:3], ("of the recipe's model", "it is in stage 10 of 3", "CRC-32 differs"), strict=True):
+        assert line.startswith("warning: ") and why in line
+        assert line.endswith(f"and {folder / 'step-00000081'} is used instead")
+    assert said[3] == f"resuming after step 81 from {folder / 'step-00000081'}"
+    one, other = (json.loads((of / "summary.json").read_text()) for of in (run, finished_run))
+    assert one["weights_sha256"] == other["weights_sha256"] and one["exams"] == other["exams"]
+    assert rows_of(run) == rows_of(finished_run)
+    assert sorted(path.name for path in folder.glob("damaged-*")) == [f"damaged-step-000000{i}" for i in (83, 84, 85)]
+
+
+def test_what_may_change_is_asked_of_the_checkpoint_that_can_be_read(finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    with pytest.raises(UserError, match="stage 1 had ended by step 83"):
+        changes_of(run, "stage.1.steps=9")
+    (run / "checkpoints" / "step-00000083" / "state.json").write_text("{")
+    assert changes_of(run, "stage.1.steps=9") == {"stage.1.steps": [2, 9]}
 
 
 # -- more steps
