@@ -2,13 +2,18 @@
 
 import contextlib
 import json
+import mmap
+import os
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import killed_while_writing
 import pytest
+from kill_timer import Moment, Watch
 from small_world import one_thread  # noqa: F401
 from toy_run import gold, gold_but_for_one, make_components, make_stage, sha, source_of
 
@@ -18,8 +23,9 @@ from isomorph.engine.config import (
     SamplerConfig,
 )
 from isomorph.engine.loop import train
+from isomorph.engine.record import saver
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
-from isomorph.engine.record.runlog import read_steps
+from isomorph.engine.record.runlog import locked, read_steps
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Prompt, Rollout, RunFailed, RunState
 
@@ -211,6 +217,69 @@ def test_a_stop_does_not_wait_for_the_reward_function(tmp_path: Path) -> None:
 def test_a_run_killed_while_a_checkpoint_is_written_resumes_from_the_one_before(tmp_path: Path) -> None:
     """More of them: python tests/engine/killed_while_writing.py 10."""
     assert killed_while_writing.count(tmp_path, 2) == 2
+
+
+@pytest.mark.parametrize("phase", ["update", "exam", "write"])
+def test_a_run_killed_at_a_random_moment_ends_bit_equal(tmp_path: Path, whole: str, phase: str) -> None:
+    """Many more, of whole recipes, in every phase: python tests/engine/crash_anywhere.py --times 100."""
+    times, shared = tmp_path / "times.json", mmap.mmap(-1, 4096)
+    assert _forked(tmp_path / "timed", Watch(shared, None, times)) == 0
+    seconds, random = json.loads(times.read_text())[phase], Random(phase)
+    occurrence = random.randrange(len(seconds) - 1)  # not the last, so that the run is not over before
+    moment = Moment(phase, occurrence, random.random() * min(seconds[occurrence], 0.02))
+    assert _forked(tmp_path / "run", Watch(shared, moment, None)) == -signal.SIGKILL
+    with locked(tmp_path / "run"):  # at once
+        components, state = _found(tmp_path / "run")
+        train(components, state)
+    assert sha(components) == whole
+    untimed = ("time/", "mem/", "publish/", "wall_s")
+    rows, wanted = (
+        [{key: value for key, value in row.items() if not key.startswith(untimed)} for row in read_steps(folder)]
+        for folder in (tmp_path / "run", tmp_path / "timed")
+    )
+    assert rows == wanted
+
+
+def _forked(folder: Path, watch: Watch) -> int:
+    """The exit code of a process that trains in ``folder`` and marks its phases."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        components, state = _found(folder)
+        of_log, write = components.log.time, saver._Job.run
+
+        @contextlib.contextmanager
+        def timed(name: str) -> Iterator[None]:
+            with watch.phase(name), of_log(name):
+                yield
+
+        def run(job: Any, act: Callable[[], Any]) -> None:
+            with watch.phase("write"):
+                write(job, act)
+
+        components.log.time, saver._Job.run = timed, run  # type: ignore[method-assign]
+        with locked(folder):
+            train(components, state)
+        watch.finish()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _found(folder: Path) -> tuple[Components, RunState]:
+    """The run in ``folder`` as it is to be resumed, or begun where it has no checkpoint."""
+    components = make_components(folder, *STAGES, judge=gold_but_for_one, evaluates=True, checkpoint_every=2)
+    newest = latest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        components.log.cut_after(0)
+        return components, RunState()
+    state, weights, tensors = load_checkpoint(newest)
+    components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
+    components.source.load_state_dict(state.source)
+    components.learner.restore(next(s for s in STAGES if s.name == state.stage), tensors)
+    components.log.cut_after(state.step)
+    return components, state
 
 
 def test_a_checkpoint_that_cannot_be_written_in_the_background_fails_the_run(
