@@ -43,6 +43,7 @@ from isomorph.curriculum.rewards.table_judge import TableJudge
 from isomorph.engine.config import UserError
 from isomorph.engine.record import saver
 from isomorph.engine.record.runlog import RunLog, locked
+from isomorph.engine.rollout import turns
 
 RECIPE = """
 [model.tiny]
@@ -179,6 +180,7 @@ def watched(watch: Watch) -> None:
     # neither writes what a resumed run reads, and both take as long as all steps
     assemble.check_stages = lambda *_: None
     assemble.write_report = lambda *_: None
+    turns.PATIENCE_S = WAIT_S  # on a busy machine replies are late, and then not taken at fixed steps
     assemble.restore = within("restore", assemble.restore)
     assemble._leave_results = within("results", assemble._leave_results)
 
@@ -210,9 +212,10 @@ class Killer:
     def whole(self) -> None:
         """The run that nobody disturbs, and its times."""
         times = self.folder / "times.json"
-        code, _, said = self.run("whole", None, is_background=False, times=times)
-        if code:
-            raise SystemExit(f"the undisturbed run ended with {code}: {said}")
+        if not times.exists():  # else from the folder that --keep names
+            code, _, said = self.run("whole", None, is_background=False, times=times)
+            if code:
+                raise SystemExit(f"the undisturbed run ended with {code}: {said}")
         self.seconds = json.loads(times.read_text())
         # of phases that this run has not, from those that take as long
         self.seconds["write-in-background"] = self.seconds["write-in-foreground"]
@@ -410,7 +413,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="folder for the runs, kept afterwards")
+    parser.add_argument("--keep", type=Path, help="folder for the runs, kept afterwards and used again")
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
