@@ -219,23 +219,29 @@ def test_a_run_killed_while_a_checkpoint_is_written_resumes_from_the_one_before(
     assert killed_while_writing.count(tmp_path, 2) == 2
 
 
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbs, with the seconds of its phases in times.json."""
+    folder = tmp_path_factory.mktemp("timed")
+    assert _forked(folder, Watch(mmap.mmap(-1, 4096), None, folder / "times.json")) == 0
+    return folder
+
+
 @pytest.mark.parametrize("phase", ["update", "exam", "write"])
-def test_a_run_killed_at_a_random_moment_ends_bit_equal(tmp_path: Path, whole: str, phase: str) -> None:
+def test_a_run_killed_at_a_random_moment_ends_bit_equal(tmp_path: Path, whole: str, timed: Path, phase: str) -> None:
     """Many more, of whole recipes, in every phase: python tests/engine/crash_anywhere.py --times 100."""
-    times, shared = tmp_path / "times.json", mmap.mmap(-1, 4096)
-    assert _forked(tmp_path / "timed", Watch(shared, None, times)) == 0
-    seconds, random = json.loads(times.read_text())[phase], Random(phase)
+    seconds, random = json.loads((timed / "times.json").read_text())[phase], Random(phase)
     occurrence = random.randrange(len(seconds) - 1)  # not the last, so that the run is not over before
     moment = Moment(phase, occurrence, random.random() * min(seconds[occurrence], 0.02))
-    assert _forked(tmp_path / "run", Watch(shared, moment, None)) == -signal.SIGKILL
-    with locked(tmp_path / "run"):  # at once
-        components, state = _found(tmp_path / "run")
+    assert _forked(tmp_path, Watch(mmap.mmap(-1, 4096), moment, None)) == -signal.SIGKILL
+    with locked(tmp_path):  # at once
+        components, state = _found(tmp_path)
         train(components, state)
     assert sha(components) == whole
     untimed = ("time/", "mem/", "publish/", "wall_s")
     rows, wanted = (
         [{key: value for key, value in row.items() if not key.startswith(untimed)} for row in read_steps(folder)]
-        for folder in (tmp_path / "run", tmp_path / "timed")
+        for folder in (tmp_path, timed)
     )
     assert rows == wanted
 
