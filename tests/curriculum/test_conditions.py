@@ -1,5 +1,6 @@
 """Each of the package's conditions runs: a step or two of each from one warm start, of the smallest model."""
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.recipe_file import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "curriculum" / "recipes" / "conditions"
+STUDY = Path(__file__).parents[2] / "studies" / "supervised_conditions.py"
 CONDITIONS = sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem not in ("base", "warm_up"))
 SMALL = (
     "run.threads=1",
@@ -81,3 +83,22 @@ def test_every_rl_condition_makes_the_same_number_of_steps() -> None:
     for name in CONDITIONS:
         stages = load_recipe(FOLDER / f"{name}.toml", [], Recipe).stage
         assert any(stage.star for stage in stages) or sum(stage.steps for stage in stages) == 60, name
+
+
+def test_the_study_of_supervised_conditions_fits_these_recipes() -> None:
+    """Its overrides are of keys that exist, and the budgets are what its page says."""
+    found = importlib.util.spec_from_file_location("supervised_conditions", STUDY)
+    assert found is not None and found.loader is not None
+    study = importlib.util.module_from_spec(found)
+    found.loader.exec_module(study)
+    for name, (recipe, _) in study.RUNS.items():
+        overrides = study.overrides_of(name, 1, Path("/nowhere"), rehearse=False)
+        stages = load_recipe(FOLDER / f"{recipe}.toml", overrides, Recipe).stage
+        if star := stages[0].star:
+            assert star.rounds * star.samples * star.prompts == 7680 == 60 * 16 * 8
+        else:
+            assert sum(stage.steps for stage in stages) == 60
+    warm_up = [f"stage={study.inline(study.warm_up_stages(rehearse=False))}"]
+    demonstrations, habit = load_recipe(FOLDER / "warm_up.toml", warm_up, Recipe).stage
+    assert (demonstrations.steps, habit.steps) == (2000, 400)
+    assert {part.representation: part.sequential_rate for part in habit.mixture} == {"graph": 0.4, "natural": 1.0}
