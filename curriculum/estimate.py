@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from isomorph.curriculum import machine
+from isomorph.curriculum.inputs import located_model
 from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage_spec import StageRecipe
-from isomorph.engine.config import UserError
+from isomorph.engine.config import LoraConfig, UserError
 from isomorph.engine.model.load import read_shape, shape_of
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import WORD
@@ -21,18 +23,19 @@ from isomorph.engine.planner import (
     GIB,
     MOMENTS,
     Facts,
-    card_ceilings,
+    ModelShape,
     facts_of,
     largest_kv_tok,
     largest_micro_tok,
-    measure_ceilings,
     memory_uses,
     peak_bytes,
-    seconds,
 )
+from isomorph.engine.planner_fit import changes_that_fit, fits, peak_gib
+from isomorph.engine.planner_time import card_ceilings, measure_ceilings, network_bytes, seconds
 from isomorph.engine.record.runlog import Row, RunLog
 from isomorph.engine.record.telemetry import process_memory_gib
 
+NUM_RANKS = (1, 2, 4, 8)  # that a plan is made for besides its own
 NUM_SAMPLES = 20  # questions generated to measure their mean length
 
 
@@ -40,32 +43,36 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
     """Estimated memory, limits and seconds of every stage on one of ``num_ranks`` devices, JSON-able. Raises UserError.
 
     ``card``: a GPU type that the planner knows; None: this machine's CPU, whose memory and cores the ranks share.
+    Also peaks on other numbers of ranks, and for a stage that does not fit the changes that make it fit.
     """
+    recipe = _with_located_model(recipe)
     shape = read_shape(recipe.model, tiny_vocabulary(recipe), recipe.lora)
+    own_gib, _ = process_memory_gib()  # as a run's before it loads a model: the same modules are imported
     if card is not None:
         known, ceilings = card_ceilings(card)
         device_gib = device_gib or known.gib
     else:
         ceilings = measure_ceilings(torch.device("cpu"), getattr(torch, recipe.model.dtype))
         ceilings = ceilings._replace(flops=ceilings.flops / num_ranks, bandwidth=ceilings.bandwidth / num_ranks)
+    is_shared = device_gib is None  # the ranks share what this machine has
     if device_gib is None:
         free_gib = machine.available_gib()
         if free_gib is None:
             raise UserError("free memory cannot be read on this system: give --device-gib")
-        device_gib = free_gib / num_ranks
+        device_gib = (free_gib + (own_gib or 0.0)) / num_ranks  # this process ends before a run begins
+    options: dict[str, Any] = dict(device_gib=device_gib, is_gpu=card is not None, process_gib=own_gib)
     stages = []
     for stage in recipe.stage:
-        length = _prompt_tok(recipe, stage)
-        facts = facts_of(
-            recipe,
-            stage,
-            shape,
-            prompt_tok=length,
-            device_gib=device_gib,
-            is_gpu=card is not None,
-            num_ranks=num_ranks,
-        )
-        stages.append({"stage": stage.name, **_planned(facts), "seconds": seconds(facts, ceilings)})
+        facts = stage_facts(recipe, stage, shape, num_ranks=num_ranks, **options)
+        planned = {
+            "stage": stage.name,
+            "device_gib": device_gib,
+            **_planned(facts),
+            "seconds": seconds(facts, ceilings),
+        }
+        adapters = None if fits(facts) or recipe.lora is not None else _adapted(recipe)
+        remedies = [remedy._asdict() for remedy in changes_that_fit(facts, ceilings, adapters)]
+        stages.append({**planned, "remedies": remedies})
     return {
         "device": card or "cpu",
         "device_gib": device_gib,
@@ -73,7 +80,86 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
         "ceilings": ceilings._asdict(),
         "model": dataclasses.asdict(shape),
         "stages": stages,
+        "ranks": _on_ranks(recipe, shape, device_gib * num_ranks if is_shared else None, options),
     }
+
+
+def stage_facts(
+    recipe: Recipe,
+    stage: StageRecipe,
+    shape: ModelShape,
+    *,
+    device_gib: float,
+    is_gpu: bool,
+    num_ranks: int,
+    process_gib: float | None,
+) -> Facts:
+    """The facts of a stage's longest step; of a stage in rounds (STaR) also of the sampling between its steps."""
+    facts = facts_of(
+        recipe,
+        stage,
+        shape,
+        prompt_tok=_prompt_tok(recipe, stage),
+        device_gib=device_gib,
+        is_gpu=is_gpu,
+        num_ranks=num_ranks,
+    )
+    is_due = recipe.run.checkpoint_every < sum(one.steps for one in recipe.stage)  # the last one is waited for
+    facts = dataclasses.replace(facts, process_gib=process_gib, copies_checkpoint=facts.copies_checkpoint and is_due)
+    if stage.star is None:
+        return facts
+    return dataclasses.replace(
+        facts,
+        is_sampled=True,
+        drawn_prompts=-(-stage.star.prompts // num_ranks),
+        drawn_samples=stage.star.samples,
+        keeps_start=stage.star.start_from == "start",
+    )
+
+
+def _with_located_model(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"path": located_model(recipe.model.path)})}
+    )
+
+
+def _adapted(recipe: Recipe) -> ModelShape:
+    return read_shape(recipe.model, tiny_vocabulary(recipe), LoraConfig())
+
+
+def _on_ranks(
+    recipe: Recipe, shape: ModelShape, shared_gib: float | None, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The highest peak of each stage on 1, 2, 4 and 8 ranks; ``refused``: why FSDP2 is not supported, or None.
+
+    ``shared_gib``: memory that all ranks share; None: each has a device of its own.
+    """
+    rows: list[dict[str, Any]] = []
+    for num_ranks in NUM_RANKS:
+        for kind in ("data", "fsdp") if num_ranks > 1 else ("data",):
+            changed, refused = _of_kind(recipe, kind)
+            of_rank = options if shared_gib is None else {**options, "device_gib": shared_gib / num_ranks}
+            facts = [stage_facts(changed, s, shape, num_ranks=num_ranks, **of_rank) for s in changed.stage]
+            peaks = [] if refused else [peak_gib(one) for one in facts]
+            row = {"ranks": num_ranks, "kind": kind, "device_gib": of_rank["device_gib"], "refused": refused}
+            rows.append({**row, "peak_gib": peaks, "network_gib": [_sent_gib(one) for one in facts] if peaks else []})
+    return rows
+
+
+def _sent_gib(facts: Facts) -> float:
+    return sum(network_bytes(facts).values()) / GIB
+
+
+def _of_kind(recipe: Recipe, kind: str) -> tuple[Recipe, str | None]:
+    """The recipe with another ``parallel.kind``, and why that is refused. Weights shared with vLLM become copies."""
+    tables = recipe.model_dump()
+    tables["parallel"]["kind"] = kind
+    if kind == "fsdp":
+        tables["sampler"]["publish"] = "copy"
+    try:
+        return Recipe.model_validate(tables, context={"folder": recipe.folder}), None
+    except ValidationError as error:
+        return recipe, error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]:
@@ -87,10 +173,14 @@ def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]
         return []
     found = []
     for stage in recipe.stage:
-        length = _prompt_tok(recipe, stage)
-        shape = shape_of(policy.model)
-        facts = facts_of(
-            recipe, stage, shape, prompt_tok=length, device_gib=device_gib, is_gpu=is_gpu, num_ranks=num_ranks
+        facts = stage_facts(
+            recipe,
+            stage,
+            shape_of(policy.model),
+            device_gib=device_gib,
+            is_gpu=is_gpu,
+            num_ranks=num_ranks,
+            process_gib=None,
         )
         peaks = {moment: peak_bytes(facts, moment) / GIB for moment in MOMENTS}
         moment = max(MOMENTS, key=peaks.__getitem__)
@@ -191,8 +281,6 @@ class FirstSteps:
         is_gpu = self.device.type == "cuda"
         peak = max(peak_bytes(facts, moment) for moment in MOMENTS) / GIB
         measured = row["mem/gpu_peak_gib"] if is_gpu else row["mem/peak_rss_gib"]
-        if not is_gpu and self.before_gib is not None and measured is not None:
-            measured -= self.before_gib
         times = seconds(facts, self.ceilings)
         compared = {"peak_gib": [peak, measured], **{f"{p}_s": [times[p], row[f"time/{p}_s"]] for p in times}}
         self.compared[stage.name] = {name: {"plan": planned, "fact": got} for name, (planned, got) in compared.items()}
@@ -212,9 +300,14 @@ class FirstSteps:
             num_ranks=self.num_ranks,
         )
         num_responses = row["groups/all"] * facts.samples
+        prompts = -(-row["groups/all"] // self.num_ranks)
+        was_saved = (row["step"] - 1) % self.recipe.run.checkpoint_every == 0
         facts = dataclasses.replace(
             facts,
-            prompts=-(-row["groups/all"] // self.num_ranks),
+            prompts=prompts,
+            drawn_prompts=prompts,
+            process_gib=self.before_gib,
+            copies_checkpoint=facts.copies_checkpoint and was_saved,
             prompt_tok=row["tok/prompt"] / row["groups/all"],
             response_tok=(row["tok/response"] + row["tok/context"]) / num_responses,
         )

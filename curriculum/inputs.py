@@ -40,10 +40,15 @@ def located(recipe: Recipe) -> Recipe:
     for name, data in recipe.data.items():
         if hasattr(data, "located"):
             tables["data"][name] |= data.located(recipe.folder)
-    path = recipe.model.path
-    if path is not None and ("$" in path or os.path.exists(os.path.expanduser(path))):
-        tables["model"]["path"] = resolve(path, Path())
+    tables["model"]["path"] = located_model(recipe.model.path)
     return Recipe.model_validate(tables, context={"folder": recipe.folder})
+
+
+def located_model(path: str | None) -> str | None:
+    """``model.path`` as an absolute path where it is one; a hub name stays. Raises UserError as ``located`` does."""
+    if path is not None and ("$" in path or os.path.exists(os.path.expanduser(path))):
+        return resolve(path, Path())
+    return path
 
 
 def pinned(recipe: Recipe, ranks: Ranks) -> Recipe:

@@ -1,4 +1,4 @@
-"""Estimates memory by use and seconds by phase from a recipe and a model's sizes, without touching a device.
+"""Estimates memory by use from a recipe and a model's sizes, without touching a device.
 
 All numbers are those of one rank: its share of the prompts and, with FSDP2, its shard of the weights.
 
@@ -8,22 +8,18 @@ Memory peaks at three moments of a step:
     update     the end of a micro-batch's forward: its activations and one chunk of logits
     step       the end of the last backward: all gradients, no activations
 
-Seconds of a phase are FLOPs / peak GEMM throughput + bytes / peak bandwidth (``Ceilings``): a lower bound, without
-launch overhead, communication or stragglers. Activations are what autograd saves of transformers' Llama layers.
+Activations are what autograd saves of transformers' Llama layers. Seconds: engine/planner_time.py; changes that make a
+stage fit: engine/planner_fit.py.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-
-from isomorph.engine.config import EngineConfig, Stage, UserError
+from isomorph.engine.config import EngineConfig, Stage
+from isomorph.engine.distributed.ranks import BUCKET_BYTES
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.kernels.kept_tokens import BLOCK_BYTES, most_bytes
-from isomorph.kernels.linear import linear
 from isomorph.kernels.linear_chunks import logits_stride
 
 Moment = Literal["generate", "update", "step"]
@@ -34,9 +30,6 @@ CONTEXT_BYTES = GIB  # on a GPU: driver, cuBLAS and Triton before the first tens
 VLLM_OVERHEAD_BYTES = 2 * GIB  # vLLM: CUDA graphs and the activations of its largest batch
 SAMPLER_LOGIT_COPIES = 4  # float32 [rows, V]: logits, log-probabilities, probabilities, their sums
 TRUNCATED_LOGIT_COPIES = 8  # with top-k, top-p or min-p: sorted ones with their int64 ids, too
-UPDATE_TRAFFIC = 3  # passes over an activation: written, read by the next op, read or written in backward
-HOST_BANDWIDTH = 50e9  # bytes/s of an optimizer in host memory, transfers included: assumed, not measured
-OPTIMIZER_TRAFFIC = 32  # bytes a parameter: gradient read twice (norm), master and moments read and written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +77,7 @@ class Facts:
     is_repeated: bool  # old log-probabilities need a forward of their own
     sampler: Literal["builtin", "vllm"]
     sampler_copies: bool  # vllm: has its own copy of the weights
+    num_ranks: int
     num_shards: int  # FSDP2: ranks over which masters, moments and gradients are sharded; else 1
     memory_frac: float  # vllm
     max_seqs: int
@@ -91,13 +85,19 @@ class Facts:
     keeps_cache: bool  # builtin: sampler.keep_cache
     prompts: int  # of the step, this rank's share
     samples: int
+    drawn_prompts: int  # sampled in one call, this rank's share: those of a step, or of a round of STaR
+    drawn_samples: int
     prompt_tok: float  # mean
     response_tok: float  # mean
     micro_tok: float  # packed tokens of the largest micro-batch
     num_updates: int
+    num_iterations: int  # passes over the step's rollouts
     kept_bytes: float  # of the kept tokens of all rollouts, at most; 0: nothing is truncated
     device_gib: float
     optimizer_on_host: bool
+    copies_checkpoint: bool  # run.checkpoint_in_background
+    keeps_start: bool = False  # STaR from the stage's start: a copy of those weights
+    process_gib: float | None = None  # Python and its libraries, before the model is loaded; None: not known
 
     @property
     def forward_tok(self) -> float:
@@ -115,7 +115,7 @@ class Facts:
     @property
     def num_rows(self) -> int:
         """Sequences decoded at once."""
-        return min(self.max_seqs, self.prompts * self.samples)
+        return min(self.max_seqs, self.drawn_prompts * self.drawn_samples)
 
     @property
     def kv_bytes_per_tok(self) -> int:
@@ -124,7 +124,7 @@ class Facts:
     @property
     def kv_tok(self) -> float:
         """Tokens in the KV cache at once: the prompt of a group once, the full length of every response."""
-        wanted = self.num_rows * (self.response_tok + self.prompt_tok / self.samples)
+        wanted = self.num_rows * (self.response_tok + self.prompt_tok / self.drawn_samples)
         return wanted if self.kv_limit_tok is None else min(wanted, self.kv_limit_tok)
 
 
@@ -137,39 +137,12 @@ class MemoryUse(NamedTuple):
     is_host: bool = False  # host memory, also on a GPU
 
 
-class Ceilings(NamedTuple):
-    """Peak throughput of a device."""
-
-    flops: float  # per second, of a GEMM in the weights' dtype
-    bandwidth: float  # bytes read or written per second
-    source: str
-
-
-class Card(NamedTuple):
-    """Data-sheet numbers of a GPU."""
-
-    gib: float
-    tflops: float  # dense bfloat16
-    tb_per_s: float
-
-
-CARDS = {
-    "h100": Card(79.6, 989, 3.35),
-    "h200": Card(139.8, 989, 4.8),
-    "a100": Card(79.3, 312, 2.04),
-    "b200": Card(178.4, 2250, 8.0),
-    "l40s": Card(44.4, 362, 0.864),
-    "rtx4090": Card(23.6, 165, 1.01),
-}
-
-
 # -- memory
 def memory_uses(facts: Facts) -> list[MemoryUse]:
     """Returns the memory of every use that is not 0."""
     shape, trained = facts.shape, facts.shape.num_trained
     head_gradient = 0 if shape.has_adapters else shape.num_head * 4.0
     is_apart, is_cut = facts.optimizer_on_host, facts.num_shards > 1
-    has_masters = facts.weight_bytes < 4 or is_apart or is_cut
     own = trained / facts.num_shards
     chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
     device = "cuda" if facts.is_gpu else "cpu"
@@ -179,13 +152,16 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
         MemoryUse("gathered layers", _gathered_bytes(facts) if is_cut else 0, ("update", "step")),
         MemoryUse("vLLM's weights", shape.num_parameters * facts.weight_bytes if facts.sampler_copies else 0, MOMENTS),
-        MemoryUse("masters", own * 4.0 if has_masters else 0, MOMENTS, is_host=is_apart),
+        MemoryUse("gradients between ranks", _travelling_bytes(facts), ("step",)),
+        MemoryUse("masters", own * 4.0 if has_masters(facts) else 0, MOMENTS, is_host=is_apart),
         MemoryUse("moments", own * 8.0, MOMENTS, is_host=is_apart),
         MemoryUse("gradients", own * 4.0, first, is_host=is_apart),
         MemoryUse("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
         MemoryUse("logits chunk", chunk_rows * logits_stride(shape.num_vocab, device) * 4, ("update",)),
         MemoryUse("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
-        MemoryUse("reference", _reference_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
+        MemoryUse("reference", _snapshot_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
+        MemoryUse("weights at the start", _snapshot_bytes(facts) if facts.keeps_start else 0, MOMENTS, is_host=True),
+        MemoryUse("checkpoint's copy", _checkpoint_bytes(facts), MOMENTS, is_host=True),
         MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, cached),
         MemoryUse("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, cached),
         MemoryUse("prepacked weights", _prepacked_bytes(facts), ("generate",)),
@@ -193,6 +169,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("packed kept tokens", facts.kept_bytes, ("update", "step"), is_host=True),
         MemoryUse("kept masks", min(BLOCK_BYTES, chunk_rows * shape.num_vocab) if facts.kept_bytes else 0, ("update",)),
         MemoryUse("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
+        MemoryUse("process", (facts.process_gib or 0) * GIB, MOMENTS, is_host=True),
     ]
     return [use for use in found if use.num_bytes]
 
@@ -235,8 +212,37 @@ def _gathered_bytes(facts: Facts) -> float:
     return facts.weight_bytes * (outside + 2 * shape.num_backbone / shape.num_layers)
 
 
-def _reference_bytes(facts: Facts) -> float:
-    """The KL reference in host memory: weights in their dtype; with FSDP2 a shard of float32 masters."""
+def _travelling_bytes(facts: Facts) -> float:
+    """Gradients on their way between ranks, at the end of the backward.
+
+    Data parallel: one bucket, copied. FSDP2: of embedding and unembedding, which are reduced last, the full gradient
+    and its float32 copy; gloo, on the CPU, copies that once more.
+    """
+    shape = facts.shape
+    if facts.num_ranks == 1:
+        return 0
+    if facts.num_shards == 1:
+        return min(4 * shape.num_trained, BUCKET_BYTES + (0 if shape.has_adapters else 4 * shape.num_head))
+    outside = shape.num_parameters - shape.num_backbone
+    return outside * (facts.weight_bytes + 4.0 + (0 if facts.is_gpu else 4))
+
+
+def has_masters(facts: Facts) -> bool:
+    """Whether float32 masters are kept apart from the weights that are computed with."""
+    return facts.weight_bytes < 4 or facts.optimizer_on_host or facts.num_shards > 1
+
+
+def _checkpoint_bytes(facts: Facts) -> float:
+    """What is copied for a checkpoint that is written while training goes on: on the first rank, or its own shards."""
+    if not facts.copies_checkpoint:
+        return 0
+    own = facts.shape.num_trained / facts.num_shards
+    weights = 4.0 if facts.num_shards > 1 else facts.weight_bytes + (4.0 if has_masters(facts) else 0.0)
+    return own * (weights + 8) + (facts.has_reference + facts.keeps_start) * _snapshot_bytes(facts)
+
+
+def _snapshot_bytes(facts: Facts) -> float:
+    """A copy of weights in host memory: in their dtype; with FSDP2 a shard of float32 masters."""
     size = 4 if facts.num_shards > 1 else facts.weight_bytes
     return facts.shape.num_trained * size / facts.num_shards
 
@@ -254,6 +260,13 @@ def _vllm_share_bytes(facts: Facts) -> float:
     """What ``sampler.memory_frac`` leaves for vLLM's KV cache."""
     own = facts.shape.num_parameters * facts.weight_bytes + VLLM_OVERHEAD_BYTES
     return max(0.0, facts.memory_frac * facts.device_gib * GIB - own)
+
+
+def holds_a_sequence(facts: Facts) -> bool:
+    """Whether vLLM's share of the memory has room for the keys and values of one sequence: it does not start else."""
+    if not facts.is_sampled or facts.sampler == "builtin":
+        return True
+    return _vllm_share_bytes(facts) >= (facts.prompt_tok + facts.response_tok) * facts.kv_bytes_per_tok
 
 
 def _sampler_bytes(facts: Facts) -> float:
@@ -301,35 +314,7 @@ def largest_kv_tok(facts: Facts) -> int:
     return max(0, int(free / facts.kv_bytes_per_tok))
 
 
-# -- time
-def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
-    """Seconds of generate and update, lower bounds; rewards are not estimated."""
-    shape = facts.shape
-    context = facts.prompt_tok + facts.response_tok / 2
-    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * context  # FLOPs a token
-    forward = facts.forward_tok * (2 * shape.num_backbone + attention) + facts.loss_tok * 2 * shape.num_head
-    share_again = 0.0 if facts.gradient_checkpointing_every is None else 1 / facts.gradient_checkpointing_every
-    num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights have no gradient
-    num_passes += facts.has_reference + facts.is_repeated
-    of_layer = layer_bytes_per_tok(shape, facts.weight_bytes, is_fused=facts.weight_bytes < FLOAT64_BYTES)
-    moved = UPDATE_TRAFFIC * facts.forward_tok * shape.num_layers * of_layer
-    stepped = OPTIMIZER_TRAFFIC * shape.num_trained / facts.num_shards * facts.num_updates
-    step_bandwidth = HOST_BANDWIDTH if facts.is_gpu and facts.optimizer_on_host else ceilings.bandwidth
-    update = num_passes * forward / ceilings.flops + moved / ceilings.bandwidth + stepped / step_bandwidth
-    return {"generate": _generate_s(facts, ceilings, attention) if facts.is_sampled else 0.0, "update": update}
-
-
-def _generate_s(facts: Facts, ceilings: Ceilings, attention: float) -> float:
-    """Prefill of all prompts in one pass; then one pass a token, which reads the weights and the KV cache."""
-    shape = facts.shape
-    prefill = facts.prompts * facts.prompt_tok * (2 * shape.num_backbone + attention)
-    decode = facts.loss_tok * (2 * shape.num_backbone + 2 * shape.num_head + attention)
-    num_rounds = facts.response_tok * -(-facts.prompts * facts.samples // facts.num_rows)
-    read = num_rounds * (shape.num_parameters * facts.weight_bytes + facts.kv_tok * facts.kv_bytes_per_tok / 2)
-    return (prefill + decode) / ceilings.flops + read / ceilings.bandwidth
-
-
-# -- from a recipe, and from the machine
+# -- from a recipe
 def facts_of(
     config: EngineConfig,
     stage: Stage,
@@ -358,6 +343,7 @@ def facts_of(
         and stage.objective.old_logprob == "trainer",
         sampler=config.sampler.kind,
         sampler_copies=config.sampler.kind == "vllm" and config.sampler.publish == "copy",
+        num_ranks=num_ranks,
         num_shards=num_ranks if config.parallel.kind == "fsdp" else 1,
         memory_frac=config.sampler.memory_frac,
         max_seqs=config.sampler.max_seqs,
@@ -365,43 +351,18 @@ def facts_of(
         keeps_cache=config.sampler.kind == "builtin" and config.sampler.keep_cache,
         prompts=-(-batch.prompts // num_ranks),
         samples=stage.sampling.samples_per_prompt,
+        drawn_prompts=-(-batch.prompts // num_ranks),
+        drawn_samples=stage.sampling.samples_per_prompt,
         prompt_tok=prompt_tok,
         response_tok=stage.sampling.max_new_tok,
         micro_tok=batch.micro_batch_tok,
         num_updates=num_updates,
+        num_iterations=batch.num_iterations,
         kept_bytes=most_bytes(num_tok, shape.num_vocab, cut.top_k) if cut.is_on and not is_supervised else 0,
         device_gib=device_gib,
         optimizer_on_host=config.model.offload_optimizer,
+        copies_checkpoint=config.run.checkpoint_in_background,
     )
     return dataclasses.replace(
         facts, micro_tok=min(batch.micro_batch_tok, facts.forward_tok / num_updates * batch.num_iterations)
     )
-
-
-def card_ceilings(name: str) -> tuple[Card, Ceilings]:
-    """Returns a known GPU and its data-sheet ceilings. Raises UserError for an unknown name."""
-    if name not in CARDS:
-        raise UserError(f"--device must be one of {', '.join(CARDS)}, or be left out for this machine, got {name!r}")
-    card = CARDS[name]
-    return card, Ceilings(card.tflops * 1e12, card.tb_per_s * 1e12, f"{name}, data sheet")
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
-    """Measures a square GEMM and a copy on ``device``: the best of the runs within ``seconds`` for each."""
-    size, num_copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    source, target = (torch.ones(num_copied, dtype=torch.uint8, device=device) for _ in range(2))
-    product_s = _best_s(lambda: linear(a, b), device, seconds)
-    copy_s = _best_s(lambda: target.copy_(source), device, seconds)
-    return Ceilings(2 * size**3 / product_s, 2 * num_copied / copy_s, f"measured on this {device.type.upper()}")
-
-
-def _best_s(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    best, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < seconds or best == float("inf"):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best

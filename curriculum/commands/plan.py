@@ -61,6 +61,8 @@ def show_plan(planned: dict[str, Any], console: Console) -> None:
     for phase in ("generate", "update"):
         rest.add_row(phase, "s/step", *(f"{stage['seconds'][phase]:,.1f}" for stage in stages))
     console.print(rest)
+    console.print(_ranks_table(planned))
+    _print_remedies(stages, console)
     ceilings = planned["ceilings"]
     console.print(
         f"peak rates assumed: {ceilings['flops'] / 1e12:.2f} TFLOP/s, {ceilings['bandwidth'] / 1e9:,.0f} GB/s "
@@ -77,6 +79,37 @@ def _table(title: str, unit: str, stages: list[dict[str, Any]]) -> Table:
     for stage in stages:
         table.add_column(stage["stage"], justify="right")
     return table
+
+
+def _ranks_table(planned: dict[str, Any]) -> Table:
+    """The highest peak of each stage by number of ranks and way of dividing; below it what FSDP2 is refused for."""
+    table = _table("highest peak of a rank, and what it sends to others in a step", "ranks", planned["stages"])
+    for row in planned["ranks"]:
+        cells: list[Text] = [Text("refused")] * len(planned["stages"])
+        if row["peak_gib"]:
+            cells = [
+                _peak(gib, row["device_gib"]).append(f" + {size_text(sent)} sent" if sent else "", style="")
+                for gib, sent in zip(row["peak_gib"], row["network_gib"], strict=True)
+            ]
+        table.add_row(str(row["ranks"]), row["kind"], *cells)
+    if refused := next((row["refused"] for row in planned["ranks"] if row["refused"]), None):
+        table.caption, table.caption_justify = refused, "left"
+    return table
+
+
+def _print_remedies(stages: list[dict[str, Any]], console: Console) -> None:
+    for stage in stages:
+        if stage["fits"]:
+            continue
+        lines = [f"stage {stage['stage']} does not fit. Changes, the peak with each, and what it costs:"]
+        for remedy in stage["remedies"]:
+            verdict = "fits" if remedy["is_enough"] else "not enough alone"
+            lines.append(f"  {size_text(remedy['peak_gib'])}, {verdict}:")
+            pairs = zip(remedy["write"], remedy["costs"], strict=True)
+            lines += [f"    {write}   ({cost})" for write, cost in pairs]
+        if not any(remedy["is_enough"] for remedy in stage["remedies"]):
+            lines.append("  none of them is enough, nor are they together: choose a smaller model or a larger device")
+        console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 
 def _peak(gib: float, device_gib: float) -> Text:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, Parameter
 
 from isomorph.engine.model.policy import Policy
+from isomorph.engine.record.telemetry import give_back_freed_memory
 
 
 def shard(policy: Policy) -> None:
@@ -70,6 +71,8 @@ def _unsharded(model: Any) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
+        if not torch.cuda.is_available():  # else whole weights stay in the allocator's heap while the learner runs
+            give_back_freed_memory()
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -18,12 +18,21 @@ from isomorph.engine.update.learner import Learner
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
 
 
-def recipe(model: dict[str, Any], form: str = "graph", **data: Any) -> Recipe:
+def recipe(
+    model: dict[str, Any],
+    form: str = "graph",
+    *,
+    tables: dict[str, Any] | None = None,
+    stage: dict[str, Any] | None = None,
+    **data: Any,
+) -> Recipe:
+    """``tables``: further ones; ``stage``: further keys of the one stage; ``data``: of its data."""
     tables = {
         "model": model,
         "data": {"plans": {"kind": "async_plan", **data}},
-        "stage": [{"name": "rl", "steps": 1, "mixture": [{"data": "plans", "representation": form}]}],
+        "stage": [{"name": "rl", "steps": 1, "mixture": [{"data": "plans", "representation": form}], **(stage or {})}],
         "eval": {"data": "plans", "representations": [form]},
+        **(tables or {}),
     }
     return check_tables(tables, Recipe, where="test")
 
@@ -69,3 +78,35 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_before_the_start(
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda folder: usage._replace(free=needed - 1))
     told = short_of_disk(asked, policy, tmp_path)
     assert told is not None and f"keeps up to {kept} checkpoints" in told and "lower run.keep_checkpoints" in told
+
+
+def test_the_models_path_may_name_a_variable_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe({"path": "$SHAPES_OF_A_TEST/qwen2.5-7b"})
+    with pytest.raises(UserError, match="set the environment variable"):
+        plan_recipe(asked, "h200", None, 1)
+    monkeypatch.setenv("SHAPES_OF_A_TEST", str(SEVEN_B.parent))
+    assert plan_recipe(asked, "h200", None, 1)["model"]["num_parameters"] == 7_615_616_512
+
+
+def test_a_stage_in_rounds_is_estimated_with_its_sampling() -> None:
+    stage = {"objective": {"name": "sft"}, "sampling": {"samples_per_prompt": 1, "max_new_tok": 64}}
+    sft = plan_recipe(recipe({"path": str(SEVEN_B)}, stage=stage), "h200", None, 1)["stages"][0]
+    assert "KV cache" not in sft["arenas_gib"] and sft["largest_kv_tok"] is None
+    rounds = {"star": {"prompts": 32, "samples": 4, "start_from": "start"}}
+    star = plan_recipe(recipe({"path": str(SEVEN_B)}, stage=stage | rounds), "h200", None, 1)["stages"][0]
+    assert star["arenas_gib"]["KV cache"] > 0 and star["seconds"]["generate"] > 0
+    assert star["seconds"]["update"] == sft["seconds"]["update"]
+    assert star["arenas_gib"]["weights at the start"] == pytest.approx(4 * 7_615_616_512 / 2**30)  # float32
+    assert star["peak_gib"]["generate"] > sft["peak_gib"]["generate"]
+
+
+def test_every_plan_has_the_peaks_on_more_ranks_and_says_what_is_refused() -> None:
+    model = {"path": str(SEVEN_B), "dtype": "bfloat16"}
+    ranks = plan_recipe(recipe(model), "h200", None, 1)["ranks"]
+    peaks = {(row["ranks"], row["kind"]): row["peak_gib"] for row in ranks}
+    assert list(peaks) == [(1, "data"), *((n, kind) for n in (2, 4, 8) for kind in ("data", "fsdp"))]
+    cut = plan_recipe(recipe(model, tables={"parallel": {"kind": "fsdp"}}), "h200", None, 4)["stages"][0]
+    assert peaks[4, "fsdp"] == [max(cut["peak_gib"].values())]
+    assert peaks[8, "fsdp"] < peaks[4, "fsdp"] < peaks[2, "fsdp"] < peaks[2, "data"]
+    refused = plan_recipe(recipe(model, tables={"lora": {}}), "h200", None, 1)["ranks"][2]
+    assert refused["kind"] == "fsdp" and refused["peak_gib"] == [] and "[lora]" in refused["refused"]

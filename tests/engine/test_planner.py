@@ -26,17 +26,15 @@ from isomorph.engine.model.lora import attach
 from isomorph.engine.packed_batch import Part, pack_parts
 from isomorph.engine.planner import (
     GIB,
-    Ceilings,
     Facts,
-    card_ceilings,
     facts_of,
     largest_kv_tok,
     largest_micro_tok,
     layer_bytes_per_tok,
     memory_uses,
     peak_bytes,
-    seconds,
 )
+from isomorph.engine.planner_time import Ceilings, card_ceilings, seconds
 from isomorph.engine.types import Prompt, Rollout
 from isomorph.kernels import backend
 
