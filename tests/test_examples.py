@@ -27,13 +27,31 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         with torch.random.fork_rng(devices=[]):
             runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
+        printed = capsys.readouterr().out
+        kept = (EXAMPLES / "output" / name).with_suffix(".txt").read_text(encoding="utf-8")
+        assert without_numbers(printed) == without_numbers(kept), "run python .ci/gallery.py"
+        return printed
 
     return run
 
 
+def without_numbers(text: str) -> str:
+    """What an example prints on any machine: processors change digits, and TRL's versions its lines of metrics."""
+    lines = [line for line in text.splitlines() if not line.startswith("{")]
+    return " ".join(re.sub(r"[-+]?\b\d[\d.]*(?:e[-+]?\d+)?", "#", "\n".join(lines)).split())
+
+
 def numbers(label: str, text: str) -> list[float]:
     return [float(found) for found in re.findall(label + " " + NUMBER, text)]
+
+
+def test_the_gallery_lists_every_example_with_what_it_printed() -> None:
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    scripts = [path for path in EXAMPLES.iterdir() if path.suffix in {".py", ".toml"}]
+    assert [path.name for path in scripts if f"]({path.name})" not in page] == []
+    outputs = {path.stem for path in (EXAMPLES / "output").iterdir()}
+    assert outputs == {path.stem for path in scripts} - {"tool_use"}
+    assert [name for name in outputs if f"(output/{name}.txt)" not in page] == []
 
 
 def test_an_example_has_at_most_sixty_lines() -> None:
