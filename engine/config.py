@@ -175,6 +175,18 @@ class SamplerConfig(Section):
     kv_tok: int | None = Field(None, ge=1)  # builtin: capacity of the KV cache, tokens; None: what max_seqs needs
     keep_cache: bool = False  # builtin: KV cache and CUDA graphs stay in memory while the learner runs
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_tensor_parallelism(cls, given: Any) -> Any:
+        for key in ("tensor_parallel", "tensor_parallel_size"):
+            if isinstance(given, dict) and key in given:
+                raise ValueError(
+                    f"{key} is not supported, because each rank has a vLLM engine of its own with whole weights: "
+                    "remove it, and start a rank for each device with torchrun; what one device cannot hold beside "
+                    'them needs parallel.kind = "fsdp", model.offload_optimizer or [lora]'
+                )
+        return given
+
     def idle(self) -> dict[KeyPath, str]:
         builtin = ("kv_tok", "keep_cache")
         keys = ("publish", "memory_frac", "max_model_len") if self.kind == "builtin" else builtin
@@ -497,6 +509,16 @@ class ParallelConfig(Section):
     """Parallelism over the ranks that torchrun starts; without effect on one rank."""
 
     kind: Literal["data", "fsdp"] = "data"  # data: whole model on every rank; fsdp: masters, moments, gradients sharded
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_one_dimension(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("kind") in ("hybrid", "hsdp"):
+            raise ValueError(
+                f'kind = "{given["kind"]}" is not supported: shards lie over all ranks ("fsdp"), or nothing is sharded '
+                '("data"); hybrid sharding, within a node and copied across nodes, is not there'
+            )
+        return given
 
 
 class RunConfig(Section):

@@ -1,5 +1,6 @@
 """benchmarks/step_simulation.py and benchmarks/scale.py: cases that are small enough for a hand, and the page."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,19 @@ def test_measured_steps_are_reproduced_within_what_they_scatter() -> None:
     check = checked(load_rows())
     assert (check.num_fitted, check.num_steps) == (90, 10)
     assert abs(check.error) < 0.05 and check.median_error < 1.25 * check.scatter
+
+
+def test_measured_peaks_of_ranks_are_within_a_tenth_of_the_plan() -> None:
+    """As committed, and as docs/devices.md has them."""
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "memory.jsonl").read_text().splitlines()]
+    told = [row for row in rows if row["checkpoint_every"] > 1]
+    assert [row["case"] for row in told] == ["1:data", "2:data", "2:fsdp", "4:data", "4:fsdp"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(1, abs=0.1)
+    for row in told:
+        ranks, kind = row["case"].split(":")
+        assert f"| {ranks} | {kind} | {row['plan_gib']:.2f} | {row['fact_gib']:.2f} | {row['ratio']:.2f} |" in page
 
 
 def test_network_and_products_meet_at_flops_over_bytes() -> None:
