@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -304,11 +305,13 @@ class Killer:
                 }
             watched(watch)
             sys.argv = ["isomorph", *arguments]
-            code = 0
             try:
                 cli.main()
+                code = 0
             except SystemExit as stopped:
                 code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+            except BaseException:
+                traceback.print_exc()
             watch.finish()
         finally:
             sys.stdout.flush()
