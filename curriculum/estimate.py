@@ -68,6 +68,7 @@ def plan_recipe(recipe: Recipe, card: str | None, device_gib: float | None, num_
             "stage": stage.name,
             "device_gib": device_gib,
             **_planned(facts),
+            "fits": fits(facts),
             "seconds": seconds(facts, ceilings),
         }
         adapters = None if fits(facts) or recipe.lora is not None else _adapted(recipe)
