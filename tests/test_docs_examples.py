@@ -23,7 +23,8 @@ FILE = re.compile(
 RUNS = {"sh", "python"}
 SHOWN = {"", "toml", "jsonl"}
 QUICK = {"own-reward.md"}
-WITHOUT_BLOCKS = {"migration.md", "licences.md"}  # tables: tests/test_migration.py, tests/test_package.py
+# tables: tests/test_migration.py, tests/test_package.py, tests/test_scale.py
+WITHOUT_BLOCKS = {"migration.md", "licences.md", "scale.md"}
 VOCABULARY = ("<answer>", "</answer>", *"0123456789+?.", "What", "is", "a", "number", "End", "with")
 
 

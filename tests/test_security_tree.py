@@ -99,18 +99,20 @@ def test_nothing_of_ours_evaluates_unpickles_or_starts_a_shell() -> None:
 
 
 def test_tests_benchmarks_studies_and_examples_unpickle_nothing_and_start_no_shell() -> None:
-    """They may compile and run texts of their own; tests write hostile pickles."""
+    """They may compile and run texts of their own; tests write hostile pickles. Of yaml, safe_load alone."""
     found = []
     for path, tree in python_files():
         if path.partition("/")[0] in OURS:
             continue
-        found += [(path, what) for what in (MODULES - {"pickle", "runpy"}) & set(imported_modules(tree))]
+        found += [(path, what) for what in (MODULES - {"pickle", "runpy", "yaml"}) & set(imported_modules(tree))]
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 what = suspicious(node)
                 if what in ("torch.load", "allow_pickle", "shell", "trust_remote_code", "system", "popen"):
                     found.append((path, what))
                 if name_of(node) in ("pickle.load", "pickle.loads"):
+                    found.append((path, name_of(node)))
+                if name_of(node).startswith("yaml.") and name_of(node) != "yaml.safe_load":
                     found.append((path, name_of(node)))
     assert found == []
 
