@@ -116,15 +116,21 @@ def data_folder(scratch: Path, *, is_real: bool = True) -> Iterator[list[str]]:
                 stand_in.unlink()
                 stand_in.symlink_to(file.resolve())
                 own.append(file.name)
-    os.environ.update(dict.fromkeys(VARIABLES, str(scratch / "rows")))
-    os.environ["ISOMORPH_TEACHER"] = str(scratch / "rows" / "teacher.jsonl")
+    os.environ.update(variables_of(scratch))
     try:
         yield own
     finally:
         for name, value in before.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def variables_of(scratch: Path) -> dict[str, str]:
+    """Variable -> where ``data_folder`` has written what it names."""
+    return dict.fromkeys(VARIABLES, str(scratch / "rows")) | {
+        "ISOMORPH_TEACHER": str(scratch / "rows" / "teacher.jsonl")
+    }
 
 
 def exercise(name: str, model: Path, folder: Path, steps: int = 2) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: of two processes, none is then left alone with a long file at the end."""
     num_slow = Counter(item.path for item in items if any(item.iter_markers("slow")) or any(item.iter_markers("vllm")))
     items.sort(key=lambda item: -num_slow[item.path])
+
+
+@pytest.fixture(autouse=True)
+def variables_that_were_lost(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Warns where a test, or what is collected while it runs, takes away variables that were there before it."""
+    before = {*os.environ} - {"PYTEST_CURRENT_TEST"}
+    yield
+    if lost := sorted(before - {*os.environ}):
+        warnings.warn(f"environment variables are gone after {request.node.nodeid}: {lost}", stacklevel=1)
 
 
 WARM = Path(__file__).with_name("warm_command.py")

@@ -39,16 +39,25 @@ def script(name: str) -> ModuleType:
     return sys.modules[name]
 
 
+@pytest.fixture
+def small_world(stand_ins: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, dict[str, Path]]:
+    """Names the stand-ins for each test anew: once, in a whole run, the variables were gone after the first one."""
+    recipes, scratch, models = stand_ins
+    for name, path in recipes.variables_of(scratch).items():
+        monkeypatch.setenv(name, path)
+    return recipes, models
+
+
 @pytest.fixture(scope="module")
-def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleType, dict[str, Path]]]:
-    """The script, and a folder of a tiny random model for each family; the variables name the stand-ins."""
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleType, Path, dict[str, Path]]]:
+    """The script, the folder of its files, and a folder of a tiny random model for each family."""
     recipes, scratch = script("paper_recipes"), tmp_path_factory.mktemp("paper")
     threads = torch.get_num_threads()
     with recipes.data_folder(scratch, is_real=False):
         train, test = (scratch / "rows" / f"asynchow_natural_{split}.jsonl" for split in ("train", "test"))
         rows = test.read_text().splitlines()
         test.write_text("\n".join([train.read_text().splitlines()[3], *rows[1:]]) + "\n")  # a repeated procedure
-        yield recipes, {family: recipes.make_model(scratch / family, family) for family in recipes.FAMILIES}
+        yield recipes, scratch, {family: recipes.make_model(scratch / family, family) for family in recipes.FAMILIES}
     torch.set_num_threads(threads)  # the recipes ask for one
 
 
