@@ -113,7 +113,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_what_was_measured_outlives_parts_that_hang_die_and_fail(tmp_path: Path) -> None:
-    shares = dict.fromkeys(["fine", "fails", "absent", "dies", "measures_then_hangs", "does_not_hold"], 1.0)
+    shares = dict.fromkeys(["fine", "fails", "absent", "dies", "measures_then_hangs", "does_not_hold"], 10.0)
     suite = start_suite(tmp_path, shares | {"measures_then_hangs": 3.0, "does_not_hold": 200.0}, 150.0)
     printed = suite.communicate(timeout=200)[0]
     rows = rows_in(tmp_path)
