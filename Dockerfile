@@ -1,6 +1,6 @@
 # isomorph on CPUs, from Debian's packages and the Python package index. Linted with hadolint; not built yet: no builder was at hand.
 #   docker build --tag isomorph .
-#   docker run --rm --volume "$PWD/runs:/work/runs" isomorph train quickstart
+#   docker run --rm --volume "$PWD/runs:/home/user/runs" isomorph train quickstart
 FROM debian:bookworm-slim AS build
 # hadolint ignore=DL3008 # the release of Debian is the pin
 RUN apt-get update \
@@ -18,10 +18,10 @@ FROM debian:bookworm-slim
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates libgomp1 python3 \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 1000 --create-home user && install --directory --owner user /work
+    && useradd --uid 1000 --create-home user
 COPY --from=build /opt/isomorph /opt/isomorph
 USER 1000
-WORKDIR /work
+WORKDIR /home/user
 ENV PATH=/opt/isomorph/bin:$PATH
 ENTRYPOINT ["isomorph"]
 CMD ["--help"]

@@ -88,28 +88,28 @@ def _effect(one: Effect) -> str:
 
 
 def _interaction(rare: StudyResults, frequent: StudyResults, budget: int) -> str:
-    """How much greater the difference is where reward is rare, over the seeds that both studies have."""
-    gains = [_gains(results, budget) for results in (rare, frequent)]
+    """How much greater the difference is where reward is rare, over the seeds and on the exam of both studies."""
+    is_tested = all(analyse(results).exam == TEST for results in (rare, frequent))
+    exam = TEST if is_tested else DEVELOPMENT
+    gains = [_gains(results, budget, exam) for results in (rare, frequent)]
     both = [seed for seed in gains[0] if seed in gains[1]]
     if not both:
         return f"After {budget} steps: no seed has both."
     found = effect([gains[0][seed] - gains[1][seed] for seed in both], shared=True)
     return (
         f"`{FIRST}` minus `{BASELINE}` after {budget} steps, where reward is rare minus where it is frequent: "
-        f"{_effect(found)} points, {len(both)} seeds."
+        f"{_effect(found)} points, {len(both)} seeds, {exam} exam."
     )
 
 
-def _gains(results: StudyResults, budget: int) -> dict[int, np.ndarray]:
-    """Seed -> difference of each item, of the test exam if both studies took it."""
+def _gains(results: StudyResults, budget: int, exam: str) -> dict[int, np.ndarray]:
+    """Seed -> difference of each item."""
     measure = results.study["measure"][0]
-    exam = TEST if analyse(results).exam == TEST else DEVELOPMENT
     found = {}
-    for seed in results.study["seeds"]:
-        if all((name, seed) in results.runs for name in (FIRST, BASELINE)):
-            pair = [results.point(name, seed, budget, measure, exam) for name in (FIRST, BASELINE)]
-            if pair[0] is not None and pair[1] is not None:
-                found[seed] = pair[0].right_I - pair[1].right_I
+    for seed in sorted({*_seeds(results, FIRST)} & {*_seeds(results, BASELINE)}):
+        first, other = (results.point(name, seed, budget, measure, exam) for name in (FIRST, BASELINE))
+        if first is not None and other is not None:
+            found[seed] = first.right_I - other.right_I
     return found
 
 

@@ -141,8 +141,10 @@ class Design:
         tables["run"] = {key: value for key, value in tables["run"].items() if key not in NO_EFFECT}
         files = {place: entry["sha256"] for place, entry in describe_files(recipe).items()}
         weights: Any = warm_weights
-        if run.warm is not None or (run.condition == WARM_START and self._first_model(run.seed) is not None):
-            weights = weights or self._weights_of(Path(recipe.model.path or ""))
+        first = self._first_model(run.seed) if run.condition == WARM_START else None
+        if first is not None:
+            weights = self._weights_of(first)
+        if run.warm is not None or first is not None:
             tables["model"].pop("path")  # the weights count, not where they are
             files = {place: value for place, value in files.items() if not place.startswith("model.path/")}
         elif recipe.model.path is not None:

@@ -19,6 +19,7 @@ from isomorph.curriculum.study.design import WARM_SEED, Design
 from isomorph.curriculum.study.exam import committed
 from isomorph.curriculum.study.results import append_lines, read_lines, read_results
 from isomorph.engine.config import UserError
+from studies import load_study
 
 BASE = """
 [model.tiny]
@@ -397,3 +398,28 @@ def test_tokens_are_compared_between_evaluations(tmp_path: Path, monkeypatch: py
         share = (budget - before.response_tok) / (after.response_tok - before.response_tok)
         expected[name] = before.rate + share * (after.rate - before.rate)
     assert one.effect.mean == pytest.approx(expected["graph_words"] - expected["words"])
+
+
+def test_the_table_of_carry_over_has_means_over_seeds_and_the_difference_of_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seeds, "NUM_RESAMPLES", 200)
+    script = load_study("carry_over_table")
+    for name, gain in (("rare", 0.3), ("frequent", 0.0)):
+        effects = {"words": 0.0, "graph20_words40": gain}
+        write_study(tmp_path / name, effects, budgets=(30, 60), num_items=37, representations=("natural",))
+
+    def mean(name: str, condition: str, step: int) -> float:
+        rows = read_lines(tmp_path / name / "results.jsonl")
+        rights = [row["right"] for row in rows if (row["condition"], row["step"]) == (condition, step)]
+        return 100 * sum(right.count("1") for right in rights) / sum(map(len, rights))
+
+    rare, frequent = (read_results(tmp_path / name) for name in ("rare", "frequent"))
+    text = script.table(rare, frequent)
+    cells = " | ".join(f"{mean('rare', 'graph20_words40', step):.1f} %" for step in (0, 30, 60))
+    assert f"| rare | graph20_words40 | {cells} |" in text and text.count("\n| frequent |") == 2
+    gains = [mean(name, "graph20_words40", 60) - mean(name, "words", 60) for name in ("rare", "frequent")]
+    assert f"| {gains[0]:+.1f} (" in text
+    line = next(line for line in text.splitlines() if "after 60 steps, where reward is rare" in line)
+    assert f": {gains[0] - gains[1]:+.1f} (" in line and "6 seeds, dev exam" in line
+    assert "frequent |" not in script.table(rare, None)
