@@ -129,7 +129,7 @@ def serve(rank: int, num_ranks: int, port: int, folder: Path) -> None:
 
 def run(num_ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
     """The rows that each rank told."""
-    context = multiprocessing.get_context("fork")  # an import for every rank would take longer than its steps
+    context = multiprocessing.get_context("fork")  # no import for every rank; nothing has computed here, so no threads
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -138,7 +138,7 @@ def run(num_ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
         process.start()
     for process in ranks:
         process.join(WAIT_S)
-    if any(process.exitcode for process in ranks):
+    if any(process.exitcode != 0 for process in ranks):
         raise SystemExit("".join((folder / f"{r}.txt").read_text()[-2000:] for r in range(num_ranks)))
     return [[json.loads(line) for line in (folder / f"{r}.jsonl").read_text().splitlines()] for r in range(num_ranks)]
 

@@ -307,6 +307,13 @@ def test_kernels_means_somebody_elses_package_or_none() -> None:
     assert not any(Path(place).resolve().is_relative_to(ROOT) for place in json.loads(found.stdout) if place)
 
 
+def test_no_test_forks_the_process_that_runs_it() -> None:
+    """A fork has the locks of threads that it lacks, and waits for them for ever: tests/engine/apart.py is the way."""
+    forks = re.compile(r"os\.fork\(|get_context\(.fork.\)")
+    files = {path for path in python_files(ROOT, "tests") if path.name.startswith("test_")} - {Path(__file__)}
+    assert [path.name for path in sorted(files) if forks.search(path.read_text())] == []
+
+
 def test_functions_fit_on_a_screen() -> None:
     """60 lines; one Triton kernel may be longer, where its halves would share all their variables."""
     long = [

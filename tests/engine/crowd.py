@@ -1,6 +1,5 @@
-"""Gloo ranks on this machine, forks of the test's process, that run given functions."""
+"""Gloo ranks on this machine, each a process of its own, that run given functions."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -8,15 +7,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from apart import apart, home_of, load_home
 
 from isomorph.engine.distributed.launch import open_ranks
 
 
 class Crowd:
-    """``ask(function, *arguments)`` runs ``function(ranks, *arguments)`` on every rank; functions of a test module."""
+    """``ask(function, *arguments)`` runs ``function(ranks, *arguments)`` on every rank."""
 
     def __init__(self, num_ranks: int) -> None:
-        context = multiprocessing.get_context("fork")  # an import of a test's module by name would not find it
+        context = apart()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -31,7 +31,7 @@ class Crowd:
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for pipe in self.pipes:
-            pipe.send((function, arguments))
+            pipe.send((home_of(function), function.__qualname__, arguments))
         assert all(pipe.poll(300) for pipe in self.pipes)
         return [pipe.recv() for pipe in self.pipes]
 
@@ -56,5 +56,5 @@ def serve(rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
     os.environ.update(started_by_torchrun)
     with open_ranks() as ranks:
         while (asked := pipe.recv()) is not None:
-            function, arguments = asked
-            pipe.send(function(ranks, *arguments))
+            home, function, arguments = asked
+            pipe.send(getattr(load_home(*home), function)(ranks, *arguments))

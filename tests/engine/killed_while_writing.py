@@ -8,13 +8,13 @@ checksums or the state are written, or before the folder gets its name. Training
 the step after has been logged.
 """
 
-import os
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+from apart import start_apart
 from toy_run import gold_but_for_one, make_components, make_stage, resumed, sha
 
 from isomorph.engine.config import Stage
@@ -36,19 +36,14 @@ def count(folder: Path, num: int) -> int:
 
 def _one(folder: Path, stage: Stage, point: int) -> str:
     """The weights of a run that was killed at ``point`` and resumed; what is not as it must be, in their place."""
-    child = os.fork()
-    if child == 0:
-        try:
-            _train_on_a_dying_disk(folder, stage, point)
-        finally:
-            os._exit(1)
+    process = start_apart(_train_on_a_dying_disk, folder, stage, point)
     log, end = folder / "steps.jsonl", time.monotonic() + WAIT_S
     while not log.exists() or len(log.read_text().splitlines()) < 5:
-        if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > end:
+        if process.exitcode is not None or time.monotonic() > end:
             return "the run has not trained on while its checkpoint was written"
         time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    process.kill()
+    process.join()
     components, state = resumed(folder, stage, judge=gold_but_for_one)
     if state.step != 2 or not (folder / "checkpoints" / ".partial-00000004").is_dir():
         return f"resumed from step {state.step}"
@@ -57,6 +52,7 @@ def _one(folder: Path, stage: Stage, point: int) -> str:
 
 
 def _train_on_a_dying_disk(folder: Path, stage: Stage, point: int) -> None:
+    torch.set_num_threads(1)
     real, num_calls = checkpoint.sync, 0
 
     def sync(path: Path) -> None:

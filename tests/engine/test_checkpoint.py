@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from apart import start_apart
+from killed_saving import CODE, save_and_die
 from torch import Tensor
 
 from isomorph.engine.config import OptimConfig, UserError
@@ -218,30 +219,6 @@ def test_a_full_disk_fails_the_run_and_leaves_the_earlier_checkpoint(tmp_path: P
         subprocess.run(["umount", str(disk)], check=True)
 
 
-KILL = """
-import os, sys
-from pathlib import Path
-import torch
-from isomorph.engine.record import checkpoint
-from isomorph.engine.types import RunState
-
-root, calls_left = Path(sys.argv[1]), int(sys.argv[2])
-ops = {}
-
-def dying(real):
-    def call(*args, **options):
-        global calls_left
-        if calls_left == 0:
-            os._exit(9)
-        calls_left -= 1
-        return real(*args, **options)
-    return call
-
-os.fsync, os.rename, os.unlink, os.rmdir, os.mkdir = map(dying, (os.fsync, os.rename, os.unlink, os.rmdir, os.mkdir))
-checkpoint.save_checkpoint(root, RunState(step=2), {"w": torch.full((10,), 2.0)}, {}, keep=1)
-"""
-
-
 @pytest.mark.parametrize("again", [False, True])
 def test_a_process_killed_at_any_moment_leaves_a_checkpoint_that_can_be_read(tmp_path: Path, again: bool) -> None:
     """Dies before each call that changes the folder; ``again``: the same step was saved before."""
@@ -259,19 +236,13 @@ def test_a_process_killed_at_any_moment_leaves_a_checkpoint_that_can_be_read(tmp
         assert names(root) == ["step-00000002"]
         if codes[-1] == 0:
             break
-    assert codes[-1] == 0 and set(codes[:-1]) == {9} and len(codes) > 6
+    assert codes[-1] == 0 and set(codes[:-1]) == {CODE} and len(codes) > 6
 
 
-def _killed(root: Path, calls_left: int) -> int:
-    pid = os.fork()  # a new interpreter for each of the moments would take a minute
-    if pid == 0:
-        sys.argv = ["kill", str(root), str(calls_left)]
-        try:
-            exec(KILL, {"__name__": "kill"})
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def _killed(root: Path, calls_left: int) -> int | None:
+    process = start_apart(save_and_die, root, calls_left)  # a new interpreter for each moment would take a minute
+    process.join(60)
+    return process.exitcode
 
 
 # -- reading

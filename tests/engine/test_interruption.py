@@ -2,18 +2,17 @@
 
 import contextlib
 import json
-import mmap
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import killed_while_writing
 import pytest
-from kill_timer import Moment, Watch
+from kill_timer import Moment
+from killed_run import STAGES, found, trained_apart
 from small_world import one_thread  # noqa: F401
 from toy_run import gold, gold_but_for_one, make_components, make_stage, sha, source_of
 
@@ -23,7 +22,6 @@ from isomorph.engine.config import (
     SamplerConfig,
 )
 from isomorph.engine.loop import train
-from isomorph.engine.record import saver
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import locked, read_steps
 from isomorph.engine.rollout.builtin import BuiltinSampler
@@ -58,15 +56,6 @@ def test_a_requested_stop_leaves_a_checkpoint_whenever_it_comes(tmp_path: Path, 
     assert state.step == _num_rows(tmp_path) == state.source["steps_done"]
     assert weights_sha256(weights) == sha(components)
     assert len(questions) == asked  # nothing is drawn, judged or learned once it was heard
-
-
-STAGES = (
-    make_stage("a", 3, "sft"),
-    make_stage("b", 3, objective_choices=dict(kl_coef=0.05)),
-    make_stage(
-        "c", 3, "grpo", objective_choices=dict(kl_coef=0.05), optimizer_state="carry", reference="previous", refills=2
-    ),
-)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +212,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_resumes_from_the_one_before(
 def timed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody disturbs, with the seconds of its phases in times.json."""
     folder = tmp_path_factory.mktemp("timed")
-    assert _forked(folder, Watch(mmap.mmap(-1, 4096), None, folder / "times.json")) == 0
+    assert trained_apart(folder, None, folder / "times.json") == 0
     return folder
 
 
@@ -233,9 +222,9 @@ def test_a_run_killed_at_a_random_moment_ends_bit_equal(tmp_path: Path, whole: s
     seconds, random = json.loads((timed / "times.json").read_text())[phase], Random(phase)
     occurrence = random.randrange(len(seconds) - 1)  # not the last, so that the run is not over before
     moment = Moment(phase, occurrence, random.random() * min(seconds[occurrence], 0.02))
-    assert _forked(tmp_path, Watch(mmap.mmap(-1, 4096), moment, None)) == -signal.SIGKILL
+    assert trained_apart(tmp_path, moment) == -signal.SIGKILL
     with locked(tmp_path):  # at once
-        components, state = _found(tmp_path)
+        components, state = found(tmp_path)
         train(components, state)
     assert sha(components) == whole
     untimed = ("time/", "mem/", "publish/", "wall_s")
@@ -244,48 +233,6 @@ def test_a_run_killed_at_a_random_moment_ends_bit_equal(tmp_path: Path, whole: s
         for folder in (tmp_path, timed)
     )
     assert rows == wanted
-
-
-def _forked(folder: Path, watch: Watch) -> int:
-    """The exit code of a process that trains in ``folder`` and marks its phases."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        components, state = _found(folder)
-        of_log, write = components.log.time, saver._Job.run
-
-        @contextlib.contextmanager
-        def timed(name: str) -> Iterator[None]:
-            with watch.phase(name), of_log(name):
-                yield
-
-        def run(job: Any, act: Callable[[], Any]) -> None:
-            with watch.phase("write"):
-                write(job, act)
-
-        components.log.time, saver._Job.run = timed, run  # type: ignore[method-assign]
-        with locked(folder):
-            train(components, state)
-        watch.finish()
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-def _found(folder: Path) -> tuple[Components, RunState]:
-    """The run in ``folder`` as it is to be resumed, or begun where it has no checkpoint."""
-    components = make_components(folder, *STAGES, judge=gold_but_for_one, evaluates=True, checkpoint_every=2)
-    newest = latest_checkpoint(folder / "checkpoints")
-    if newest is None:
-        components.log.cut_after(0)
-        return components, RunState()
-    state, weights, tensors = load_checkpoint(newest)
-    components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
-    components.source.load_state_dict(state.source)
-    components.learner.restore(next(s for s in STAGES if s.name == state.stage), tensors)
-    components.log.cut_after(state.step)
-    return components, state
 
 
 def test_a_checkpoint_that_cannot_be_written_in_the_background_fails_the_run(

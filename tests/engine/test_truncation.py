@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from apart import start_apart
 from echo import Echo
 from small_world import CPU, one_thread, updates_of  # noqa: F401
 from torch import Tensor
@@ -289,27 +290,28 @@ def taken_up(folder: Path) -> Components:
     return components
 
 
+def stop_and_be_killed(folder: Path) -> None:
+    torch.set_num_threads(1)
+    questions: list[int] = []
+
+    def stop_requested() -> bool:
+        questions.append(1)
+        return len(questions) == 20
+
+    try:
+        train(make_components(folder, cut_stage(), judge=gold_but_for_one, stop_requested=stop_requested), RunState())
+    except KeyboardInterrupt:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_run_that_is_killed_goes_on_bit_for_bit_with_the_same_kept_tokens(tmp_path: Path) -> None:
     """The process stops in the middle of a step, with rollouts in its checkpoint, and is gone with SIGKILL."""
     whole = make_components(tmp_path / "whole", cut_stage(), judge=gold_but_for_one)
     train(whole, RunState())
     folder = tmp_path / "killed"
-    child = os.fork()
-    if child == 0:
-        questions: list[int] = []
-
-        def stop_requested() -> bool:
-            questions.append(1)
-            return len(questions) == 20
-
-        try:
-            train(
-                make_components(folder, cut_stage(), judge=gold_but_for_one, stop_requested=stop_requested), RunState()
-            )
-        except KeyboardInterrupt:
-            os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    process = start_apart(stop_and_be_killed, folder)
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
     (drawn,) = load_checkpoint(newest)[0].draws
