@@ -19,7 +19,8 @@ Then the steps whose lengths were written are simulated, and compared with their
 
     synchronous     every rank draws its share, all wait for the last one, learn together, and publish
     refilled        groups whose rewards are all equal are drawn anew before learning, in further rounds
-    one step off    some ranks draw step k + 1 while the others learn step k; weights are one step old (not in isomorph)
+    one step off    some ranks draw step k + 1 while the others learn step k; weights are one step old
+                    (not in isomorph, where with sampler.overlap every rank does both at once)
 
 Idle: the share of all ranks' seconds in which a rank neither draws, learns, judges nor publishes. Rows: the mean share
 of a rank's decoding slots that are filled while it draws. Collectives take no time here: docs/scale.md has their bytes.

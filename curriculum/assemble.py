@@ -42,6 +42,7 @@ from isomorph.engine.record.checkpoint import weights_sha256
 from isomorph.engine.record.runlog import QuietLog, RunLog
 from isomorph.engine.record.sinks import check_sinks, open_sinks
 from isomorph.engine.record.telemetry import Telemetry, find_gpu, process_memory_gib
+from isomorph.engine.rollout.apart import SamplerApart
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.rollout.demonstrations import DemonstrationSampler
 from isomorph.engine.rollout.stop_strings import check_stop_strings
@@ -272,7 +273,8 @@ def open_policy(recipe: Recipe, *, defers: bool = False) -> Policy:
 def open_sampler(recipe: Recipe, policy: Policy) -> Iterator[Sampler]:
     """Starts the recipe's sampler; closes it at the end."""
     if recipe.sampler.kind == "builtin":
-        yield BuiltinSampler(policy, recipe.sampler)
+        kind = SamplerApart if recipe.sampler.overlap else BuiltinSampler
+        yield kind(policy, recipe.sampler)
         return
     from isomorph.engine.rollout.vllm import start_vllm  # importing vLLM takes seconds and a lot of memory
 

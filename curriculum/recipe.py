@@ -26,7 +26,7 @@ from isomorph.curriculum.tasks.kinds import GENERATORS, AnyGenerator
 from isomorph.curriculum.tasks.procedure import Difficulty
 from isomorph.curriculum.tasks.routes.road_map import RouteDifficulty
 from isomorph.curriculum.tasks.task import Split, Task
-from isomorph.engine.config import NO_KEPT_TOKENS, EngineConfig, Section
+from isomorph.engine.config import NO_KEPT_TOKENS, EngineConfig, Section, refuse_overlap
 from isomorph.engine.effect import KeyPath
 
 
@@ -185,6 +185,8 @@ class Recipe(EngineConfig):
             if all(isinstance(table, RewardTable) and table.combine == "normalized" for table in tables):
                 why = 'combine = "normalized" gives the advantages'
                 keys |= {("stage", i, "objective", key): why for key in ("baseline", "scale")}
+        if all(stage.objective.is_supervised for stage in self.stage):
+            keys[("sampler", "overlap")] = "no stage draws responses step by step"
         is_drawn = any(isinstance(self.data[one.data], GeneratedData) for one in self.eval.all_sets)
         if not is_drawn and not self.eval.samples:
             keys[("eval", "seed")] = (
@@ -288,6 +290,12 @@ class Recipe(EngineConfig):
         for stage in self.stage:
             if self.sampler.kind == "vllm" and stage.sampling.truncation.is_on:
                 raise ValueError(f"stage {stage.name!r}: {NO_KEPT_TOKENS}")
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_is_possible(self) -> "Recipe":
+        for stage in self.stage if self.sampler.overlap else ():
+            refuse_overlap(stage)
         return self
 
     def _named(self, data: str, where: str) -> Data:

@@ -122,6 +122,7 @@ def refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
     newest, state = found
     present = state["source"].get("stage_index", 0)
     done = state["source"].get("steps_done", 0)
+    is_within = len(state["draws"]) > state.get("num_ahead", 0)
     is_extended = present == len(after.stage) and _extends_the_end(changes, after, state["source"])
     for key in changes:
         parts = key.split(".")
@@ -135,7 +136,7 @@ def refuse_what_is_over(changes: Changes, after: Recipe, folder: Path) -> None:
             )
         if int(parts[1]) == present and parts[2] == "steps" and after.stage[present].steps <= done:
             raise UserError(f"{key} must be more than the {done} steps that are done, got {after.stage[present].steps}")
-        if int(parts[1]) == present and parts[2] in ("batch", "optim") and state["draws"]:
+        if int(parts[1]) == present and parts[2] in ("batch", "optim") and is_within:
             raise UserError(
                 f"{key} cannot change within a step, where {newest} was written: resume without it for one step, or "
                 "delete that checkpoint to resume from the one before"

@@ -18,6 +18,7 @@ from isomorph.engine.types import (
     Sampling,
     ScoredRollouts,
     Scores,
+    StepDrift,
 )
 from isomorph.engine.update.score import RewardThread, score
 
@@ -40,14 +41,11 @@ def sample_and_reward(
         if components.stop_requested():
             raise StopRequested
 
-    own, is_stopped = components.ranks.share(prompts), False
+    is_stopped = False
     try:
-        # phase "judge": the part of the reward computation that does not overlap with sampling
-        with time("judge"), RewardThread(components.judge, components.policy.text.decode, own, stop_here) as rewarding:
-            with time("generate"), components.policy.unsharded():
-                dialogue = components.dialogue if sampler is components.sampler else None
-                rollouts = sampler.generate(own, sampling, rewarding.add, stop_here, dialogue)
-            texts, scores = rewarding.results()
+        rollouts, texts, scores = draw_own(
+            components, sampler, components.ranks.share(prompts), sampling, time, stop_here
+        )
     except StopRequested:
         is_stopped = True
     with time("exchange"):
@@ -56,8 +54,30 @@ def sample_and_reward(
         return components.ranks.exchange(rollouts, texts, scores, sampling.samples_per_prompt)
 
 
+def draw_own(
+    components: Components,
+    sampler: Sampler,
+    own: Sequence[Prompt],
+    sampling: Sampling,
+    time: Callable[[str], contextlib.AbstractContextManager[None]],
+    stop_here: Callable[[], None],
+) -> tuple[list[Rollout], list[str], Scores]:
+    """The same on this rank, for its share of the prompts; it waits for no other rank.
+
+    ``stop_here`` is called every few tokens and while rewards are waited for; what it raises ends the call.
+    """
+    # phase "judge": the part of the reward computation that does not overlap with sampling
+    with time("judge"), RewardThread(components.judge, components.policy.text.decode, own, stop_here) as rewarding:
+        with time("generate"), components.policy.unsharded():
+            dialogue = components.dialogue if sampler is components.sampler else None
+            rollouts = sampler.generate(own, sampling, rewarding.add, stop_here, dialogue)
+        return rollouts, *rewarding.results()
+
+
 class Collector:
-    """Collects the groups of one step; rollouts that an interrupted step left in ``progress.state`` come first."""
+    """Collects the groups of one step; rollouts that ``progress.state`` holds, of an interrupted step or drawn while
+    the step before was learned, come first.
+    """
 
     def __init__(self, components: Components, sampler: Sampler, stage: Stage, progress: RunProgress) -> None:
         self.components, self.sampler, self.stage, self.progress = components, sampler, stage, progress
@@ -69,17 +89,27 @@ class Collector:
         log = self.components.log
         with log.time("generate"):
             scored = self._left.popleft() if self._left else self._sample(prompts)
+        if self.sampler is self.components.sampler:
+            sampling = training_sampling(self.components, self.stage)
+            check_ends(scored.rollouts, sampling)
+            check_kept(scored.rollouts, sampling)
         self._taken.append(scored)
-        self.progress.state = dataclasses.replace(self.progress.state, draws=(*self._taken, *self._left))
+        self.progress.state = dataclasses.replace(
+            self.progress.state,
+            draws=(*self._taken, *self._left),
+            num_ahead=min(self.progress.state.num_ahead, len(self._left)),
+        )
         with log.time("judge"):
             return score(prompts, scored.rollouts, scored.scores, self.stage.objective), list(scored.texts)
 
+    @property
+    def drift(self) -> StepDrift | None:
+        """The mismatch of the step's rollouts that was measured when they were drawn ahead; None: they were not."""
+        return self._taken[0].drift
+
     def _sample(self, prompts: Sequence[Prompt]) -> ScoredRollouts:
-        components, sampling = self.components, _training_sampling(self.components, self.stage)
+        components, sampling = self.components, training_sampling(self.components, self.stage)
         rollouts, texts, scores = sample_and_reward(components, self.sampler, prompts, sampling, components.log.time)
-        if self.sampler is components.sampler:
-            check_ends(rollouts, sampling)
-            check_kept(rollouts, sampling)
         return ScoredRollouts(rollouts=tuple(rollouts), texts=tuple(texts), scores=scores)
 
 
@@ -105,7 +135,8 @@ def refill(collector: Collector, groups: list[Group], texts: list[str]) -> tuple
     return trained, groups, texts
 
 
-def _training_sampling(components: Components, stage: Stage) -> Sampling:
+def training_sampling(components: Components, stage: Stage) -> Sampling:
+    """How the responses of a step of ``stage`` are sampled."""
     return Sampling(
         temperature=stage.sampling.temperature,
         max_new_tok=stage.sampling.max_new_tok,

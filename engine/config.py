@@ -174,6 +174,8 @@ class SamplerConfig(Section):
     max_seqs: int = Field(256, ge=1)  # sequences decoded at the same time
     kv_tok: int | None = Field(None, ge=1)  # builtin: capacity of the KV cache, tokens; None: what max_seqs needs
     keep_cache: bool = False  # builtin: KV cache and CUDA graphs stay in memory while the learner runs
+    # builtin, CPU: while a step is learned the next one is drawn, from a copy of the weights that is one version older
+    overlap: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -188,7 +190,7 @@ class SamplerConfig(Section):
         return given
 
     def idle(self) -> dict[KeyPath, str]:
-        builtin = ("kv_tok", "keep_cache")
+        builtin = ("kv_tok", "keep_cache", "overlap")
         keys = ("publish", "memory_frac", "max_model_len") if self.kind == "builtin" else builtin
         return {(key,): f'sampler.kind is "{self.kind}"' for key in keys}
 
@@ -606,6 +608,11 @@ class EngineConfig(Section):
                 'sampler.keep_cache = true is not supported with parallel.kind = "fsdp", because the weights that CUDA '
                 "graphs read are gathered anew for each step: remove sampler.keep_cache"
             )
+        if self.parallel.kind == "fsdp" and self.sampler.overlap:
+            raise ValueError(
+                'sampler.overlap = true is not supported with parallel.kind = "fsdp", because gathering weights would '
+                'hold up drawing and learning: remove sampler.overlap, or set parallel.kind = "data"'
+            )
         if self.parallel.kind == "fsdp" and self.model.compile:
             raise ValueError('model.compile = true is not supported with parallel.kind = "fsdp": remove model.compile')
         if self.parallel.kind == "fsdp" and self.model.offload_optimizer:
@@ -625,6 +632,28 @@ class EngineConfig(Section):
         if self.lora is not None and self.parallel.kind == "fsdp":
             raise ValueError('[lora] is not supported with parallel.kind = "fsdp": set parallel.kind = "data"')
         return self
+
+
+def refuse_overlap(stage: Stage) -> None:
+    """Raises ValueError where ``stage`` cannot be drawn one step ahead with exact importance weights."""
+    objective, where = stage.objective, f"sampler.overlap = true with stage {stage.name!r}"
+    if objective.is_supervised:  # nothing is drawn
+        return
+    if objective.name == "rft":
+        raise ValueError(
+            f'{where}: objective.name = "rft" has no importance weights, which responses of older weights need: remove '
+            "sampler.overlap, or name another objective"
+        )
+    if objective.old_logprob != "sampler":
+        raise ValueError(
+            f'{where}: objective.old_logprob must be "sampler", so that the ratio is that of the present weights to '
+            f'those that responses were drawn from, got "{objective.old_logprob}"'
+        )
+    if stage.batch.refills:
+        raise ValueError(
+            f"{where}: batch.refills is not supported, because further prompts are taken only when rewards are known: "
+            f"refills must be 0, got {stage.batch.refills}"
+        )
 
 
 # tables that may stand at the top level of a recipe, as defaults of all stages, and in each stage

@@ -5,9 +5,10 @@ All parts are assembled outside and handed in as ``Components``. The calls of on
     source.take(P)                   -> list[Prompt]
     publish, if weights have changed -> Publication
     Collector.collect                -> list[Group] and texts: Sampler.generate, Judge, score
+    source.observe                   the next step's prompts depend on it; with sampler.overlap they are drawn from here
     pack                             -> list[Update], one for each optimizer step
     Learner.begin, advance, stats    -> StepStats
-    source.observe, RunLog.write_step
+    RunLog.write_step
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from isomorph.engine.ahead import drawing_ahead, staleness_of
 from isomorph.engine.collect import Collector, evaluation_sampling, refill, sample_and_reward, sample_for_source
 from isomorph.engine.components import Components, RunProgress, StopRequested, stop_if_requested
 from isomorph.engine.config import Stage
@@ -154,18 +156,22 @@ def step(components: Components, progress: RunProgress, stage: Stage) -> None:
     log.begin_step()
     with log.time("ask"):
         prompts = source.take(stage.batch.prompts)
+        prompts, progress.ahead = list(progress.ahead) or prompts, ()
     with log.time("publish"):
         publication = publish_if_stale(components, sampler, progress.state.policy_version)
     groups, texts = collector.collect(prompts)
     trained, groups, texts = refill(collector, groups, texts)
     stop_if_requested(components)
     num_replaced = len(groups) - len(trained)
-    stats = _update(components, progress, stage, stage_step, trained, num_replaced)
+    staleness = staleness_of(groups, progress.state.policy_version)
     with log.time("record"):
         told = source.step_values()
         source.observe(groups)
-        progress.state = _advanced(progress.state, source.state_dict(), groups, stats, log.wall_s())
-        progress.matches_weights = True
+    with drawing_ahead(components, progress, stage) as ahead:
+        sleep = contextlib.nullcontext() if ahead else components.sampler.asleep()
+        stats = _update(components, progress, stage, stage_step, trained, num_replaced, collector.drift, sleep)
+    with log.time("record"):
+        progress.advance(source.state_dict(), groups, stats, log.wall_s())
         found = answers_found(components.finds_answer, [group.prompt for group in groups], texts)
     result = StepResult(
         stage=stage.name,
@@ -178,9 +184,12 @@ def step(components: Components, progress: RunProgress, stage: Stage) -> None:
         num_replaced=num_replaced,
         stats=stats,
         publication=publication,
+        staleness=staleness,
         has_environments=components.dialogue is not None,
     )
     _record(components, progress.state, result)
+    if ahead is not None:
+        ahead.raise_failure()
 
 
 def _update(
@@ -190,8 +199,14 @@ def _update(
     stage_step: int,
     groups: Sequence[Group],
     num_replaced: int,
+    drift: StepDrift | None,
+    sleep: contextlib.AbstractContextManager[None],
 ) -> StepStats:
-    """All optimizer steps on ``groups``. ``num_replaced``: groups that ``refill`` replaced by some of them."""
+    """All optimizer steps on ``groups``, within ``sleep``.
+
+    ``num_replaced``: groups that ``refill`` replaced by some of them. ``drift``: their mismatch, where it was measured
+    when they were drawn.
+    """
     log, learner = components.log, components.learner
     with log.time("pack"):
         updates = pack(
@@ -203,9 +218,9 @@ def _update(
             ranks=components.ranks,
         )
     # also in a supervised stage, because an evaluation may have left the sampler's cache allocated
-    with log.time("handover"), components.sampler.asleep(), log.time("update"):
+    with log.time("handover"), sleep, log.time("update"):
         check = partial(_check_drift, components, progress.state)
-        work = learner.begin(updates, stage, stage_step, check, num_replaced)
+        work = learner.begin(updates, stage, stage_step, check, num_replaced, drift)
         while not work.is_done:
             learner.advance(work)
             if not work.is_done:
@@ -378,27 +393,3 @@ def _any_prompt(components: Components) -> Prompt:
     """A prompt for the first probe, before the source has been asked for any."""
     token_ids = components.policy.text.encode_prompt("First things first.")
     return Prompt(prompt_id=0, token_ids=token_ids, task="probe", representation="probe", payload=None)
-
-
-def _advanced(
-    state: RunState, source: dict[str, Any], groups: Sequence[Group], stats: StepStats, wall_s: float
-) -> RunState:
-    """The state after the step. ``source``: the source's state after ``observe``."""
-    added = {
-        "prompt_tok": sum(len(g.prompt.token_ids) for g in groups),
-        "response_tok": sum(r.num_model_tok for g in groups for r in g.rollouts),
-        "forward_tok": stats.num_forward_tok,
-    }
-    return dataclasses.replace(
-        state,
-        step=state.step + 1,
-        num_updates=state.num_updates + stats.num_updates,
-        policy_version=state.policy_version + (stats.num_updates > 0),
-        source=source,
-        draws=(),
-        totals={
-            **Surprise.of(state.totals).plus(stats.drift).totals(),
-            **{key: state.totals.get(key, 0) + value for key, value in added.items()},
-            "wall_s": wall_s,
-        },
-    )

@@ -97,6 +97,7 @@ class Facts:
     optimizer_on_host: bool
     copies_checkpoint: bool  # run.checkpoint_in_background
     keeps_start: bool = False  # STaR from the stage's start: a copy of those weights
+    overlaps: bool = False  # sampler.overlap: the next step is drawn while this one is learned
     process_gib: float | None = None  # Python and its libraries, before the model is loaded; None: not known
 
     @property
@@ -146,25 +147,29 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
     own = trained / facts.num_shards
     chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
     device = "cuda" if facts.is_gpu else "cpu"
-    cached: tuple[Moment, ...] = MOMENTS if facts.keeps_cache else ("generate",)
+    drawing: tuple[Moment, ...] = MOMENTS if facts.overlaps else ("generate",)
+    cached: tuple[Moment, ...] = MOMENTS if facts.keeps_cache else drawing
+    logits = chunk_rows * logits_stride(shape.num_vocab, device) * 4
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
     found = [
         MemoryUse("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
         MemoryUse("gathered layers", _gathered_bytes(facts) if is_cut else 0, ("update", "step")),
         MemoryUse("vLLM's weights", shape.num_parameters * facts.weight_bytes if facts.sampler_copies else 0, MOMENTS),
+        MemoryUse("weights to draw from", trained * facts.weight_bytes if facts.overlaps else 0, MOMENTS),
+        MemoryUse("mismatch of what is drawn", _pass_bytes(facts) + logits if facts.overlaps else 0, MOMENTS),
         MemoryUse("gradients between ranks", _travelling_bytes(facts), ("step",)),
         MemoryUse("masters", own * 4.0 if has_masters(facts) else 0, MOMENTS, is_host=is_apart),
         MemoryUse("moments", own * 8.0, MOMENTS, is_host=is_apart),
         MemoryUse("gradients", own * 4.0, first, is_host=is_apart),
         MemoryUse("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
-        MemoryUse("logits chunk", chunk_rows * logits_stride(shape.num_vocab, device) * 4, ("update",)),
+        MemoryUse("logits chunk", logits, ("update",)),
         MemoryUse("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
         MemoryUse("reference", _snapshot_bytes(facts) if facts.has_reference else 0, MOMENTS, is_host=True),
         MemoryUse("weights at the start", _snapshot_bytes(facts) if facts.keeps_start else 0, MOMENTS, is_host=True),
         MemoryUse("checkpoint's copy", _checkpoint_bytes(facts), MOMENTS, is_host=True),
         MemoryUse("KV cache", _kv_bytes(facts) if facts.is_sampled else 0, cached),
         MemoryUse("sampler", _sampler_bytes(facts) if facts.is_sampled else 0, cached),
-        MemoryUse("prepacked weights", _prepacked_bytes(facts), ("generate",)),
+        MemoryUse("prepacked weights", _prepacked_bytes(facts), drawing),
         MemoryUse("kept tokens, at most", facts.kept_bytes, MOMENTS, is_host=True),
         MemoryUse("packed kept tokens", facts.kept_bytes, ("update", "step"), is_host=True),
         MemoryUse("kept masks", min(BLOCK_BYTES, chunk_rows * shape.num_vocab) if facts.kept_bytes else 0, ("update",)),
@@ -203,6 +208,12 @@ def layer_bytes_per_tok(shape: ModelShape, size: int, *, is_fused: bool = False)
     attention = size * (2 * queries + 2 * keys) + 4 * shape.num_heads  # q, out, k, v; LSE
     mlp = size * (3 if is_fused else 4) * shape.inner  # gate, silu(gate), up, their product
     return norms + head_norms + attention + mlp + size * shape.adapter_rows
+
+
+def _pass_bytes(facts: Facts) -> float:
+    """Activations of a micro-batch's pass without gradient: of one layer."""
+    shape, size = facts.shape, facts.weight_bytes
+    return facts.micro_tok * layer_bytes_per_tok(shape, size, is_fused=size < FLOAT64_BYTES)
 
 
 def _gathered_bytes(facts: Facts) -> float:
@@ -306,7 +317,7 @@ def _fits(facts: Facts, micro_tok: int) -> bool:
 def largest_kv_tok(facts: Facts) -> int:
     """Capacity of the KV cache in tokens beside everything else; with vLLM within its share of the memory."""
     uses = [a for a in memory_uses(facts) if a.name != "KV cache" and not (facts.is_gpu and a.is_host)]
-    moments = MOMENTS if facts.keeps_cache else ("generate",)
+    moments = MOMENTS if facts.keeps_cache or facts.overlaps else ("generate",)
     rest = max(sum(a.num_bytes for a in uses if moment in a.moments) for moment in moments)
     free = facts.device_gib * GIB - rest
     if facts.sampler == "vllm":
@@ -362,6 +373,7 @@ def facts_of(
         device_gib=device_gib,
         optimizer_on_host=config.model.offload_optimizer,
         copies_checkpoint=config.run.checkpoint_in_background,
+        overlaps=config.sampler.overlap and not is_supervised,
     )
     return dataclasses.replace(
         facts, micro_tok=min(batch.micro_batch_tok, facts.forward_tok / num_updates * batch.num_iterations)

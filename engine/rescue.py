@@ -2,7 +2,8 @@
 
 Between two optimizer steps the weights are sound. While an optimizer step writes them they are not; then no checkpoint
 is written, and the one before stays the newest. The rollouts of the failed step are dropped, because they may be the
-cause; but if some of the step's optimizer steps have been made, the rest need the same rollouts, and they are kept.
+cause; but if some of the step's optimizer steps have been made, the rest need the same rollouts, and they are kept, as
+are rollouts that were drawn from older weights (engine/ahead.py).
 """
 
 import dataclasses
@@ -59,13 +60,20 @@ def _checkpointed(components: Components, progress: RunProgress, save: Save) -> 
         return f"no checkpoint was written, because a resumed run would not write {lost} again"
     if broken := not_finite_weight(components.policy.named_parameters()):
         return f"no checkpoint was written, because {broken} holds numbers that are not finite"
-    state = progress.state if is_within else dataclasses.replace(progress.state, draws=())
+    state = progress.state
+    if not is_within and not _are_of_older_weights(state):
+        state = dataclasses.replace(state, draws=(), num_ahead=0)
     try:
         save(components, state, KEEP_ALL)
     except RunFailed as failure:
         return f"a checkpoint could not be written either ({failure})"
     where = "within the step after" if is_within else "after"
     return f"a checkpoint {where} step {step} has been written, earlier ones are kept"
+
+
+def _are_of_older_weights(state: RunState) -> bool:
+    """Whether the rollouts in ``state`` were drawn from weights that are gone: they cannot be drawn again."""
+    return any(r.policy_version < state.policy_version for scored in state.draws for r in scored.rollouts)
 
 
 def _when(state: RunState) -> str:

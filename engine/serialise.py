@@ -4,6 +4,7 @@ Token ids and log-probabilities of all rollouts are concatenated, because thousa
 and to write; everything else is JSON.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isomorph.engine.types import Rollout, ScoredRollouts, Scores
+from isomorph.engine.types import Rollout, ScoredRollouts, Scores, StepDrift
 from isomorph.kernels.kept_tokens import KeptTokens
 
 # a rollout's JSON
@@ -42,6 +43,7 @@ def split_scored(scored: ScoredRollouts) -> tuple[dict[str, Any], dict[str, Tens
         "lens": [len(r.token_ids) for r in scored.rollouts],
         "texts": list(scored.texts),
         "scores": scored.scores.columns(),
+        "drift": None if scored.drift is None else dataclasses.asdict(scored.drift),
     }
     if kept:
         fields["kept_vocab"] = kept[0].num_vocab
@@ -68,7 +70,13 @@ def join_scored(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sco
     )
     known = fields["scores"] if "scores" in fields else {"rewards": fields["rewards"]}  # as earlier versions wrote it
     scores = Scores(**{name: _as_tuples(column) for name, column in known.items()})
-    return ScoredRollouts(rollouts=rollouts, texts=tuple(fields["texts"]), scores=scores)
+    return ScoredRollouts(
+        rollouts=rollouts, texts=tuple(fields["texts"]), scores=scores, drift=_drift(fields.get("drift"))
+    )
+
+
+def _drift(told: Mapping[str, Any] | None) -> StepDrift | None:
+    return None if told is None else StepDrift(**{**told, "histogram": tuple(told["histogram"])})
 
 
 def _kept(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[KeptTokens | None]:

@@ -303,6 +303,9 @@ class ScoredRollouts:
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...]
     scores: Scores
+    # against the weights that they were drawn from, where those are gone when they are learned from; None: the learner
+    # measures it
+    drift: StepDrift | None = None
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -321,7 +324,9 @@ class RunState:
     num_ranks: int = 1  # of the run that wrote it; with another number, sums differ in their last bits
     source: dict[str, Any] = field(default_factory=dict)  # PromptSource.state_dict()
     totals: dict[str, float] = field(default_factory=dict)  # running sums: wall seconds, tokens, drift.Surprise
-    draws: tuple[ScoredRollouts, ...] = ()  # rollouts of an interrupted step, in the order of its calls; else empty
+    # rollouts of an interrupted step, in the order of its calls; then those of the step after, which were drawn ahead
+    draws: tuple[ScoredRollouts, ...] = ()
+    num_ahead: int = 0  # how many of ``draws``, the last ones, are of the step after
 
 
 # arguments: index of the prompt in the list given to ``generate``, and its rollouts, by ``sample`` ascending

@@ -8,6 +8,7 @@ training on packed groups and decoding token by token differ in their attention 
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -221,6 +222,16 @@ class Policy:
         finally:
             for layer in layers:
                 layer.prepacked = None
+
+    def twin(self) -> "Policy":
+        """A policy with own copies of the trained parameters, without gradients; what is frozen is shared."""
+        frozen = [t for t in self.model.parameters() if not t.requires_grad]
+        twin = copy.copy(self)
+        twin.model, twin.adapters = copy.deepcopy((self.model, self.adapters), {id(t): t for t in frozen})
+        for parameter in twin.named_parameters().values():
+            parameter.requires_grad_(False)
+        twin._learner_runs = [_run_layer] * len(twin.model.model.layers)
+        return twin
 
     def snapshot(self) -> list[Tensor]:
         """Copies in host memory of the trained parameters (FSDP: of this rank's shards), ordered as they are named."""

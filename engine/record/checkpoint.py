@@ -4,7 +4,7 @@ checkpoints/step-00000050/
     state.json               RunState: counters, totals, the prompt source's state (engine.types)
     weights.safetensors      trained weights: Policy.named_parameters()
     optimizer.safetensors    Learner.state_tensors(): masters, moments, KL reference, the round of an interrupted step
-    draws.safetensors        token ids and log-probabilities of an interrupted step's rollouts; else empty
+    draws.safetensors        token ids and log-probabilities of an interrupted step's rollouts, and of those drawn ahead
     checksums.json           of every other file the number of its bytes and their CRC-32
 checkpoints/stage-NAME/      the same at the end of a stage; never deleted, and not what a run resumes from
 

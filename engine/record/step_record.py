@@ -4,6 +4,7 @@ Keys of a row; null stands for what was not measured. "Sampled" counts all group
 
     step  stage  stage_step              number of the step in the run; name of the stage; number of the step in it
     policy_version                       of the weights after the step
+    staleness                            policy versions between drawing and learning: 0, or 1 with sampler.overlap
     reward/mean  reward/<label>          mean reward of all sampled responses; of those to prompts with that label
     reward/<name>/mean  reward/<name>/std   of one reward of several: of the responses that it has a number for
     reward/<name>/none  reward/<name>/nan   share of the responses that it does not apply to; for which it gave NaN
@@ -76,6 +77,7 @@ class StepResult:
     num_replaced: int  # groups that were sampled and not trained on, because refills replaced them
     stats: StepStats
     publication: Publication | None  # None: the sampler's weights were up to date
+    staleness: int = 0  # policy versions between drawing and learning, the most of any response
     has_environments: bool = False  # of the run: responses may have several turns
 
 
@@ -95,6 +97,7 @@ def step_row(result: StepResult, state: RunState, label_of: Callable[[Prompt], s
         "stage": result.stage,
         "stage_step": result.stage_step + 1,
         "policy_version": state.policy_version,
+        "staleness": result.staleness,
         "reward/mean": _mean(rewards),
         **{f"reward/{label}": _mean(values) for label, values in by_label.items()},
         **_parts_of_rewards(groups),

@@ -136,13 +136,21 @@ class Learner:
         stage_step: int,
         check_drift: Callable[[StepDrift], None] = lambda drift: None,
         num_replaced: int = 0,
+        known_drift: StepDrift | None = None,
     ) -> Round:
         """Computes reference and old log-probabilities and returns the Round; after ``restore``, resumes the saved one.
 
         ``check_drift`` gets the trainer-sampler log-probability mismatch before the first optimizer step; if it
         raises, the weights are unchanged. ``num_replaced``: zero-variance groups that refills replaced by others.
+        ``known_drift``: the mismatch, for rollouts that were drawn from older weights than the present ones, which must
+        be learned from with objective.old_logprob = "sampler".
         """
-        work = Round(list(updates), stage, stage_step, self.policy.device, check_drift, num_replaced)
+        if known_drift is not None and stage.objective.old_logprob != "sampler":
+            raise ValueError(
+                'rollouts of older weights need objective.old_logprob = "sampler", or their weight would be missing in '
+                f'the loss; got "{stage.objective.old_logprob}"'
+            )
+        work = Round(list(updates), stage, stage_step, self.policy.device, check_drift, num_replaced, known_drift)
         self.round = work
         work.reference = self._reference_logprobs([update.batches for update in work.trained], stage)
         if self._interrupted:

@@ -56,10 +56,12 @@ class Round:
         device: torch.device,
         check_drift: Callable[[StepDrift], None],
         num_replaced: int,
+        known_drift: StepDrift | None = None,
     ) -> None:
+        """``known_drift``: measured when the rollouts were drawn; None: on this round's own log-probabilities."""
         self.updates, self.stage, self.stage_step = updates, stage, stage_step
         self.trained = [update for update in updates if update.batches]
-        self.check_drift, self.num_replaced = check_drift, num_replaced
+        self.check_drift, self.num_replaced, self.known_drift = check_drift, num_replaced, known_drift
         self.device = device
         self.reference: list[list[Tensor]] | None = None
         # old_logprob [N] of each update's batches, from before the first optimizer step; None: not computed yet
@@ -73,13 +75,17 @@ class Round:
         return len(self.norms) == self.stage.batch.num_iterations * len(self.trained)
 
     def add_mismatch(self, update: Update, logprobs: Sequence[BatchLogprobs]) -> None:
-        """Accumulates the trainer-sampler log-probability mismatch on the tokens of ``update``."""
+        """Accumulates the trainer-sampler log-probability mismatch on the tokens of ``update``, unless it is known."""
+        if self.known_drift is not None:
+            return
         for batch, (logprob, entropy) in zip(update.batches, logprobs, strict=True):
             if batch.sampler_logprob is not None:
                 self.drift.add(logprob, batch.sampler_logprob, entropy)
 
     def step_drift(self, ranks: Ranks) -> StepDrift:
-        """Returns the statistics of the mismatch accumulated so far, over all ranks. A collective."""
+        """Returns the statistics of the mismatch, accumulated so far over all ranks, or known. A collective."""
+        if self.known_drift is not None:
+            return self.known_drift
         num_groups = self.num_replaced + sum(update.num_zero_advantage_groups for update in self.updates)
         return step_drift(
             ranks.gather(self.drift.tensors()),

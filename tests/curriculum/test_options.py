@@ -1,6 +1,8 @@
 """Options whose default or effect depends on other tables of a recipe."""
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ from rich.console import Console
 from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.environment import notes_on_options
 from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.resume import resumed_recipe
 from isomorph.engine.config import UserError
 from isomorph.engine.distributed.ranks import ALONE
 from isomorph.engine.recipe_file import check_tables, load_recipe
+from isomorph.engine.record.runlog import read_steps
 
 RECIPES = Path(__file__).parents[2] / "curriculum" / "recipes"
 SMOKE = RECIPES / "smoke.toml"
@@ -73,6 +77,47 @@ def test_vllm_which_does_not_say_what_it_kept_is_refused_with_top_p() -> None:
     for key in ("top_p=0.9", "top_k=20", "min_p=0.1"):
         with pytest.raises(UserError, match=expected):
             load_recipe(SMOKE, ["sampler.kind=vllm", f"stage.1.sampling.{key}"], Recipe)
+
+
+SAMPLED = ["stage.1.objective.old_logprob=sampler", "stage.2.objective.old_logprob=sampler"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 'stage \'symbols\': objective.old_logprob must be "sampler".* got "trainer"'),
+        ([*SAMPLED, "stage.2.batch.refills=1"], "stage 'words': batch.refills is not supported.* got 1"),
+        (
+            [SAMPLED[0], 'stage.2.objective.name="rft"'],
+            "stage 'words': objective.name = \"rft\" has no importance weights",
+        ),
+        ([*SAMPLED, "sampler.kind=vllm"], 'sampler.overlap has no effect, because sampler.kind is "vllm"'),
+        ([*SAMPLED, "parallel.kind=fsdp"], 'sampler.overlap = true is not supported with parallel.kind = "fsdp"'),
+        (
+            ['stage.1.objective={name="sft"}', 'stage.2.objective={name="sft"}', "sampling.samples_per_prompt=1"],
+            "sampler.overlap has no effect, because no stage draws responses",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_one_step_ahead_is_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_recipe(SMOKE, ["sampler.overlap=true", *overrides], Recipe)
+
+
+def test_a_recipe_runs_one_step_off_and_is_resumed_with_another_learning_rate(tmp_path: Path) -> None:
+    quick = ("stage.0.steps=2", "stage.1.steps=3", "stage.2.steps=2", "eval.prompts=4", "run.checkpoint_every=1")
+    options = ("sampler.overlap=true", "stage.2.objective.kl_coef=0.01", "run.keep_checkpoints=9")  # every step updates
+    recipe = load_recipe(SMOKE, [*quick, *SAMPLED, *options], Recipe)
+    run_recipe(recipe, tmp_path, Console(file=io.StringIO()), lambda: False, ALONE, resume=False)
+    assert [row["staleness"] for row in read_steps(tmp_path)] == [0, 0, 0, 1, 1, 0, 1]
+    for step in (7, 6, 5):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-{step:08d}")
+    described = json.loads((tmp_path / "run.json").read_text())
+    again, changes = resumed_recipe(described, ["stage.1.optim.lr=2e-4"], tmp_path)  # not within a step
+    run_recipe(again, tmp_path, Console(file=io.StringIO()), lambda: False, ALONE, resume=True, changes=changes)
+    rows = read_steps(tmp_path)
+    assert [row["staleness"] for row in rows] == [0, 0, 0, 1, 1, 0, 1]
+    assert [row["lr"] for row in rows[2:5]] == [1e-4, 1e-4, 2e-4]
 
 
 def test_a_run_takes_the_options_and_its_evaluations_end_by_the_same_strings(tmp_path: Path) -> None:

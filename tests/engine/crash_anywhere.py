@@ -2,6 +2,7 @@
 
     python tests/engine/crash_anywhere.py --times 100                    a run of one process
     python tests/engine/crash_anywhere.py --times 20 --ranks 2           two processes (gloo), one of which is killed
+    python tests/engine/crash_anywhere.py --times 20 --overlap           with sampler.overlap, and without refills
     python tests/engine/crash_anywhere.py --times 1 --seed 7 --keep DIR  one of them again; what differs stays in DIR
 
 The run has demonstrations, an environment of several turns, rewards in worker processes, refills, several optimizer
@@ -139,6 +140,12 @@ class Game:
         self.turn += 1
         return Done(len(text) / 10 + self.random.random()) if self.turn == 2 else f"one {random.randrange(3)}"
 """
+OVERLAP = (  # old text, new
+    ("[sampling]", "[sampler]\noverlap = true\n[sampling]"),
+    ('"grpo", kl_coef', '"grpo", old_logprob = "sampler", kl_coef'),
+    ('objective.name = "dapo"', 'objective = { name = "dapo", old_logprob = "sampler" }'),
+    (", refills = 1", ""),
+)
 # measured, or of this process alone; and a resumed run publishes before its first step
 UNTIMED = ("time/", "wall_s", "mem/", "gpu/", "energy/", "publish/")
 OWN = ("wall_s", "best", "judge", "memory_growth_alarms")  # of summary.json: paths, and counts since the resume
@@ -201,12 +208,16 @@ class Counts:
 class Killer:
     """Starts runs in ``folder``, and kills them."""
 
-    def __init__(self, folder: Path, num_ranks: int, seed: int) -> None:
+    def __init__(self, folder: Path, num_ranks: int, seed: int, *, overlaps: bool = False) -> None:
         self.folder, self.num_ranks, self.random = folder, num_ranks, random.Random(seed)
         rows = ({"n": f"{a} {b}"} for a in "0123" for b in ("one", "two", "three"))
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "game.py").write_text(GAME)
-        (folder / "recipe.toml").write_text(RECIPE)
+        recipe = RECIPE
+        for old, new in OVERLAP if overlaps else ():
+            assert old in recipe, old
+            recipe = recipe.replace(old, new, 1)
+        (folder / "recipe.toml").write_text(recipe)
         self.counts = Counts()
         self.seconds: dict[str, list[float]] = {}
 
@@ -398,9 +409,17 @@ def _told(file: Path) -> Any:
     return file.read_bytes()
 
 
-def count(folder: Path, num_times: int, num_ranks: int, seed: int, say: Callable[[str], None] = print) -> Counts:
+def count(
+    folder: Path,
+    num_times: int,
+    num_ranks: int,
+    seed: int,
+    say: Callable[[str], None] = print,
+    *,
+    overlaps: bool = False,
+) -> Counts:
     """Kills ``num_times`` times; what happened."""
-    killer = Killer(folder, num_ranks, seed)
+    killer = Killer(folder, num_ranks, seed, overlaps=overlaps)
     killer.whole()
     counts = killer.counts
     while (done := sum(counts.kills.values())) < num_times:
@@ -416,12 +435,20 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--keep", type=Path, help="folder for the runs, kept afterwards and used again")
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        counts = count(folder.resolve(), given.times, given.ranks, given.seed, lambda text: print(text, flush=True))
+        counts = count(
+            folder.resolve(),
+            given.times,
+            given.ranks,
+            given.seed,
+            lambda text: print(text, flush=True),
+            overlaps=given.overlap,
+        )
     for fault in counts.faults:
         print(f"fault: {fault}")
     print("kills by phase: " + ", ".join(f"{name} {num}" for name, num in sorted(counts.kills.items())))

@@ -206,6 +206,7 @@ def test_what_is_not_there_is_refused_by_name(section: type[Section], values: di
         (EngineConfig, dict(FSDP, model=dict(path="x", offload_optimizer=True)), "offload_optimizer", '"data"'),
         (EngineConfig, dict(FSDP, lora=dict()), "[lora]", 'set parallel.kind = "data"'),
         (EngineConfig, dict(FSDP, sampler=dict(keep_cache=True)), "sampler.keep_cache", "remove sampler.keep_cache"),
+        (EngineConfig, dict(FSDP, sampler=dict(overlap=True)), "sampler.overlap", 'parallel.kind = "data"'),
         (ObjectiveConfig, dict(name="sft", kl_coef=0.1), "kl_coef", "remove it"),
         (ObjectiveConfig, dict(name="reinforce_pp", scale="std", reward_kl_coef=0.1), "reward_kl_coef", '"batch"'),
     ],

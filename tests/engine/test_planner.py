@@ -200,6 +200,18 @@ def test_a_cache_that_is_kept_is_there_while_the_learner_runs() -> None:
     assert 0 < largest_kv_tok(kept) < largest_kv_tok(freed)
 
 
+def test_what_draws_while_another_step_is_learned_is_there_throughout() -> None:
+    """7.6e9 weights of 2 bytes once more; cache, logits and packed weights of drawing beside what learning holds."""
+    cpu: dict[str, Any] = dict(sampler="builtin", is_gpu=False, device_gib=300.0)
+    in_turn, at_once = seven_b(**cpu), seven_b(**cpu, overlaps=True)
+    assert gib(at_once)["weights to draw from"] == pytest.approx(2 * 7.615616512e9 / GIB)
+    own = gib(at_once).keys() - gib(in_turn).keys()
+    assert own == {"weights to draw from", "mismatch of what is drawn"}
+    drawn = sum(gib(at_once)[name] for name in {"KV cache", "sampler", "prepacked weights", *own})
+    assert (peak_bytes(at_once, "update") - peak_bytes(in_turn, "update")) / GIB == pytest.approx(drawn)
+    assert largest_kv_tok(at_once) < largest_kv_tok(in_turn)
+
+
 def test_the_key_and_value_budget_of_the_recipe_holds() -> None:
     assert seven_b(kv_limit_tok=1000).kv_tok == 1000
 

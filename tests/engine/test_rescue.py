@@ -71,7 +71,7 @@ def test_a_run_that_fails_goes_on_from_its_last_whole_step_bit_for_bit(
 
         def spy(*given: Any) -> Tensor:
             batches.append(len(source_of(components).observed))
-            if batches.count(2) == 3:  # in the third step
+            if batches.count(3) == 3:  # in the third step, which the source has observed
                 raise error
             return backward(*given)
 
