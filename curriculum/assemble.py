@@ -79,7 +79,7 @@ def run_recipe(
     else:
         recipe = pinned(located(recipe), ranks)
     log = (RunLog if ranks.is_first else QuietLog)(folder, console, every=recipe.log.every)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, log.alive():
         with log.time("load"):
             before_gib, _ = process_memory_gib()
             environments = stack.enter_context(

@@ -95,6 +95,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a model by a recipe, or resume an interrupted run with --resume."""
+    if os.environ.get("RANK", "0") == "0":  # importing PyTorch may take long from a cold disk: a sign of life before
+        console.print(f"isomorph {importlib.metadata.version('isomorph')} starts", highlight=False)
     from isomorph.curriculum.commands.train import train
 
     train(recipe, overrides or [], run, resume, console)

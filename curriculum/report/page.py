@@ -1,11 +1,14 @@
 """The report: one self-contained HTML page and its figures as PNG files, of one run or comparing several."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from isomorph.curriculum.report import document, figures
+from isomorph.curriculum.report.answer import answer_of_runs, answer_section
+from isomorph.curriculum.report.drawing import MAX_POINTS
 from isomorph.curriculum.report.paper import paper_section
 from isomorph.curriculum.report.run_record import (
     EvaluationResult,
@@ -24,6 +27,7 @@ from isomorph.engine.record.runlog import Row
 
 PAGE = "report.html"
 MAX_SAMPLE_CHARS = 1_200
+MAX_TITLE_NAMES = 3
 TOKENS_OF_PHASE = {"generate": "tok/response", "judge": "tok/response", "pack": "tok/trunk", "update": "tok/trunk"}
 PHASE_COLUMNS = ("stage", "phase", "seconds", "share", "s/step", "tokens/s")
 
@@ -41,16 +45,21 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     album = document.Album(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        body = _comparison(records, names, album) if len(records) > 1 else ""
+        body = _comparison(records, names, album) + "<h2>Each run</h2>" if len(records) > 1 else ""
+        album.wide_only = len(records) > 1
         body += "".join(
-            _section(record, name, album, prefix=f"{i}-" if len(records) > 1 else "")
+            _section(record, name, album, number=i if len(records) > 1 else 0)
             for i, (record, name) in enumerate(zip(records, names, strict=True), 1)
         )
         page = out / PAGE
-        page.write_text(document.page(", ".join(names), body), encoding="utf-8")
+        page.write_text(document.page(_title(names), body), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: the report cannot be written there: {error}") from error
     return page
+
+
+def _title(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= MAX_TITLE_NAMES else f"{len(names)} runs, {names[0]} to {names[-1]}"
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
@@ -60,53 +69,51 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _comparison(records: Sequence[RunRecord], names: Sequence[str], album: document.Album) -> str:
-    parts = ["<h2>Comparison</h2>", _runs_table(records, names)]
+    conditions = _conditions(records, names)
+    parts = [answer_of_runs(records, names, conditions)]
     unfinished = [name for record, name in zip(records, names, strict=True) if not record.is_done]
     if unfinished:
         parts.append(document.note(f"Unfinished runs, shown by their last evaluation: {', '.join(unfinished)}"))
-    matrix = _matrix_of_runs(records, names)
+    parts.append("<h2>Comparison</h2>")
+    if any(record.evaluations for record in records):
+        caption = "Greedy accuracy at each run's evaluations; one colour per run, its number at the end of its line."
+        parts.append(album.add("compare-accuracy", partial(figures.compare_accuracy, records, names), caption))
+    if any(not span.stage.objective.is_supervised for record in records for span in record.spans):
+        caption = "Mean reward per step, moving average; one colour per run, its number at the end of its line."
+        parts.append(album.add("compare-reward", partial(figures.compare_rewards, records, names), caption))
+    matrix = _matrix_of_runs(records, conditions)
     if matrix.trained_on:
         parts.append("<h3>Transfer matrix</h3>" + _matrix_table(matrix))
         caption = "Accuracy by what was trained on (rows) and evaluated on (columns), with 95 % intervals."
-        parts.append(album.add("transfer", figures.transfer_picture(matrix), caption))
+        parts.append(album.add("transfer", partial(figures.transfer_picture, matrix), caption))
         parts.append(document.note("Runs that differ only in the seed are pooled into one row."))
-    if any(not span.stage.objective.is_supervised for record in records for span in record.spans):
-        caption = "Mean reward per step, moving average; one colour per run."
-        parts.append(album.add("compare-reward", figures.compare_rewards(records, names), caption))
-    if any(record.evaluations for record in records):
-        caption = "Greedy accuracy at each run's evaluations; one colour per run."
-        parts.append(album.add("compare-accuracy", figures.compare_accuracy(records, names), caption))
     parts.append(paper_section(records, names))
     return "\n".join(parts)
 
 
-def _runs_table(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    rows = [
-        [
-            name,
-            trained_on(record.recipe.stage),
-            str(record.recipe.run.seed),
-            record.status,
-            str(record.rows[-1]["step"]),
-        ]
-        for record, name in zip(records, names, strict=True)
-    ]
-    return document.table(["run", "trained on", "seed", "status", "steps"], rows)
-
-
-def _matrix_of_runs(records: Sequence[RunRecord], names: Sequence[str]) -> TransferMatrix:
-    """A row per condition, with the last evaluation of each run."""
-    conditions: dict[str, str] = {}  # recipe without its seed -> label of the row
-    measurements: list[Measurement] = []
-    for record, name in zip(records, names, strict=True):
+def _conditions(records: Sequence[RunRecord], names: Sequence[str]) -> dict[str, list[int]]:
+    """Label -> places of the runs of one recipe that differ in the seed only, as far as they were evaluated."""
+    labels: dict[str, str] = {}  # recipe without its seed, and the last evaluation -> label
+    places: dict[str, list[int]] = {}
+    for i, (record, name) in enumerate(zip(records, names, strict=True)):
         if not record.boundaries:
             continue
         last = record.boundaries[-1]
         label = trained_on([span.stage for span in record.spans if span.last <= last.step])
-        unique = f"{label} ({name})" if label in conditions.values() else label
-        label = conditions.setdefault(f"{_condition(record)} {last.label}", unique)
-        measurements += _measurements(label, last)
-    return transfer_matrix(measurements)
+        unique = f"{label} ({name})" if label in labels.values() else label
+        label = labels.setdefault(f"{_condition(record)} {last.label}", unique)
+        places.setdefault(label, []).append(i)
+    return places
+
+
+def _matrix_of_runs(records: Sequence[RunRecord], conditions: Mapping[str, Sequence[int]]) -> TransferMatrix:
+    """A row per condition, with the last evaluation of each run."""
+    return transfer_matrix(
+        measured
+        for label, places in conditions.items()
+        for i in places
+        for measured in _measurements(label, records[i].boundaries[-1])
+    )
 
 
 def _condition(record: RunRecord) -> str:
@@ -130,37 +137,47 @@ def _matrix_table(matrix: TransferMatrix) -> str:
     cells = [
         [row, *(_accuracy(matrix.cell(row, column)) for column in matrix.evaluated_on)] for row in matrix.trained_on
     ]
-    return document.table(["trained on \\ evaluated on", *matrix.evaluated_on], cells)
+    return document.table(["trained on \\ evaluated on", *matrix.evaluated_on], cells, css="numbers cards")
 
 
-def _section(record: RunRecord, name: str, album: document.Album, *, prefix: str) -> str:
-    title = f"<h2>{document.escaped(name)}</h2>" if prefix else ""  # of a single run the page's title is enough
-    parts = [title, _status(record), *map(document.note, record.notes), _facts(record)]
-    parts += ["<h3>Accuracy</h3>", _accuracy_table(record)]
-    if record.evaluations:
-        if len(record.evaluations) > len(record.boundaries):
-            caption = "Accuracy on held-out questions over the steps; dashed lines are boundaries between stages."
-            parts.append(album.add(f"{prefix}evaluations", figures.accuracy_over_steps(record), caption))
-        else:
-            caption = "Greedy accuracy on held-out questions at each boundary between stages."
-            parts.append(album.add(f"{prefix}evaluations", figures.evaluation_accuracy(record), caption))
+def _section(record: RunRecord, name: str, album: document.Album, *, number: int = 0) -> str:
+    """A run's part of the page; ``number`` counts the runs of a page with several, where it can be opened."""
+    prefix = f"{number}-" if number else ""
+    parts = [_status(record), *map(document.note, record.notes), answer_section(record)]
+    parts += [_accuracy_pictures(record, album, prefix), "<h3>Accuracy</h3>", _accuracy_table(record)]
     if len(record.boundaries) > 1:
         matrix = _matrix_of_evaluations(record)
         parts.append("<h4>Transfer: accuracy by what the run had been trained on so far</h4>" + _matrix_table(matrix))
         caption = "Accuracy by what this run had been trained on (rows) and evaluated on (columns)."
-        parts.append(album.add(f"{prefix}transfer", figures.transfer_picture(matrix), caption))
-    if not prefix:  # of several runs the comparison has it
+        parts.append(album.add(f"{prefix}transfer", partial(figures.transfer_picture, matrix), caption))
+    parts.append(_shortcut_table(record))
+    if not number:  # of several runs the comparison has it
         parts.append(paper_section([record], [name]))
     parts.append("<h3>Learning</h3>")
     caption = "Reward per step and representation; dashed lines are boundaries between stages."
-    parts.append(album.add(f"{prefix}reward", figures.learning(record), caption))
+    parts.append(album.add(f"{prefix}reward", partial(figures.learning, record), caption))
     caption = "Further metrics; dashed lines are boundaries between stages, gaps are steps without an update."
-    parts.append(album.add(f"{prefix}health", figures.health(record), caption))
+    if len(record.rows) > MAX_POINTS:
+        caption += f" Lines are means over {MAX_POINTS} equal parts of the steps; bands hold all steps of a part."
+    parts.append(album.add(f"{prefix}health", partial(figures.health, record), caption))
     parts.append("<h3>Time per phase</h3>" + _phase_table(record))
     caption = "Seconds per phase of a step; evaluations and checkpoints are not included."
-    parts.append(album.add(f"{prefix}phases", figures.phase_times(record), caption))
-    parts.append("<h3>Samples</h3>" + _samples(record))
-    return "\n".join(parts)
+    parts.append(album.add(f"{prefix}phases", partial(figures.phase_times, record), caption))
+    parts += ["<h3>Samples</h3>" + _samples(record), "<h3>The run</h3>" + _facts(record)]
+    if not number:  # the page's title is enough
+        return "\n".join(parts)
+    title = document.escaped(f"{number}  {name}")
+    return f'<details class="run"><summary>{title}</summary>' + "\n".join(parts) + "</details>\n"
+
+
+def _accuracy_pictures(record: RunRecord, album: document.Album, prefix: str) -> str:
+    if not record.evaluations:
+        return ""
+    if len(record.evaluations) > len(record.boundaries):
+        caption = "Accuracy on held-out questions over the steps; dashed lines are boundaries between stages."
+        return album.add(f"{prefix}evaluations", partial(figures.accuracy_over_steps, record), caption)
+    caption = "Greedy accuracy on held-out questions at each boundary between stages."
+    return album.add(f"{prefix}evaluations", partial(figures.evaluation_accuracy, record), caption)
 
 
 def _status(record: RunRecord) -> str:
@@ -174,7 +191,7 @@ def _status(record: RunRecord) -> str:
         f"This run is {record.status}{why}: step {last['step']} of at most {total}, in stage {last['stage']}. This "
         "page shows its state so far."
     )
-    return f'<p class="warning">{document.escaped(said)}</p>'
+    return document.warning(said)
 
 
 def _facts(record: RunRecord) -> str:
@@ -213,18 +230,22 @@ def _accuracy_table(record: RunRecord) -> str:
     ]
     after = "after" if record.is_done else "so far"
     columns = [_column("before", before), _column(after, latest)]
-    head = ["representation", *columns, "change", "sequential baseline", "best shortcut", "no answer", "questions"]
+    head = [
+        "representation",
+        *columns,
+        "change, points",
+        "sequential baseline",
+        "best shortcut",
+        "no answer",
+        "questions",
+    ]
     note = (
         "Intervals are 95 % (Wilson). Sequential baseline: accuracy of answering with the sum of all durations. "
         "Best shortcut: accuracy of the best answer that does not plan. "
         "No answer: share of responses of the latest evaluation that state none; they count as wrong."
     )
     return (
-        document.table(head, rows)
-        + document.note(note)
-        + _shortcut_table(record)
-        + _best(record)
-        + _sampled_table(record)
+        document.table(head, rows, css="numbers cards") + document.note(note) + _best(record) + _sampled_table(record)
     )
 
 
@@ -278,7 +299,7 @@ def _accuracy_row(
 ) -> list[str]:
     first = before.accuracy.get(name) if before else None
     last = latest.accuracy.get(name) if latest else None
-    change = f"{100 * (last.rate - first.rate):+.1f} points" if first and last else "-"
+    change = f"{100 * (last.rate - first.rate):+.1f}" if first and last else "-"
     known = last or first
     newest = latest or before
     missing = newest.no_answer if newest else {}

@@ -28,6 +28,7 @@ class EvaluationResult:
     step: int  # completed steps by then
     accuracy: dict[str, Accuracy]  # representation -> result
     no_answer: dict[str, float]  # representation -> share of responses without any answer; {} where not measured
+    answers: dict[str, dict[str, bool]]  # representation -> question -> whether the greedy answer is right
     sampled: dict[str, Sampled]  # representation -> avg@k and pass@k; {} where there were no samples
 
 
@@ -207,6 +208,7 @@ def _evaluations(folder: Path, spans: Sequence[Span]) -> tuple[tuple[EvaluationR
                     step=step,
                     accuracy=_accuracy(greedy),
                     no_answer=_without_answer(greedy),
+                    answers=_answers(greedy),
                     sampled=_sampled(answers),
                 )
             )
@@ -236,6 +238,13 @@ def _accuracy(answers: Sequence[Row]) -> dict[str, Accuracy]:
     for row in answers:
         correct.setdefault(row["representation"], []).append(row["correct"])
     return {name: Accuracy.of(sum(got), len(got)) for name, got in correct.items()}
+
+
+def _answers(answers: Sequence[Row]) -> dict[str, dict[str, bool]]:
+    found: dict[str, dict[str, bool]] = {}
+    for row in answers:
+        found.setdefault(row["representation"], {})[f"{row.get('prompt_id')} {row.get('prompt')}"] = row["correct"]
+    return found
 
 
 def _sampled(answers: Sequence[Row]) -> dict[str, Sampled]:

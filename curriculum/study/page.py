@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from isomorph.curriculum.report import document
@@ -46,16 +47,16 @@ def _body(results: StudyResults, analysis: Analysis, album: document.Album) -> s
     shortcut = max(rates.items(), key=lambda item: item[1], default=None)
     parts = [f"<p><b>{document.escaped(study['question'])}</b></p>"]
     if analysis.missing:
-        parts.append(_warning(f"Not finished: {', '.join(analysis.missing)}. Seeds without a partner are left out."))
+        parts.append(
+            document.warning(f"Not finished: {', '.join(analysis.missing)}. Seeds without a partner are left out.")
+        )
     caption = (
-        "Left: accuracy over the steps, mean over seeds; bands: 95 % intervals of these means at each evaluation "
-        "(Student's t), which contain what the conditions of a seed have in common. Right: planned differences, paired "
+        "Lines: accuracy over the steps, mean over seeds; bands: 95 % intervals of these means at each evaluation "
+        "(Student's t), which contain what the conditions of a seed have in common. Bars: planned differences, paired "
         "by seed and item, so that this cancels; 95 % intervals, not adjusted for their number."
     )
-    parts.append(album.add("answer", pictures.answer(results, analysis, shortcut), caption))
-    parts.append(
-        "<ul>" + "".join(f"<li>{document.escaped(sentence)}</li>" for sentence in verdicts(analysis)) + "</ul>"
-    )
+    picture = partial(pictures.answer, results, analysis, shortcut)
+    parts += [document.bullets(verdicts(analysis)), album.add("answer", picture, caption)]
     parts.append(
         document.note("In brackets 95 % intervals. *: p of the paired t test below 0.05 after Holm's adjustment.")
     )
@@ -64,18 +65,19 @@ def _body(results: StudyResults, analysis: Analysis, album: document.Album) -> s
     parts.append(_other_comparisons(analysis))
     if analysis.reached:
         caption = "Steps to reach an accuracy, interpolated between evaluations; each dot is a seed."
-        picture = pictures.reached(results, analysis.reached)
+        picture = partial(pictures.reached, results, analysis.reached)
         parts += ["<h2>Steps to reach</h2>", album.add("reach", picture, caption), _reach_table(analysis.reached)]
     parts.append("<h2>At equal tokens</h2>")
-    parts.append(album.add("tokens", pictures.tokens(results, analysis), "Accuracy over sampled response tokens."))
+    picture = partial(pictures.tokens, results, analysis)
+    parts.append(album.add("tokens", picture, "Accuracy over sampled response tokens."))
     parts.append(_comparisons([c for c in analysis.comparisons if c.kind == "tokens"]))
     parts.append(document.note("Between two evaluations each item's answer is interpolated linearly. " + _token_note()))
     parts.append("<h2>All representations</h2>")
     caption = "The same runs on every representation that was evaluated."
-    parts.append(album.add("representations", pictures.representations(results, analysis), caption))
+    parts.append(album.add("representations", partial(pictures.representations, results, analysis), caption))
     if analysis.groups:
         caption = "Accuracy at the last budget by the difficulty of the item, mean over seeds."
-        picture = pictures.difficulty(results, analysis)
+        picture = partial(pictures.difficulty, results, analysis)
         parts += ["<h2>By difficulty</h2>", album.add("difficulty", picture, caption), _difficulty_table(analysis)]
     parts += [_errors(results), "<h2>Design</h2>", _design(results), _costs(results)]
     return "\n".join(parts)
@@ -134,7 +136,7 @@ def _comparisons(rows: Sequence[Comparison]) -> str:
         row += [_p(one.holm_sign_p), _p(one.holm_t_p)] if has_holm else []
         cells.append(row)
     carried = document.note("† Some runs had ended before: their last evaluation counts.")
-    return document.table(head, cells) + (carried if any(one.num_carried for one in rows) else "")
+    return document.table(head, cells, css="numbers cards") + (carried if any(one.num_carried for one in rows) else "")
 
 
 def _other_comparisons(analysis: Analysis) -> str:
@@ -203,7 +205,7 @@ def _reach_table(found: Sequence[Reached]) -> str:
         "condition's, paired by seed, so a saving beyond the last budget does not count. Targets that the study's "
         "file does not name come from the baseline's own curve."
     )
-    return document.table(head, rows) + document.note(note)
+    return document.table(head, rows, css="numbers cards") + document.note(note)
 
 
 def _difficulty_table(analysis: Analysis) -> str:
@@ -214,7 +216,7 @@ def _difficulty_table(analysis: Analysis) -> str:
         for group in analysis.groups
     ]
     text = "Points with 95 % intervals. Not planned as claims, and not adjusted for their number."
-    return document.table(["by", "value", "items", *contrasts], rows) + document.note(text)
+    return document.table(["by", "value", "items", *contrasts], rows, css="numbers cards") + document.note(text)
 
 
 def _errors(results: StudyResults) -> str:
@@ -279,7 +281,7 @@ def _costs(results: StudyResults) -> str:
             rows.append([name, str(len(own)), f"{mean[0]:.0f}", *(f"{value:,.0f}" for value in mean[1:])])
     head = ["mean of a run", "runs", "steps", "response tokens", "forward tokens", "seconds"]
     note = "Seconds depend on what ran beside it, and are no measurement of speed."
-    return "<h3>Costs</h3>" + document.table(head, rows) + document.note(note)
+    return "<h3>Costs</h3>" + document.table(head, rows, css="numbers cards") + document.note(note)
 
 
 def _cost(row: dict[str, object]) -> tuple[float, ...]:
@@ -288,10 +290,6 @@ def _cost(row: dict[str, object]) -> tuple[float, ...]:
     return (
         *(float(value) for value in (row["steps"], tokens["response_tok"], tokens["forward_tok"], row["wall_s"])),  # type: ignore[arg-type]
     )
-
-
-def _warning(text: str) -> str:
-    return f'<p class="warning">{document.escaped(text)}</p>'
 
 
 def _points(share: float) -> str:

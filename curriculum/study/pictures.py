@@ -1,7 +1,10 @@
-"""The pictures of a study: each function returns a matplotlib figure; nothing is written."""
+"""The pictures of a study: each function returns a matplotlib figure; nothing is written.
+
+``narrow``: for a narrow screen: the same in fewer columns, with letters as large.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from isomorph.curriculum.report.drawing import as_label, dress, legend, new_figure, percent
+from isomorph.curriculum.report.drawing import (
+    as_label,
+    dress,
+    is_narrow,
+    legend,
+    name_ends,
+    new_figure,
+    percent,
+)
 from isomorph.curriculum.report.figures import RUN_COLOURS, RUN_LINES
 from isomorph.curriculum.study.analysis import Analysis, Comparison, Curve, Reached
 from isomorph.curriculum.study.results import DIFFICULTY, StudyResults
@@ -26,12 +37,19 @@ def style_of(study_conditions: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def answer(results: StudyResults, analysis: Analysis, shortcut: tuple[str, float] | None) -> Figure:
+def answer(
+    results: StudyResults, analysis: Analysis, shortcut: tuple[str, float] | None, *, narrow: bool = False
+) -> Figure:
     """Learning curves with bands on the first representation, and beside them the planned differences."""
     planned = analysis.planned()
     measure = results.study["measure"][0]
-    figure = new_figure(max(4.0, 1.6 + ROW_IN * len(planned)))
-    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    height = 1.6 + ROW_IN * len(planned)
+    if narrow:
+        figure = new_figure(3.4 + height, narrow=True)
+        left, right = figure.subplots(2, 1, height_ratios=[3.0, height])
+    else:
+        figure = new_figure(max(4.0, height))
+        left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     _curves(left, [c for c in analysis.curves if c.measure == measure], results)
     if shortcut is not None:
         left.axhline(shortcut[1], color="black", ls=":", lw=1.1, label=f"best shortcut: {shortcut[0]}")
@@ -45,7 +63,7 @@ def answer(results: StudyResults, analysis: Analysis, shortcut: tuple[str, float
     )
     percent(left)
     _differences(right, planned, results)
-    legend(figure)
+    legend(figure, without=_name_curves(left, analysis, measure, results))
     return figure
 
 
@@ -58,6 +76,12 @@ def _curves(ax: Axes, curves: Sequence[Curve], results: StudyResults, *, by_toke
         if not by_tokens and np.isfinite(curve.low).all():
             low, high = np.clip(curve.low, 0, 1), np.clip(curve.high, 0, 1)
             ax.fill_between(x, low, high, color=own["color"], alpha=0.08, lw=0)
+
+
+def _name_curves(ax: Axes, analysis: Analysis, measure: str, results: StudyResults) -> Collection[str]:
+    style = style_of(results.study["conditions"])
+    own = [curve for curve in analysis.curves if curve.measure == measure]
+    return name_ends(ax, [(as_label(c.condition), float(c.mean[-1]), style[c.condition]["color"]) for c in own])
 
 
 def _differences(ax: Axes, planned: Sequence[Comparison], results: StudyResults) -> None:
@@ -73,7 +97,9 @@ def _differences(ax: Axes, planned: Sequence[Comparison], results: StudyResults)
     for y in range(1, len(planned)):
         if planned[y].name != planned[y - 1].name:
             ax.axhline(y - 0.5, color="#eeeeee", lw=0.8)
-    ax.set_yticks(range(len(planned)), [f"{as_label(one.name)}, {one.budget} steps" for one in planned])
+    figure = ax.get_figure(root=True)
+    between = ",\n" if figure is not None and is_narrow(figure) else ", "
+    ax.set_yticks(range(len(planned)), [f"{as_label(one.name)}{between}{one.budget} steps" for one in planned])
     ax.set_ylim(len(planned) - 0.4, -0.6)
     exam = "test exam" if planned and planned[0].exam == "test" else "development exam"
     dress(ax, f"differences, {exam}", "", x="points of accuracy (grey dots: seeds)")
@@ -83,12 +109,12 @@ def _differences(ax: Axes, planned: Sequence[Comparison], results: StudyResults)
     ax.set_axisbelow(True)
 
 
-def representations(results: StudyResults, analysis: Analysis) -> Figure:
+def representations(results: StudyResults, analysis: Analysis, *, narrow: bool = False) -> Figure:
     """A panel for each representation that was evaluated."""
     measures = list(dict.fromkeys(c.measure for c in analysis.curves))
-    num_columns = min(3, len(measures))
+    num_columns = 1 if narrow else min(3, len(measures))
     num_rows = -(-len(measures) // num_columns)
-    figure = new_figure(2.7 * num_rows + 0.5)
+    figure = new_figure(2.7 * num_rows + 0.5, narrow=narrow)
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).flat)
     for ax, measure in zip(axes, measures, strict=False):
         _curves(ax, [c for c in analysis.curves if c.measure == measure], results)
@@ -100,9 +126,9 @@ def representations(results: StudyResults, analysis: Analysis) -> Figure:
     return figure
 
 
-def tokens(results: StudyResults, analysis: Analysis) -> Figure:
+def tokens(results: StudyResults, analysis: Analysis, *, narrow: bool = False) -> Figure:
     """The curves over sampled tokens in place of steps."""
-    figure = new_figure(3.6)
+    figure = new_figure(3.6, narrow=narrow)
     ax = figure.subplots()
     measure = results.study["measure"][0]
     _curves(ax, [c for c in analysis.curves if c.measure == measure], results, by_tokens=True)
@@ -119,12 +145,14 @@ def tokens(results: StudyResults, analysis: Analysis) -> Figure:
     return figure
 
 
-def reached(results: StudyResults, found: Sequence[Reached]) -> Figure:
+def reached(results: StudyResults, found: Sequence[Reached], *, narrow: bool = False) -> Figure:
     """Steps to reach each accuracy: a mark for each seed; at the right, arrows for runs that never did."""
     style = style_of(results.study["conditions"])
     names = list(results.study["conditions"])
-    figure = new_figure(max(2.4, 0.9 + 0.3 * len(names)))
-    axes = list(figure.subplots(1, len(found), squeeze=False, sharey=True).flat)
+    height = max(2.4, 0.9 + 0.3 * len(names))
+    rows, columns = (len(found), 1) if narrow else (1, len(found))
+    figure = new_figure(rows * height, narrow=narrow)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for ax, one in zip(axes, found, strict=True):
         for name, reach in one.of_condition.items():
             y = names.index(name)
@@ -141,13 +169,13 @@ def reached(results: StudyResults, found: Sequence[Reached]) -> Figure:
     return figure
 
 
-def difficulty(results: StudyResults, analysis: Analysis) -> Figure:
+def difficulty(results: StudyResults, analysis: Analysis, *, narrow: bool = False) -> Figure:
     """Accuracy of each condition on items by what is known of their difficulty."""
     style = style_of(results.study["conditions"])
     kinds = list(dict.fromkeys(group.by for group in analysis.groups))
-    num_columns = min(3, len(kinds))
+    num_columns = 1 if narrow else min(3, len(kinds))
     num_rows = -(-len(kinds) // num_columns)
-    figure = new_figure(2.7 * num_rows + 0.5)
+    figure = new_figure(2.7 * num_rows + 0.5, narrow=narrow)
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flat)
     for ax in axes[len(kinds) :]:
         ax.set_visible(False)

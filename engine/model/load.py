@@ -311,6 +311,11 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"model.path: no such file: {file}")
         return str(file.parent), {"gguf_file": file.name}
     looks_local = path.startswith((".", "/", "~")) or file.exists()
+    if not looks_local and "/" not in path:  # the hub would be asked many times, for nothing
+        raise UserError(
+            f"model.path: there is no folder {file.absolute()}, and a name on the Hugging Face hub is OWNER/NAME, got "
+            f"{path!r}: write a folder, relative to the working folder or absolute, or such a name"
+        )
     if looks_local and not (file / "config.json").is_file():
         raise UserError(f"model.path: {file} must be a folder with a config.json, a .gguf file, or a hub name")
     return str(file) if looks_local else path, {}

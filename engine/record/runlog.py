@@ -26,12 +26,12 @@ from torch.profiler import record_function
 
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import printable
+from isomorph.engine.record.alive import LINE_S, WORDS, Pace, in_words, signs_of_life
 from isomorph.engine.record.telemetry import NUM_GROWING, WINDOW, Gather, Telemetry
 from isomorph.engine.types import RunFailed
 
 STEP_FILE = re.compile(r"(?:exam-)?step-(\d+)")  # under completions/: a step's responses, an evaluation's after it
 LAST_ROW_BYTES = 1 << 16  # read from the end of steps.jsonl, at first
-LINE_S = 10.0  # longest time without a console line, as long as steps end
 
 Row = dict[str, Any]
 Sink = Callable[[Row], None]  # called with every row after it has been written to steps.jsonl
@@ -60,6 +60,10 @@ class RunLog:
         self._line_at = -math.inf
         self._progress: Progress | None = None
         self._bar: Any = None
+        self._pace = Pace()
+        self._said_at = time.perf_counter()  # when anything was printed
+        self._phases: list[str] = []  # that are open, the outer ones first
+        self._step = 0  # the last that ended
 
     def wall_s(self) -> float:
         """Returns the seconds of the run so far, evaluations and checkpoints included, without lost work."""
@@ -70,10 +74,12 @@ class RunLog:
         """Adds the seconds of the block to ``phase`` of this step; the block has that name in a profile."""
         start = time.perf_counter()
         self._inner.append(0.0)
+        self._phases.append(phase)
         try:
             with record_function(phase):
                 yield
         finally:
+            self._phases.pop()
             seconds = time.perf_counter() - start
             self.times[phase] = self.times.get(phase, 0.0) + seconds - self._inner.pop()
             self._inner[-1] += seconds
@@ -110,8 +116,10 @@ class RunLog:
         with self.writing("steps.jsonl"):
             _append(self.folder / "steps.jsonl", json.dumps(row) + "\n", creates=not self._has_rows)
         self._has_rows = True
+        self._step = row["step"]
+        self._pace.observe(row["step"])
         if self._is_due(row):
-            self.say(line)
+            self.say("  ".join(part for part in (line, self._pace.left()) if part))
         rss_gib = row.get("mem/rss_gib")
         if rss_gib is not None and self.telemetry.growth.observe(rss_gib) and self.telemetry.growth.num_alarms == 1:
             self.say(
@@ -122,7 +130,7 @@ class RunLog:
         for sink in self.sinks:
             sink(row)
         if self._progress is not None:
-            self._progress.update(self._bar, completed=row["step"], description=row["stage"])
+            self._progress.update(self._bar, completed=row["step"], description=row["stage"], left=self._pace.left())
 
     def write_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
         """Puts the numbers of an evaluation into the row of ``step``, which must be the last, and sends them to sinks.
@@ -177,6 +185,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar if there is one."""
+        self._said_at = time.perf_counter()
         console = self._progress.console if self._progress else self.console
         console.print(
             printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True
@@ -194,16 +203,37 @@ class RunLog:
     @contextlib.contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
         """Context with a progress bar over all steps; without a terminal there is no bar."""
+        self._step = done
+        self._pace.begin(done, total)
         if not self.console.is_terminal:
             yield
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as self._progress:
-            self._bar = self._progress.add_task("", total=total, completed=done)
+        with Progress(
+            *columns, TextColumn("{task.fields[left]}"), console=self.console, transient=True
+        ) as self._progress:
+            self._bar = self._progress.add_task("", total=total, completed=done, left="")
             try:
                 yield
             finally:
                 self._progress = None
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Context in which a silent console says every now and then in what phase the run is; a bar is enough."""
+        with signs_of_life(self._silence_s, self._say_phase, first_s=LINE_S):
+            yield
+
+    def _silence_s(self) -> float:
+        return 0.0 if self._progress is not None else time.perf_counter() - self._said_at
+
+    def _say_phase(self, silent_s: float) -> None:
+        phases = self._phases[-1:]  # the main thread may open and close some meanwhile
+        doing = WORDS.get(phases[0], phases[0]) if phases else "at work"
+        where = f"step {self._step + 1} of {self._pace.total}: " if self._pace.total is not None else ""
+        said_at = self._said_at
+        self.say(f"{where}{doing}; nothing to report for {in_words(silent_s)}")
+        self._said_at = said_at
 
     def cut_after(self, step: int) -> None:
         """Removes what was written after ``step``, that of the checkpoint from which the run resumes."""
@@ -320,6 +350,10 @@ class QuietLog(RunLog):
 
     @contextlib.contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
         yield
 
     def cut_after(self, step: int) -> None:

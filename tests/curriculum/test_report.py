@@ -9,27 +9,42 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import simulated_study
+from long_runs import long_run, several
 from matplotlib.colors import to_hex
 from tiny_runs import summary_of
 
 from isomorph.curriculum.report import figures
-from isomorph.curriculum.report.drawing import moving_average
+from isomorph.curriculum.report.answer import changes
+from isomorph.curriculum.report.drawing import (
+    MAX_POINTS,
+    NARROW_IN,
+    WIDTH_IN,
+    as_label,
+    moving_average,
+    new_figure,
+    thinned,
+)
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import RunRecord, read_run, trained_on
+from isomorph.curriculum.report.vector import DARK_PAGE, LIGHT_PAGE, dark, themed_svg
 from isomorph.curriculum.rewards.pool import answer_found
+from isomorph.curriculum.study.page import write_study
 from isomorph.engine.config import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
+WIDTHS = (360, 768, 1400)  # pixels of a screen
 PICTURES = ("evaluations", "transfer", "reward", "health", "phases")
 
 
 class Page(HTMLParser):
     """Collects tables and sources, and checks that every element is closed in order."""
 
-    VOID = ("meta", "img", "br")
+    VOID = ("meta", "img", "br", "source")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -41,7 +56,7 @@ class Page(HTMLParser):
         assert not self.open, self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
         if tag not in self.VOID:
             self.open.append(tag)
         if tag == "table":
@@ -55,7 +70,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & set(self.open):  # a cell may hold an interval of its own
             self.tables[-1][-1][-1] += data
 
     def table(self, corner: str) -> list[list[str]]:
@@ -65,6 +80,13 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([finished_run], tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def compared(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of three runs: of one recipe, and of two seeds of another."""
+    folder = tmp_path_factory.mktemp("compared")
+    return write_report(several(finished_run, folder, num=3, steps=83), folder / "out")
 
 
 @pytest.fixture
@@ -77,21 +99,140 @@ def steps_of(run: Path, name: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["stage"] == name]
 
 
+def drawings_of(text: str) -> list[str]:
+    """The drawings of a page: for each figure that of a narrow screen, then the wide one."""
+    sources = Page(text).sources
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    return [base64.b64decode(source.partition(",")[2]).decode() for source in sources]
+
+
 def test_the_page_stands_alone(page: Path) -> None:
     text = page.read_text()
-    sources = Page(text).sources
-    assert len(sources) == len(PICTURES)
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    drawings = drawings_of(text)
+    assert len(drawings) == 2 * len(PICTURES)
     assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", text.split("base64,")[0], re.IGNORECASE)
     assert "<script" not in text and "http" not in re.sub(r"base64,[^\"]*", "", text)
+    for drawing in drawings:  # names of formats are addresses, but nothing is fetched from them
+        left = re.sub(r' xmlns(:xlink)?="http://www.w3.org/[0-9/a-z]*"', "", drawing)
+        assert not re.search(r"https?:|<script|<image|<!DOCTYPE|@import|url\((?!#)", left)
+        assert {ref[0] for ref in re.findall(r'href="(.)', left)} <= {"#"}
 
 
 def test_every_picture_is_in_the_page_and_beside_it(page: Path) -> None:
-    embedded = {base64.b64decode(source.partition(",")[2]) for source in Page(page.read_text()).sources}
     files = {file.stem: file.read_bytes() for file in page.parent.glob("*.png")}
     assert set(files) == set(PICTURES)
     assert all(data.startswith(PNG) for data in files.values())
-    assert embedded == set(files.values())
+    widths = [float(re.findall(r'viewBox="0 0 ([0-9.]+)', drawing)[0]) for drawing in drawings_of(page.read_text())]
+    assert widths == pytest.approx([72 * NARROW_IN, 72 * WIDTH_IN] * len(PICTURES))
+
+
+def test_pictures_have_colours_for_a_dark_page(page: Path) -> None:
+    for drawing in drawings_of(page.read_text()):
+        assert "@media (prefers-color-scheme: dark)" in drawing
+        styles = re.findall(r'style="([^"]*)"', drawing)
+        assert styles and not any(re.search("#[0-9a-f]{6}", style) for style in styles)  # variables of both themes
+
+
+@pytest.mark.parametrize("light", [*figures.COLOUR_OF.values(), *figures.RUN_COLOURS, "#000000", "#222222", "#555555"])
+def test_lines_and_letters_are_visible_on_a_dark_page(light: str) -> None:
+    assert contrast(dark(light.lower()), DARK_PAGE) > 3  # WCAG 2.2, 1.4.11: graphical objects
+
+
+def test_backgrounds_stay_near_the_page() -> None:
+    assert dark(LIGHT_PAGE) == DARK_PAGE
+    assert contrast(dark("#f0f0f0"), DARK_PAGE) < 1.5 > contrast(dark("#dddddd"), DARK_PAGE) > 1
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG's contrast of two colours, 1 to 21."""
+    light, less = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (less + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_the_answer_comes_first(page: Path, finished_run: Path) -> None:
+    text, summary = page.read_text(), summary_of(finished_run)
+    assert text.index("Did it learn, and what carried over?") < text.index("<figure>") < text.index("The run</h3>")
+    head, *rows = Page(text).table("accuracy")
+    assert head == ["accuracy", "before (warm-up)", "after (words)", "change, points"]
+    trained = {"natural", "graph", "code"}  # by the stages after the warm-up
+    assert [row[0] for row in rows] == [f"{n}, trained on" if n in trained else n for n in summary["accuracy"]["after"]]
+    for name, row in zip(summary["accuracy"]["after"], rows, strict=True):
+        change = 100 * (summary["accuracy"]["after"][name] - summary["accuracy"]["before"][name])
+        assert float(row[3].partition(" ")[0]) == pytest.approx(change, abs=0.051)
+    assert "Not trained on in these stages, so carried over if it rose: table" in text
+
+
+def test_a_change_is_over_the_same_questions_and_named_by_its_interval(copy: Path) -> None:
+    for label, right in (("warm-up", {"graph"}), ("words", {"natural"})):
+        file = copy / "completions" / f"exam-{label}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row["correct"] = row["representation"] in right
+            if row["representation"] == "code" and label == "words":
+                row["prompt"] = "another question"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {one.name: one for one in changes(read_run(copy))}
+    assert {name: one.verdict for name, one in found.items()} == {
+        "natural": "rose", "graph": "fell", "code": "not compared", "table": "no change shown",
+    }  # fmt: skip
+    assert found["natural"].difference == (1.0, 1.0, 1.0) and found["table"].difference == (0.0, 0.0, 0.0)
+
+
+def test_several_runs_are_answered_by_condition_and_by_run(compared: Path) -> None:
+    text = compared.read_text()
+    assert text.index("Did they learn") < text.index("<figure>")
+    label = "sft graph+natural → graph → code+natural"
+    assert f"A, {label}, 1 run: natural" in text and f"B, {label} (run-2), 2 runs: natural" in text
+    head, *rows = Page(text).table("run")
+    assert [row[0] for row in rows] == [f"{i}  run-{i}" for i in range(1, 4)]
+    assert head[1:] == ["recipe", "seed", "natural", "graph", "code", "table"]
+    assert [row[1:3] for row in rows] == [["A", "1"], ["B", "2"], ["B", "3"]]
+    assert text.count('<details class="run">') == 3 and "run-1, run-2, run-3" in text
+
+
+def test_thousands_of_steps_are_drawn_as_means_and_a_band(finished_run: Path, tmp_path: Path) -> None:
+    steps, values = np.arange(5000.0), np.sin(np.arange(5000.0))
+    values[:20] = np.nan  # the first part has no value
+    middle, mean, low, high = thinned(steps, values)
+    assert len(middle) == MAX_POINTS and np.isnan(mean[0]) and np.isfinite(mean[1:]).all()
+    np.testing.assert_allclose(low[1:], values[20:].reshape(-1, 20).min(axis=1), rtol=0)
+    np.testing.assert_allclose(high[1:], values[20:].reshape(-1, 20).max(axis=1), rtol=0)
+    np.testing.assert_allclose(mean[1:], values[20:].reshape(-1, 20).mean(axis=1), rtol=1e-12)
+    page = write_report([long_run(finished_run, tmp_path / "long", steps=5000)], tmp_path / "out")
+    assert page.stat().st_size < 1_500_000
+    assert f"Lines are means over {MAX_POINTS} equal parts" in page.read_text()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium as the command chromium")
+def test_nothing_runs_off_a_narrow_screen(page: Path, compared: Path, tmp_path: Path) -> None:
+    simulated_study.write_study(tmp_path / "study", {"words": 0.0, "graph20_words": 0.05}, num_items=40)
+    pages = [page, compared, write_study(tmp_path / "study")]
+    frames = "".join(
+        f'<iframe style="width:{width}px;height:800px" srcdoc="{html.escape(one.read_text())}"></iframe>'
+        for one in pages
+        for width in WIDTHS
+    )
+    script = (
+        "onload = () => { document.title = [...document.querySelectorAll('iframe')].map(f => {"
+        "const root = f.contentDocument.documentElement;"
+        "const broken = [...f.contentDocument.images].filter(i => i.offsetParent && !i.naturalWidth).length;"
+        "return root.scrollWidth - root.clientWidth + ' ' + broken }).join(',') }"
+    )
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<!DOCTYPE html><meta charset=utf-8><title></title><body>{frames}<script>{script}</script></body>"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    command = ["chromium", *options, "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.findall("<title>(.*?)</title>", done.stdout)[0].split(",")
+    assert found == ["0 0"] * (len(pages) * len(WIDTHS))  # pixels that overflow, pictures that are not drawn
 
 
 def test_the_accuracies_are_those_of_the_summary(page: Path, finished_run: Path) -> None:
@@ -104,7 +245,7 @@ def test_the_accuracies_are_those_of_the_summary(page: Path, finished_run: Path)
             known = summary["intervals"][when][name]
             assert shown == f"{known['rate']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
         difference = summary["accuracy"]["after"][name] - summary["accuracy"]["before"][name]
-        assert change == f"{100 * difference:+.1f} points"
+        assert change == f"{100 * difference:+.1f}"
         assert baseline == f"{summary['floor'][name]:.1%}" and questions == "16"
         assert shortcut == f"{max(summary['shortcuts'][name].values()):.1%}"
         assert no_answer == f"{summary['no_answer']['after'][name]:.1%}"
@@ -242,6 +383,14 @@ def test_nothing_that_was_written_becomes_html(copy: Path, tmp_path: Path) -> No
     assert "This run is failed (drift of 3 &gt; 2 nats)" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "&lt;b&gt;who?&lt;/b&gt;" in text
     assert "<script" not in text and "<b>" not in text
+
+
+def test_names_cannot_leave_a_drawing() -> None:
+    figure = new_figure(1.0)
+    figure.suptitle(as_label("</text><script>alert(1)</script>\x1b[2J $\\frac$"))
+    drawing = themed_svg(figure)
+    assert "<script" not in drawing and "&lt;script&gt;" in drawing
+    ElementTree.fromstring(drawing)  # a control character would not be XML
 
 
 def test_a_representation_has_one_colour_everywhere(finished_run: Path) -> None:

@@ -379,7 +379,7 @@ def test_the_page_shows_pairs_difficulty_and_what_is_missing(tmp_path: Path, mon
     assert first.rates["words"] == pytest.approx(sum(map(sum, rates)) / sum(map(len, rates)))
     text = page.write_study(tmp_path).read_text()
     assert "Not finished: words-seed6" in text and "cannot be below 0.0625" in text
-    assert "src=&quot;" not in text and text.count("<img") == text.count("data:image/png;base64,") == 5
+    assert "src=&quot;" not in text and 2 * text.count("<img") == text.count("data:image/svg+xml;base64,") == 10
     assert json.loads((tmp_path / "summary.json").read_text())["comparisons"][0]["effect"]["method"] == "bootstrap"
 
 

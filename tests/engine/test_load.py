@@ -97,6 +97,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     assert "text.gguf" in refusal(tmp_path / "text.gguf")
 
 
+def test_a_name_without_an_owner_that_is_no_folder_is_refused_without_asking_the_hub() -> None:
+    said = refusal(Path("my-model"))
+    assert f"there is no folder {Path.cwd() / 'my-model'}, and a name on the Hugging Face hub is OWNER/NAME" in said
+
+
 def test_broken_files_of_a_model_are_refused(saved: Path) -> None:
     weights = saved / "model.safetensors"
     whole = weights.read_bytes()
