@@ -72,6 +72,7 @@ def seconds_of(folder: Path, ranks: Ranks, given: argparse.Namespace, wait_s: fl
     if ranks.is_first:
         model = TINY if given.model is None else f'[model]\npath = "{given.model.resolve()}"'
         told = {"model": model, "overlap": overlap, "steps": given.steps}
+        (folder / "run").mkdir()
         (folder / "recipe.toml").write_text(RECIPE % told)
         (folder / "slow.py").write_text(SLOW % {"wait_s": wait_s})
         rows = ({"question": f"{a} + {b}"} for a in range(20) for b in range(20))
