@@ -15,6 +15,7 @@ from isomorph.curriculum.environments.open import Environments
 from isomorph.curriculum.estimate import FirstSteps, short_of_disk, short_of_memory
 from isomorph.curriculum.hub import prepare_push, push
 from isomorph.curriculum.inputs import changed_files, changed_rewards, describe_files, located, pinned
+from isomorph.curriculum.nodes import refuse_other_files, refuse_other_recipe, refuse_other_weights
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import write_report
 from isomorph.curriculum.report.run_record import read_run_json
@@ -76,8 +77,10 @@ def run_recipe(
     ranks.from_first(lambda: prepare_push(recipe.run.push_to_hub))
     if resume:
         ranks.from_first(lambda: _refuse_changed_files(recipe, folder, partial(console.print, highlight=False)))
-    else:
+    refuse_other_recipe(recipe, ranks)
+    if not resume:
         recipe = pinned(located(recipe), ranks)
+    refuse_other_files(recipe, ranks)
     log = (RunLog if ranks.is_first else QuietLog)(folder, console, every=recipe.log.every)
     with contextlib.ExitStack() as stack, log.alive():
         with log.time("load"):
@@ -102,7 +105,7 @@ def run_recipe(
         total = sum(stage.steps for stage in recipe.stage)
         stack.enter_context(log.progress(state.step, total))
         try:
-            with lost_ranks_explained():
+            with lost_ranks_explained(ranks):
                 state = train(components, state)
         except BaseException as error:
             with contextlib.suppress(RunFailed):  # on a full disk this fails, too; the first error is raised
@@ -143,7 +146,7 @@ def _open_components(
     resume: bool,
 ) -> Iterator[tuple[Components, RunState]]:
     """The components of a run and the state that it begins or resumes with; closes sampler and reward workers."""
-    policy = _policy_of_run(recipe, resume=resume)
+    policy = _policy_of_run(recipe, ranks, resume=resume)
     check_stages(recipe.stage, ranks if policy.device.type == "cpu" else ALONE)
     _refuse_long_responses(recipe, policy.max_model_len)
     check_stop_strings([string for stage in recipe.stage for string in stage.sampling.stop], policy.text)
@@ -195,7 +198,7 @@ def _say_what_to_know(recipe: Recipe, policy: Policy, log: RunLog, ranks: Ranks)
     """Prints what is short, what was mended and what runs slower than it could."""
     if short := short_of_disk(recipe, policy, log.folder):
         log.say(f"warning: {short}")
-    for short in short_of_memory(recipe, policy, ranks.size):
+    for short in short_of_memory(recipe, policy, ranks):
         log.say(f"warning: {short}")
     for note in (*policy.notes, *notes_on_options(recipe)):
         log.say(f"note: {note}")
@@ -243,13 +246,15 @@ def _refuse_long_responses(recipe: Recipe, max_model_len: int) -> None:
             raise UserError(f"{name} must leave positions for a prompt: the model has {max_model_len}, got {num_tok}")
 
 
-def _policy_of_run(recipe: Recipe, *, resume: bool) -> Policy:
+def _policy_of_run(recipe: Recipe, ranks: Ranks, *, resume: bool) -> Policy:
     """The recipe's model; with FSDP2 this rank's shards, before the sampler, which copies its weights from them.
 
     ``resume``: a checkpoint is going to fill the shards, so that no file of the model is read.
     """
     is_sharded = recipe.parallel.kind == "fsdp"
     policy = open_policy(recipe, defers=is_sharded)
+    if not resume:
+        refuse_other_weights(policy, ranks)
     if is_sharded:
         shard(policy)
         if not resume:

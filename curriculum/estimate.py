@@ -16,6 +16,7 @@ from isomorph.curriculum.recipe import GeneratedData, Recipe
 from isomorph.curriculum.sources import tiny_vocabulary
 from isomorph.curriculum.stage_spec import StageRecipe
 from isomorph.engine.config import LoraConfig, UserError
+from isomorph.engine.distributed.ranks import Ranks
 from isomorph.engine.model.load import read_shape, shape_of
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.text import WORD
@@ -163,13 +164,13 @@ def _of_kind(recipe: Recipe, kind: str) -> tuple[Recipe, str | None]:
         return recipe, error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
-def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]:
+def short_of_memory(recipe: Recipe, policy: Policy, ranks: Ranks) -> list[str]:
     """A sentence for each stage whose estimate exceeds the device's memory, for responses of the greatest length.
 
     Called when the model is loaded. The estimate covers the trainer's tensors, not what Python and libraries take.
     """
     is_gpu = policy.device.type == "cuda"
-    device_gib = _device_gib(policy.device, num_ranks)
+    device_gib = _device_gib(policy.device, ranks.num_on_host)
     if device_gib is None:
         return []
     found = []
@@ -180,7 +181,7 @@ def short_of_memory(recipe: Recipe, policy: Policy, num_ranks: int) -> list[str]
             shape_of(policy.model),
             device_gib=device_gib,
             is_gpu=is_gpu,
-            num_ranks=num_ranks,
+            num_ranks=ranks.size,
             process_gib=None,
         )
         peaks = {moment: peak_bytes(facts, moment) / GIB for moment in MOMENTS}
@@ -217,12 +218,15 @@ def short_of_disk(recipe: Recipe, policy: Policy, folder: Path) -> str | None:
     )
 
 
-def _device_gib(device: torch.device, num_ranks: int) -> float | None:
-    """Memory that this process could use, in GiB: a GPU's total; on a CPU what is free and what it holds already."""
+def _device_gib(device: torch.device, num_on_host: int) -> float | None:
+    """Memory that this process could use, in GiB: a GPU's total; on a CPU what is free and what it holds already.
+
+    ``num_on_host``: ranks that share the machine's memory.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
     free_gib, (own_gib, _) = machine.available_gib(), process_memory_gib()
-    return None if free_gib is None or own_gib is None else free_gib / num_ranks + own_gib
+    return None if free_gib is None or own_gib is None else free_gib / num_on_host + own_gib
 
 
 def _planned(facts: Facts) -> dict[str, Any]:

@@ -126,7 +126,9 @@ def describe_files(recipe: Recipe) -> dict[str, dict[str, Any]]:
     Raises UserError for a file that cannot be read.
     """
     of_hub = {place: {"path": path, "sha256": None} for place, path in _hub_paths(recipe).items()}
-    return of_hub | {place: {"path": str(path), "sha256": _sha256(path)} for place, path in input_files(recipe).items()}
+    return of_hub | {
+        place: {"path": str(path), "sha256": sha256_of(path)} for place, path in input_files(recipe).items()
+    }
 
 
 def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> list[str]:
@@ -143,7 +145,7 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> 
             sentences.append(f"{found[place]} did not exist when the run began")
         elif place not in found or not found[place].is_file():
             sentences.append(f"{found.get(place, recorded[place]['path'])} no longer exists")
-        elif _sha256(found[place]) != recorded[place]["sha256"]:
+        elif sha256_of(found[place]) != recorded[place]["sha256"]:
             sentences.append(f"{found[place]} has changed since the run began")
     return sentences
 
@@ -158,11 +160,12 @@ def changed_rewards(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -
         f"{path} has changed since the run began: {'rewards' if REWARDS in place else 'turns'} are not those of the "
         "steps before"
         for place, path in sorted(found.items())
-        if place in recorded and _sha256(path) != recorded[place]["sha256"]
+        if place in recorded and sha256_of(path) != recorded[place]["sha256"]
     ]
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content. Raises UserError where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

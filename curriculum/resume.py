@@ -49,7 +49,7 @@ def resumed_recipe(described: Mapping[str, Any], overrides: Sequence[str], folde
                 f"{text}: in run.json each stage has this table: write stage.0.{name}.{rest}, with the stage's number"
             )
     after = located(overridden(described["recipe"], overrides, Recipe, where=where))
-    changes = _differences(before, after)
+    changes = differences(before, after)
     if refused := [key for key in changes if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)]:
         raise UserError(
             f"{', '.join(refused)} cannot be changed by --resume: start a new run, or change only: {IN_WORDS}"
@@ -58,7 +58,8 @@ def resumed_recipe(described: Mapping[str, Any], overrides: Sequence[str], folde
     return after, changes
 
 
-def _differences(before: Recipe, after: Recipe) -> Changes:
+def differences(before: Recipe, after: Recipe) -> Changes:
+    """The keys whose values differ."""
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, after))
     return {key: [old.get(key), new.get(key)] for key in (*old, *(new.keys() - old)) if old.get(key) != new.get(key)}
 

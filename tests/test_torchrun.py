@@ -1,12 +1,15 @@
-"""Two ranks on the command line: a run, a killed one that goes on, and ranks that die. Real torchrun, gloo, CPU.
+"""Two ranks on the command line: a run, a node that is lost, and ranks that die. Real torchrun, gloo, CPU.
 
-Ranks that nobody kills are forks of a process that has imported isomorph (conftest's ``warm_script``).
+Ranks that get no signals are forks of a process that has imported isomorph (conftest's ``warm_script``). Two launchers
+on this machine, each with a working folder of its own, stand for two nodes.
 """
 
 import contextlib
 import importlib.util
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,8 +46,13 @@ def isomorph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script
 
 
-def torchrun(isomorph: Path, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ONE_NODE = ("--standalone", "--nproc-per-node", "2")
+
+
+def torchrun(
+    isomorph: Path, *arguments: str | Path, cwd: Path, of: tuple[str, ...] = ONE_NODE
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *of]
     return subprocess.Popen(
         [*command, "--", str(isomorph), *map(str, arguments)],
         cwd=cwd,
@@ -117,21 +125,65 @@ def test_a_run_on_two_ranks_leaves_what_one_would(whole_run: Path) -> None:
     assert (whole_run / "report" / "report.html").is_file()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(isomorph: Path, warm_script: Path, whole_run: Path, tmp_path: Path) -> None:
-    launcher = torchrun(isomorph, "train", SMOKE, "--run", "killed", *KINDS[whole_run.name], *SHORT, cwd=tmp_path)
-    checkpoint = tmp_path / "killed" / "checkpoints" / "step-00000008" / "state.json"
-    wait_for(checkpoint.exists, launcher)
-    everyone = [launcher, *ranks_of(launcher)]
-    for process in everyone:
+def processes_of(node: Path) -> list[psutil.Process]:
+    """Launcher, ranks and workers: what has the node's working folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(node):
+                found.append(process)
+    return found
+
+
+def number_of(launcher: subprocess.Popen[str]) -> int:
+    """torchrun's number of the launcher's node."""
+    return int(psutil.Process(launcher.pid).children()[0].environ()["GROUP_RANK"])
+
+
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.weekly)])  # node 0 has rank 0, and the store
+def test_a_lost_node_ends_the_run_which_goes_on_bit_for_bit_on_the_other(
+    warm_script: Path, whole_run: Path, tmp_path: Path, lost: int
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    of = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint)
+    of += ("--local-addr", "127.0.0.1", "--rdzv-conf")
+    folder, folders = tmp_path / "lost", [tmp_path / name for name in "ab"]
+    command = ("train", SMOKE, "--run", folder, *KINDS[whole_run.name], *SHORT)
+    for own in folders:
+        own.mkdir()
+    # else torchrun's own store is with whoever is first, and its loss ends the other launcher, too
+    hosts = (f"is_host={number}" for number in (1, 0))
+    launchers = [
+        torchrun(warm_script, *command, cwd=own, of=(*of, is_host)) for own, is_host in zip(folders, hosts, strict=True)
+    ]
+    wait_for((folder / "checkpoints" / "step-00000008" / "state.json").exists, launchers[0])
+    victim = next(i for i, launcher in enumerate(launchers) if number_of(launcher) == lost)
+    dead, other = launchers[victim], launchers[1 - victim]
+    for process in (killed := processes_of(folders[victim])):
         process.kill()
-    launcher.communicate()
-    psutil.wait_procs(everyone[1:], timeout=30)
-    out = finished(torchrun(warm_script, "train", "--resume", "killed", cwd=tmp_path))
+    started = time.monotonic()
+    assert len(killed) >= 3  # launcher, torchrun's child, the rank
+    dead.communicate()
+    _, err = other.communicate(timeout=90)
+    assert other.returncode == 1 and time.monotonic() - started < 60
+    assert processes_of(folders[1 - victim]) == []
+    host = socket.gethostname()
+    told = {
+        1: rf"rank 1 \(node 1, {host}\)",
+        0: rf"(rank 0 \(|the launcher \(torchrun\) of this run on )node 0, {host}\)?",
+    }[lost]
+    assert re.search(f"error: a collective failed because {told} (exited|has exited) or cannot be reached", err), err
+    if lost == 1:
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["status"] == "failed" and re.search(told, summary["reason"])
+    out = finished(torchrun(warm_script, "train", "--resume", folder, cwd=tmp_path))
     assert "resuming after step" in out and "warning: the run had" not in out  # as many ranks as before
-    whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (whole_run, tmp_path / "killed"))
+    whole, resumed = (json.loads((run / "summary.json").read_text()) for run in (whole_run, folder))
     assert resumed["weights_sha256"] == whole["weights_sha256"]
     assert resumed["accuracy"] == whole["accuracy"] and resumed["tokens"] == whole["tokens"]
-    assert step_rows(tmp_path / "killed", UNTIMED) == step_rows(whole_run, UNTIMED)
+    assert step_rows(folder, UNTIMED) == step_rows(whole_run, UNTIMED)
 
 
 def test_a_run_that_goes_on_with_another_number_of_ranks_says_so(warm_isomorph: list[str], whole_run: Path) -> None:
@@ -163,9 +215,10 @@ def test_a_killed_rank_ends_the_run_with_a_sentence(isomorph: Path, tmp_path: Pa
         started = time.monotonic()
         _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == 1 and time.monotonic() - started < 60
-    assert "error: a collective failed because another rank exited" in err
+    told = f"a collective failed because rank 1 (node 0, {socket.gethostname()}) exited or cannot be reached"
+    assert f"error: {told}" in err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed" and "a collective failed because another rank exited" in summary["reason"]
+    assert summary["status"] == "failed" and told in summary["reason"]
 
 
 def test_a_killed_launcher_leaves_no_rank_behind(isomorph: Path, tmp_path: Path) -> None:
@@ -174,7 +227,7 @@ def test_a_killed_launcher_leaves_no_rank_behind(isomorph: Path, tmp_path: Path)
         _, alive = psutil.wait_procs(ranks, timeout=60)
         assert alive == []
         _, err = launcher.communicate(timeout=60)
-    assert "error: the launcher (torchrun) of this run has exited" in err
+    assert f"error: the launcher (torchrun) of this run on node 0, {socket.gethostname()} has exited" in err
 
 
 @pytest.mark.weekly  # twenty seconds of waiting
@@ -186,7 +239,7 @@ def test_a_rank_that_hangs_ends_the_run_with_a_sentence(isomorph: Path, tmp_path
         ranks[1].kill()  # torchrun would give it 30 s to end
         _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == 1
-    assert "error: rank 1 of this run has sent no heartbeat for 20 s" in err
+    assert f"error: rank 1 (node 0, {socket.gethostname()}) of this run sent no heartbeat for 20 s" in err
 
 
 def test_a_stop_ends_all_ranks_with_a_checkpoint(isomorph: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ The fork calls the ``main()`` of the console script. Start the program itself wh
 what happens at import: variables such as ISOMORPH_BACKEND, TRITON_INTERPRET and HF_HOME are read then.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,8 @@ def serve(path: str) -> None:
             isomorph.curriculum.cli.main()
             sys.exit(0)
         _, status = os.waitpid(command, 0)
-        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+        with contextlib.suppress(BrokenPipeError):  # the caller was killed
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
 
 

@@ -18,6 +18,7 @@ from isomorph.curriculum.commands.exit import fail
 from isomorph.curriculum.environment import check_backends
 from isomorph.curriculum.evaluation_spec import place_of
 from isomorph.curriculum.named_recipes import recipe_path
+from isomorph.curriculum.nodes import refuse_other_folder
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.report.page import PHASE_COLUMNS, phase_rows
 from isomorph.curriculum.report.run_record import read_run, read_run_json
@@ -72,6 +73,7 @@ def train_in(
         ranks.from_first(lambda: stack.enter_context(locked(folder)))
         out.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
         try:
+            refuse_other_folder(folder, ranks)
             summary = run_recipe(
                 recipe, folder, out, stop.requested, ranks, resume=resume, changes=changes, report=report
             )

@@ -7,7 +7,7 @@ balanced by tokens, and the gradients of the ranks are summed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,20 +25,51 @@ T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
 
 
+class Place(NamedTuple):
+    """Where a rank runs."""
+
+    node: int  # number of its launcher (torchrun's GROUP_RANK)
+    host: str  # name of its machine
+
+    def __str__(self) -> str:
+        return f"node {self.node}, {self.host}"
+
+
 class Ranks:
     """This process's rank, the world size and the collectives; with a world size of 1 collectives are no-ops.
 
     Every rank must call a collective, in the same order.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, places: Sequence[Place] = ()) -> None:
+        """``places``: of every rank; by default all are on one node."""
         self.rank = rank
         self.size = size
+        self.places = tuple(places) or (Place(0, "localhost"),) * size
+        self.lost: Callable[[], str] = lambda: "another rank exited, see its output"  # why a collective has failed
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which alone writes the log, checkpoints and the model."""
         return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of launchers."""
+        return len({place.node for place in self.places})
+
+    @property
+    def num_on_host(self) -> int:
+        """Number of ranks that share this one's machine."""
+        return sum(place.host == self.places[self.rank].host for place in self.places)
+
+    def named(self, ranks: Sequence[int]) -> str:
+        """``ranks`` and where they run, as "ranks 2 and 3 (node 1, HOST)"."""
+        found: dict[Place, list[str]] = {}
+        for rank in ranks:
+            found.setdefault(self.places[rank], []).append(str(rank))
+        parts = (f"rank{'s' * (len(own) > 1)} {' and '.join(own)} ({place})" for place, own in found.items())
+        return " and ".join(parts)
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's items of a list that all ranks hold: every ``size``-th, from ``rank`` on."""

@@ -171,7 +171,7 @@ def test_a_stage_that_does_not_fit_into_memory_is_told_before_it_starts(monkeypa
     policy = assemble.open_policy(recipe)
     monkeypatch.setattr("isomorph.curriculum.estimate.machine.available_gib", lambda: 0.0)
     monkeypatch.setattr("isomorph.curriculum.estimate.process_memory_gib", lambda: (0.5, 0.5))
-    (short,) = estimate.short_of_memory(recipe, policy, 1)
+    (short,) = estimate.short_of_memory(recipe, policy, ALONE)
     assert short.startswith("stage words: generate needs up to ") and "this device has 512.0 MiB" in short
     monkeypatch.setattr("isomorph.curriculum.estimate.machine.available_gib", lambda: 64.0)
-    assert estimate.short_of_memory(recipe, policy, 1) == []
+    assert estimate.short_of_memory(recipe, policy, ALONE) == []

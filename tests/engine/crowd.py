@@ -15,7 +15,7 @@ from isomorph.engine.distributed.launch import open_ranks
 class Crowd:
     """``ask(function, *arguments)`` runs ``function(ranks, *arguments)`` on every rank."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, num_nodes: int = 1) -> None:
         context = apart()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -24,7 +24,7 @@ class Crowd:
         self.processes = []
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, num_ranks, port, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, num_ranks, num_nodes, port, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -43,12 +43,15 @@ class Crowd:
             assert process.exitcode == 0
 
 
-def serve(rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
+def serve(rank: int, num_ranks: int, num_nodes: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    per_node = num_ranks // num_nodes
     started_by_torchrun = {
         "TORCHELASTIC_RUN_ID": "test",
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % per_node),
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "GROUP_RANK": str(rank // per_node),
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
