@@ -69,8 +69,7 @@ def run_recipe(
     ``changes``: what a resumed run changes of the recipe in run.json; ``recipe`` includes it. ``report``: also write
     the HTML report.
     """
-    if recipe.parallel.kind == "fsdp" and ranks.size == 1:
-        raise UserError('parallel.kind = "fsdp" needs several ranks, got 1: start with torchrun, or set "data"')
+    _refuse_ranks(recipe, ranks)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     check_sinks(recipe.log)
@@ -114,6 +113,14 @@ def run_recipe(
         summary = _leave_results(recipe, components, state, folder, report=report)
         ranks.wait()  # for rank 0; then samplers close, and vLLM destroys the process group
         return summary
+
+
+def _refuse_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Raises UserError where FSDP2 cannot divide the model over this number of ranks."""
+    if recipe.parallel.kind == "fsdp" and ranks.size == 1:
+        raise UserError('parallel.kind = "fsdp" needs several ranks, got 1: start with torchrun, or set "data"')
+    if (shards := recipe.parallel.shards) and ranks.size % shards:
+        raise UserError(f"parallel.shards must divide the number of ranks, got {shards} shards and {ranks.size} ranks")
 
 
 def _leave_results(
@@ -256,7 +263,7 @@ def _policy_of_run(recipe: Recipe, ranks: Ranks, *, resume: bool) -> Policy:
     if not resume:
         refuse_other_weights(policy, ranks)
     if is_sharded:
-        shard(policy)
+        shard(policy, recipe.parallel.shards)
         if not resume:
             read_weights(policy)
     return policy

@@ -156,7 +156,9 @@ def _of_kind(recipe: Recipe, kind: str) -> tuple[Recipe, str | None]:
     """The recipe with another ``parallel.kind``, and why that is refused. Weights shared with vLLM become copies."""
     tables = recipe.model_dump()
     tables["parallel"]["kind"] = kind
-    if kind == "fsdp":
+    if kind == "data":
+        tables["parallel"]["shards"] = None
+    else:
         tables["sampler"]["publish"] = "copy"
     try:
         return Recipe.model_validate(tables, context={"folder": recipe.folder}), None

@@ -77,12 +77,14 @@ def _refuse_other(describe: Callable[[], dict[str, str]], ranks: Ranks) -> None:
         except UserError as error:
             return str(error)
 
-    (_, first), *others = _of_nodes(ranks, told) or [(0, {})]
-    for node, found in ((0, first), *others):
+    known: list[tuple[int, dict[str, str]]] = []
+    for node, found in _of_nodes(ranks, told):
         if isinstance(found, str):
             raise UserError(f"on node {node}: {found}")
-    for node, found in others:
-        if changed := [name for name in {**first, **found} if first.get(name) != found.get(name)]:  # type: ignore[dict-item]
+        known.append((node, found))
+    for node, found in known[1:]:
+        first = known[0][1]
+        if changed := [name for name in {**first, **found} if first.get(name) != found.get(name)]:
             raise UserError(
                 f"{changed[0]} must be the same on all nodes, it differs between node 0 and node {node}: copy it from "
                 "one to the other"

@@ -23,11 +23,12 @@ MAY_CHANGE = (
     *("eval.every", "eval.samples", "eval.temperature"),
     *("model.gradient_checkpointing_every", "model.compile", "model.path", "data.*.files.*"),
     *("data.*.eval_files.*", "data.*.path", "data.*.eval_path", "data.*.chat_template"),
+    "parallel.shards",
 )
 IN_WORDS = (
     "a stage's steps and other ends, optim and batch.micro_batch_tok; the sampler's kv_tok, max_seqs, memory_frac, "
     "max_model_len and keep_cache; run, but for its seed; log; eval.every, samples and temperature; "
-    "model.gradient_checkpointing_every, model.compile; paths to files of the same content"
+    "model.gradient_checkpointing_every, model.compile; parallel.shards; paths to files of the same content"
 )
 
 Changes = dict[str, list[Any]]  # key -> before, after

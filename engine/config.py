@@ -511,16 +511,22 @@ class ParallelConfig(Section):
     """Parallelism over the ranks that torchrun starts; without effect on one rank."""
 
     kind: Literal["data", "fsdp"] = "data"  # data: whole model on every rank; fsdp: masters, moments, gradients sharded
+    # fsdp: consecutive ranks that hold one copy together, such as a node's; so there are ranks / shards copies (hybrid
+    # sharding). None: all ranks hold one
+    shards: int | None = Field(None, ge=2)
 
     @model_validator(mode="before")
     @classmethod
-    def _is_of_one_dimension(cls, given: Any) -> Any:
+    def _hybrid_is_a_number_of_shards(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("kind") in ("hybrid", "hsdp"):
             raise ValueError(
-                f'kind = "{given["kind"]}" is not supported: shards lie over all ranks ("fsdp"), or nothing is sharded '
-                '("data"); hybrid sharding, within a node and copied across nodes, is not there'
+                f'kind = "{given["kind"]}" is not supported: for hybrid sharding, within a node and copied across '
+                'nodes, set kind = "fsdp" and shards to the number of devices of a node'
             )
         return given
+
+    def idle(self) -> dict[KeyPath, str]:
+        return {("shards",): 'nothing is sharded with kind = "data"'} if self.kind == "data" else {}
 
 
 class RunConfig(Section):

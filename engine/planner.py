@@ -78,7 +78,7 @@ class Facts:
     sampler: Literal["builtin", "vllm"]
     sampler_copies: bool  # vllm: has its own copy of the weights
     num_ranks: int
-    num_shards: int  # FSDP2: ranks over which masters, moments and gradients are sharded; else 1
+    num_shards: int  # FSDP2: ranks over which one copy of masters, moments and gradients is sharded; else 1
     memory_frac: float  # vllm
     max_seqs: int
     kv_limit_tok: int | None  # builtin: sampler.kv_tok
@@ -249,7 +249,8 @@ def _checkpoint_bytes(facts: Facts) -> float:
         return 0
     own = facts.shape.num_trained / facts.num_shards
     weights = 4.0 if facts.num_shards > 1 else facts.weight_bytes + (4.0 if has_masters(facts) else 0.0)
-    return own * (weights + 8) + (facts.has_reference + facts.keeps_start) * _snapshot_bytes(facts)
+    num_writers = facts.num_ranks / facts.num_shards if facts.num_shards > 1 else 1  # copies, each writes every n-th
+    return (own * (weights + 8) + (facts.has_reference + facts.keeps_start) * _snapshot_bytes(facts)) / num_writers
 
 
 def _snapshot_bytes(facts: Facts) -> float:
@@ -355,7 +356,7 @@ def facts_of(
         sampler=config.sampler.kind,
         sampler_copies=config.sampler.kind == "vllm" and config.sampler.publish == "copy",
         num_ranks=num_ranks,
-        num_shards=num_ranks if config.parallel.kind == "fsdp" else 1,
+        num_shards=min(config.parallel.shards or num_ranks, num_ranks) if config.parallel.kind == "fsdp" else 1,
         memory_frac=config.sampler.memory_frac,
         max_seqs=config.sampler.max_seqs,
         kv_limit_tok=config.sampler.kv_tok,

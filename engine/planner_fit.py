@@ -194,7 +194,8 @@ def _shards(facts: Facts, ceilings: Ceilings) -> _Change | None:
     sent = sum(network_bytes(changed).values()) / GIB
     sync = ', sampler.publish = "copy"' if facts.sampler == "vllm" and not facts.sampler_copies else ""
     cost = f"{num_ranks} devices; each sends {sent:,.0f} GiB a step to the others"
-    return _Change(f'parallel.kind = "fsdp"{sync} on {num_ranks} ranks', changed, cost)
+    whole = " without parallel.shards" if 1 < facts.num_shards < facts.num_ranks else ""
+    return _Change(f'parallel.kind = "fsdp"{whole}{sync} on {num_ranks} ranks', changed, cost)
 
 
 def _adapters(facts: Facts, shape: ModelShape) -> _Change | None:

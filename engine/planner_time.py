@@ -80,14 +80,16 @@ def network_bytes(facts: Facts) -> dict[str, float]:
 
     data: gradients in float32, all-reduced once an optimizer step. FSDP2: layers gathered in the weights' dtype for
     every forward, and again for the backward (embedding and unembedding once); gradients reduced and scattered in
-    float32 after every micro-batch; all weights gathered once to sample and once for a weight sync that copies.
+    float32 after every micro-batch; all weights gathered once to sample and once for a weight sync that copies. With
+    hybrid sharding all that within a copy, and shards of gradients all-reduced between copies once an optimizer step.
     """
     shape, n = facts.shape, facts.num_ranks
     if n == 1:
         return {}
-    share = (n - 1) / n
     if facts.num_shards == 1:
-        return {"gradients": 2 * share * 4.0 * shape.num_trained * facts.num_updates}
+        return {"gradients": 2 * (n - 1) / n * 4.0 * shape.num_trained * facts.num_updates}
+    num_copies, share = n // facts.num_shards, (facts.num_shards - 1) / facts.num_shards
+    between = 2 * (num_copies - 1) / num_copies * 4.0 * shape.num_parameters / facts.num_shards
     whole = share * facts.weight_bytes * shape.num_parameters
     layers = share * facts.weight_bytes * shape.num_backbone
     num_batches = max(1, math.ceil(facts.forward_tok / facts.micro_tok))
@@ -96,6 +98,7 @@ def network_bytes(facts: Facts) -> dict[str, float]:
         "weights, update": num_passes * (whole + layers),
         "weights, forward alone": num_batches * (facts.has_reference + facts.is_repeated) * whole,
         "gradients": num_passes * share * 4.0 * shape.num_parameters,
+        "gradients, copies": facts.num_updates * between,
         "weights, sampling": whole if facts.is_sampled and facts.sampler == "builtin" else 0.0,
         "weights, sync": whole if facts.sampler_copies else 0.0,
     }

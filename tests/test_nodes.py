@@ -9,8 +9,10 @@ import pytest
 import torch
 from apart import start_apart
 from crowd import Crowd
+from rich.console import Console
 from tiny_runs import TINY
 
+from isomorph.curriculum.assemble import run_recipe
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.nodes import refuse_other_files, refuse_other_folder, refuse_other_recipe, refuse_other_weights
 from isomorph.curriculum.recipe import Recipe
@@ -127,3 +129,11 @@ def test_a_rank_that_does_not_join_is_named() -> None:
     process = start_apart(joined, port)
     process.join(60)
     assert process.exitcode == 0
+
+
+def test_shards_must_divide_the_ranks(tmp_path: Path) -> None:
+    recipe = load_recipe(SMOKE, ["parallel.kind=fsdp", "parallel.shards=2"], Recipe)
+    with pytest.raises(UserError, match=r"parallel.shards must divide the number of ranks, got 2 shards and 3 ranks"):
+        run_recipe(recipe, tmp_path, Console(), lambda: False, Ranks(0, 3), resume=False)
+    with pytest.raises(UserError, match='parallel.shards has no effect, because nothing is sharded with kind = "data"'):
+        load_recipe(SMOKE, ["parallel.shards=2"], Recipe)

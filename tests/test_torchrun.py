@@ -158,7 +158,7 @@ def test_a_lost_node_ends_the_run_which_goes_on_bit_for_bit_on_the_other(
     launchers = [
         torchrun(warm_script, *command, cwd=own, of=(*of, is_host)) for own, is_host in zip(folders, hosts, strict=True)
     ]
-    wait_for((folder / "checkpoints" / "step-00000008" / "state.json").exists, launchers[0])
+    wait_for((folder / "checkpoints" / "step-00000008" / "state.json").exists, launchers[0], seconds=400)
     victim = next(i for i, launcher in enumerate(launchers) if number_of(launcher) == lost)
     dead, other = launchers[victim], launchers[1 - victim]
     for process in (killed := processes_of(folders[victim])):

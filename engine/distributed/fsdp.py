@@ -1,5 +1,9 @@
 """FSDP2: every rank holds one shard of each tensor. Conversions between shards and full tensors.
 
+With hybrid sharding (arXiv 2304.11277, section 3.2.2) the ranks are a mesh of copies x shards: consecutive ranks hold
+one copy together. Gradients are summed among its ranks in every micro-batch, and once an optimizer step among the ranks
+of all copies that have the same shard.
+
 Without FSDP a tensor is no DTensor, and each function here returns it as it is.
 """
 
@@ -11,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, Parameter
 
@@ -20,18 +24,19 @@ from isomorph.engine.model.policy import Policy
 from isomorph.engine.record.telemetry import give_back_freed_memory
 
 
-def shard(policy: Policy) -> None:
+def shard(policy: Policy, num_shards: int | None = None) -> None:
     """Applies FSDP2 to the policy's model, in place: one unit for each decoder layer, one for all else.
 
     Each rank keeps its shard of the weights in float32 (the optimizer's masters). A layer's full weights are gathered,
     in the policy's dtype, while the layer computes; gradients are reduced by summation during the backward. Call it
     before the optimizer is built, and after everything that needs the weights as they were loaded.
+    ``num_shards``: ranks that hold one copy together; must divide their number. None: all of them.
 
     One unit after the other is widened and cut, so that a rank holds at most one full unit in float32. Weights of a
     model on the meta device are allocated unit by unit, too, and hold no values afterwards: read them into the shards.
     """
     model, wide = policy.model, torch.promote_types(policy.dtype, torch.float32)
-    mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
+    mesh = _mesh(policy.device.type, dist.get_world_size(), num_shards)
     precision = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=wide, cast_forward_inputs=False)
     for layer in model.model.layers:
         _widen(layer, wide, policy.device)
@@ -45,6 +50,27 @@ def shard(policy: Policy) -> None:
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "run")
     policy.unsharded = partial(_unsharded, model)
+
+
+def _mesh(device_type: str, num_ranks: int, num_shards: int | None) -> DeviceMesh:
+    if num_shards is None or num_shards == num_ranks:
+        return init_device_mesh(device_type, (num_ranks,))
+    return init_device_mesh(device_type, (num_ranks // num_shards, num_shards), mesh_dim_names=("copies", "shards"))
+
+
+def sum_between_copies(model: Module, is_on: bool) -> None:
+    """Whether the next backward sums gradients between copies, too; those of the ones before are then included."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_on)
+
+
+def discard_gradients(model: Module) -> None:
+    """Drops what FSDP2 has summed within a copy, where a pass ended before the copies were summed.
+
+    PyTorch before 2.13 keeps it: there a run must end after such a pass.
+    """
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
 
 
 def _widen(unit: Module, wide: torch.dtype, device: torch.device) -> None:

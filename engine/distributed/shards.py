@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # torch.distributed.checkpoint's names in the metadata of a file
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
@@ -38,15 +38,21 @@ class Saved(NamedTuple):
 def own_part(tensor: Tensor) -> Part:
     """What this rank holds of ``tensor``: all of a plain one, the rows of its shard of a DTensor.
 
-    Raises ValueError for a DTensor that is not divided by rows over one dimension of ranks, as FSDP2 does.
+    Raises ValueError for a DTensor that is not divided by rows over the last dimension of ranks, as FSDP2 does.
     """
     if not isinstance(tensor, DTensor):
         return Part(tensor.detach(), 0)
     mesh = tensor.device_mesh
-    if mesh.ndim != 1 or tuple(tensor.placements) != (Shard(0),):
-        raise ValueError(f"a shard must be rows, over one dimension of ranks, got {tensor.placements} on {mesh}")
-    most = -(-tensor.shape[0] // mesh.size())
-    return Part(tensor.to_local().detach(), min(mesh.get_local_rank() * most, tensor.shape[0]))
+    if tuple(tensor.placements) not in ((Shard(0),), (Replicate(), Shard(0))):
+        raise ValueError(f"a shard must be rows, over the last dimension of ranks, got {tensor.placements} on {mesh}")
+    most = -(-tensor.shape[0] // mesh.size(-1))
+    return Part(tensor.to_local().detach(), min(mesh.get_local_rank(mesh.ndim - 1) * most, tensor.shape[0]))
+
+
+def is_written_here(tensor: DTensor, number: int) -> bool:
+    """Whether this rank's copy writes the ``number``-th tensor of a checkpoint: each copy writes every n-th."""
+    mesh = tensor.device_mesh
+    return mesh.ndim == 1 or number % mesh.size(0) == mesh.get_local_rank(0)
 
 
 def host_part(part: Part) -> Part:

@@ -9,7 +9,7 @@ folder without a name, and the checkpoint before stays the newest.
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from isomorph.engine.distributed.ranks import Ranks
-from isomorph.engine.distributed.shards import Part, host_part, own_part
+from isomorph.engine.distributed.shards import Part, host_part, is_written_here, own_part
 from isomorph.engine.record.checkpoint import (
     abandon_shards,
     begin_shards,
@@ -148,18 +148,24 @@ def _shards(
 ) -> tuple[_Job, Callable[[], Any]]:
     """A job that writes this rank's parts. What is not divided the first rank writes, but for a round's tensors."""
     kept = host_part if copies else Part._make
-    own = {
-        name: kept(own_part(tensor))
-        for name, tensor in learner.items()
-        if isinstance(tensor, DTensor) or ranks.is_first or name.startswith("round/")
-    }
-    rows = {name: kept(own_part(weight)) for name, weight in weights.items()}
+    own, rows = ({name: kept(own_part(t)) for name, t in _written_here(held, ranks)} for held in (learner, weights))
     job = _Job(
         state.step,
         lambda written: finish_shards(root, state, written, keep=keep),
         lambda: abandon_shards(root, state.step),
     )
     return job, lambda: write_shards(root, state.step, ranks.rank, ranks.size, rows, own)
+
+
+def _written_here(tensors: Mapping[str, Tensor], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    divided = 0
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            is_own, divided = is_written_here(tensor, divided), divided + 1
+        else:
+            is_own = ranks.is_first or name.startswith("round/")
+        if is_own:
+            yield name, tensor
 
 
 def _begun(root: Path, step: int, ranks: Ranks) -> str | None:

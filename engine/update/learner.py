@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from isomorph.engine.config import Stage
-from isomorph.engine.distributed.fsdp import from_shard, local_shard, shard_like
+from isomorph.engine.distributed.fsdp import discard_gradients, from_shard, local_shard, shard_like, sum_between_copies
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import batch_stats
@@ -184,6 +184,7 @@ class Learner:
         except BaseException:
             work.tally = tally
             self.optimizer.zero_grad()
+            discard_gradients(self.policy.model)
             raise
         lr = learning_rate(work.stage.optim, work.stage_step, work.stage.steps)
         self.is_writing_weights = True
@@ -222,6 +223,7 @@ class Learner:
             inputs = self._token_inputs(batch, update, work.stage, old, reference[b] if reference else None)
             if work.advantage is not None:
                 inputs = replace(inputs, advantage=work.advantage[u][b])
+            sum_between_copies(self.policy.model, b == len(update.batches) - 1)
             logprobs.append(self._backward(batch, inputs, work.stage, work.tally))
         if before is None and is_first:  # later the weights are no longer those that sampled
             work.add_mismatch(update, logprobs)

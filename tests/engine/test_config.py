@@ -190,7 +190,7 @@ def test_an_old_name_is_refused_with_the_new_one(section: type[Section], old: di
     ("section", "values", "sentence"),
     [
         (SamplerConfig, dict(tensor_parallel_size=2), "tensor_parallel_size is not supported, because each rank has"),
-        (ParallelConfig, dict(kind="hsdp"), 'kind = "hsdp" is not supported: shards lie over all ranks'),
+        (ParallelConfig, dict(kind="hsdp"), 'kind = "hsdp" is not supported: for hybrid sharding'),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(section: type[Section], values: dict[str, object], sentence: str) -> None:

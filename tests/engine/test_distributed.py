@@ -1,5 +1,6 @@
-"""Two gloo ranks against one: gradients, denominators, statistics, and collectives."""
+"""Two gloo ranks against one, and four as two copies of two shards: gradients, statistics, checkpoints, collectives."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from crowd import Crowd
+from safetensors.torch import load_file
 from small_world import TINY, WORDS, make_groups, with_advantages
 from torch import Tensor
 from truth import exact_norms
@@ -80,6 +83,17 @@ def crowd() -> Iterator[Crowd]:
     crowd.close()
 
 
+@pytest.fixture(scope="module")
+def four() -> Iterator[Crowd]:
+    """Two nodes of two ranks each, for kind = "hybrid": two copies of two shards."""
+    crowd = Crowd(4, num_nodes=2)
+    yield crowd
+    crowd.close()
+
+
+NUM_SHARDS = {"fsdp": None, "hybrid": 2}  # by the kinds that are sharded
+
+
 # -- invariant 1: the gradient does not depend on the number of ranks
 def step_on(
     ranks: Ranks, objective: ObjectiveConfig, groups: list[Group], batch: dict[str, Any], kind: str = "data"
@@ -87,8 +101,8 @@ def step_on(
     """The gradient of each optimizer step, before clipping; the weights are not changed."""
     policy = make_policy(lora=LoraConfig(rank=2) if kind == "adapters" else None)
     stage = make_stage(objective, batch=batch)
-    if kind == "fsdp":
-        shard(policy)
+    if kind in NUM_SHARDS:
+        shard(policy, NUM_SHARDS[kind])
     learner = Learner(policy, ranks)
     learner.enter(stage)
     if objective.needs_reference:
@@ -116,14 +130,14 @@ def step_on(
 def assert_same_step(
     crowd: Crowd, objective: ObjectiveConfig, groups: list[Group], kind: str = "data", **batch: Any
 ) -> None:
-    whole, stats = step_on(ALONE, objective, groups, batch, "data" if kind == "fsdp" else kind)
-    (first, first_stats), (second, second_stats) = crowd.ask(step_on, objective, groups, batch, kind)
-    assert len(whole) == len(first) == len(second)
-    for one, ours, theirs in zip(whole, first, second, strict=True):
+    whole, stats = step_on(ALONE, objective, groups, batch, "data" if kind in NUM_SHARDS else kind)
+    (first, first_stats), *others = crowd.ask(step_on, objective, groups, batch, kind)
+    assert len(whole) == len(first) and all(len(first) == len(other) for other, _ in others)
+    for i, (one, ours) in enumerate(zip(whole, first, strict=True)):
         assert one.norm() > 1e-3
-        assert torch.equal(ours, theirs)  # or the ranks would drift apart
+        assert all(torch.equal(ours, other[i]) for other, _ in others)  # or the ranks would drift apart
         torch.testing.assert_close(ours, one, rtol=0, atol=1e-12)
-    found = [numbers(first_stats), numbers(second_stats)]
+    found = [numbers(first_stats), *(numbers(stats) for _, stats in others)]
     for name, value in numbers(stats).items():
         if name == "num_forward_tok":  # a split group's prompt and an idle pass count
             continue
@@ -208,8 +222,8 @@ def weights_after_steps(ranks: Ranks, dtype: torch.dtype, kind: str, root: Path 
 
 def started(ranks: Ranks, dtype: torch.dtype, kind: str) -> tuple[Policy, Learner]:
     policy = make_policy(dtype)
-    if kind == "fsdp":
-        shard(policy)
+    if kind in NUM_SHARDS:
+        shard(policy, NUM_SHARDS[kind])
     return policy, Learner(policy, ranks)
 
 
@@ -226,7 +240,7 @@ def resumed(ranks: Ranks, dtype: torch.dtype, kind: str, stage: Stage, root: Pat
     policy.overwrite([torch.zeros_like(weight) for weight in policy.snapshot()])
     newest = latest_checkpoint(root)
     assert newest is not None
-    if kind == "fsdp":
+    if kind in NUM_SHARDS:
         _, tensors = load_shards(newest, policy.stored(), ranks)
     else:
         _, weights, tensors = load_checkpoint(newest)
@@ -314,6 +328,87 @@ def test_a_checkpoint_of_two_ranks_is_read_by_three_and_by_one(crowd: Crowd, tmp
         assert_same_tensors(found, wanted)
         masters = [tensor for name, tensor in wanted.items() if name.startswith("master/")]
         assert all(torch.equal(w, m.bfloat16()) for w, m in zip(weights, masters, strict=True))
+
+
+def test_copies_of_shards_learn_what_one_rank_does(four: Crowd) -> None:
+    groups = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1)), (2, (3, 3, 9))))
+    assert_same_step(four, ObjectiveConfig(name="grpo", kl_coef=0.1), groups, "hybrid", micro_batch_tok=14)
+    assert_same_step(four, ObjectiveConfig(name="dapo"), groups[:1], "hybrid", micro_batch_tok=14)  # three without any
+    first, *others = four.ask(weights_after_steps, torch.float64, "hybrid")  # clipped
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first, weights_after_steps(ALONE, torch.float64, "data"), rtol=0, atol=1e-10)
+
+
+def sums_between_copies(ranks: Ranks) -> tuple[int, int, bool]:
+    """All-reduces of an optimizer step of three micro-batches; and whether a step that failed before leaves nothing."""
+    policy, learner = started(ranks, torch.float64, "hybrid")
+    stage = make_stage(batch=dict(micro_batch_tok=14))
+    learner.enter(stage)
+    assert learner.optimizer is not None
+    learner.optimizer.step = lambda **_: 1.0  # type: ignore[method-assign]
+    seen: list[Tensor] = []
+    real, num = dist.all_reduce, [0]
+
+    def all_reduce(*arguments: Any, **named: Any) -> Any:
+        num[0] += 1
+        return real(*arguments, **named)
+
+    groups = make_groups(((5, (4, 1, 7)), (4, (8, 2, 1))) * 4)
+    updates = pack(
+        groups, micro_batch_tok=14, prompts_per_update=8, objective=stage.objective, device=policy.device, ranks=ranks
+    )
+    zero = learner.optimizer.zero_grad
+    learner.optimizer.zero_grad = lambda: seen.append(flat(learner)) or zero()  # type: ignore[method-assign, func-returns-value]
+    dist.all_reduce = all_reduce
+    try:
+        learner.update(updates, stage, 0)
+    finally:
+        dist.all_reduce = real
+    calls = iter(range(9))
+
+    def fails() -> None:
+        if next(calls) == 1:
+            raise OverflowError
+
+    learner.on_batch = fails
+    with contextlib.suppress(OverflowError):
+        learner.update(updates, stage, 0)
+    learner.on_batch = lambda: None
+    learner.update(updates, stage, 0)
+    return len(updates[0].batches), num[0], torch.equal(seen[0], seen[-1])
+
+
+def flat(learner: Learner) -> Tensor:
+    assert learner.optimizer is not None
+    return torch.cat(
+        [full_tensor(gradient).flatten() for gradient in learner.optimizer.gradients()] or [torch.empty(0)]
+    )
+
+
+def test_gradients_are_summed_between_copies_once_a_step(four: Crowd) -> None:
+    units = TINY.num_layers + 1
+    for num_batches, num_sums, is_same in four.ask(sums_between_copies):
+        assert num_batches > 1 and num_sums == units and is_same
+
+
+def test_a_checkpoint_of_two_copies_is_written_once_and_read_by_others(
+    four: Crowd, crowd: Crowd, tmp_path: Path
+) -> None:
+    whole, *_ = four.ask(weights_after_steps, torch.bfloat16, "hybrid")
+    assert all(torch.equal(found, whole) for found in four.ask(weights_after_steps, torch.bfloat16, "hybrid", tmp_path))
+    wanted, *others = four.ask(saved_state, "hybrid", tmp_path)
+    for other in others:
+        assert_same_tensors(other, wanted)
+    folder = tmp_path / "step-00000002"
+    files = [[load_file(path) for path in folder.glob(f"*-0000{rank}-of-00004.safetensors")] for rank in (1, 2, 3, 4)]
+    sizes = [sum(tensor.nbytes for own in found for tensor in own.values()) for found in files]
+    assert sum(sizes) == sum(tensor.nbytes for tensor in wanted.values())  # no tensor twice
+    assert max(sizes) < 0.4 * sum(sizes)
+    for state, _ in (*crowd.ask(found_state, "fsdp", tmp_path), found_state(ALONE, "data", tmp_path)):
+        assert_same_tensors(state, wanted)
+    wanted, _ = crowd.ask(saved_state, "fsdp", tmp_path)
+    for state, _ in four.ask(found_state, "hybrid", tmp_path):
+        assert_same_tensors(state, wanted)
 
 
 def test_a_checkpoint_of_one_rank_is_read_by_two(crowd: Crowd, tmp_path: Path) -> None:

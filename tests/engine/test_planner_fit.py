@@ -17,12 +17,12 @@ WEIGHTS, HEAD = 7_615_616_512, 152_064 * 3584  # of Qwen2.5-7B; the unembedding 
 CARD = card_ceilings("h200")[1]
 
 
-def seven_b(num_ranks: int = 1, kind: str = "data", **changes: Any) -> Facts:
+def seven_b(num_ranks: int = 1, kind: str = "data", shards: int | None = None, **changes: Any) -> Facts:
     """2 prompts of 100 tokens with 3 responses of 50 on each rank."""
     model = ModelConfig(path=str(SEVEN_B), dtype="bfloat16")
     batch, sampling = {"prompts": 2 * num_ranks}, {"samples_per_prompt": 3, "max_new_tok": 50}
     stage = Stage.model_validate({"name": "a", "steps": 1, "batch": batch, "sampling": sampling})
-    config = EngineConfig.model_validate({"model": model, "parallel": {"kind": kind}})
+    config = EngineConfig.model_validate({"model": model, "parallel": {"kind": kind, "shards": shards}})
     facts = facts_of(
         config, stage, read_shape(model, []), prompt_tok=100, device_gib=139.8, is_gpu=True, num_ranks=num_ranks
     )
@@ -53,6 +53,20 @@ def test_fsdp_gathers_layers_twice_a_micro_batch_and_reduces_gradients_once() ->
     repeated = network_bytes(dataclasses.replace(facts, has_reference=True, sampler="vllm", sampler_copies=True))
     assert repeated["weights, forward alone"] == pytest.approx(2 * 3 / 4 * 2 * WEIGHTS)
     assert repeated["weights, sync"] == pytest.approx(3 / 4 * 2 * WEIGHTS) and "weights, sampling" not in repeated
+
+
+def test_copies_of_shards_gather_among_themselves_and_sum_gradients_once_a_step() -> None:
+    """As above, on 8 ranks as 2 copies of 4 shards: 2 * 1/2 of a shard of gradients travels between the copies."""
+    whole, facts = seven_b(4, "fsdp", micro_tok=250), seven_b(8, "fsdp", 4, micro_tok=250)
+    assert facts.num_shards == 4 and facts.forward_tok == whole.forward_tok
+    between = {"gradients, copies": pytest.approx(2 * 1 / 2 * 4 * WEIGHTS / 4)}
+    assert network_bytes(facts) == network_bytes(whole) | between
+    held, of_whole = uses(facts), uses(whole)
+    assert (
+        held.pop("checkpoint's copy") == of_whole.pop("checkpoint's copy") / 2
+    )  # each copy writes half of the tensors
+    assert held == of_whole
+    assert seven_b(2, "fsdp", 4).num_shards == 2
 
 
 def test_a_second_pass_over_the_rollouts_takes_as_long_as_the_first() -> None:
