@@ -101,8 +101,7 @@ def run_recipe(
                 tables = recipe.model_dump(mode="json")
                 log.sinks += stack.enter_context(open_sinks(recipe.log, folder, tables, state.step))
                 log.sinks.append(FirstSteps(recipe, components.policy, log, before_gib, ranks.size))
-        total = sum(stage.steps for stage in recipe.stage)
-        stack.enter_context(log.progress(state.step, total))
+        stack.enter_context(log.progress(state.step, sum(stage.steps for stage in recipe.stage)))
         try:
             with lost_ranks_explained(ranks):
                 state = train(components, state)
