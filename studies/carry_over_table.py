@@ -1,8 +1,8 @@
-"""Tables of carry_over and carry_over_frequent: accuracies, differences to words only, what rarity does to them.
+"""Table of carry_over, carry_over_frequent and carry_over_control: accuracies, differences to words only.
 
-    python studies/carry_over_table.py [--page README.md]     prints, or writes between the page's markers
+    python studies/carry_over_table.py [--page docs/carry-over.md]     prints, or writes between the page's markers
 
-From the committed rows of both studies alone: the test exam's where it was taken, else the development exam's.
+From the committed rows of the studies alone: the test exam's where it was taken, else the development exam's.
 """
 
 import argparse
@@ -21,37 +21,66 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from markers import between  # noqa: E402
 
-RARE, FREQUENT = ROOT / "studies" / "carry_over" / "results", ROOT / "studies" / "carry_over_frequent" / "results"
-FIRST, BASELINE = "graph20_words40", "words"
+RARE, FREQUENT, CONTROL = (
+    ROOT / "studies" / name / "results" for name in ("carry_over", "carry_over_frequent", "carry_over_control")
+)
+FIRST, COIN, BASELINE = "graph20_words40", "coin20_words40", "words"
 MARKER = "carry_over"
 
 
-def table(rare: StudyResults, frequent: StudyResults | None) -> str:
+def committed() -> str:
+    """From the rows beside this file."""
+    others = (read_results(folder) if (folder / STUDY).is_file() else None for folder in (FREQUENT, CONTROL))
+    return table(read_results(RARE), *others)
+
+
+def table(rare: StudyResults, frequent: StudyResults | None, control: StudyResults | None = None) -> str:
     """Markdown. Accuracies in %, differences in points, all means over seeds."""
-    lines = []
-    for name, results in (("rare", rare), ("frequent", frequent)):
+    lines = _head(rare)
+    for name, results in (("rare", rare), ("rare", control), ("frequent", frequent)):
         if results is not None:
-            lines += _rows(name, results, analyse(results), with_head=not lines)
-    if frequent is not None:
-        lines += ["", *(_interaction(rare, frequent, budget) for budget in rare.study["budgets"])]
+            again = (BASELINE,) if results is control else ()  # the control's own run of it is carry_over's
+            lines += _rows(name, results, analyse(results), left_out=again)
+    lines += ["", *_says(rare)]
+    for budget in rare.study["budgets"]:
+        if control is not None:
+            lines.append(_against_coin(rare, control, budget))
+        if frequent is not None:
+            lines.append(_interaction(rare, frequent, budget))
     return "\n".join(lines)
 
 
-def _rows(name: str, results: StudyResults, analysis: Analysis, *, with_head: bool) -> list[str]:
-    budgets, exam = results.study["budgets"], analysis.exam
+def _head(results: StudyResults) -> list[str]:
+    budgets = results.study["budgets"]
+    columns = ["reward in words", "condition", "at the start", *(f"{b} steps" for b in budgets)]
+    columns += [f"minus {BASELINE}, {b} steps" for b in budgets]
+    return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+
+
+def _rows(name: str, results: StudyResults, analysis: Analysis, *, left_out: Sequence[str]) -> list[str]:
     measure = results.study["measure"][0]
     lines = []
-    if with_head:
-        columns = ["reward in words", "condition", "at the start", *(f"{b} steps" for b in budgets)]
-        columns += [f"minus {BASELINE}, {b} steps" for b in budgets]
-        lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     for condition in results.study["conditions"]:
-        start = _mean(results, condition, 0, measure, DEVELOPMENT)
-        after = [_mean(results, condition, b, measure, exam) for b in budgets]
-        against = [_find(analysis, condition, b, measure) for b in budgets]
-        cells = [name, condition, *(_percent(x) for x in (start, *after)), *(_points(c) for c in against)]
-        lines.append(f"| {' | '.join(cells)} |")
+        if condition not in left_out:
+            after = [_mean(results, condition, b, measure, analysis.exam) for b in results.study["budgets"]]
+            against = [_find(analysis, condition, b, measure) for b in results.study["budgets"]]
+            start = _mean(results, condition, 0, measure, DEVELOPMENT)
+            cells = [name, f"`{condition}`", *(_percent(x) for x in (start, *after)), *(_points(c) for c in against)]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _says(results: StudyResults) -> list[str]:
+    """What the table's numbers are."""
+    exam, measure = analyse(results).exam, results.study["measure"][0]
+    points = (results.point(BASELINE, s, results.study["budgets"][0], measure, exam) for s in _seeds(results, BASELINE))
+    num_items = max((len(p.right_I) for p in points if p is not None), default=0)
+    seeds = results.study["seeds"]
+    return [
+        f"Accuracy on words, {exam} exam ({num_items} questions; at the start: the development exam's), mean over seeds"
+        f" {seeds[0]} to {seeds[-1]}; differences with 95 % intervals over seeds, not adjusted, and p of a paired t"
+        " test, adjusted by Holm over a study's planned comparisons. `python studies/carry_over_table.py`"
+    ]
 
 
 def _mean(results: StudyResults, condition: str, step: int, measure: str, exam: str) -> float | None:
@@ -87,37 +116,51 @@ def _effect(one: Effect) -> str:
     return f"{100 * one.mean:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
 
 
+def _against_coin(rare: StudyResults, control: StudyResults, budget: int) -> str:
+    """How much the reward's being right matters, on the exam of both studies."""
+    exam = _exam(rare, control)
+    first, coin = _rights(rare, FIRST, budget, exam), _rights(control, COIN, budget, exam)
+    return _line(f"`{FIRST}` minus `{COIN}` after {budget} steps", _minus(first, coin), exam)
+
+
 def _interaction(rare: StudyResults, frequent: StudyResults, budget: int) -> str:
     """How much greater the difference is where reward is rare, over the seeds and on the exam of both studies."""
-    is_tested = all(analyse(results).exam == TEST for results in (rare, frequent))
-    exam = TEST if is_tested else DEVELOPMENT
-    gains = [_gains(results, budget, exam) for results in (rare, frequent)]
-    both = [seed for seed in gains[0] if seed in gains[1]]
-    if not both:
-        return f"After {budget} steps: no seed has both."
-    found = effect([gains[0][seed] - gains[1][seed] for seed in both], shared=True)
-    return (
-        f"`{FIRST}` minus `{BASELINE}` after {budget} steps, where reward is rare minus where it is frequent: "
-        f"{_effect(found)} points, {len(both)} seeds, {exam} exam."
-    )
+    exam = _exam(rare, frequent)
+    gains = [
+        _minus(_rights(results, FIRST, budget, exam), _rights(results, BASELINE, budget, exam))
+        for results in (rare, frequent)
+    ]
+    says = f"`{FIRST}` minus `{BASELINE}` after {budget} steps, where reward is rare minus where it is frequent"
+    return _line(says, _minus(*gains), exam)
 
 
-def _gains(results: StudyResults, budget: int, exam: str) -> dict[int, np.ndarray]:
-    """Seed -> difference of each item."""
+def _exam(*studies: StudyResults) -> str:
+    return TEST if all(analyse(results).exam == TEST for results in studies) else DEVELOPMENT
+
+
+def _rights(results: StudyResults, condition: str, budget: int, exam: str) -> dict[int, np.ndarray]:
+    """Seed -> 0 or 1 for each item."""
     measure = results.study["measure"][0]
-    found = {}
-    for seed in sorted({*_seeds(results, FIRST)} & {*_seeds(results, BASELINE)}):
-        first, other = (results.point(name, seed, budget, measure, exam) for name in (FIRST, BASELINE))
-        if first is not None and other is not None:
-            found[seed] = first.right_I - other.right_I
-    return found
+    points = {seed: results.point(condition, seed, budget, measure, exam) for seed in _seeds(results, condition)}
+    return {seed: np.asarray(point.right_I) for seed, point in points.items() if point is not None}
+
+
+def _minus(first: dict[int, np.ndarray], second: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+
+
+def _line(says: str, differences: dict[int, np.ndarray], exam: str) -> str:
+    if not differences:
+        return f"{says}: no seed has both."
+    found = effect(list(differences.values()), shared=True)
+    return f"{says}: {_effect(found)} points, {len(differences)} seeds, {exam} exam."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, help=f"a page with the markers <!-- {MARKER}:start --> and :end")
     args = parser.parse_args(argv)
-    text = table(read_results(RARE), read_results(FREQUENT) if (FREQUENT / STUDY).is_file() else None)
+    text = committed()
     if args.page is None:
         print(text)
     else:

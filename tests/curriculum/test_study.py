@@ -405,8 +405,12 @@ def test_the_table_of_carry_over_has_means_over_seeds_and_the_difference_of_diff
 ) -> None:
     monkeypatch.setattr(seeds, "NUM_RESAMPLES", 200)
     script = load_study("carry_over_table")
-    for name, gain in (("rare", 0.3), ("frequent", 0.0)):
-        effects = {"words": 0.0, "graph20_words40": gain}
+    for name, first, gain in (
+        ("rare", "graph20_words40", 0.3),
+        ("frequent", "graph20_words40", 0.0),
+        ("control", "coin20_words40", 0.0),
+    ):
+        effects = {"words": 0.0, first: gain}
         write_study(tmp_path / name, effects, budgets=(30, 60), num_items=37, representations=("natural",))
 
     def mean(name: str, condition: str, step: int) -> float:
@@ -414,12 +418,23 @@ def test_the_table_of_carry_over_has_means_over_seeds_and_the_difference_of_diff
         rights = [row["right"] for row in rows if (row["condition"], row["step"]) == (condition, step)]
         return 100 * sum(right.count("1") for right in rights) / sum(map(len, rights))
 
-    rare, frequent = (read_results(tmp_path / name) for name in ("rare", "frequent"))
-    text = script.table(rare, frequent)
+    rare, frequent, control = (read_results(tmp_path / name) for name in ("rare", "frequent", "control"))
+    text = script.table(rare, frequent, control)
     cells = " | ".join(f"{mean('rare', 'graph20_words40', step):.1f} %" for step in (0, 30, 60))
-    assert f"| rare | graph20_words40 | {cells} |" in text and text.count("\n| frequent |") == 2
+    assert f"| rare | `graph20_words40` | {cells} |" in text and text.count("\n| frequent |") == 2
+    assert text.count("\n| rare |") == 3  # both of rare, and the coin; the words of both are the same runs
     gains = [mean(name, "graph20_words40", 60) - mean(name, "words", 60) for name in ("rare", "frequent")]
     assert f"| {gains[0]:+.1f} (" in text
     line = next(line for line in text.splitlines() if "after 60 steps, where reward is rare" in line)
     assert f": {gains[0] - gains[1]:+.1f} (" in line and "6 seeds, dev exam" in line
-    assert "frequent |" not in script.table(rare, None)
+    beside = mean("rare", "graph20_words40", 30) - mean("control", "coin20_words40", 30)
+    assert f"`graph20_words40` minus `coin20_words40` after 30 steps: {beside:+.1f} (" in text
+    assert "frequent" not in script.table(rare, None) and "coin" not in script.table(rare, frequent)
+
+
+def test_the_page_has_the_table_of_the_committed_rows() -> None:
+    script = load_study("carry_over_table")
+    page = (Path(__file__).parents[2] / "docs" / "carry-over.md").read_text()
+    assert page == script.between(page, script.MARKER, script.committed()), (
+        "run python studies/carry_over_table.py --page docs/carry-over.md"
+    )
