@@ -3,8 +3,6 @@
 Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 interrupted, with a checkpoint written.
 """
 
-import importlib.metadata
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -17,6 +15,7 @@ from isomorph.curriculum.named_recipes import FOLDER, recipe_line, recipe_names
 from isomorph.curriculum.rewards.builtin import BUILTINS
 from isomorph.curriculum.rewards.families import FAMILIES, GENERATED
 from isomorph.curriculum.tasks.task import DataError
+from isomorph.curriculum.version import installed_version
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import PrintableConsole
 
@@ -62,7 +61,7 @@ def main() -> None:
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        console.print(f"isomorph {importlib.metadata.version('isomorph')}", highlight=False)
+        console.print(f"isomorph {installed_version()}", highlight=False)
         raise typer.Exit
 
 
@@ -96,7 +95,7 @@ def train(
 ) -> None:
     """Train a model by a recipe, or resume an interrupted run with --resume."""
     if os.environ.get("RANK", "0") == "0":  # importing PyTorch may take long from a cold disk: a sign of life before
-        console.print(f"isomorph {importlib.metadata.version('isomorph')} starts", highlight=False)
+        console.print(f"isomorph {installed_version()} starts", highlight=False)
     from isomorph.curriculum.commands.train import train
 
     train(recipe, overrides or [], run, resume, console)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: a whole run, a killed one that goes on, and every kind of bad input."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from processes import step_rows, wait_for
 from rich.console import Console
 
+from isomorph.curriculum import cli
 from isomorph.curriculum.commands.train import AGAIN_S, Stop, new_folder
 from isomorph.engine.config import UserError
 from isomorph.kernels import backend
@@ -204,6 +206,24 @@ def test_a_signal_before_the_first_poll_ends_the_process_at_once() -> None:
 def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str, tmp_path: Path, warm: Command) -> None:
     quick = ("stage.0.steps=1",)
     assert expected in error_line(warm("train", SMOKE, *quick, override, "--run", "x", cwd=tmp_path))
+
+
+def test_a_run_starts_from_a_source_tree_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As benchmarks/gpu_suite.py starts them on a machine that lends only a folder."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "isomorph":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(sys, "argv", ["isomorph", "train", "missing.toml"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "isomorph from a source tree" in capsys.readouterr().out
 
 
 def test_a_file_of_tasks_is_not_replaced_unasked(tmp_path: Path, warm: Command) -> None:

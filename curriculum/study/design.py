@@ -16,6 +16,7 @@ from typing import Any
 from isomorph.curriculum.inputs import describe_files, located
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.study.spec import WARM_START, StudySpec, Tables, read_study
+from isomorph.curriculum.version import installed_version
 from isomorph.engine.config import UserError
 from isomorph.engine.recipe_file import load_recipe, load_variant
 
@@ -25,7 +26,6 @@ NO_EFFECT = (
     *("completions_every", "profile", "push_to_hub"),
 )
 WARM_SEED = 1_000_000  # is added to a seed for its warm start, so that RL does not begin with the warm start's tasks
-VERSIONS = ("isomorph", "torch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +149,7 @@ class Design:
             files = {place: value for place, value in files.items() if not place.startswith("model.path/")}
         elif recipe.model.path is not None:
             weights = self._weights_of(Path(os.path.expanduser(recipe.model.path)))
-        versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+        versions = {"isomorph": installed_version(), "torch": importlib.metadata.version("torch")}
         text = json.dumps([tables, files, weights, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
