@@ -27,6 +27,8 @@ NOT_RUN = {  # a block of commands without a language, by its first line -> who 
     ".venv/bin/pytest tests/engine/test_objective.py": "the suite itself",
     ".ci/wheels .venv/bin/python borrowed": ".ci/run",
     "python .ci/api.py build/api": "tests/test_api.py",
+    "isomorph study studies/demonstrations/STUDY.toml --only mixed": "hours; tests/curriculum/test_study.py loads both",
+    "torchrun --nnodes M --nproc-per-node N": "several nodes; tests/test_torchrun.py has two launchers",
     "git clone https://github.com/fangru-lin/procedure_generalization_llm": "downloads the paper's repository",
 }
 

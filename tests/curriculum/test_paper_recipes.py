@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,12 +110,13 @@ def check_report(record: RunRecord) -> None:
     assert record.evaluations[-1].accuracy["natural"].n == 2
     apart = without_repeated(record, "natural")
     assert apart is not None and apart.n == 1
-    page = paper_section([record], ["run"])
+    page = re.sub("<[^>]*>", "", paper_section([record], ["run"]))  # what is read
     assert "78.2% [72.4%, 83.1%]" in page  # 176 of 225, Wilson
     assert "2 questions" in page and "model olmo2" in page and "none of these conditions" in page
     steps = {"stage": tuple(s.model_copy(update={"steps": 40}) for s in record.recipe.stage)}
     alike = dataclasses.replace(record, recipe=record.recipe.model_copy(update=steps))
     row = paper_section([alike], ["run"]).partition("graph 40 → natural 40, GRPO")[2].partition("</tr>")[0]
+    row = re.sub("<[^>]*>", "", row)
     assert str(record.evaluations[-1].accuracy["natural"]) in row and str(apart) in row
     other = load_recipe(FOLDER / "smoke.toml", [], Recipe)
     assert paper_section([dataclasses.replace(record, recipe=other)], ["run"]) == ""
