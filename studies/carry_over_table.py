@@ -1,6 +1,7 @@
 """Table of carry_over, carry_over_frequent and carry_over_control: accuracies, differences to words only.
 
     python studies/carry_over_table.py [--page docs/carry-over.md]     prints, or writes between the page's markers
+    python studies/carry_over_table.py --details                       the other numbers of that page
 
 From the committed rows of the studies alone: the test exam's where it was taken, else the development exam's.
 """
@@ -156,11 +157,54 @@ def _line(says: str, differences: dict[int, np.ndarray], exam: str) -> str:
     return f"{says}: {_effect(found)} points, {len(differences)} seeds, {exam} exam."
 
 
+def details() -> str:
+    """By wording of the question, what graphs alone do, the adaptive switch beside the best fixed one, steps saved."""
+    rare = read_results(RARE)
+    exam, budgets, measure = analyse(rare).exam, rare.study["budgets"], rare.study["measure"][0]
+    lines = [
+        f"{name}, {exam} exam, {wording} wordings: " + ", ".join(f"{r:.1%} after {b} steps" for b, r in rates.items())
+        for name in rare.study["conditions"]
+        for wording, rates in _by_wording(rare, name, exam).items()
+    ]
+    for step in (0, 20, 40):
+        rights = _rights(rare, "graph40_words20", step, DEVELOPMENT)
+        mean = effect(list(rights.values()), shared=True)
+        lines.append(f"graphs alone, {step} steps, {DEVELOPMENT} exam: {_effect(mean)} %")
+    fixed = [name for name in rare.study["conditions"] if name.startswith("graph") and "_words" in name]
+    best = max(fixed, key=lambda name: _mean(rare, name, budgets[-1], measure, DEVELOPMENT) or 0.0)
+    last = (_rights(rare, name, budgets[-1], exam) for name in ("adaptive", best))
+    lines.append(_line(f"`adaptive` minus `{best}` after {budgets[-1]} steps", _minus(*last), exam))
+    for one in analyse(rare).reached:
+        saved = one.saved[FIRST]
+        lines.append(
+            f"`{FIRST}` reaches {one.target:.0%} earlier than `{BASELINE}` by {saved.mean:.1f} steps "
+            f"({saved.low:.1f} to {saved.high:.1f}), {DEVELOPMENT} exam"
+        )
+    return "\n".join(lines)
+
+
+def _by_wording(results: StudyResults, condition: str, exam: str) -> dict[str, dict[int, float]]:
+    """Wording -> budget -> accuracy, mean over seeds."""
+    found: dict[str, dict[int, float]] = {}
+    measure = results.study["measure"][0]
+    for budget in results.study["budgets"]:
+        points = [results.point(condition, seed, budget, measure, exam) for seed in _seeds(results, condition)]
+        for wording in sorted({w for p in points if p is not None for w in results.items[p.items]["wording"]}):
+            rates = [
+                p.right_I[np.array(results.items[p.items]["wording"]) == wording].mean()
+                for p in points
+                if p is not None
+            ]
+            found.setdefault(wording, {})[budget] = float(np.mean(rates))
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, help=f"a page with the markers <!-- {MARKER}:start --> and :end")
+    parser.add_argument("--details", action="store_true")
     args = parser.parse_args(argv)
-    text = committed()
+    text = details() if args.details else committed()
     if args.page is None:
         print(text)
     else:

@@ -438,3 +438,14 @@ def test_the_page_has_the_table_of_the_committed_rows() -> None:
     assert page == script.between(page, script.MARKER, script.committed()), (
         "run python studies/carry_over_table.py --page docs/carry-over.md"
     )
+
+
+def test_accuracy_by_wording_is_a_count_over_the_committed_rows() -> None:
+    script = load_study("carry_over_table")
+    wording = {row["items"]: row["wording"] for row in read_lines(script.RARE / "items.jsonl")}
+    right, asked = 0, 0
+    for row in read_lines(script.RARE / "results.jsonl"):
+        if (row["exam"], row["condition"], row["step"], row["representation"]) == ("test", "words", 60, "natural"):
+            kept = [mark for mark, which in zip(row["right"], wording[row["items"]], strict=True) if which == "kept"]
+            right, asked = right + kept.count("1"), asked + len(kept)
+    assert f"words, test exam, kept wordings: 6.8% after 30 steps, {right / asked:.1%} after 60" in script.details()
