@@ -2,7 +2,7 @@
 
     z        = logits / temperature
     top-k    keeps the v with z[v] >= the k-th largest z: ties with that one, too
-    top-p    keeps of these the fewest, largest p = softmax(z) whose sum reaches top_p; of equal p the higher ids
+    top-p    keeps of these the fewest, largest p = softmax(z) whose sum reaches top_p; of equal z the higher ids
     min-p    keeps of these the v with p[v] >= min_p * max p
 
 In this order, as transformers' TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper. The largest is always kept. A
@@ -54,22 +54,24 @@ def keep_tokens(
         return keep_tokens_ref(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     z_BV, has_softmax_B1 = _scaled(logits_BV, temperature, top_k, top_p, min_p)
     if len(z_BV):
-        z_BV = z_BV.masked_fill(~_in_nucleus(z_BV.softmax(-1), top_p), -torch.inf)
+        z_BV = z_BV.masked_fill(~_in_nucleus(z_BV, top_p), -torch.inf)
     return _with_min_p(z_BV, min_p) | ~has_softmax_B1
 
 
-def _in_nucleus(p_BV: Tensor, top_p: float) -> Tensor:
+def _in_nucleus(z_BV: Tensor, top_p: float) -> Tensor:
     """[B, V] bool of top-p, by a sort of those that can be in it."""
+    p_BV = z_BV.softmax(-1)
     is_small_BV = p_BV < (1 - top_p) / p_BV.shape[1]
     rest_B1 = p_BV.masked_fill(~is_small_BV, 0).sum(-1, keepdim=True)
     most = int((~is_small_BV).sum(-1).max())
-    # ascending ids, so that the stable sort has equal probabilities in the specification's order
+    # ascending ids, so that the stable sort has equal logits in the specification's order
     ids_Bm = p_BV.topk(most).indices.sort(-1).values
-    large_Bm = p_BV.masked_fill(is_small_BV, 0).gather(1, ids_Bm)
-    sorted_Bm, order_Bm = large_Bm.sort(stable=True)
-    is_kept_Bm = sorted_Bm.cumsum(-1) + rest_B1 > 1 - top_p
+    # by logits: different ones may have equal probabilities
+    order_Bm = z_BV.masked_fill(is_small_BV, -torch.inf).gather(1, ids_Bm).sort(stable=True).indices
+    ids_Bm = ids_Bm.gather(1, order_Bm)
+    is_kept_Bm = p_BV.masked_fill(is_small_BV, 0).gather(1, ids_Bm).cumsum(-1) + rest_B1 > 1 - top_p
     is_kept_Bm[:, -1] = True
-    return torch.zeros_like(is_small_BV).scatter(1, ids_Bm.gather(1, order_Bm), is_kept_Bm)
+    return torch.zeros_like(is_small_BV).scatter(1, ids_Bm, is_kept_Bm)
 
 
 def _scaled(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:

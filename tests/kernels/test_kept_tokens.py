@@ -84,6 +84,17 @@ def test_the_kept_tokens_are_those_of_transformers(keep: Callable[..., Tensor], 
 
 
 @pytest.mark.parametrize("keep", [keep_tokens, keep_tokens_ref])
+def test_of_equal_probabilities_those_with_the_larger_logits_are_kept(keep: Callable[..., Tensor]) -> None:
+    """Neighbouring float32 logits often have one probability. The larger of each pair has the lower id."""
+    higher = randn(1, 100).float()
+    logits = torch.cat([higher, torch.nextafter(higher, torch.tensor(-math.inf))], 1)
+    ours = logits.softmax(-1)
+    assert (ours[:, :100] == ours[:, 100:]).sum() > 10
+    for top_p in torch.linspace(0.01, 0.99, 99).tolist():
+        assert torch.equal(keep(logits, top_p=top_p), of_transformers(logits, 1.0, 0, top_p, 0.0)), top_p
+
+
+@pytest.mark.parametrize("keep", [keep_tokens, keep_tokens_ref])
 def test_ties_are_those_of_transformers(keep: Callable[..., Tensor]) -> None:
     """Which of several equal tokens at the edge of top-p stay is an accident of transformers' sort; how many is not."""
     logits = randn(64, 40).round()
