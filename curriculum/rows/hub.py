@@ -17,8 +17,8 @@ from typing import Any
 from isomorph.curriculum.rows.arrow import ArrowRows
 from isomorph.engine.config import UserError
 from isomorph.engine.foreign import cause_of, printable, shortened
+from isomorph.engine.hub import PATIENCE_S, first_answer, without_hub
 
-PATIENCE_S = 4.0  # for the hub's first answer
 QUIET_S = 4.0  # without anything arriving, until that is said
 STALLED_S = 60.0  # until it is given up; the hub's client tries again within it
 POLL_S = 0.2
@@ -150,7 +150,7 @@ def _files(folders: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
 
 def _ask(name: str) -> tuple[str | None, str | None]:
     """The commit of the dataset, or why the hub cannot be reached. Raises UserError where the hub has no such one."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -160,7 +160,8 @@ def _ask(name: str) -> tuple[str | None, str | None]:
 
     if constants.HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set"
-    commit, error = _answer_of_hub(*_parts(name))
+    repo, revision = _parts(name)
+    asked, error = first_answer(lambda: HfApi().dataset_info(repo, revision=revision, timeout=2 * PATIENCE_S))
     if isinstance(error, HFValidationError):
         raise UserError(f"hub:{name}: must be the name of a dataset of the hub, OWNER/NAME")
     if isinstance(error, GatedRepoError):
@@ -174,29 +175,7 @@ def _ask(name: str) -> tuple[str | None, str | None]:
         raise UserError(
             f"hub:{name}: the hub has no such dataset, or it is private: correct the name, or log in: hf auth login"
         )
-    return commit, None if error is None else shortened(cause_of(error))
-
-
-def _answer_of_hub(repo: str, revision: str | None) -> tuple[str | None, Exception | None]:
-    """The dataset's commit, or what the hub's client raises.
-
-    In a thread, because a search for the hub's address has no time limit.
-    """
-    from huggingface_hub import HfApi
-
-    answered: list[tuple[str | None, Exception | None]] = []
-
-    def ask() -> None:
-        try:
-            # a limit beyond ours: of two equal ones either might come first, each with its own words
-            answered.append((HfApi().dataset_info(repo, revision=revision, timeout=2 * PATIENCE_S).sha, None))
-        except Exception as error:  # of the client or of its HTTP library
-            answered.append((None, error))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE_S)
-    return answered[0] if answered else (None, TimeoutError(f"no answer within {PATIENCE_S} s"))
+    return None if asked is None else asked.sha, None if error is None else shortened(cause_of(error))
 
 
 @contextlib.contextmanager
@@ -212,13 +191,14 @@ def _quiet(datasets: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _offline(datasets: Any, is_offline: bool) -> Iterator[None]:
-    """Context in which ``datasets`` does not try, for minutes, to reach a hub that did not answer."""
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if is_offline:
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
+    """Context in which ``datasets`` does not try to reach a hub that did not answer."""
+    if not is_offline:
         yield
+        return
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        with without_hub():
+            yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from isomorph.engine.config import LoraConfig, ModelConfig, TinyModel, UserError
 from isomorph.engine.distributed.shards import read_into, saved_in
 from isomorph.engine.foreign import foreign
+from isomorph.engine.hub import hub_model
 from isomorph.engine.model.attention import registered_attention
 from isomorph.engine.model.check import end_ids, limit_to_window, repair_generation_config, try_saving, untie
 from isomorph.engine.model.families import normalises_heads, normalises_outputs, refuse_unsupported
@@ -62,14 +63,15 @@ def load_policy(
         require_peft()  # before the weights are read, which takes long
     dtype = getattr(torch, config.dtype)
     unread: tuple[Path, ...] = ()
+    notes: list[str] = []
     if config.tiny is not None:
         model, tokenizer = _tiny_model(config.tiny, vocabulary, seed=seed, dtype=dtype)
-        text, notes = _opened_text(model, tokenizer, config, tags), []
+        text = _opened_text(model, tokenizer, config, tags)
     else:
         assert config.path is not None
-        model, tokenizer, unread = _loaded_model(config.path, dtype, defers=defers)
+        model, tokenizer, unread, notes = _loaded_model(config.path, dtype, defers=defers)
         with _about(config.path):
-            notes = untie(model) + limit_to_window(model)
+            notes += untie(model) + limit_to_window(model)
             if defers and not unread:
                 notes.append("the weights were loaded whole by every rank: no safetensors files with exactly its names")
             text = _opened_text(model, tokenizer, config, tags)
@@ -111,15 +113,14 @@ def _about(path: str) -> Iterator[None]:
         raise UserError(f"model.path: {path}: {error}") from error
 
 
-def _loaded_model(path: str, dtype: torch.dtype, *, defers: bool) -> tuple[Any, Any, tuple[Path, ...]]:
-    """Model, tokenizer, and the files of its weights where ``defers`` is set and the model has none yet."""
-    folder, gguf = _locate(path)
-    tokenizer = _loaded_tokenizer(path, folder, gguf)
-    loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
-    with foreign(f"model.path: no model could be loaded from {path!r}"):
+def _loaded_model(path: str, dtype: torch.dtype, *, defers: bool) -> tuple[Any, Any, tuple[Path, ...], list[str]]:
+    """Model, tokenizer, the files of its weights where ``defers`` is set and the model has none yet, and notes."""
+    with _located(path) as (folder, gguf, notes), foreign(f"model.path: no model could be loaded from {path!r}"):
+        tokenizer = _loaded_tokenizer(path, folder, gguf)
+        loader_options = dict(gguf, quantization_config=transformers.GgufConfig(dequantize=True)) if gguf else {}
         _refuse_broken_generation_config(Path(folder))
         if defers and not gguf and (found := _deferred_model(folder, dtype)) is not None:
-            return found[0], tokenizer, found[1]
+            return found[0], tokenizer, found[1], notes
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -135,7 +136,7 @@ def _loaded_model(path: str, dtype: torch.dtype, *, defers: bool) -> tuple[Any, 
             f"the first is {missing[0]}: use a complete checkpoint of the model that config.json describes"
         )
     model.config._attn_implementation = registered_attention()
-    return model, tokenizer, ()
+    return model, tokenizer, (), notes
 
 
 def _deferred_model(folder: str, dtype: torch.dtype) -> tuple[Any, tuple[Path, ...]] | None:
@@ -210,8 +211,7 @@ def read_shape(config: ModelConfig, vocabulary: Sequence[str], lora: LoraConfig 
     """
     model = _weightless_model(config, vocabulary)
     if config.path is not None and has_tokenizer(Path(os.path.expanduser(config.path))):
-        folder, gguf = _locate(config.path)
-        with _about(config.path):
+        with _located(config.path) as (folder, gguf, _), _about(config.path):
             _opened_text(model, _loaded_tokenizer(config.path, folder, gguf), config, tags=())
     if lora is not None:
         attach(model, lora, seed=0, base=None)
@@ -225,8 +225,8 @@ def read_text(config: ModelConfig, vocabulary: Sequence[str]) -> tuple[TextCodec
         tokenizer: Any = _tiny_tokenizer(config.tiny, vocabulary)
     else:
         assert config.path is not None
-        folder, gguf = _locate(config.path)
-        tokenizer = _loaded_tokenizer(config.path, folder, gguf)
+        with _located(config.path) as (folder, gguf, _):
+            tokenizer = _loaded_tokenizer(config.path, folder, gguf)
     return _opened_text(model, tokenizer, config, tags=()), model.config.max_position_embeddings
 
 
@@ -234,10 +234,10 @@ def _weightless_model(config: ModelConfig, vocabulary: Sequence[str]) -> Any:
     if config.tiny is not None:
         return _tiny_model(config.tiny, vocabulary, seed=0, dtype=torch.float32)[0]
     assert config.path is not None
-    folder, gguf = _locate(config.path)
-    with foreign(
+    failure = (
         f"model.path: no config.json could be read from {config.path!r} (its folder may hold nothing else for this)"
-    ):
+    )
+    with _located(config.path) as (folder, gguf, _), foreign(failure):
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=NO_CODE, **gguf)
     refuse_unsupported(model_config)
     with torch.device("meta"):
@@ -304,12 +304,20 @@ def _tiny_model(tiny: TinyModel, vocabulary: Sequence[str], *, seed: int, dtype:
     return model, tokenizer
 
 
-def _locate(path: str) -> tuple[str, dict[str, str]]:
+@contextlib.contextmanager
+def _located(path: str) -> Iterator[tuple[str, dict[str, str], list[str]]]:
+    """Context for loading from ``path``: a folder or hub name, options for a .gguf file, notes on where it lies."""
+    folder, gguf, is_hub_name = _locate(path)
+    with contextlib.ExitStack() as stack:
+        yield folder, gguf, stack.enter_context(hub_model(folder)) if is_hub_name else []
+
+
+def _locate(path: str) -> tuple[str, dict[str, str], bool]:
     file = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
     if file.suffix == ".gguf":
         if not file.is_file():
             raise UserError(f"model.path: no such file: {file}")
-        return str(file.parent), {"gguf_file": file.name}
+        return str(file.parent), {"gguf_file": file.name}, False
     looks_local = path.startswith((".", "/", "~")) or file.exists()
     if not looks_local and "/" not in path:  # the hub would be asked many times, for nothing
         raise UserError(
@@ -318,4 +326,4 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
         )
     if looks_local and not (file / "config.json").is_file():
         raise UserError(f"model.path: {file} must be a folder with a config.json, a .gguf file, or a hub name")
-    return str(file) if looks_local else path, {}
+    return str(file) if looks_local else path, {}, not looks_local

@@ -17,6 +17,7 @@ from tiny_runs import run, summary_of
 from isomorph.curriculum.report.run_record import read_run_json
 from isomorph.curriculum.rows import hub as hub_module
 from isomorph.engine.config import UserError
+from isomorph.engine.hub import PATIENCE_S
 from isomorph.engine.record.runlog import read_steps
 
 datasets = pytest.importorskip("datasets")
@@ -122,7 +123,7 @@ def test_a_commit_is_read_as_it_was_also_without_network(hub: Hub, monkeypatch: 
 def test_a_download_from_which_nothing_arrives_is_said_and_given_up(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hub_module.PATIENCE_S < 5 and hub_module.QUIET_S + hub_module.POLL_S < 5
+    assert PATIENCE_S < 5 and hub_module.QUIET_S + hub_module.POLL_S < 5
     monkeypatch.setattr(hub_module, "QUIET_S", 0.5)
     monkeypatch.setattr(hub_module, "STALLED_S", 2.0)
     hub.commit("1", rows(0))
