@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from isomorph.curriculum.inputs import describe_files
+from isomorph.curriculum.machine import SLOW_BFLOAT16
 from isomorph.curriculum.recipe import Recipe
 from isomorph.curriculum.stage import Curriculum
 from isomorph.engine.config import UserError
@@ -18,6 +19,7 @@ from isomorph.engine.record.telemetry import Telemetry
 from isomorph.kernels import backend
 from isomorph.kernels.attention_route import Route
 from isomorph.kernels.attention_route import choose as choose_attention
+from isomorph.kernels.linear import onednn_has_bfloat16
 
 PACKAGES = (
     "isomorph",
@@ -90,6 +92,8 @@ def fallbacks(policy: Policy) -> list[str]:
         )
     if policy.device.type == "cuda" and backend.triton_reason():
         found.append(f"ops run their slower PyTorch implementations on the GPU: {backend.triton_reason()}")
+    if policy.device.type == "cpu" and policy.dtype == torch.bfloat16 and not onednn_has_bfloat16():
+        found.append(f'{SLOW_BFLOAT16}: model.dtype = "float32" is faster')
     attention = _attention(policy)
     if attention.body == "reference" and not backend.requested("packed_attention", policy.device):
         found.append(f"attention materialises the tokens x tokens scores of a micro-batch: {attention.reason}")

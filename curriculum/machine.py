@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 PROBE_S = 0.4
+SLOW_BFLOAT16 = "this processor has no AVX-512, without which PyTorch multiplies bfloat16 slowly"
 
 
 def usable_cores() -> float:

@@ -75,12 +75,10 @@ def _state_of(findings: list[Finding], name: str) -> State:
 def _torch_devices() -> Iterator[Finding]:
     import torch
 
+    from isomorph.kernels.linear import onednn_has_bfloat16
+
     capability = torch.backends.cpu.get_cpu_capability()
-    advice = (
-        ""
-        if capability.startswith("AVX512")
-        else "bfloat16 is no faster than float32 on this processor: use model.dtype = 'float32'"
-    )
+    advice = "" if onednn_has_bfloat16() else f'{machine.SLOW_BFLOAT16}: use model.dtype = "float32"'
     yield Finding("processor", "ok", f"{os.cpu_count()} cores, {capability}", advice)
     if torch.version.cuda is None:
         yield Finding("GPU", "missing", "this torch is built for the CPU", _gpu_advice())

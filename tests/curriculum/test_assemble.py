@@ -59,6 +59,15 @@ def test_a_gpu_without_triton_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_bfloat16_without_avx512_is_a_fallback(monkeypatch: pytest.MonkeyPatch, *, has_bfloat16: bool) -> None:
+    monkeypatch.setattr(environment, "onednn_has_bfloat16", lambda: has_bfloat16)
+    given = {"device": torch.device("cpu"), "head_dim": 64}
+    found = environment.fallbacks(SimpleNamespace(dtype=torch.bfloat16, **given))
+    assert [text for text in found if 'model.dtype = "float32"' in text] == found[: not has_bfloat16]
+    assert environment.fallbacks(SimpleNamespace(dtype=torch.float32, **given)) == []
+
+
 def test_what_could_not_be_judged_is_summed_over_the_ranks() -> None:
     class Two(Ranks):
         def gather(self, own: Any) -> list[Any]:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isomorph.kernels import backend, linear_chunks
-from isomorph.kernels.linear import linear, linear_prepacked, linear_ref, prepack, rounded_rows, takes_onednn
+from isomorph.kernels.linear import (
+    linear,
+    linear_prepacked,
+    linear_ref,
+    onednn_has_bfloat16,
+    prepack,
+    rounded_rows,
+    takes_onednn,
+)
 from isomorph.kernels.linear_logprob import linear_loss
 
 SIZE = st.integers(1, 70)
@@ -92,6 +100,8 @@ def test_infinity_and_nan_stay_in_their_rows() -> None:
 @pytest.mark.parametrize("num_rows", [1, 5, 32, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_weight_multiplies_as_the_weight_does(num_rows: int, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not onednn_has_bfloat16():
+        pytest.skip("oneDNN multiplies bfloat16 with AVX-512 or AVX-NE-CONVERT only")
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=generator) for s in ((2, num_rows, 96), (80, 96), (80,)))
     packed = prepack(weight.to(dtype))
@@ -117,6 +127,13 @@ def test_what_onednn_does_not_multiply_is_not_packed() -> None:
     assert prepack(torch.empty(0, 8)) is None
     with backend.using("reference"):
         assert prepack(torch.randn(3, 8)) is None
+
+
+def test_bfloat16_is_packed_only_where_onednn_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN raises for it on a processor without AVX-512."""
+    assert onednn_has_bfloat16() == (prepack(torch.randn(3, 8).bfloat16()) is not None)
+    monkeypatch.setattr("isomorph.kernels.linear.onednn_has_bfloat16", lambda: False)
+    assert prepack(torch.randn(3, 8).bfloat16()) is None and prepack(torch.randn(3, 8)) is not None
 
 
 def test_a_small_product_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
