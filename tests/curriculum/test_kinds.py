@@ -451,7 +451,7 @@ prompts = 3
 def test_a_run_of_two_kinds_leaves_shortcuts_items_and_a_page(tmp_path: Path) -> None:
     file = tmp_path / "mixed.toml"
     file.write_text(TINY + "max_model_len = 512\n" + MIXED)
-    folder, _ = run(file)
+    folder, _ = run(file, report=True)
     shortcuts = summary_of(folder)["shortcuts"]
     assert set(shortcuts["routes"]) == {*OF_ROUTES, BAG} and set(shortcuts["sums"]) == {*OF_SUMS, BAG}
     rows = [json.loads(line) for line in (folder / "evaluations" / "both.jsonl").read_text().splitlines()]

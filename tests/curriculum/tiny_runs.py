@@ -31,8 +31,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(recipe: Path, name: str = "run", *overrides: str, resume: bool = False) -> tuple[Path, str]:
-    """Runs the recipe in the folder ``name`` beside it, without a report; returns the folder, and what was printed."""
+def run(
+    recipe: Path, name: str = "run", *overrides: str, resume: bool = False, report: bool = False
+) -> tuple[Path, str]:
+    """Runs the recipe in the folder ``name`` beside it; returns the folder, and what was printed."""
     folder, out = recipe.parent / name, io.StringIO()
     folder.mkdir(exist_ok=True)
     loaded = load_recipe(recipe, list(overrides), Recipe)
@@ -40,7 +42,7 @@ def run(recipe: Path, name: str = "run", *overrides: str, resume: bool = False) 
         loaded, _ = resumed_recipe(read_run_json(folder), list(overrides), folder)
     threads = torch.get_num_threads()
     try:
-        run_recipe(loaded, folder, Console(file=out, width=300), lambda: False, ALONE, resume=resume, report=False)
+        run_recipe(loaded, folder, Console(file=out, width=300), lambda: False, ALONE, resume=resume, report=report)
     finally:
         torch.set_num_threads(threads)  # recipes ask for one
     return folder, out.getvalue()
