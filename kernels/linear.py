@@ -128,7 +128,7 @@ def _with_rounded_rows(x: Tensor) -> Tensor:
 def onednn_has_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 on this processor: it needs AVX-512 or AVX-NE-CONVERT.
 
-    Elsewhere PyTorch's own loops do, at a sixth to a third of the speed of float32 (measured on a Zen 3).
+    Elsewhere PyTorch's own loops do, more slowly than MKL multiplies float32 (benchmarks/LOG.md, 2026-11-28).
     """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
