@@ -137,7 +137,7 @@ def test_the_whole_call_keeps_its_limit(tmp_path: Path) -> None:
     started = time.monotonic()
     suite = start_suite(tmp_path, {"measures_then_hangs": 30.0, "fine": 1.0, "absent": 1.0}, 12.0)
     suite.communicate(timeout=60)
-    assert time.monotonic() - started < 12 + 4  # Python's own start and end
+    assert time.monotonic() - started < 12 + 12  # Python's own start and end, on a busy machine; the part hangs for 600
     ended = {row["part"]: row["ended"] for row in rows_in(tmp_path) if "ended" in row}
     assert str(ended["measures_then_hangs"]).startswith("cut after") and ended["absent"] == "no time left"
 

@@ -106,7 +106,7 @@ def pool() -> Iterator[EnvironmentPool]:
 
 def make_spec(game: Path, **changes: Any) -> EnvironmentSpec:
     fields: dict[str, Any] = dict(
-        environment=f"{game}:Game", tools=(), arguments={}, deadline_s=0.5, calls=CallFormat()
+        environment=f"{game}:Game", tools=(), arguments={}, deadline_s=2.0, calls=CallFormat()
     )
     return EnvironmentSpec(**{**fields, **changes})
 
@@ -157,7 +157,7 @@ def test_a_rollout_that_hangs_or_dies_costs_itself_alone(
     assert ask(pool, spec, other, "a").messages == ({"role": "user", "content": "a 1"},)
     started = time.monotonic()
     assert ask(pool, spec, own, text).failed
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # of 60
     assert pool.failures[kind] == before + 1
     assert ask(pool, spec, other, "a", "b").messages == ({"role": "user", "content": "b 2"},)  # even in a new process
 
@@ -207,7 +207,7 @@ def test_tools_answer_and_a_turn_without_a_call_is_the_last(pool: EnvironmentPoo
         {"role": "tool", "name": "add", "content": "7"},
     )
     assert ask(pool, spec, key, "", "it is 7").done == Done()
-    assert "not over after 0.5 s" in ask(pool, spec, pool.new_key(), "<call> slow 30 </call>").failed
+    assert "not over after 2 s" in ask(pool, spec, pool.new_key(), "<call> slow 30 </call>").failed
 
 
 TRL_FORM = '''

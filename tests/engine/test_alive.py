@@ -1,9 +1,11 @@
 """A run that is silent says that it lives, and how long the rest takes."""
 
 import io
-import time
+import threading
 from pathlib import Path
 
+import pytest
+from played_clock import until
 from rich.console import Console
 
 from isomorph.engine.record import alive, runlog
@@ -12,32 +14,31 @@ from isomorph.engine.record.runlog import RunLog
 
 
 def test_signs_become_rare_and_begin_anew_after_other_output() -> None:
-    silent_since, said = time.perf_counter(), []
-    with signs_of_life(lambda: time.perf_counter() - silent_since, said.append, first_s=0.05):
-        time.sleep(0.6)
-        first = list(said)
-        silent_since = time.perf_counter()
-        time.sleep(0.2)
-    assert 2 <= len(first) <= 4  # after 0.05, 0.1, 0.2 and 0.4 s
-    assert all(later >= 1.9 * before for before, later in zip(first, first[1:], strict=False))
-    again = said[len(first) :]
-    assert again and again[0] < first[-1]
+    silences = [0.01, 0.04, 0.05, 0.07, 0.09, 0.11, 0.15, 0.21, 0.25, 0.4, 0.43, 0.6]  # whenever the thread looks
+    silences += [0.02, 0.04, 0.06, 0.09, 0.13]  # after other output
+    asked, said, has_asked_all = iter(silences), [], threading.Event()
+
+    def silence_s() -> float:
+        if (silence := next(asked, None)) is None:
+            has_asked_all.set()
+        return silence or 0.0
+
+    with signs_of_life(silence_s, said.append, first_s=0.05):
+        assert has_asked_all.wait(60)
+    assert said == [0.05, 0.11, 0.25, 0.6, 0.06, 0.13]  # each after twice the silence of the one before
 
 
-def test_a_long_phase_is_named_with_its_step(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_long_phase_is_named_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runlog, "LINE_S", 0.05)
     log = RunLog(tmp_path, Console(file=(out := io.StringIO()), width=200))
     with log.alive():
         with log.time("load"):
-            time.sleep(0.15)
+            until(lambda: "loading model and data; nothing to report for" in out.getvalue())
         with log.progress(2, 10), log.time("generate"):
-            time.sleep(0.4)
-    text = out.getvalue()
-    assert "loading model and data; nothing to report for" in text
-    assert "step 3 of 10: sampling; nothing to report for" in text
+            until(lambda: "step 3 of 10: sampling; nothing to report for" in out.getvalue())
 
 
-def test_the_time_left_is_that_of_the_last_steps(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_time_left_is_that_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(t) for t in (0, 60, 70, 80))
     monkeypatch.setattr(alive.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(alive, "PACE_STEPS", 2)

@@ -4,10 +4,10 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from played_clock import PlayedClock
 from rich.console import Console
 
 from isomorph.engine.config import UserError
@@ -33,10 +33,9 @@ def test_the_console_has_a_line_every_so_many_steps_or_seconds_and_for_each_stag
 ) -> None:
     out = io.StringIO()
     log = RunLog(tmp_path, Console(file=out, width=80), every=50)
-    now = [1000.0]
-    monkeypatch.setattr("isomorph.engine.record.runlog.time.perf_counter", lambda: now[0])
+    clock = PlayedClock(monkeypatch)
     for step in range(1, 601):
-        now[0] += 0.02 if step != 130 else 11.0  # one slow step
+        clock.now += 0.02 if step != 130 else 11.0  # one slow step
         log.write_step({"step": step, "stage": "warm-up" if step <= 520 else "symbols"}, f"step {step}")
     told = [int(line.removeprefix("step ")) for line in out.getvalue().splitlines()]
     assert told == [1, 50, 100, 130, 150, 200, 250, 300, 350, 400, 450, 500, 521, 550, 600]
@@ -67,19 +66,24 @@ def test_lines_are_printed_above_the_progress_bar_of_a_terminal(tmp_path: Path) 
     assert "4/10" in out.getvalue() and "words" in out.getvalue()
 
 
-def test_the_phases_of_a_step_and_those_between_two_steps_are_separate(tmp_path: Path) -> None:
+def test_the_phases_of_a_step_and_those_between_two_steps_are_separate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = PlayedClock(monkeypatch)
     log, _ = make_log(tmp_path)
     with log.time("exam"):
-        time.sleep(0.02)
+        clock.now += 2
+    clock.now += 1  # outside every phase
     log.begin_step()
     for _ in range(2):
         with log.time("generate"):
-            time.sleep(0.02)
+            clock.now += 4
     with pytest.raises(ZeroDivisionError), log.time("update"):
+        clock.now += 8
         1 / 0  # noqa: B018
     row = log.end_step(num_tok=1, num_correct=0)
-    assert 0.04 <= row["time/generate_s"] <= row["time/step_s"]
-    assert 0.02 <= row["time/between/exam_s"] <= row["time/between_s"]
+    assert (row["time/generate_s"], row["time/update_s"], row["time/step_s"]) == (8, 8, 16)
+    assert (row["time/between/exam_s"], row["time/between_s"]) == (2, 3)
     assert {key for key in row if key.startswith("time/")} == {
         *(
             f"time/{name}_s"
@@ -87,23 +91,24 @@ def test_the_phases_of_a_step_and_those_between_two_steps_are_separate(tmp_path:
         )
     }
     with log.time("checkpoint"):
-        time.sleep(0.01)
+        clock.now += 16
     log.begin_step()
     row = log.end_step(num_tok=1, num_correct=0)
-    assert row["time/step_s"] < 0.01 <= row["time/between/checkpoint_s"] <= row["time/between_s"]
+    assert (row["time/step_s"], row["time/between/checkpoint_s"], row["time/between_s"]) == (0, 16, 16)
     assert "time/generate_s" not in row
 
 
-def test_a_phase_within_another_is_taken_off_the_outer_one(tmp_path: Path) -> None:
+def test_a_phase_within_another_is_taken_off_the_outer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = PlayedClock(monkeypatch)
     log, _ = make_log(tmp_path)
     log.begin_step()
     with log.time("handover"):
-        time.sleep(0.01)
+        clock.now += 1
         with log.time("update"):
-            time.sleep(0.03)
+            clock.now += 4
+        clock.now += 2
     row = log.end_step(num_tok=1, num_correct=0)
-    assert row["time/update_s"] >= 0.03 > row["time/handover_s"] >= 0.01
-    assert row["time/update_s"] + row["time/handover_s"] <= row["time/step_s"]
+    assert (row["time/update_s"], row["time/handover_s"], row["time/step_s"]) == (4, 3, 7)
 
 
 def test_completions_are_json_lines(tmp_path: Path) -> None:
