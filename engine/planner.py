@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from isomorph.engine.config import EngineConfig, Stage
-from isomorph.engine.distributed.ranks import BUCKET_BYTES
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.kernels.kept_tokens import BLOCK_BYTES, most_bytes
 from isomorph.kernels.linear_chunks import logits_stride
@@ -226,14 +225,12 @@ def _gathered_bytes(facts: Facts) -> float:
 def _travelling_bytes(facts: Facts) -> float:
     """Gradients on their way between ranks, at the end of the backward.
 
-    Data parallel: one bucket, copied. FSDP2: of embedding and unembedding, which are reduced last, the full gradient
-    and its float32 copy; gloo, on the CPU, copies that once more.
+    Data parallel: none beside the gradients themselves. FSDP2: of embedding and unembedding, which are reduced last,
+    the full gradient and its float32 copy; gloo, on the CPU, copies that once more.
     """
     shape = facts.shape
-    if facts.num_ranks == 1:
-        return 0
     if facts.num_shards == 1:
-        return min(4 * shape.num_trained, BUCKET_BYTES + (0 if shape.has_adapters else 4 * shape.num_head))
+        return 0
     outside = shape.num_parameters - shape.num_backbone
     return outside * (facts.weight_bytes + 4.0 + (0 if facts.is_gpu else 4))
 

@@ -3,16 +3,14 @@
 All ranks take the same prompts from the curriculum. Each generates and scores the responses to its share of them, and
 responses and rewards are exchanged, so that every rank has all groups: statistics, loss denominators and the
 curriculum's state are then equal without further communication. For the update whole groups are assigned to ranks,
-balanced by tokens, and the gradients of the ranks are summed.
+balanced by tokens, and the gradients of the ranks are summed (gradient_sum.py, or FSDP2).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from isomorph.engine.config import UserError
 from isomorph.engine.serialise import join_scored, split_scored
@@ -20,9 +18,6 @@ from isomorph.engine.types import Rollout, ScoredRollouts, Scores
 from isomorph.kernels.packing import balanced_bins
 
 T = TypeVar("T")
-
-# gradients in one all-reduce: larger buckets are not faster, and a bucket is copied
-BUCKET_BYTES = 64 * 2**20
 
 
 class Place(NamedTuple):
@@ -120,19 +115,6 @@ class Ranks:
             raise UserError(refusal)
         return made
 
-    def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Sums each tensor over the ranks, in place, to the same bits on all of them. A collective.
-
-        DTensors are skipped: FSDP has summed them.
-        """
-        if self.size == 1:
-            return
-        for bucket in _buckets(t for t in tensors if not isinstance(t, DTensor)):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            dist.all_reduce(flat)
-            parts = flat.split([tensor.numel() for tensor in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
-
     def wait(self) -> None:
         """Returns when every rank has called it. A collective."""
         if self.size > 1:
@@ -148,18 +130,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one dtype, about BUCKET_BYTES in each list."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) >= BUCKET_BYTES):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
 
 
 def _joined(parts: Sequence[Scores], run: int) -> Scores:

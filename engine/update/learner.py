@@ -24,6 +24,7 @@ from torch import Tensor
 
 from isomorph.engine.config import Stage
 from isomorph.engine.distributed.fsdp import discard_gradients, from_shard, local_shard, shard_like, sum_between_copies
+from isomorph.engine.distributed.gradient_sum import GradientSum
 from isomorph.engine.distributed.ranks import ALONE, Ranks
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.model.scoring import batch_stats
@@ -58,6 +59,7 @@ class Learner:
         self.ranks = ranks
         self.optimizer_on_host = optimizer_on_host
         self.optimizer: MasterAdamW | None = None
+        self.gradient_sum: GradientSum | None = None  # None: one rank, or FSDP2 sums
         self.reference: list[Tensor] | None = None  # weights of the KL reference, in host memory
         # the reference as it was taken: the list, and a hash of each tensor
         self._taken: tuple[list[Tensor], dict[str, int]] | None = None
@@ -183,6 +185,8 @@ class Learner:
             self._accumulate(work)
         except BaseException:
             work.tally = tally
+            if self.gradient_sum is not None:
+                self.gradient_sum.abandon()
             self.optimizer.zero_grad()
             discard_gradients(self.policy.model)
             raise
@@ -218,20 +222,29 @@ class Learner:
         update, before = work.trained[u], work.old[u]
         reference = work.reference[u] if work.reference else None
         logprobs = []
+        gradient_sum = self.gradient_sum
+        if gradient_sum is not None:
+            gradient_sum.begin()
         for b, batch in enumerate(update.batches):
             old = before[b] if before else None
             inputs = self._token_inputs(batch, update, work.stage, old, reference[b] if reference else None)
             if work.advantage is not None:
                 inputs = replace(inputs, advantage=work.advantage[u][b])
-            sum_between_copies(self.policy.model, b == len(update.batches) - 1)
+            is_last = b == len(update.batches) - 1
+            sum_between_copies(self.policy.model, is_last)
+            if gradient_sum is not None and is_last:
+                gradient_sum.last_batch()
             logprobs.append(self._backward(batch, inputs, work.stage, work.tally))
+        if gradient_sum is not None:
+            gradient_sum.launch_rest()
         if before is None and is_first:  # later the weights are no longer those that sampled
             work.add_mismatch(update, logprobs)
         if before is None and work.stage.objective.old_logprob == "trainer":
             work.old[u] = [logprob for logprob, _ in logprobs]
         if is_first:
             work.check_drift(work.step_drift(self.ranks))
-        self.ranks.sum(self.optimizer.gradients())
+        if gradient_sum is not None:
+            gradient_sum.wait()
 
     @property
     def is_within_round(self) -> bool:
@@ -302,6 +315,9 @@ class Learner:
 
     def close(self) -> None:
         """Releases the policy's parameters, masters and moments: another learner can be made on this policy."""
+        if self.gradient_sum is not None:
+            self.gradient_sum.close()
+            self.gradient_sum = None
         if self.optimizer is not None:
             self.optimizer.close()
             self.optimizer = None
@@ -309,6 +325,8 @@ class Learner:
     def _open_optimizer(self, stage: Stage) -> None:
         self.close()
         self.optimizer = MasterAdamW(self.policy.named_parameters(), stage.optim, on_host=self.optimizer_on_host)
+        if self.ranks.size > 1 and not self.policy.is_sharded:
+            self.gradient_sum = GradientSum(self.optimizer.parameters, self.optimizer.masters)
 
     def _token_inputs(
         self, batch: PackedBatch, update: Update, stage: Stage, old: Tensor | None, reference: Tensor | None
