@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from isomorph.engine.config import Truncation
 from isomorph.engine.model.policy import Policy
@@ -31,7 +33,7 @@ from isomorph.kernels.packed_attention import packed_attention
 from isomorph.kernels.packed_layout import PackedLayout
 from isomorph.kernels.sample_token import sample_token
 
-PREFILL_TOK = 8192  # prompt tokens in one packed forward pass
+PREFILL_TOK = 8192  # prompt tokens in one forward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +91,12 @@ class Decoder:
 
     # -- admission
     def prefill(self, prompts: Sequence[Prompt], prompt_slots: Sequence[int]) -> None:
-        """Computes the keys and values of ``prompts`` into ``prompt_slots``, PREFILL_TOK tokens in one packed pass."""
+        """Computes the keys and values of ``prompts`` into ``prompt_slots``, at most PREFILL_TOK tokens in one pass."""
         for part in self._passes(prompts):
-            self._prefill([prompts[i] for i in part], [prompt_slots[i] for i in part])
+            if len(prompts[part[0]].token_ids) > PREFILL_TOK:  # is alone
+                self._prefill_long(prompts[part[0]], prompt_slots[part[0]])
+            else:
+                self._prefill([prompts[i] for i in part], [prompt_slots[i] for i in part])
 
     def _passes(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         part: list[int] = []
@@ -121,6 +126,30 @@ class Decoder:
 
         hidden_TD = self.policy.backbone(token_ids_T[None], layout.positions[None], attend)[0]
         self.prompt_hidden[slot_P] = hidden_TD[len_P.cumsum(0) - 1]
+
+    def _prefill_long(self, prompt: Prompt, prompt_slot: int) -> None:
+        """In chunks, so that activations do not grow with the prompt; each attends to the chunks before it, cached."""
+        token_ids_T = torch.tensor(prompt.token_ids, device=self.policy.device)
+        for start in range(0, len(token_ids_T), PREFILL_TOK):
+            chunk_C = token_ids_T[start : start + PREFILL_TOK]
+            end = start + len(chunk_C)
+            hidden_CD = self._chunk(chunk_C, prompt_slot, start, end)
+        self.prompt_hidden[prompt_slot] = hidden_CD[-1]
+
+    def _chunk(self, token_ids_C: Tensor, prompt_slot: int, start: int, end: int) -> Tensor:
+        """Hidden states [C, D] of the tokens ``start`` to ``end`` of a prompt, their keys and values written."""
+        mask = causal_lower_right(end - start, end)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            cache_KPd = self.prompt_kv[layer, :, prompt_slot, :, :end]  # keys and values
+            for of_prompt, new in zip(cache_KPd, (k, v), strict=True):
+                of_prompt[:, start:] = new[0]
+            keys, values = cache_KPd[0][None], cache_KPd[1][None]
+            out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2)
+
+        positions = torch.arange(start, end, device=self.policy.device)
+        return self.policy.backbone(token_ids_C[None], positions[None], attend)[0]
 
     def admit(
         self, slots: Sequence[int], prompt_slots: Sequence[int], prompt_lens: Sequence[int], rng_keys: Sequence[int]

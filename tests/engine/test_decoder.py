@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,34 @@ def test_prompts_beyond_one_packed_pass_are_prefilled_in_several(
     usual = generate(policy, prompts, make_sampling())
     monkeypatch.setattr(decoder_file, "PREFILL_TOK", 9)
     assert same(generate(policy, prompts, make_sampling()), usual)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 8])
+def test_a_prompt_longer_than_a_pass_is_prefilled_in_chunks(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Two implementations of attention, in float32: caches agree to rounding."""
+    prompts, sampling = make_prompts(5, 13, 1, 9), make_sampling(samples=1)
+    decoders, num_rows = [], []
+
+    def backbone(token_ids: Tensor, *given: Any) -> Tensor:
+        num_rows.append(token_ids.numel())
+        return Policy.backbone(policy, token_ids, *given)
+
+    monkeypatch.setattr(policy, "backbone", backbone)
+    for limit in (decoder_file.PREFILL_TOK, most):
+        monkeypatch.setattr(decoder_file, "PREFILL_TOK", limit)
+        decoder = Decoder(policy, builtin.plan_decoder([5, 13, 1, 9], sampling, 4, None))
+        with torch.no_grad():
+            num_rows.clear()
+            decoder.prefill(prompts, [2, 0, 3, 1])
+        decoders.append(decoder)
+    whole, chunked = decoders
+    assert max(num_rows) <= most and sum(num_rows) == 28
+    torch.testing.assert_close(chunked.prompt_hidden, whole.prompt_hidden, rtol=1e-4, atol=1e-5)
+    for slot, num_tok in zip([2, 0, 3, 1], [5, 13, 1, 9], strict=True):
+        caches = [decoder.prompt_kv[:, :, slot, :, :num_tok] for decoder in (chunked, whole)]
+        torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-5)
 
 
 # -- what a CUDA graph does, on the CPU: rows padded to a captured size, several steps between two checks
