@@ -1,4 +1,4 @@
-"""Table of carry_over, carry_over_frequent and carry_over_control: accuracies, differences to words only.
+"""Table of carry_over and the three studies after it: accuracies, differences to words only.
 
     python studies/carry_over_table.py [--page docs/carry-over.md]     prints, or writes between the page's markers
     python studies/carry_over_table.py --details                       the other numbers of that page
@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from markers import between  # noqa: E402
 
-RARE, FREQUENT, CONTROL = (
-    ROOT / "studies" / name / "results" for name in ("carry_over", "carry_over_frequent", "carry_over_control")
+RARE, AGAIN, FREQUENT, CONTROL = (
+    ROOT / "studies" / name / "results"
+    for name in ("carry_over", "carry_over_again", "carry_over_frequent", "carry_over_control")
 )
 FIRST, COIN, BASELINE = "graph20_words40", "coin20_words40", "words"
 MARKER = "carry_over"
@@ -31,18 +32,25 @@ MARKER = "carry_over"
 
 def committed() -> str:
     """From the rows beside this file."""
-    others = (read_results(folder) if (folder / STUDY).is_file() else None for folder in (FREQUENT, CONTROL))
+    others = (read_results(folder) if (folder / STUDY).is_file() else None for folder in (FREQUENT, CONTROL, AGAIN))
     return table(read_results(RARE), *others)
 
 
-def table(rare: StudyResults, frequent: StudyResults | None, control: StudyResults | None = None) -> str:
+def table(
+    rare: StudyResults,
+    frequent: StudyResults | None,
+    control: StudyResults | None = None,
+    again: StudyResults | None = None,
+) -> str:
     """Markdown. Accuracies in %, differences in points, all means over seeds."""
     lines = _head(rare)
-    for name, results in (("rare", rare), ("rare", control), ("frequent", frequent)):
+    for name, results in (("rare", rare), ("rare, new seeds", again), ("rare", control), ("frequent", frequent)):
         if results is not None:
-            again = (BASELINE,) if results is control else ()  # the control's own run of it is carry_over's
-            lines += _rows(name, results, analyse(results), left_out=again)
+            left_out = (BASELINE,) if results is control else ()  # the control's own run of it is carry_over's
+            lines += _rows(name, results, analyse(results), left_out=left_out)
     lines += ["", *_says(rare)]
+    if again is not None:
+        lines.append(f"New seeds: {again.study['seeds'][0]} to {again.study['seeds'][-1]}, {analyse(again).exam} exam.")
     for budget in rare.study["budgets"]:
         if control is not None:
             lines.append(_against_coin(rare, control, budget))

@@ -430,6 +430,9 @@ def test_the_table_of_carry_over_has_means_over_seeds_and_the_difference_of_diff
     beside = mean("rare", "graph20_words40", 30) - mean("control", "coin20_words40", 30)
     assert f"`graph20_words40` minus `coin20_words40` after 30 steps: {beside:+.1f} (" in text
     assert "frequent" not in script.table(rare, None) and "coin" not in script.table(rare, frequent)
+    assert "new seeds" not in text
+    text = script.table(rare, None, None, control)  # as if it were the study with new seeds
+    assert text.count("\n| rare, new seeds |") == 2 and "New seeds: 1 to 6, dev exam." in text
 
 
 def test_the_page_has_the_table_of_the_committed_rows() -> None:
