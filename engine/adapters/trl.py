@@ -35,8 +35,8 @@ def pack_groups(trainer: Any) -> None:
     """Makes ``trainer``, a GRPOTrainer or RLOOTrainer of TRL 1.16, compute log-probabilities on packed groups.
 
     Changes the trainer's model and reference model in place, nothing else. Raises UserError for another trainer, for a
-    model of an unsupported family or loaded without attn_implementation="sdpa", and under FSDP or DeepSpeed, which
-    shard the unembedding.
+    model of an unsupported family, loaded without attn_implementation="sdpa" or spread over devices, for PEFT's methods
+    that learn a prompt, and under FSDP or DeepSpeed, which shard the unembedding.
     """
     import trl  # takes seconds
     from trl.trainer.utils import FusedCausalLMOutput
@@ -52,11 +52,31 @@ def pack_groups(trainer: Any) -> None:
     widens_head = isinstance(trainer, trl.GRPOTrainer) and arguments.cast_lm_head_to_fp32  # RLOO has no such option
     models: list[Any] = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     for wrapped in models:
+        _refuse_learned_prompts(wrapped)
         model = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped  # out of a PeftModel
+        _refuse_spread(model)
         let_attend(model)
         answering = _answering(model.forward, FusedCausalLMOutput, trainer.temperature, widens_head)
         functools.update_wrapper(answering, type(model).forward)  # transformers' generate reads its signature
         model.forward = MethodType(answering, model)
+
+
+def _refuse_learned_prompts(model: Any) -> None:
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+            raise UserError(
+                f"pack_groups needs a model that reads tokens alone, but PEFT's {adapter.peft_type.value} puts a "
+                "learned prompt before them: adapt the model with LoRA or train all its weights"
+            )
+
+
+def _refuse_spread(model: Any) -> None:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise UserError(
+            f"pack_groups needs the whole model on one device, got {' and '.join(devices)}: start one process for each "
+            "GPU with torchrun, or let the process see one GPU (CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def _answering(

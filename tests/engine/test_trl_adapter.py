@@ -13,7 +13,7 @@ import torch
 import trl
 from accelerate import DistributedType
 from datasets import Dataset
-from peft import LoraConfig
+from peft import AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_world import NUM_VOCAB, WORDS, one_thread  # noqa: F401
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, Qwen3Config
@@ -225,32 +225,64 @@ def test_what_cannot_be_packed_is_refused_with_a_sentence(tmp_path: Path) -> Non
         trainer.accelerator.state.distributed_type = DistributedType.NO
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+    ],
+    ids=lambda method: method.peft_type.value,
+)
+def test_a_learned_prompt_is_refused_by_name(tmp_path: Path, method: Any) -> None:
+    trainer = trainer_of(tmp_path, get_peft_model(model_of(), method))
+    with pytest.raises(UserError, match=f"PEFT's {method.peft_type.value} puts a learned prompt before"):
+        pack_groups(trainer)
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, model_of(tie_word_embeddings=False))
+    trainer.model.lm_head.to("meta")
+    with pytest.raises(UserError, match="whole model on one device, got cpu and meta"):
+        pack_groups(trainer)
+
+
 RANKS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
-from test_trl_adapter import model_of, pack_groups, trainer_of
+import trl
+from peft import LoraConfig
+from test_trl_adapter import pack_groups, trainer_of
 
-ended = []
-for packs in (False, True):
-    trainer = trainer_of(Path(sys.argv[2]), model_of(), per_device_train_batch_size=4)
-    if packs:
-        pack_groups(trainer)
-    trainer.train()
-    ended.append(trainer.model.state_dict())
-for name, weight in ended[0].items():
-    torch.testing.assert_close(ended[1][name], weight, rtol=1e-3, atol=1e-4)
-print(f"{trainer.accelerator.num_processes} of {trainer.accelerator.distributed_type.name} agree", flush=True)
+folder = Path(sys.argv[2])
+for kind, adapts in ((trl.GRPOTrainer, False), (trl.RLOOTrainer, True)):
+    ended = []
+    for packs in (False, True):
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if adapts else None
+        model = str(folder / "model")
+        trainer = trainer_of(folder, model, kind, lora, per_device_train_batch_size=4, beta=0.1, num_iterations=2)
+        if packs:
+            pack_groups(trainer)
+        trainer.train()
+        ended.append(trainer.model.state_dict())
+    for name, weight in ended[0].items():
+        torch.testing.assert_close(ended[1][name], weight, rtol=1e-3, atol=1e-4)
+    ranks = trainer.accelerator
+    print(f"{ranks.num_processes} of {ranks.distributed_type.name} agree on {kind.__name__}", flush=True)
 """
 
 
 @pytest.mark.slow
 def test_data_parallel_trains_the_same_model(tmp_path: Path) -> None:
+    """A whole model with GRPO, an adapter with RLOO, both with a reference, on two gloo ranks."""
+    model_of().save_pretrained(tmp_path / "model")
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(script), str(Path(__file__).parent), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(command, timeout=120, capture_output=True, text=True, env=environment)
-    assert done.stdout.count("2 of MULTI_CPU agree") == 2, done.stderr
+    done = subprocess.run(command, timeout=240, capture_output=True, text=True, env=environment)
+    for kind in ("GRPOTrainer", "RLOOTrainer"):
+        assert done.stdout.count(f"2 of MULTI_CPU agree on {kind}") == 2, done.stderr
