@@ -12,7 +12,7 @@ from isomorph.engine.config import UserError
 def compile_kernels(arch: list[int] | None, *, as_json: bool) -> None:
     """Compiles every GPU kernel for ``arch``, None: for all, and prints a table; a failure ends with its exit code."""
     if importlib.util.find_spec("triton") is None:
-        raise UserError("compiling kernels needs Triton, which is not installed: pip install triton==3.9.0")
+        raise UserError("compiling kernels needs Triton, which is not installed: pip install 'triton>=3.6,<3.10'")
     from isomorph.kernels import aot
 
     unknown = sorted(set(arch or ()) - set(aot.ARCHS))

@@ -15,7 +15,7 @@ import torch
 
 from isomorph.kernels.gpu.launch import on_its_device
 
-pytest.importorskip("triton", reason="needs Triton: pip install triton")
+triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 HERE = Path(__file__).parent
 GPU = HERE.parents[1] / "kernels" / "gpu"
 SOURCES = sorted(
@@ -43,7 +43,10 @@ def test_every_gate_refuses_the_kernel_that_was_planted_for_it() -> None:
     done = _run(str(HERE / "bad_kernels.py"))
     assert done.returncode == 0, done.stderr
     failures = json.loads(done.stdout)
-    assert failures.pop("good") == failures.pop("good barrier") == ["no bound is saved"]  # of a kernel of ours it is
+    # bounds are saved with one version of Triton; with others nothing is compared
+    of_version = json.loads((GPU / "bounds.jsonl").read_text(encoding="utf-8").splitlines()[0])["triton"]
+    none_saved = ["no bound is saved"] if triton.__version__.startswith(f"{of_version}.") else []
+    assert failures.pop("good") == failures.pop("good barrier") == none_saved  # of a kernel of ours one is
     for gate, found in failures.items():
         assert any(gate in failure for failure in found), (gate, found)
 
