@@ -9,7 +9,7 @@ RUN apt-get update \
 WORKDIR /source
 COPY . .
 RUN python3 -m venv /opt/isomorph \
-    && /opt/isomorph/bin/pip install --no-cache-dir torch==2.13.0 \
+    && /opt/isomorph/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
     && /opt/isomorph/bin/pip install --no-cache-dir .
 
 # No compiler here: the C++ module is in the environment, with the bodies for every x86-64 processor.
