@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -47,6 +48,16 @@ def test_the_version_stands_in_one_place() -> None:
     number = re.escape(VERSION)
     named = re.compile(rf"^\s*(?:__version__|VERSION)\s*=\s*[\"']{number}|isomorph(?:==|-){number}", re.MULTILINE)
     assert [str(p) for p in files if named.search(p.read_text(encoding="utf-8"))] == []
+
+
+def test_dev_takes_every_triton_that_the_kernels_are_compiled_with() -> None:
+    """CUDA builds of torch pin a version of their own: with one version in [dev], pip finds no torch beside it."""
+    of_dev = [Requirement(one) for one in PROJECT["optional-dependencies"]["dev"]]
+    (triton,) = (one for one in of_dev if one.name == "triton")
+    (versions,) = re.findall(r"^for version in (.*); do$", (ROOT / ".ci" / "triton").read_text(), re.MULTILINE)
+    assert "3.7.1" in versions.split()  # torch 2.13.0 for CUDA, as PyPI has it for Linux
+    assert [one for one in versions.split() if not triton.specifier.contains(one)] == []
+    assert triton.specifier.contains("3.9.0")  # the bounds of kernels/gpu/bounds.jsonl
 
 
 def test_the_versions_of_python_agree() -> None:
