@@ -150,6 +150,8 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
     cached: tuple[Moment, ...] = MOMENTS if facts.keeps_cache else drawing
     logits = chunk_rows * logits_stride(shape.num_vocab, device) * 4
     first: tuple[Moment, ...] = ("update", "step") if facts.has_several_micro_batches else ("step",)
+    if facts.is_gpu and is_apart:
+        first = MOMENTS  # pinned, for all steps
     found = [
         MemoryUse("weights", shape.num_parameters * facts.weight_bytes, ("generate",) if is_cut else MOMENTS),
         MemoryUse("gathered layers", _gathered_bytes(facts) if is_cut else 0, ("update", "step")),
@@ -160,6 +162,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("masters", own * 4.0 if has_masters(facts) else 0, MOMENTS, is_host=is_apart),
         MemoryUse("moments", own * 8.0, MOMENTS, is_host=is_apart),
         MemoryUse("gradients", own * 4.0, first, is_host=is_apart),
+        MemoryUse("sums of gradients", own * 4.0 if _sums_on_device(facts) else 0, ("update",)),
         MemoryUse("activations", facts.micro_tok * activation_bytes_per_tok(facts), ("update",)),
         MemoryUse("logits chunk", logits, ("update",)),
         MemoryUse("head gradient", head_gradient + facts.micro_tok * shape.width * 8, ("update",)),
@@ -176,6 +179,11 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("process", (facts.process_gib or 0) * GIB, MOMENTS, is_host=True),
     ]
     return [use for use in found if use.num_bytes]
+
+
+def _sums_on_device(facts: Facts) -> bool:
+    """Whether gradients for masters in host memory are added up on the device before they move (host_gradients.py)."""
+    return facts.is_gpu and facts.optimizer_on_host and facts.has_several_micro_batches
 
 
 def activation_bytes_per_tok(facts: Facts) -> float:

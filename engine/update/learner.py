@@ -232,8 +232,10 @@ class Learner:
                 inputs = replace(inputs, advantage=work.advantage[u][b])
             is_last = b == len(update.batches) - 1
             sum_between_copies(self.policy.model, is_last)
-            if gradient_sum is not None and is_last:
-                gradient_sum.last_batch()
+            if is_last:
+                self.optimizer.last_batch()
+                if gradient_sum is not None:
+                    gradient_sum.last_batch()
             logprobs.append(self._backward(batch, inputs, work.stage, work.tally))
         if gradient_sum is not None:
             gradient_sum.launch_rest()

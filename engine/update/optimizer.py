@@ -4,9 +4,10 @@ At a learning rate of 1e-6 almost every change of a bfloat16 weight is smaller t
 without a master. Float32 parameters (and, in tests, float64 ones) are their own masters.
 
 With ``model.offload_optimizer`` (as ZeRO-Offload, arXiv 2101.06840) masters, moments and accumulated gradients are in
-host memory, 16 bytes a weight: each gradient is copied there as soon as it is computed, PyTorch's fused CPU AdamW makes
-the step, and the rounded weights are copied back. The arithmetic is the same. torchao 0.18 has a similar optimizer, but
-without separate masters, and its 8-bit moments are tensor subclasses that are compiled for each shape.
+host memory, 16 bytes a weight: gradients are copied there while the last backward pass computes (host_gradients.py),
+PyTorch's fused CPU AdamW makes the step, and the rounded weights are copied back. The arithmetic is the same. torchao
+0.18 has a similar optimizer, but without separate masters, and its 8-bit moments are tensor subclasses that are
+compiled for each shape.
 """
 
 import math
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from isomorph.engine.config import OptimConfig
 from isomorph.engine.distributed.fsdp import full_tensor, local_shard, shard_like
 from isomorph.engine.types import RunFailed
+from isomorph.engine.update.host_gradients import HostGradients, own_gradient
 from isomorph.engine.update.not_finite import origin_in_gradient
 
 
@@ -42,11 +45,8 @@ class MasterAdamW:
             fused=True,
         )
         self.configure(config)
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(_accumulator(self.masters[name]))
-            for name, p in self.parameters.items()
-            if self.masters[name] is not p
-        ]
+        self._host = HostGradients(self.parameters, self.masters) if on_host else None
+        self._hooks = self._host.hooks if self._host is not None else self._accumulators()
 
     def configure(self, config: OptimConfig) -> None:
         """Sets the hyperparameters of another stage and keeps the moments."""
@@ -60,15 +60,34 @@ class MasterAdamW:
         self.adamw.state.clear()
         self.configure(config)
 
+    def _accumulators(self) -> list[RemovableHandle]:
+        return [
+            p.register_post_accumulate_grad_hook(_accumulator(self.masters[name]))
+            for name, p in self.parameters.items()
+            if self.masters[name] is not p
+        ]
+
+    def last_batch(self) -> None:
+        """Before the last backward pass of a step: gradients for masters in host memory move while it computes.
+
+        Without this call they move when they are asked for.
+        """
+        if self._host is not None:
+            self._host.last_batch()
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def gradients(self) -> list[Tensor]:
-        """Returns the accumulated gradients of the masters; they may be changed in place, to be summed over ranks."""
+        """Returns the accumulated gradients of the masters; they may be changed in place."""
+        if self._host is not None:
+            self._host.wait()
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def zero_grad(self) -> None:
+        if self._host is not None:
+            self._host.discard()
         self.adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -147,11 +166,7 @@ def _host_master(parameter: Parameter) -> Tensor:
 
 def _accumulator(master: Tensor):  # type: ignore[no-untyped-def]
     def accumulate(parameter: Tensor) -> None:
-        if parameter.grad is None:
-            raise RuntimeError(
-                "another learner is open on these weights and took their gradient: call its close() first"
-            )
-        gradient = parameter.grad.to(master.device, master.dtype)
+        gradient = own_gradient(parameter).to(master.dtype)
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
 

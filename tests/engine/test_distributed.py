@@ -103,7 +103,7 @@ def step_on(
     stage = make_stage(objective, batch=batch)
     if kind in NUM_SHARDS:
         shard(policy, NUM_SHARDS[kind])
-    learner = Learner(policy, ranks)
+    learner = Learner(policy, ranks, optimizer_on_host=kind == "host")
     learner.enter(stage)
     if objective.needs_reference:
         learner.reference = [0.9 * weight for weight in policy.snapshot()]
@@ -153,6 +153,11 @@ def numbers(stats: StepStats) -> dict[str, Any]:
 
 def test_adapters_get_the_gradient_of_one_rank(crowd: Crowd) -> None:
     assert_same_step(crowd, ObjectiveConfig(name="grpo", kl_coef=0.1), make_groups(), "adapters", micro_batch_tok=14)
+
+
+def test_an_optimizer_on_the_host_gets_the_gradient_of_one_rank(crowd: Crowd) -> None:
+    groups = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1))))
+    assert_same_step(crowd, GRPO, groups, "host", micro_batch_tok=14, prompts=4, prompts_per_update=2)
 
 
 by_kind = pytest.mark.parametrize("kind", ["data", "fsdp"])

@@ -64,7 +64,10 @@ def gib(facts: Facts) -> dict[str, float]:
 def test_an_optimizer_on_the_host_takes_its_bytes_along() -> None:
     beside, apart = seven_b(), seven_b(optimizer_on_host=True)
     freed = sum(gib(beside)[name] for name in ("masters", "moments", "gradients"))
-    assert gib(apart) == gib(beside)
+    # several micro-batches are added up in float32 on the device
+    sums = {"sums of gradients": gib(beside)["gradients"]}
+    assert gib(apart) == gib(beside) | sums
+    assert "sums of gradients" not in gib(seven_b(optimizer_on_host=True, micro_tok=1e9))
     assert {a.name for a in memory_uses(apart) if a.is_host} >= {"masters", "moments", "gradients"}
     assert (peak_bytes(beside, "step") - peak_bytes(apart, "step")) / GIB == pytest.approx(freed)
     card = card_ceilings("h200")[1]

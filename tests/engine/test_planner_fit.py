@@ -153,13 +153,13 @@ def test_a_smaller_micro_batch_repeats_prompts_of_groups_that_it_cuts() -> None:
 
 
 def test_changes_are_put_together_where_none_is_enough_alone() -> None:
-    """The optimizer in host memory leaves weights and activations; with checkpointing these are small, too."""
-    facts = seven_b(micro_tok=32768, prompts=12800, device_gib=30)
+    """The optimizer in host memory leaves weights, sums of gradients, and activations; checkpointing shrinks these."""
+    facts = seven_b(micro_tok=32768, prompts=12800, device_gib=52)
     remedies = changes_that_fit(facts, CARD)
     assert not any(remedy.is_enough for remedy in by_key(remedies).values())
     together = [remedy for remedy in remedies if len(remedy.write) > 1 and remedy.is_enough]
     assert any("model.offload_optimizer = true" in remedy.write for remedy in together)
-    assert all(remedy.peak_gib <= 30 and len(remedy.write) == len(remedy.costs) for remedy in together)
+    assert all(remedy.peak_gib <= 52 and len(remedy.write) == len(remedy.costs) for remedy in together)
     assert changes_that_fit(dataclasses.replace(facts, device_gib=1), CARD) != []
 
 
