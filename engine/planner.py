@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from isomorph.engine.config import EngineConfig, Stage
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.kernels.kept_tokens import BLOCK_BYTES, most_bytes
+from isomorph.kernels.linear import onednn_has_bfloat16
 from isomorph.kernels.linear_chunks import logits_stride
 
 Moment = Literal["generate", "update", "step"]
@@ -294,8 +295,9 @@ def _sampler_bytes(facts: Facts) -> float:
 
 
 def _prepacked_bytes(facts: Facts) -> float:
-    """Prepacked copies of the weights, which the built-in sampler uses on a CPU."""
+    """Prepacked copies of the weights: the built-in sampler, on a CPU whose oneDNN multiplies their dtype."""
     is_prepacked = facts.is_sampled and facts.sampler == "builtin" and not facts.is_gpu
+    is_prepacked &= facts.weight_bytes == 4 or (facts.weight_bytes == 2 and onednn_has_bfloat16())
     return facts.shape.num_backbone * facts.weight_bytes if is_prepacked else 0
 
 

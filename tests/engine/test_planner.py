@@ -11,6 +11,7 @@ import pytest
 import torch
 from sampler_parts import policy_of
 
+from isomorph.engine import planner
 from isomorph.engine.config import (
     BatchConfig,
     EngineConfig,
@@ -101,6 +102,19 @@ def test_weights_that_vllm_has_for_itself_are_counted() -> None:
     assert gib(copied).pop("vLLM's weights") == gib(copied)["weights"] and "vLLM's weights" not in gib(shared)
     for moment in ("generate", "update", "step"):
         assert peak_bytes(copied, moment) - peak_bytes(shared, moment) == gib(copied)["weights"] * GIB
+
+
+@pytest.mark.parametrize(
+    ("weight_bytes", "has_bfloat16", "is_prepacked"),
+    [(4, False, True), (2, True, True), (2, False, False), (8, True, False)],
+)
+def test_weights_are_prepacked_where_onednn_multiplies_them(
+    monkeypatch: pytest.MonkeyPatch, weight_bytes: int, has_bfloat16: bool, is_prepacked: bool
+) -> None:
+    monkeypatch.setattr(planner, "onednn_has_bfloat16", lambda: has_bfloat16)
+    facts = dataclasses.replace(seven_b(), sampler="builtin", is_gpu=False, weight_bytes=weight_bytes)
+    backbone = facts.shape.num_backbone * weight_bytes / GIB
+    assert gib(facts).get("prepacked weights") == (backbone if is_prepacked else None)
 
 
 def test_a_folder_with_nothing_but_a_config_is_enough() -> None:
@@ -203,8 +217,9 @@ def test_a_cache_that_is_kept_is_there_while_the_learner_runs() -> None:
     assert 0 < largest_kv_tok(kept) < largest_kv_tok(freed)
 
 
-def test_what_draws_while_another_step_is_learned_is_there_throughout() -> None:
+def test_what_draws_while_another_step_is_learned_is_there_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
     """7.6e9 weights of 2 bytes once more; cache, logits and packed weights of drawing beside what learning holds."""
+    monkeypatch.setattr(planner, "onednn_has_bfloat16", lambda: True)
     cpu: dict[str, Any] = dict(sampler="builtin", is_gpu=False, device_gib=300.0)
     in_turn, at_once = seven_b(**cpu), seven_b(**cpu, overlaps=True)
     assert gib(at_once)["weights to draw from"] == pytest.approx(2 * 7.615616512e9 / GIB)
