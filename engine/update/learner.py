@@ -59,7 +59,7 @@ class Learner:
         self.ranks = ranks
         self.optimizer_on_host = optimizer_on_host
         self.optimizer: MasterAdamW | None = None
-        self.gradient_sum: GradientSum | None = None  # None: one rank, or FSDP2 sums
+        self.gradient_sum: GradientSum | None = None  # of data parallel ranks, made with the first gradient
         self.reference: list[Tensor] | None = None  # weights of the KL reference, in host memory
         # the reference as it was taken: the list, and a hash of each tensor
         self._taken: tuple[list[Tensor], dict[str, int]] | None = None
@@ -222,7 +222,7 @@ class Learner:
         update, before = work.trained[u], work.old[u]
         reference = work.reference[u] if work.reference else None
         logprobs = []
-        gradient_sum = self.gradient_sum
+        gradient_sum = self._summed_over_ranks()
         if gradient_sum is not None:
             gradient_sum.begin()
         for b, batch in enumerate(update.batches):
@@ -247,6 +247,13 @@ class Learner:
             work.check_drift(work.step_drift(self.ranks))
         if gradient_sum is not None:
             gradient_sum.wait()
+
+    def _summed_over_ranks(self) -> GradientSum | None:
+        """None where nothing is summed here: one rank, or FSDP2. Its hooks come after the optimizer's."""
+        if self.gradient_sum is None and self.ranks.size > 1 and not self.policy.is_sharded:
+            assert self.optimizer is not None
+            self.gradient_sum = GradientSum(self.optimizer.parameters, self.optimizer.masters)
+        return self.gradient_sum
 
     @property
     def is_within_round(self) -> bool:
@@ -327,8 +334,6 @@ class Learner:
     def _open_optimizer(self, stage: Stage) -> None:
         self.close()
         self.optimizer = MasterAdamW(self.policy.named_parameters(), stage.optim, on_host=self.optimizer_on_host)
-        if self.ranks.size > 1 and not self.policy.is_sharded:
-            self.gradient_sum = GradientSum(self.optimizer.parameters, self.optimizer.masters)
 
     def _token_inputs(
         self, batch: PackedBatch, update: Update, stage: Stage, old: Tensor | None, reference: Tensor | None

@@ -1,12 +1,15 @@
 """Faults that no run can see, planted in the code of an optimizer step: the self-check before a run names each."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from crowd import Crowd
 from small_world import one_thread  # noqa: F401
 from torch import Tensor
 
@@ -130,17 +133,34 @@ def test_a_denominator_that_a_split_into_micro_batches_changes(monkeypatch: pyte
             check_learning(ObjectiveConfig(name=name))  # type: ignore[arg-type]
 
 
-class Halving(Ranks):
-    """Divides by two what it should sum."""
+def checked_with_a_mean_over_ranks(ranks: Ranks, is_planted: bool) -> str:
+    """What the check says where ranks average what they should sum."""
+    real = dist.all_reduce
 
-    def sum(self, tensors: Any) -> None:
-        for tensor in tensors:
-            tensor /= 2
+    def mean(tensor: Tensor, **named: Any) -> Any:
+        work = real(tensor, async_op=True)
+        work.wait()
+        tensor /= ranks.size
+        return work
+
+    dist.all_reduce = mean if is_planted else real
+    try:
+        check_learning(ObjectiveConfig(name="grpo"), ranks=ranks)
+    except RunFailed as error:
+        return str(error)
+    finally:
+        dist.all_reduce = real
+    return ""
 
 
 def test_a_loss_that_is_divided_per_rank() -> None:
-    with pytest.raises(RunFailed, match="differs by 50.0% .*a denominator is not that"):
-        check_learning(ObjectiveConfig(name="grpo"), ranks=Halving())
+    crowd = Crowd(2)
+    try:
+        assert crowd.ask(checked_with_a_mean_over_ranks, False) == ["", ""]
+        for said in crowd.ask(checked_with_a_mean_over_ranks, True):
+            assert re.search(r"over 2 ranks differs by 50.0% .*a denominator is not that", said), said
+    finally:
+        crowd.close()
 
 
 def test_a_run_ends_before_its_first_step_and_doctor_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
