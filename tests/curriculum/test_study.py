@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from processes import wait_for
 from simulated_study import write_study
@@ -452,3 +453,28 @@ def test_accuracy_by_wording_is_a_count_over_the_committed_rows() -> None:
             kept = [mark for mark, which in zip(row["right"], wording[row["items"]], strict=True) if which == "kept"]
             right, asked = right + kept.count("1"), asked + len(kept)
     assert f"words, test exam, kept wordings: 6.8% after 30 steps, {right / asked:.1%} after 60" in script.details()
+
+
+def test_traces_before_the_switch_are_summed_up_over_seeds(tmp_path: Path) -> None:
+    script = load_study("carry_over_analogy")
+    alignments, gains = [0.2, 0.4, 0.5, 0.9, 0.6], [0.1, 0.3, 0.2, 0.6, 0.5]
+    known = {"value": 0.5, "low": 0.0, "high": 1.0, "n": 9}
+    likeness = {"analogy": known, "frequency": known, "analogy_minus_frequency": known | {"value": None}}
+    rows = [
+        {
+            "seed": seed,
+            "analogy": likeness,
+            "alignment": {"alignment": x, "gain": y, "readable": 50, "items": 200, "slope": known},
+        }
+        for seed, x, y in zip(range(21, 26), alignments, gains, strict=True)
+    ]
+    text = script.table(rows)
+    mean, error = np.mean(alignments), np.std(alignments, ddof=1) / 5**0.5
+    half = 2.7764451 * error  # Student's t, four degrees of freedom
+    assert f"| {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}) | 5 |" in text
+    assert "| +0.250 (+0.250 to +0.250) | 5 |" in text  # readable
+    assert "| nearest minus mean | - | 0 |" in text
+    r = np.corrcoef(alignments, gains)[0, 1]
+    low, high = (np.tanh(np.arctanh(r) + sign * 1.959964 / 2**0.5) for sign in (-1, 1))  # Fisher's, n - 3 = 2
+    assert f"{r:+.2f} ({low:+.2f} to {high:+.2f})" in text and "5 seeds. Seeds 21 to 25." in text
+    assert "not defined for 3 seeds" in script.table(rows[:3])
