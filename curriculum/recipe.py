@@ -232,7 +232,8 @@ class Recipe(EngineConfig):
         return label
 
     def _idle_between_stages(self) -> dict[KeyPath, str]:
-        keys: dict[KeyPath, str] = {("stage", 0, "optimizer"): "the first stage has no optimizer state to carry over"}
+        why = "the first stage has no optimizer state to carry over"
+        keys: dict[KeyPath, str] = {("stage", 0, "optimizer_state"): why}
         needs = [stage.objective.needs_reference for stage in self.stage]
         for i in range(len(self.stage)):
             if not any(needs[:i]) or not any(needs[i:]):

@@ -190,6 +190,31 @@ def test_a_key_that_is_written_is_refused_by_name_where_it_is_idle_and_taken_whe
             load_recipe(recipe, [], Recipe)
 
 
+@pytest.mark.parametrize("text", [RUN, FILES], ids=["tiny", "files"])
+def test_every_key_that_is_called_idle_is_a_key_of_the_schema(tmp_path: Path, text: str) -> None:
+    """A key under an old name is refused as unknown, and the one that took its place would be ignored."""
+    text = text.replace('[data.unused]\nkind = "async_plan"\n', "")
+    loaded = load_recipe(written_to(tmp_path, text), [], Recipe)
+    assert {path for path in idle_paths(loaded) if not is_key(loaded, path)} == set()
+
+
+def is_key(section: Any, path: tuple[str | int, ...]) -> bool:
+    """Whether ``path`` can be written; what is inside a table that is absent is not looked at."""
+    for part in path:
+        if section is None:
+            return True
+        if isinstance(section, BaseModel) and part not in type(section).model_fields:
+            return False
+        section = section_at(section, (part,))
+    return True
+
+
+def test_the_first_stage_has_no_optimizer_state_to_carry_over(tmp_path: Path) -> None:
+    assert "stage.0.optimizer_state has no effect" in refusal(tmp_path, "stage.0.optimizer_state='carry'")
+    loaded = load_recipe(tmp_path / "recipe.toml", ["stage.1.optimizer_state='carry'"], Recipe)
+    assert loaded.stage[1].optimizer_state == "carry"
+
+
 def test_every_key_of_the_schema_is_read_somewhere_outside_the_schema() -> None:
     read = set()
     for file in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "curriculum").rglob("*.py")]:
