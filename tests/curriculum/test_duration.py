@@ -230,6 +230,7 @@ def test_a_gold_in_words_of_the_calendar(text: str, gold: str, reward: float) ->
         ("[datetime.timedelta(days=1, seconds=3600), datetime.timedelta(days=1, seconds=3600)]", 25 * HOUR, 25 * HOUR),
         ("[timedelta(hours=2), timedelta(minutes=120)]", 2 * HOUR, 2 * HOUR),
         ("[datetime.timedelta(0), datetime.timedelta(weeks=1)]", 0, 7 * DAY),
+        ("  [datetime.timedelta(days=1), datetime.timedelta(days=1)] ", DAY, DAY),
     ],
 )
 def test_timedelta_intervals_are_read(text: str, low: int, high: int) -> None:
@@ -246,14 +247,10 @@ def test_timedelta_intervals_are_read(text: str, low: int, high: int) -> None:
         "[datetime.timedelta(moons=1), datetime.timedelta(days=1)]",
         "[datetime.timedelta(days=x), datetime.timedelta(days=1)]",
         "[datetime.timedelta(days=__import__('os')), datetime.timedelta(days=1)]",
-        "[datetime.timedelta(days=1), datetime.timedelta(days=1)] ",
         "timedelta",
     ],
 )
 def test_other_texts_are_not_evaluated(text: str) -> None:
-    if text.endswith(" "):
-        parse_timedeltas(text)  # spaces around it are nothing
-        return
     with pytest.raises(ValueError, match="must be"):
         parse_timedeltas(text)
 

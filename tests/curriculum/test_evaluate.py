@@ -194,7 +194,6 @@ def test_the_table_shows_every_score() -> None:
         assert part in out.getvalue()
 
 
-@pytest.mark.slow
 def test_names_in_brackets_are_no_markup_and_escapes_are_written_out() -> None:
     score: dict[str, Any] = {"data": "async_plan:[red]a", "correct": 3, "n": 10, "rate": 0.3, "reward": 0.3}
     score |= {

@@ -50,19 +50,19 @@ def test_a_saved_policy_loads_where_isomorph_is_not_installed(tmp_path: Path) ->
     tiny_policy().save(tmp_path)
     program = (
         "import sys, torch, transformers\n"
+        "sys.modules['isomorph'] = None  # its import raises ImportError\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "ids = tokenizer('stir 5', return_tensors='pt')\n"
         "print(model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > 3)\n"
     )
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program, str(tmp_path)], capture_output=True, text=True, env=clean, timeout=120
+        [sys.executable, "-P", "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.strip() == "True", done.stderr[-2000:]
 
 
-def test_only_loading_a_model_changes_the_environment() -> None:
+def test_only_loading_a_model_changes_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import os\n"
         "before = dict(os.environ)\n"
@@ -72,6 +72,7 @@ def test_only_loading_a_model_changes_the_environment() -> None:
     clean = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, env=clean, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # an earlier test has loaded a model
     tiny_policy()
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 

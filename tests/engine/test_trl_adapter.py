@@ -202,7 +202,8 @@ def test_a_batch_without_labels_has_gradients_of_zero(tmp_path: Path) -> None:
     ids, mask, labels = padded()
     answer = trainer.model(input_ids=ids, attention_mask=mask, labels=labels.fill_(IGNORED), fused_lm_head=True)
     answer.log_probs.sum().backward()
-    assert all((p.grad == 0).all() for p in trainer.model.parameters() if p.grad is not None)
+    for name, p in trainer.model.named_parameters():
+        assert p.grad is not None and (p.grad == 0).all(), name
 
 
 def test_a_row_that_begins_with_a_label_is_refused() -> None:
