@@ -259,11 +259,12 @@ def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
 
 def _command(args: argparse.Namespace) -> str:
     """The command that repeats the run, without this machine's folders."""
-    options = [f"--model {args.name or 'FOLDER'}", f"--dtype {args.dtype}", f"--steps {args.steps}"]
-    options += [f"--sampler {args.sampler}", f"--prompts {args.prompts}", f"--group {args.group}"]
-    options += [f"--max-new-tok {args.max_new_tok}", f"--kl {args.kl:g}", f"--device {args.device}"]
-    options += [f"--trl-accumulation {args.trl_accumulation}", f"--trl-generation {args.trl_generation}"]
-    return " ".join(["python benchmarks/bench_step.py", *options, *["--trl-liger"][: int(args.trl_liger)]])
+    options = ["--model", "FOLDER", *(["--name", args.name] if args.name else []), "--dtype", args.dtype]
+    options += ["--steps", args.steps, "--sampler", args.sampler, "--prompts", args.prompts, "--group", args.group]
+    options += ["--max-new-tok", args.max_new_tok, "--micro-batch-tok", args.micro_batch_tok, "--kl", f"{args.kl:g}"]
+    options += ["--device", args.device, "--trl-accumulation", args.trl_accumulation]
+    options += ["--trl-generation", args.trl_generation, *(["--trl-liger"] if args.trl_liger else [])]
+    return shlex.join(map(str, ["python", "benchmarks/bench_step.py", *options]))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ Needs the extra [bench].
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 import tempfile
@@ -93,8 +94,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
     trl, packed = rows
-    sizes = [f"--{n.replace('_', '-')} {getattr(args, n)}" for n in ("prompt_tok", "response_tok", "groups", "group")]
-    options = [f"--model {args.name or 'FOLDER'}", f"--dtype {args.dtype}", *sizes, f"--rounds {args.rounds}"]
+    options = ["--model", "FOLDER", *(["--name", args.name] if args.name else []), "--dtype", args.dtype]
+    options += ["--prompt-tok", args.prompt_tok, "--response-tok", args.response_tok, "--groups", args.groups]
+    options += ["--group", args.group, "--rounds", args.rounds, "--device", args.device]
     return {
         "who": "ratio",
         "ratio": trl["median_s"] / packed["median_s"],
@@ -106,7 +108,7 @@ def summarized(rows: list[Row], args: argparse.Namespace) -> Row:
         "machine": machine(args.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "command": " ".join(["python benchmarks/bench_trl_adapter.py", *options, f"--device {args.device}"]),
+        "command": shlex.join(map(str, ["python", "benchmarks/bench_trl_adapter.py", *options])),
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -18,7 +18,7 @@ from table_rows import (
     titled_part,
 )
 
-STEP_KEY = ("machine", "model", "sampler", "kl", "prompts", "group", "max_new_tok", "trl_generation")
+STEP_KEY = ("machine", "model", "sampler", "kl", "prompts", "group", "max_new_tok", "trl_generation", "trl_liger")
 ADAPTER_KEY = ("machine", "model", "groups", "group", "prompt_tok", "response_tok")
 STEP, UPDATE, ADAPTER = "One GRPO step beside TRL", "One update with shared prompts", "TRL's own trainer, packed"
 DECODING, SYNC = "Decoding", "Weight sync"
@@ -45,7 +45,8 @@ def headlines(step: list[Row], update: list[Row], adapter: list[Row], sampler: l
         what = f"GRPO step, {row['model']}, {row['prompts']} prompts of {row['group']} completions"
         speed = {row["dtype"]: _marked_spread(row["ratios"]) for row in rows}
         memory = {row["dtype"]: marked(row["trl"]["peak_mib"] / row[OURS]["peak_mib"]) for row in rows}
-        other = f"TRL's GRPOTrainer, generating by {row['trl_generation']}"
+        liger = ", with Liger's layers" if row["trl_liger"] else ""
+        other = f"TRL's GRPOTrainer, generating by {row['trl_generation']}{liger}"
         found.append(Headline(row["machine"], what, other, speed, memory, STEP, dates(rows)))
     for rows in grouped(_ratios(update, "machine"), "machine"):
         speed, memory = ({row["dtype"]: marked(row[name]) for row in rows} for name in ("speed", "memory"))
@@ -72,7 +73,7 @@ def _decoded(rows: list[Row]) -> list[Row]:
 
 
 def _published(rows: list[Row]) -> list[Row]:
-    return latest_of(rows, "machine", "mode", "dtype")
+    return latest_of(rows, "machine", "parameters", "seqs", "new_tok", "mode", "dtype")
 
 
 def _spread(ratios: list[float]) -> str:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,11 @@ def test_a_step_is_summed_up_without_its_first_turn_and_reaches_the_pages(tmp_pa
     ]
     summary = step.summarized(rows, args)
     assert summary["ratio"] == 3.0 and summary["trl"]["step_s"] == 9.0 and "/some/where" not in summary["command"]
+    liger = {**summary, "trl_liger": True, "ratio": 1.0, "ratios": [1.0]}
+    (tmp_path / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (summary, liger)))
+    lines = [line.split(" | ")[1:3] for line in table.section(tmp_path).splitlines() if "GRPO step" in line]
+    name = "TRL's GRPOTrainer, generating by transformers"
+    assert lines == [[name, "3.25 (2.50 to 4.00)"], [f"{name}, with Liger's layers", "1.00 (1.00 to 1.00)"]]
     assert summary["isomorph"]["completion_tok_s"] == (30 / 2 + 30 / 4) / 2
     (tmp_path / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, summary]))
     assert "| 3.25 (2.50 to 4.00) | not measured | 1.00 | - |" in table.section(tmp_path)
@@ -159,6 +165,16 @@ def test_a_step_that_cannot_be_taken_is_refused_before_it_starts(options: list[s
     with pytest.raises(SystemExit) as stopped:
         load("bench_step").parse_args(["--model", "x", "--device", "cpu", *options])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("name", [None, "SmolLM2-135M's shape"])
+@pytest.mark.parametrize("more", [[], ["--trl-liger", "--kl", "0.01", "--sampler", "vllm"]], ids=["plain", "options"])
+def test_the_command_of_a_step_takes_every_option_that_the_run_took(name: str | None, more: list[str]) -> None:
+    step = load("bench_step")
+    given = ["--model", "FOLDER", *(["--name", name] if name else []), "--micro-batch-tok", "16384", "--device", "cuda"]
+    args = step.parse_args([*given, "--steps", "4", "--max-new-tok", "256", "--dtype", "bfloat16", *more])
+    python, script, *options = shlex.split(step._command(args))
+    assert (python, script) == ("python", "benchmarks/bench_step.py") and step.parse_args(options) == args
 
 
 PEERS = ("trl", "liger_kernel", "cut_cross_entropy")
