@@ -93,6 +93,12 @@ def ask(rows: list[Row], folder: Path, samples: int, *, is_given: bool, options:
             asked[last_turn(one["prompt"])].answers.append(one["text"])
 
 
+def from_here(reward: str) -> str:
+    """``FILE.py:FUNCTION`` with the file's whole path: a recipe's own paths begin at its folder, here a round's."""
+    file, _, function = reward.rpartition(":")
+    return f"{Path(file).resolve()}:{function}" if file.endswith(".py") else reward
+
+
 def last_turn(prompt: str | list[dict[str, Any]]) -> str:
     """The question of a prompt, which is a chat where examples stand before it."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
@@ -104,7 +110,7 @@ def main() -> None:
     parser.add_argument("questions", type=Path, help="JSON Lines with question and answer, as the paper's files")
     parser.add_argument("out", type=Path, help="JSON Lines with question, gold and answers: $ISOMORPH_TEACHER")
     parser.add_argument("--sampler", default="builtin", choices=("builtin", "vllm"))
-    parser.add_argument("--reward", default="async_plan", help="a built-in reward, or FILE.py:FUNCTION")
+    parser.add_argument("--reward", type=from_here, default="async_plan", help="a built-in reward, or FILE.py:FUNCTION")
     parser.add_argument("--folder", type=Path, help="of the rounds; default: OUT without its ending")
     parser.add_argument("--max-prompt-tok", type=int, default=16384, help="of a question with its examples")
     parser.add_argument("--max-new-tok", type=int, default=6000)

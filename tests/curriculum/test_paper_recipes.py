@@ -215,7 +215,8 @@ def test_a_teacher_is_asked_in_rounds_with_examples_and_at_last_with_the_answer(
     monkeypatch.setattr(teacher.subprocess, "run", here)
     monkeypatch.setattr(teacher, "SAMPLES", (1, 1))
     questions = os.environ["ISOMORPH_ASYNCHOW"] + "/asynchow_natural_train.jsonl"
-    options = ["--reward", f"{tmp_path}/reward.py:right", "--max-new-tok", "4", "--max-prompt-tok", "8000"]
+    monkeypatch.chdir(tmp_path)
+    options = ["--reward", "reward.py:right", "--max-new-tok", "4", "--max-prompt-tok", "8000"]
     monkeypatch.setattr(sys, "argv", ["", str(models["qwen2"]), questions, str(tmp_path / "answers.jsonl"), *options])
     teacher.main()
     asked = [
