@@ -130,7 +130,7 @@ def _attention(rehearse: bool, heads: int, kv_heads: int, dim: int) -> Rows:
     def both() -> object:
         return torch.autograd.grad(forward(), leaves, dout)
 
-    arch = 90 if DEVICE.type != "cuda" else 10 * torch.cuda.get_device_capability()[0]
+    arch = 90 if DEVICE.type != "cuda" else attention_tiles.table_arch(*torch.cuda.get_device_capability())
     key = (arch, 64 if dim <= 64 else 128, 2)
     shipped = attention_tiles.CONFIGS[key]
     tried = [("shipped", shipped)]
