@@ -6,7 +6,8 @@ host's time to launch one call. Memory: on CUDA max_memory_allocated above what 
 growth of the peak resident set (VmHWM, reset through /proc/self/clear_refs; Linux only, else not given). Rate: the cost
 model (FLOP or bytes) of the benchmark file, divided by the median. Error: the largest difference from float64 on the
 same rounded inputs, divided by the largest value; the worst output counts. A provider whose error exceeds PyTorch's own
-in the same dtype by ``BOUND`` (ours) or ``PEER_BOUND`` (others) times, and 8 eps, is "wrong" and gets no speed.
+in the same dtype by ``BOUND`` (ours) or ``PEER_BOUND`` (others) times, and 8 eps, is "wrong" and gets no speed. So is
+one whose difference has a norm above ``NORM_BOUND`` of the value's own, whatever PyTorch's is: zeros have 1.
 """
 
 import ctypes
@@ -31,6 +32,7 @@ from isomorph.kernels import backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUND, PEER_BOUND = 4.0, 16.0
+NORM_BOUND = 0.5
 OURS, EAGER, COMPILED = "isomorph", "torch eager", "torch.compile"
 MIN_ROUNDS = 5
 CALLS_A_ROUND, ROUND_S = 20, 2e-3  # on CUDA: calls of one round at most, and what they take together at most
@@ -94,7 +96,7 @@ def measure(case: Case, *, max_rounds: int, budget_s: float) -> Iterator[dict[st
             free_memory()
         else:
             runs[name] = run
-            rows[name].update(status="ok", error=_error(out, exact))
+            rows[name].update(status="ok", error=_error(out, exact), norm_error=_norm_error(out, exact))
             del out
     _judge(rows, case.dtype)
     del exact
@@ -123,6 +125,8 @@ def _judge(rows: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
         bound = (BOUND if name.startswith(OURS) else PEER_BOUND) * eager + 8 * torch.finfo(dtype).eps
         if row["status"] == "ok" and not row["error"] <= bound:
             row.update(status="wrong", reason=f"error {row['error']:.1e}, bound {bound:.1e}")
+        elif row["status"] == "ok" and not row["norm_error"] <= NORM_BOUND:
+            row.update(status="wrong", reason=f"norm of the error {row['norm_error']:.2f} of the value's")
 
 
 def only_ours(case: Case) -> Case:
@@ -243,6 +247,16 @@ def _error(out: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         if math.isnan(worst):
             return math.inf
     return worst
+
+
+def _norm_error(out: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The norm of the difference over that of the exact value; of the outputs that are not all zero, the worst."""
+    errors = [
+        float((got.detach().double() - want.double()).norm() / want.double().norm())
+        for got, want in zip(out, exact, strict=False)
+        if got.shape == want.shape and want.any()
+    ]
+    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
 
 
 def quantiles(times: list[float]) -> tuple[float, float]:

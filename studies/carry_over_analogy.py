@@ -79,7 +79,7 @@ def across(both: Sequence[tuple[float, float]]) -> str:
     """A seed's mean alignment against its gain, with Fisher's interval."""
     name = "Correlation over seeds of mean alignment at the switch with the gain after it"
     if len(both) < 4 or min(np.ptp(np.array(both), axis=0)) == 0:
-        return f"{name}: not defined for {len(both)} seeds without spread."
+        return f"{name}: not defined for {len(both)} seeds (four and a spread are needed)."
     found = stats.pearsonr(*np.array(both).T)
     low, high = found.confidence_interval(0.95)
     return f"{name}: {found.statistic:+.2f} ({low:+.2f} to {high:+.2f}), p {found.pvalue:.2g}, {len(both)} seeds."

@@ -71,6 +71,26 @@ def test_wrong_absent_and_failed_providers_get_no_speed() -> None:
     assert [name for name, row in rows.items() if "median_s" in row] == [compare.OURS, compare.EAGER]
 
 
+def test_zeros_are_wrong_however_far_off_eager_is() -> None:
+    compare = load("compare")
+    right = torch.arange(1.0, 101.0, device=compare.DEVICE)
+    spoilt = right.clone()
+    spoilt[-1] *= 0.6  # error 0.4 of the largest value: 16 times that allows anything; its norm is 0.07 of all
+    providers = {
+        compare.OURS: lambda: lambda: (spoilt,),
+        compare.EAGER: lambda: lambda: (spoilt,),
+        "zeros": lambda: lambda: (right * 0,),
+    }
+    case = compare.Case("op", "100", torch.float32, providers, lambda: (right.double(),))
+    rows = {row["provider"]: row for row in compare.measure(case, max_rounds=3, budget_s=0.1)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        compare.OURS: "ok",
+        compare.EAGER: "ok",
+        "zeros": "wrong",
+    }
+    assert rows[compare.EAGER]["norm_error"] == pytest.approx(40 / sum(i * i for i in range(1, 101)) ** 0.5)
+
+
 def rows_of_a_case(**medians: float) -> list[dict[str, Any]]:
     case = {"op": "o", "size": "s", "dtype": "float32", "machine": "m", "threads": 1, "torch": "t", "date": "d"}
     ok = {"status": "ok", "p20_s": 0.001, "p80_s": 0.001, "memory_mib": None, "error": 0.0}
