@@ -9,7 +9,7 @@
 ``row_stats`` reads a row once, ``row_gradient`` reads and writes it once, in place if the caller wants.
 The C++ and Triton kernels reduce each row in a fixed order, so its bits do not depend on the batch.
 A row with NaN or +inf, or with -inf only, has no softmax: log-probability and entropy are NaN, and the LSE is that of
-``torch.logsumexp``: NaN, +inf or -inf.
+``torch.logsumexp``: NaN, +inf or -inf; with both NaN and +inf it is one of the two.
 """
 
 import math

@@ -94,7 +94,8 @@ void run_stats(const Rows& rows, const int64_t* target, const RowScale<A>& scale
         const double log_sum = std::log(row.sum), z = run.z_at(rows.row(i), rows.type, target[i], scale);
         logprob[i] = static_cast<A>((z - row.top) - log_sum);
         entropy[i] = static_cast<A>(log_sum - row.weighted / row.sum);
-        lse[i] = static_cast<A>(std::isinf(row.top) ? row.top : row.top + log_sum);  // as torch.logsumexp
+        // as torch.logsumexp: of -inf only log_sum is -inf, with a NaN it is NaN
+        lse[i] = static_cast<A>(std::isinf(row.top) && row.top > 0 ? row.top : row.top + log_sum);
     });
 }
 

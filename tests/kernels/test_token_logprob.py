@@ -132,18 +132,20 @@ def test_error_at_the_vocabularies_of_real_models(body: str, num_vocab: int, dty
 @pytest.mark.parametrize("body", [*BODIES, pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("num_vocab", [5, 4100])
 def test_a_row_without_a_softmax_says_so_in_every_body_as_in_the_specification(body: str, num_vocab: int) -> None:
-    logits, target = _rows(6, num_vocab, torch.float32)
+    logits, target = _rows(8, num_vocab, torch.float32)
     logits[1] = -math.inf
     logits[2, num_vocab - 2] = math.inf
     logits[3, 2] = math.nan
     logits[4, :3] = -math.inf
     target[4] = 4
+    logits[5] = math.nan
+    logits[6], logits[6, 2] = -math.inf, math.nan
     exact = token_logprob_ref(logits, target)
     stats = _stats(logits.to(DEVICE), target.to(DEVICE), body)
     for ours, truth in zip(stats, exact, strict=True):
         torch.testing.assert_close(ours.cpu(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert [exact.lse[i].item() for i in (1, 2)] == [-math.inf, math.inf] and exact.lse[3].isnan()
-    assert all(stat[1:4].isnan().all() for stat in stats[:2])
+    assert [exact.lse[i].item() for i in (1, 2)] == [-math.inf, math.inf] and exact.lse[[3, 5, 6]].isnan().all()
+    assert all(stat[[1, 2, 3, 5, 6]].isnan().all() for stat in stats[:2])
 
 
 @pytest.mark.parametrize("body", BODIES)

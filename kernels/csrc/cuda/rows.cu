@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kThreads)
     const A log_total = logarithm(total), z = scale(widen(row[target[n]]), target[n]);
     logprob[n] = (z - row_top) - log_total;
     entropy[n] = log_total - weighted / total;
-    lse[n] = isinf(row_top) ? row_top : row_top + log_total;  // as torch.logsumexp
+    // as torch.logsumexp: of -inf only log_total is -inf, with a NaN it is NaN
+    lse[n] = isinf(row_top) && row_top > 0 ? row_top : row_top + log_total;
 }
 
 // In and Out may share storage, a narrower Out the first half of each row: block b of Out ends before column
