@@ -132,7 +132,9 @@ def row_gradient(
 
     With p = exp(z - z[y] + logprob), which is accurate also for large logits:
     (p (dlse - dlogprob - dentropy (log p + entropy)) + (v == y) dlogprob) / temperature.
+    Where z[y] is -inf, p = exp(z - lse): every implementation takes 0 for such a z[y], and gets -lse as its logprob.
     """
+    stats = stats._replace(logprob=torch.where(stats.logprob == -math.inf, -stats.lse, stats.logprob))
     if body == "triton":
         from isomorph.kernels.gpu import rows
 
@@ -148,7 +150,8 @@ def row_gradient(
         return out_nV
     dlogprob_n, dentropy_n, dlse_n = (torch.zeros_like(stats.lse) if g is None else g for g in grads)
     z_nV = _scaled(logits_nV, bias_V, inv_temperature)
-    logp_nV = z_nV.sub_(z_nV.gather(1, target_n[:, None])).add_(stats.logprob[:, None])
+    z_y_n1 = z_nV.gather(1, target_n[:, None])
+    logp_nV = z_nV.sub_(z_y_n1.masked_fill_(z_y_n1 == -math.inf, 0)).add_(stats.logprob[:, None])
     factor_nV = (dlse_n - dlogprob_n)[:, None]
     if grads[1] is not None:
         factor_nV = factor_nV - dentropy_n[:, None] * (logp_nV + stats.entropy[:, None]).clamp_(min=-1e30)

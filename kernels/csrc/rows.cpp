@@ -170,6 +170,7 @@ void gradient_as(const Rows& rows, const Vector& target, const Vector& logprob, 
     for (int64_t i = 0; i < n; ++i) {
         row[i] = {run.z_at(rows.row(i), rows.type, ids[i], scale), lp[i], ent[i], dlp ? dlp[i] : A(0),
                   dent ? dent[i] : A(0), dlse ? dlse[i] : A(0), ids[i]};
+        if (row[i].z_target == -std::numeric_limits<A>::infinity()) row[i].z_target = A(0);  // logprob is -lse then
         if (!dent) row[i].entropy = A(0);  // an unused entropy may be NaN
     }
     run_gradient<A>(rows, out, row, scale, run, in_order);

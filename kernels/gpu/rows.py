@@ -140,7 +140,7 @@ def gradient_kernel(
     z_y = tl.load(row_ptr + target).to(WIDE)  # read before it is overwritten
     if HAS_BIAS:
         z_y += tl.load(bias_ptr + target)
-    z_y = z_y * scale
+    z_y = tl.where(z_y == float("-inf"), 0.0, z_y * scale)  # where it is, logprob is -lse
     logprob = tl.load(logprob_ptr + row)
     on_prob = 0.0
     at_target = 0.0

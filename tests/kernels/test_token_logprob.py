@@ -169,6 +169,27 @@ def test_adversarial_rows(body: str) -> None:
     assert out[fine].isfinite().all() and (out[3, 7:2400] == 0).all() and out[4].isnan().all()
 
 
+@pytest.mark.parametrize("body", [*BODIES, pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("lse", [2.4, -300.0])
+def test_a_target_of_probability_zero_has_the_gradients_of_the_specification(body: str, lse: float) -> None:
+    """As where a caller masks logits, and gives the rows that it ignores some target."""
+    logits, target = _rows(3, 1500, torch.float32)
+    logits += lse
+    logits[:, 1490:] = -math.inf
+    target[:] = torch.tensor([1495, 1490, 7])
+    grads = _grads(3, torch.float32)
+    leaf = logits.double().requires_grad_()
+    exact = token_logprob_ref(leaf, target)
+    assert exact.logprob[:2].isinf().all() and exact.entropy.isfinite().all()
+    upstream = [grad.double() for grad in grads if grad is not None]
+    (truth,) = torch.autograd.grad(exact, leaf, upstream)
+    logits, target = logits.to(DEVICE), target.to(DEVICE)
+    stats = _stats(logits, target, body)
+    given: RowGrads = tuple(g.to(DEVICE) for g in grads if g is not None)  # type: ignore[assignment]
+    out = _gradient(logits, target, stats, given, body, torch.empty_like(logits))
+    torch.testing.assert_close(out.cpu().double(), truth, rtol=1e-4, atol=1e-6)
+
+
 def test_the_specifications_gradients_are_finite_where_a_logit_is_minus_infinity() -> None:
     logits, target = _rows(2, 9, torch.float64)
     logits[0, 3:] = -math.inf

@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(kThreads)
     const Scale<A> scale = {bias, inv_temperature};
     const bool packets = moves_packets(row);
     const bool out_packets = moves_packets(out_row) && num_columns % kOutSize == 0;
-    const A z_y = scale(widen(row[y]), y), row_logprob = logprob[n];
+    const A target_z = scale(widen(row[y]), y), row_logprob = logprob[n];
+    const A z_y = target_z == -A(INFINITY) ? A(0) : target_z;  // logprob is -lse then
     const A at_target = dlogprob ? dlogprob[n] * inv_temperature : A(0);
     const A on_prob = (dlse ? dlse[n] * inv_temperature : A(0)) - at_target;
     const A on_surprise = dentropy ? -dentropy[n] * inv_temperature : A(0);
