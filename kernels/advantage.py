@@ -161,7 +161,7 @@ def group_advantage(
     group of one response if baseline or scale compares responses of a group.
     """
     body = backend.choose("group_advantage", reward_S.device)
-    if body == "reference":
+    if body == "reference" or not backend.has_memory(reward_S, group_offsets):
         return group_advantage_ref(reward_S, group_offsets, baseline=baseline, scale=scale)
     _check_groups(reward_S, group_offsets, baseline, scale)
     if body == "triton":
@@ -188,7 +188,7 @@ def gae(reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, 
     for gamma or lam outside 0..1.
     """
     body = backend.choose("gae", reward_T.device)
-    if body == "reference":
+    if body == "reference" or not backend.has_memory(reward_T, value_T, cu_seqlens):
         return gae_ref(reward_T, value_T, cu_seqlens, gamma=gamma, lam=lam)
     _check_gae(reward_T, value_T, cu_seqlens, gamma, lam)
     if body == "triton":

@@ -16,6 +16,9 @@ depends on its inputs: see ``attention_route.choose``.
 One C++ module has several bodies, for AVX-512, AVX2 and any processor; it runs the best that the processor supports.
 ``ISOMORPH_ISA=baseline`` (or ``avx2``), set before the first op runs, selects another for the whole process.
 
+C++ and Triton read memory. A fake tensor, a DTensor or another subclass that computes by itself has none of its own:
+for it an op runs its specification (see ``has_memory``).
+
 A selection by ``using`` holds on the thread that made it. Autograd runs the backward of CUDA tensors on its own thread,
 so the backward of an op uses the selection that its forward used. ``torch.utils.checkpoint`` runs a forward again on
 that thread: ``checkpoint(bound(function), ...)`` keeps the selection.
@@ -31,6 +34,7 @@ from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from isomorph.kernels import flash
 
@@ -169,6 +173,17 @@ def choose(op: str, device: torch.device | str = "cpu") -> str:
     """
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     return _chosen(op, kind, request(), _machine())
+
+
+def has_memory(*tensors: Tensor | None) -> bool:
+    """Whether C++ and Triton can read the tensors: all are plain, none is of a class with its own dispatch.
+
+    The address of a fake tensor or of a DTensor is 0. Compiled code has fake tensors alone, which stand for plain ones.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    plain = Tensor.__torch_dispatch__
+    return all(x is None or type(x).__torch_dispatch__ is plain for x in tensors)
 
 
 def _machine() -> tuple[bool, ...]:

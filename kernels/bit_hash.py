@@ -47,7 +47,7 @@ def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> Tensor:
 # -- public
 def bit_hash(tensor: Tensor) -> Tensor:
     """Returns [] int64 on the tensor's device, without synchronising. Any dtype, shape and strides; no gradient."""
-    if backend.choose("bit_hash", tensor.device) == "reference":
+    if backend.choose("bit_hash", tensor.device) == "reference" or not backend.has_memory(tensor):
         return bit_hash_ref(tensor)
     out = torch.empty(1, dtype=torch.int64)
     backend.native().bit_hash(_flat(tensor).view(torch.uint8), out)

@@ -57,7 +57,8 @@ def takes_onednn(left: Tensor, right_NK: Tensor, num_weights: int) -> bool:
     """
     fit = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (left, right_NK))
     num_terms = left.numel() * right_NK.shape[0]
-    return fit and num_terms >= max(1, MIN_TERMS) and num_weights >= MIN_WEIGHT and _body() == "torch"
+    is_large = num_terms >= max(1, MIN_TERMS) and num_weights >= MIN_WEIGHT
+    return fit and is_large and _body() == "torch" and backend.has_memory(left, right_NK)
 
 
 @torch.compiler.assume_constant_result  # compiled code keeps the implementation it was compiled with

@@ -55,6 +55,7 @@ class Head(NamedTuple):
         if weight_VD.dtype != torch.bfloat16 or weight_VD.is_cuda:
             return weight_VD.is_cuda and weight_VD.dtype == torch.bfloat16
         is_plain = has_unit_stride(weight_VD) and has_unit_stride(hidden_TD) and weight_VD.shape[1] % 2 == 0
+        is_plain = is_plain and backend.has_memory(weight_VD, hidden_TD)
         return self.rows_body == "native" and is_plain and backend.native().has_bfloat16_gemm()
 
     def hidden_rows(self, rows: slice) -> Tensor:

@@ -271,7 +271,8 @@ def linear_logprob(
     target that is not kept, and a temperature that is not > 0 and finite. On CUDA, values are checked by device-side
     assertions.
     """
-    if backend.choose("linear_logprob", hidden_TD.device) == "reference":
+    body = backend.choose("linear_logprob", hidden_TD.device)
+    if body == "reference" or not backend.has_memory(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V):
         return linear_logprob_ref(
             hidden_TD,
             weight_VD,
@@ -310,7 +311,8 @@ def linear_loss(
     Raises what ``linear_logprob`` raises, and ValueError for chunk_rows < 1 or a ``loss_of`` that returns no scalar.
     The result can be differentiated once; a second backward raises RuntimeError.
     """
-    if backend.choose("linear_loss", hidden_TD.device) == "reference":
+    body = backend.choose("linear_loss", hidden_TD.device)
+    if body == "reference" or not backend.has_memory(hidden_TD, weight_VD, target_ids_N, row_index_N, bias_V):
         return linear_loss_ref(
             hidden_TD,
             weight_VD,

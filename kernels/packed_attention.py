@@ -137,7 +137,7 @@ def packed_attention(
     """
     scale = _check(q_THD, k_TKD, v_TKD, layout, scale)
     body = attention_route.choose(q_THD.device, q_THD.dtype, q_THD.shape[2], is_tree=layout.is_tree).body
-    if body == "reference":
+    if body == "reference" or not backend.has_memory(q_THD, k_TKD, v_TKD):
         return packed_attention_ref(q_THD, k_TKD, v_TKD, layout, scale=scale)
     if body == "native":
         return _Native.apply(q_THD, k_TKD, v_TKD, _segments(layout), scale)

@@ -152,7 +152,8 @@ def take_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> tuple[Tensor
     taken more than once.
     Raises ValueError or TypeError for arguments that do not fit each other.
     """
-    if backend.choose("take_ragged", value.device) == "reference":
+    body = backend.choose("take_ragged", value.device)
+    if body == "reference" or not backend.has_memory(value, offsets, row_ids):
         return take_ragged_ref(value, offsets, row_ids)
     _check_ragged(value, offsets, row_ids)
     taken = offsets_of(offsets.diff()[row_ids])

@@ -57,9 +57,9 @@ class _RMSNorm(torch.autograd.Function):
         return None, dx_ND, dx_ND if ctx.has_residual else None, dweight_D, None
 
 
-def fused_body(x: Tensor, weight_D: Tensor) -> ModuleType | None:
+def fused_body(x: Tensor, weight_D: Tensor, *residual: Tensor) -> ModuleType | None:
     """The fused implementation for these operands; None: the specification runs."""
-    body = layer_body("rms_norm", x, weight_D)
+    body = layer_body("rms_norm", x, weight_D, *residual)
     return None if body is not None and body is not layer_native and x.shape[-1] > MAX_TRITON_DIM else body
 
 
@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of residual + x, and residual + x itself, both [..., D] in the dtype of x. Otherwise as ``rms_norm``."""
     _check(x, weight_D, residual)
-    body = fused_body(x, weight_D)
+    body = fused_body(x, weight_D, residual)
     if body is None:
         return add_rms_norm_ref(x, residual, weight_D, eps)
     flat, flat_residual = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, residual))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from isomorph.kernels import backend
 from isomorph.kernels.layer_bodies import layer_body
 from isomorph.kernels.strides import unit_stride
 
@@ -67,6 +68,6 @@ def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> tupl
             f"{tuple(cos_Nd.shape)} {cos_Nd.dtype} and {tuple(sin_Nd.shape)} {sin_Nd.dtype}"
         )
     body = layer_body("rotary", q_NHd, k_NKd)
-    if body is None:
+    if body is None or not backend.has_memory(cos_Nd, sin_Nd):
         return rotary_ref(q_NHd, k_NKd, cos_Nd, sin_Nd)
     return _Rotary.apply(body, unit_stride(q_NHd), unit_stride(k_NKd), cos_Nd.contiguous(), sin_Nd.contiguous())

@@ -91,7 +91,7 @@ def sample_token(
     finite.
     """
     body = backend.choose("sample_token", logits_BV.device)
-    if body == "reference":
+    if body == "reference" or not backend.has_memory(logits_BV, rng_key_B, position_B):
         return sample_token_ref(logits_BV, rng_key_B, position_B, temperature=temperature)
     _check(logits_BV, rng_key_B, position_B, temperature)
     logits_BV = unit_stride(logits_BV)

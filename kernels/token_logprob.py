@@ -216,7 +216,7 @@ def token_logprob(logits_NV: Tensor, target_ids_N: Tensor, *, temperature: float
     assertion, which does not synchronise), and a temperature that is not > 0 and finite.
     """
     body = backend.choose("token_logprob", logits_NV.device)
-    if body == "reference":
+    if body == "reference" or not backend.has_memory(logits_NV, target_ids_N):
         return token_logprob_ref(logits_NV, target_ids_N, temperature=temperature)
     check_rows(logits_NV, target_ids_N, temperature)
     return TokenStats(*_TokenLogprob.apply(unit_stride(logits_NV), target_ids_N, 1.0 / temperature, body))
