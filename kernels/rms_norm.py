@@ -41,11 +41,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, body: ModuleType, x_ND: Tensor, residual_ND: Tensor | None, weight_D: Tensor, eps: float
+        ctx: Any, body: ModuleType, x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor | None]:
+        x_ND, residual_ND = _rows(x), None if residual is None else _rows(residual)
         y_ND, total_ND, rstd_N = body.rms_norm(x_ND, residual_ND, weight_D, eps)
         ctx.save_for_backward(x_ND if total_ND is None else total_ND, weight_D, rstd_N)
-        ctx.has_residual, ctx.body = residual_ND is not None, body
+        ctx.has_residual, ctx.body, ctx.shape = residual is not None, body, x.shape
         return y_ND, total_ND
 
     @staticmethod
@@ -54,7 +55,14 @@ class _RMSNorm(torch.autograd.Function):
         total_ND, weight_D, rstd_N = ctx.saved_tensors
         dtotal_ND = None if dtotal_ND is None else dtotal_ND.contiguous()
         dx_ND, dweight_D = ctx.body.rms_norm_gradient(total_ND, weight_D, rstd_N, dy_ND.contiguous(), dtotal_ND)
-        return None, dx_ND, dx_ND if ctx.has_residual else None, dweight_D, None
+        # One object for both: autograd copies it where it keeps it twice. It would not see that two views share memory,
+        # and then add to both at once. So x and the residual come here as they are, and no view is between.
+        dx = dx_ND.view(ctx.shape)
+        return None, dx, dx if ctx.has_residual else None, dweight_D, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def fused_body(x: Tensor, weight_D: Tensor, *residual: Tensor) -> ModuleType | None:
@@ -77,7 +85,9 @@ def _check(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -> None:
 
 # -- public ops
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """The norm of x [..., D] over its last dimension, times weight [D]; the dtype of x. Differentiable once.
+    """The norm of x [..., D] over its last dimension, times weight [D] of its dtype. Differentiable once.
+
+    A weight of another dtype is multiplied as PyTorch promotes the two, as in transformers' modules.
 
     Triton on CUDA for float32, bfloat16 and float16, C++ on the CPU for float32 and bfloat16; no row depends
     on the others in any bit. Elsewhere the specification. Raises ValueError for widths that do not agree.
@@ -86,7 +96,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     body = fused_body(x, weight_D)
     if body is None:
         return rms_norm_ref(x, weight_D, eps)
-    y_ND, _ = _RMSNorm.apply(body, x.reshape(-1, x.shape[-1]).contiguous(), None, weight_D.contiguous(), eps)
+    y_ND, _ = _RMSNorm.apply(body, x, None, weight_D.contiguous(), eps)
     return y_ND.view(x.shape)
 
 
@@ -96,6 +106,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     body = fused_body(x, weight_D, residual)
     if body is None:
         return add_rms_norm_ref(x, residual, weight_D, eps)
-    flat, flat_residual = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, residual))
-    y_ND, total_ND = _RMSNorm.apply(body, flat, flat_residual, weight_D.contiguous(), eps)
+    y_ND, total_ND = _RMSNorm.apply(body, x, residual, weight_D.contiguous(), eps)
     return y_ND.view(x.shape), total_ND.view(x.shape)

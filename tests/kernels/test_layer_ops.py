@@ -86,6 +86,24 @@ def test_rotary_and_its_gradients(heads: int, kv_heads: int, dim: int, body: str
 
 
 @pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
+def test_gradients_of_x_and_the_residual_are_added_up_apart(body: str, shape: tuple[int, ...]) -> None:
+    """Both are the same numbers. Leaves that shared memory got the second backward's gradient twice."""
+    weight = random(8).to(DEVICES[body])
+    sums = []
+    for op in (add_rms_norm, add_rms_norm_ref):
+        leaves = [random(*shape, seed=i).to(DEVICES[body]).requires_grad_() for i in range(2)]
+        with backend.using(f"rms_norm={body}"):
+            for _ in range(2):
+                y, total = op(*leaves, weight, EPS)
+                (y.cos().sum() + total.square().sum()).backward()
+        sums.append([leaf.grad for leaf in leaves])
+    assert sums[0][0].data_ptr() != sums[0][1].data_ptr()  # type: ignore[union-attr]
+    for ours, theirs in zip(*sums, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("body", BODIES)
 def test_a_large_gate_gives_no_nan(body: str) -> None:
     gate = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0], device=DEVICES[body])
     with backend.using(f"swiglu={body}"):
