@@ -125,6 +125,13 @@ def _with_rounded_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x_RI, (0, 0, 0, num_more)) if num_more else x_RI
 
 
+def _fits(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
+    """Whether the operands are those of a layer, outside autocast; of others PyTorch says itself what is wrong."""
+    is_layer = weight_OI.ndim == 2 and x.ndim > 0 and x.shape[-1] == weight_OI.shape[1]
+    is_biased = bias_O is None or (bias_O.dtype == x.dtype and bias_O.shape == weight_OI.shape[:1])
+    return is_layer and is_biased and not torch.is_autocast_enabled("cpu")
+
+
 # -- public
 def onednn_has_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 on this processor: it needs AVX-512 or AVX-NE-CONVERT.
@@ -159,10 +166,11 @@ def linear_prepacked(x: Tensor, prepacked: Tensor, bias_O: Tensor | None = None)
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[..., I] -> [..., O]: x W^T + b, as ``torch.nn.functional.linear``, and with its errors.
 
-    Any floating-point dtype, the same for all three; oneDNN runs for float32 on the CPU (see the module docstring).
+    Any floating-point dtype, the same for all three; oneDNN runs for float32 on the CPU (see the module docstring),
+    except in torch.autocast, whose dtype the result then has.
     Differentiable in all three, once if oneDNN runs.
     """
-    if not takes_onednn(x, weight_OI, weight_OI.numel()):
+    if not _fits(x, weight_OI, bias_O) or not takes_onednn(x, weight_OI, weight_OI.numel()):
         return linear_ref(x, weight_OI, bias_O)
     if torch.compiler.is_compiling():  # the caller rounds: here the number of rows is symbolic
         return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)

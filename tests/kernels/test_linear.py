@@ -156,3 +156,34 @@ def test_the_heads_products_are_pytorchs_up_to_rounding(monkeypatch: pytest.Monk
             loss.backward()
         found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
     torch.testing.assert_close(*found)
+
+
+def test_autocast_decides_the_dtype_as_for_pytorchs_layer() -> None:
+    x, weight = torch.randn(300, 40, requires_grad=True), torch.randn(50, 40, requires_grad=True)
+    assert takes_onednn(x, weight, weight.numel())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = linear(x, weight), torch.nn.functional.linear(x, weight)
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [
+        (torch.ones(50, 41), None),
+        (torch.ones(50, 40), torch.ones(49)),
+        (torch.ones(50, 40), torch.ones(50, dtype=torch.float64)),
+        (torch.ones(50, 40), torch.ones(50, dtype=torch.bfloat16)),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_pytorchs_words(weight: Tensor, bias: Tensor | None) -> None:
+    x = torch.ones(300, 40)
+    with pytest.raises(RuntimeError) as theirs:
+        torch.nn.functional.linear(x, weight, bias)
+    with pytest.raises(RuntimeError) as ours:
+        linear(x, weight, bias)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_a_weight_with_one_dimension_is_one_output() -> None:
+    x, weight = torch.randn(300, 40), torch.randn(40)
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
