@@ -243,14 +243,16 @@ class OffsetChunks:
 class Gradients:
     """Accumulates the gradients of one call; None for an operand that needs none.
 
-    In float32 (float64 for float64), and rounded by ``cast`` at the end. A gradient that gets a single contribution is
-    stored rounded, to save memory: the weight's if all rows are one chunk, a hidden row's if it is read once.
+    In float32 (float64 for float64), and rounded by ``cast`` at the end. In bfloat16 a gradient that gets a single
+    contribution is stored rounded, to save memory: the weight's if all rows are one chunk, a hidden row's if it is read
+    once. Not in float16: what the scale of a loss is to keep above 0 would be 0 already.
     """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool], chunk_rows: int) -> None:
         is_one_chunk = len(head.target_ids_N) <= chunk_rows and head.gemm_takes_bfloat16
         weight_dtype = head.weight_VD.dtype if is_one_chunk else head.dtype
-        hidden_dtype = head.hidden_TD.dtype if head.row_index_N is None else head.dtype
+        is_read_once = head.row_index_N is None and head.hidden_TD.dtype == torch.bfloat16
+        hidden_dtype = torch.bfloat16 if is_read_once else head.dtype
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return head.weight_VD.new_zeros(shape, dtype=dtype)
@@ -281,6 +283,11 @@ class Gradients:
             _add_outer(self.weight_VD, dlogits_mV, hidden_mD)
         if self.bias_V is not None:
             self.bias_V.add_(dlogits_mV.sum(0, dtype=self.bias_V.dtype))
+
+    def multiply_(self, factor: Tensor) -> None:
+        for gradient in (self.hidden_TD, self.weight_VD, self.bias_V):
+            if gradient is not None:
+                gradient.mul_(factor)
 
     def cast(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
         """The gradients of hidden, weight and bias, each in its dtype of ``dtypes``."""

@@ -215,8 +215,8 @@ class _LinearLoss(torch.autograd.Function):
             loss += chunk_loss
             if any(needs) and any(grad is not None for grad in grads_n):
                 chunks.add_gradients(rows, stats, grads_n, gradients)
-        dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.gradients = gradients.cast(dtypes)
+        ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.gradients = gradients
         return loss
 
     @staticmethod
@@ -228,10 +228,8 @@ class _LinearLoss(torch.autograd.Function):
                 "call it again, or use linear_logprob, which recomputes them"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(dloss)
-        return *gradients, *(None,) * 7
+        gradients.multiply_(dloss)  # before it is rounded: the scale of a loss may be what keeps it above 0 in float16
+        return *gradients.cast(ctx.dtypes), *(None,) * 7
 
 
 def _loss_and_grads(loss_of: LossOf, stats: TokenStats, rows: slice) -> tuple[Tensor, RowGrads]:
@@ -307,7 +305,9 @@ def linear_loss(
     as a mean over a sequence, needs all of them in one slice.
     The other arguments are those of ``linear_logprob``. N = 0 returns 0 with zero gradients.
     Peak memory besides the gradients: one buffer of [chunk_rows, V] float32, and 16 MiB more if low-precision weights
-    are widened; with ``kept``, masks of at most 64 MiB. Gradients are accumulated in float32 and rounded once.
+    are widened; with ``kept``, masks of at most 64 MiB. Gradients are accumulated in float32, multiplied by that of the
+    loss and rounded once; in bfloat16 those that get one contribution are rounded when it is stored, and again if the
+    loss is multiplied by another number than a power of 2.
     Raises what ``linear_logprob`` raises, and ValueError for chunk_rows < 1 or a ``loss_of`` that returns no scalar.
     The result can be differentiated once; a second backward raises RuntimeError.
     """

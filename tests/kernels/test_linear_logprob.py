@@ -426,3 +426,37 @@ def test_bad_losses_and_chunks_are_refused() -> None:
         linear_loss(_H, _W, _Y, lambda stats, rows: stats.logprob)
     with pytest.raises(ValueError, match="got float"):
         linear_loss(_H, _W, _Y, lambda stats, rows: 1.0)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("has_index", [False, True])
+def test_the_scale_of_a_loss_keeps_float16_gradients_above_zero(has_index: bool) -> None:
+    """As a gradient scaler multiplies: the gradients of the loss itself are below the smallest float16."""
+    hidden, weight, target = _half_operands(torch.float16)
+    kwargs = dict(row_index_N=torch.arange(64) // 2 if has_index else None, chunk_rows=16)
+
+    def grads(op: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss = op(*leaves, target, lambda stats, rows: -1e-9 * stats.logprob.sum(), **kwargs)
+        return torch.autograd.grad(65536 * loss, leaves)
+
+    for ours, truth in zip(grads(linear_loss, torch.float16), grads(linear_loss_ref, torch.float64), strict=True):
+        assert truth.abs().max() > 1e-5
+        assert ((ours.double() - truth).abs() <= 2**-11 * truth.abs() + 2**-25).all()
+
+
+def test_a_scaled_loss_has_gradients_that_are_rounded_once() -> None:
+    hidden, weight, target = _half_operands(torch.bfloat16)
+
+    def grad(dtype: torch.dtype) -> Tensor:
+        leaf = weight.to(dtype).requires_grad_()
+        loss = linear_loss(hidden.to(dtype), leaf, target, lambda stats, rows: -stats.logprob.sum(), chunk_rows=16)
+        return torch.autograd.grad(0.3 * loss, leaf)[0]
+
+    # a few are near the middle of two numbers of bfloat16, where float32 decides
+    assert (grad(torch.bfloat16) != grad(torch.float64).bfloat16()).float().mean() < 0.005
+
+
+def _half_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).to(dtype) for n in (64, 500))
+    return hidden, weight, torch.randint(500, (64,), generator=generator)
