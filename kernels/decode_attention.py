@@ -43,8 +43,10 @@ def _check(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, scale: float | None) 
             f"q must be [B, H, D] and keys [S, K, L, D], got {tuple(q_BHD.shape)} and {tuple(prompt.k_SKLD.shape)}"
         )
     num_heads, num_kv_heads = q_BHD.shape[1], prompt.k_SKLD.shape[1]
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
+    if num_heads == 0 or num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a positive multiple of KV heads, got {num_heads} and {num_kv_heads}")
+    if q_BHD.shape[2] == 0:
+        raise ValueError(f"heads must have at least one dimension, got q {tuple(q_BHD.shape)}")
     for name, cache in (("prompt", prompt), ("own", own)):
         _check_cache(name, cache, q_BHD, num_kv_heads)
     return q_BHD.shape[2] ** -0.5 if scale is None else scale

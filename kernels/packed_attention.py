@@ -50,8 +50,10 @@ def _check(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, sc
             f"q, k, v must have the layout's {layout.num_tok} rows, got {q_THD.shape[0]} and {k_TKD.shape[0]}"
         )
     num_heads, num_kv_heads = q_THD.shape[1], k_TKD.shape[1]
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
+    if num_heads == 0 or num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a positive multiple of KV heads, got {num_heads} and {num_kv_heads}")
+    if q_THD.shape[2] == 0:
+        raise ValueError(f"heads must have at least one dimension, got q {tuple(q_THD.shape)}")
     if not q_THD.is_floating_point() or not q_THD.dtype == k_TKD.dtype == v_TKD.dtype:
         raise TypeError(f"q, k, v must have one floating-point dtype, got {q_THD.dtype}, {k_TKD.dtype}, {v_TKD.dtype}")
     scale = q_THD.shape[2] ** -0.5 if scale is None else scale

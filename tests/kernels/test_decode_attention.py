@@ -197,6 +197,7 @@ def _with_query(value: Tensor) -> Operands:
     [
         (_with_query(torch.zeros(6, 32)), ValueError, r"q must be \[B, H, D\]"),
         (_with_query(torch.zeros(6, 5, 8)), ValueError, "multiple of KV heads"),
+        (_with_query(torch.zeros(6, 0, 8)), ValueError, "positive multiple of KV heads"),
         (_with(1, "k_SKLD", torch.zeros(7, 0, 17, 8)), ValueError, "multiple of KV heads"),
         (_with(1, "k_SKLD", torch.zeros(7, 2, 17, 4)), ValueError, r"prompt.k must be \[S, 2, L, 8\]"),
         (_with(1, "v_SKLD", torch.zeros(7, 2, 16, 8)), ValueError, "prompt.v must be"),

@@ -257,6 +257,8 @@ _Q, _K = torch.randn(4, 4, 8), torch.randn(4, 2, 8)
         (_Q[..., :4], _K, _K, None, ValueError, "with the same D"),
         (_Q[:3], _K[:3], _K[:3], None, ValueError, "the layout's 4 rows"),
         (_Q[:, :3], _K, _K, None, ValueError, "multiple of KV heads"),
+        (_Q[:, :0], _K, _K, None, ValueError, "positive multiple of KV heads"),
+        (_Q[..., :0], _K[..., :0], _K[..., :0], None, ValueError, "at least one dimension"),
         (_Q, _K[:, :0], _K[:, :0], None, ValueError, "multiple of KV heads"),
         (_Q.double(), _K, _K, None, TypeError, "one floating-point dtype"),
         (_Q.long(), _K.long(), _K.long(), None, TypeError, "one floating-point dtype"),
