@@ -69,7 +69,7 @@ class Head(NamedTuple):
         if self.weight_VD.dtype == self.dtype or self.gemm_takes_bfloat16:
             yield slice(0, num_vocab), self.weight_VD
             return
-        width = max(1, WIDEN_BYTES // (dim * self.dtype.itemsize))
+        width = max(1, WIDEN_BYTES // (max(1, dim) * self.dtype.itemsize))
         for start in range(0, num_vocab, width):
             yield slice(start, min(start + width, num_vocab)), self.weight_VD[start : start + width].to(self.dtype)
 
@@ -118,7 +118,7 @@ def make_logits(hidden_ND: Tensor, weight_VD: Tensor, buffer: Tensor | None = No
 def default_chunk_rows(head: Head) -> int:
     """Rows of a chunk of CHUNK_BYTES."""
     device = head.weight_VD.device.type
-    stride = logits_stride(head.weight_VD.shape[0], device)
+    stride = logits_stride(max(1, len(head.weight_VD)), device)  # an empty vocabulary has no targets
     return whole_rows(CHUNK_BYTES[device] // (stride * head.dtype.itemsize), device)
 
 

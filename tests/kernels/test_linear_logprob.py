@@ -175,6 +175,14 @@ def test_no_targets_give_empty_stats_zero_loss_and_zero_gradients(has_index: boo
             assert torch.count_nonzero(grad) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_vocabulary_and_an_empty_width_are_no_special_case(dtype: torch.dtype) -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    assert linear_logprob(torch.empty(0, 3, dtype=dtype), torch.empty(0, 3, dtype=dtype), none).logprob.shape == (0,)
+    stats = linear_logprob(torch.empty(2, 0, dtype=dtype), torch.empty(5, 0, dtype=dtype), torch.tensor([1, 2]))
+    torch.testing.assert_close(stats.logprob, torch.full((2,), -math.log(5)))
+
+
 # Logits are float32 whatever the inputs, so one bound holds for all, against truth from the same rounded inputs.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("std", [0.1, 4.0, 30.0])
