@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
+from isomorph.kernels.strides import dense
 
 BLOCK_BYTES = 128
 
@@ -18,7 +19,7 @@ BLOCK_BYTES = 128
 # -- reference: the specification
 def bit_hash_ref(tensor: Tensor) -> Tensor:
     """The specification of ``bit_hash``."""
-    flat = _flat(tensor)
+    flat = dense(tensor.detach())
     per_block = BLOCK_BYTES // flat.element_size()
     whole = flat.numel() // per_block * per_block
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
@@ -29,11 +30,6 @@ def bit_hash_ref(tensor: Tensor) -> Tensor:
         rest[: flat.numel() - whole] = flat[whole:]
         total += _weighted_sum(rest[None], 2 * (whole // per_block) + 1)
     return total
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """[numel] with stride 1, which ``contiguous`` does not ensure for a single number."""
-    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
 
 
 def _weighted_sum(blocks_BW: Tensor, first_weight: int) -> Tensor:
@@ -50,5 +46,5 @@ def bit_hash(tensor: Tensor) -> Tensor:
     if backend.choose("bit_hash", tensor.device) == "reference" or not backend.has_memory(tensor):
         return bit_hash_ref(tensor)
     out = torch.empty(1, dtype=torch.int64)
-    backend.native().bit_hash(_flat(tensor).view(torch.uint8), out)
+    backend.native().bit_hash(dense(tensor.detach()).view(torch.uint8), out)
     return out[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from isomorph.kernels import backend
+from isomorph.kernels.strides import dense
 
 
 # -- reference: the specification
@@ -158,7 +159,7 @@ def take_ragged(value: Tensor, offsets: Tensor, row_ids: Tensor) -> tuple[Tensor
     _check_ragged(value, offsets, row_ids)
     taken = offsets_of(offsets.diff()[row_ids])
     out = value.new_empty(int(taken[-1]))
-    value_bytes, out_bytes = value.contiguous().view(torch.uint8), out.view(torch.uint8)
+    value_bytes, out_bytes = dense(value).view(torch.uint8), out.view(torch.uint8)
     backend.native().take_ragged(
         value_bytes, offsets.contiguous(), value.element_size(), row_ids.contiguous(), out_bytes
     )

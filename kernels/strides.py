@@ -18,6 +18,11 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if has_unit_stride(x) else x.contiguous()
 
 
+def dense(x: Tensor) -> Tensor:
+    """The elements of ``x``, [numel] with stride 1, which ``contiguous`` does not ensure for a single one."""
+    return x.contiguous().as_strided((x.numel(),), (1,))
+
+
 def aligned(x: Tensor) -> Tensor:
     """``x`` or a copy, contiguous and starting at a multiple of 16 bytes, as tensor descriptors require."""
     x = x.contiguous()

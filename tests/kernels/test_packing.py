@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,6 +85,13 @@ def test_taken_rows_come_in_the_order_asked_for(dtype: torch.dtype, row_ids: lis
         assert taken.dtype == dtype
         assert torch.equal(taken, torch.cat([value[:0], *expected]))
         assert taken_offsets.tolist() == offsets_of(torch.tensor([len(row) for row in expected]).long()).tolist()
+
+
+@pytest.mark.parametrize("op", TAKE)
+def test_a_single_value_may_be_a_strided_view(op: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Contiguous by PyTorch's rule, whatever its stride."""
+    value, one = torch.tensor([7, 8])[::2], torch.tensor([0, 1])
+    assert value.stride() == (2,) and op(value, one, one[:1])[0].tolist() == [7]
 
 
 def test_rows_are_joined_with_their_offsets() -> None:
