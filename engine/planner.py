@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from isomorph.engine.config import EngineConfig, Stage
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
-from isomorph.kernels.kept_tokens import BLOCK_BYTES, most_bytes
+from isomorph.kernels.kept_tokens import BLOCK_BYTES, COPIES, most_bytes
 from isomorph.kernels.linear import onednn_has_bfloat16
 from isomorph.kernels.linear_chunks import logits_stride
 
@@ -146,6 +146,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
     is_apart, is_cut = facts.optimizer_on_host, facts.num_shards > 1
     own = trained / facts.num_shards
     chunk_rows = min(logits_chunk_rows(shape.num_vocab, is_gpu=facts.is_gpu), facts.micro_tok)
+    mask_bytes = min(BLOCK_BYTES, COPIES * chunk_rows * shape.num_vocab)
     device = "cuda" if facts.is_gpu else "cpu"
     drawing: tuple[Moment, ...] = MOMENTS if facts.overlaps else ("generate",)
     cached: tuple[Moment, ...] = MOMENTS if facts.keeps_cache else drawing
@@ -175,7 +176,7 @@ def memory_uses(facts: Facts) -> list[MemoryUse]:
         MemoryUse("prepacked weights", _prepacked_bytes(facts), drawing),
         MemoryUse("kept tokens, at most", facts.kept_bytes, MOMENTS, is_host=True),
         MemoryUse("packed kept tokens", facts.kept_bytes, ("update", "step"), is_host=True),
-        MemoryUse("kept masks", min(BLOCK_BYTES, chunk_rows * shape.num_vocab) if facts.kept_bytes else 0, ("update",)),
+        MemoryUse("kept masks", mask_bytes if facts.kept_bytes else 0, ("update",)),
         MemoryUse("device context", CONTEXT_BYTES if facts.is_gpu else 0, MOMENTS),
         MemoryUse("process", (facts.process_gib or 0) * GIB, MOMENTS, is_host=True),
     ]

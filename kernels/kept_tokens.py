@@ -21,7 +21,8 @@ from isomorph.kernels.token_logprob import check_all, check_temperature
 from isomorph.kernels.types import stats_dtype
 
 WORD = 32  # bits
-BLOCK_BYTES = 64 * 2**20  # of masks [n, V] that are held at a time
+BLOCK_BYTES = 64 * 2**20  # of masks [n, V] that are held at a time, and of what they are made of and into
+COPIES = 5  # bytes of those for each bit of a mask: bits shifted and taken apart, as bytes and as bool
 
 
 # -- reference: the specification
@@ -215,7 +216,7 @@ class KeptTokens:
         for block in _blocks(len(kept), self.num_vocab):
             mask_bV = kept.rows(block).mask(logits_nV.device)
             check_all(mask_bV.gather(1, target_n[block, None]), "each target must be among its kept tokens")
-            logits_nV[block].masked_fill_(~mask_bV, -math.inf)
+            logits_nV[block].masked_fill_(mask_bV.logical_not_(), -math.inf)
 
 
 def most_bytes(num_tok: int, num_vocab: int, top_k: int = 0) -> int:
@@ -246,6 +247,6 @@ def unpacked_bits(words_NW: Tensor, num_vocab: int) -> Tensor:
 
 
 def _blocks(num_rows: int, num_vocab: int) -> Iterator[slice]:
-    size = max(1, BLOCK_BYTES // num_vocab)
+    size = max(1, BLOCK_BYTES // (COPIES * num_vocab))
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))

@@ -1,11 +1,13 @@
 """Truncated sampling: kept sets against transformers, how they are stored, and the linear head over them alone."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -14,7 +16,14 @@ from transformers.generation.logits_process import (
 )
 
 from isomorph.kernels import backend, kept_tokens
-from isomorph.kernels.kept_tokens import KeptTokens, keep_tokens, keep_tokens_ref, packed_bits, unpacked_bits
+from isomorph.kernels.kept_tokens import (
+    COPIES,
+    KeptTokens,
+    keep_tokens,
+    keep_tokens_ref,
+    packed_bits,
+    unpacked_bits,
+)
 from isomorph.kernels.linear_logprob import (
     TokenStats,
     linear_logprob,
@@ -133,7 +142,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 # -- how they are stored
 @pytest.mark.parametrize("num_vocab", [1, 31, 32, 33, 1000])
 def test_sets_are_stored_in_their_smallest_form(num_vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_tokens, "BLOCK_BYTES", 3 * num_vocab)  # three rows a block
+    monkeypatch.setattr(kept_tokens, "BLOCK_BYTES", 3 * COPIES * num_vocab)  # three rows a block
     share = torch.linspace(0, 1.2, 20)[:, None] ** 4
     mask = torch.rand(20, num_vocab, generator=torch.Generator().manual_seed(0)) < share
     mask[:, -1] = True
@@ -226,8 +235,24 @@ def test_low_precision_has_no_nan_and_the_same_values(body: str, dtype: torch.dt
     assert all(g.isfinite().all() for g in (*grads, leaves[0].grad, leaves[1].grad))
 
 
+@pytest.mark.parametrize("num_kept", [5, 4000])  # as ids, as bits
+def test_unpacking_holds_no_more_than_is_promised(num_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_tok, num_vocab = 300, 20_000
+    monkeypatch.setattr(kept_tokens, "BLOCK_BYTES", 2**20)
+    mask = torch.zeros(num_tok, num_vocab, dtype=torch.bool)
+    mask[:, :num_kept] = True
+    kept, logits, target = KeptTokens.from_mask(mask), torch.zeros(mask.shape), torch.zeros(num_tok, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        kept.exclude_(logits, target, slice(0, num_tok))
+    assert torch.equal(logits == 0, mask)
+    results = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    most = max(itertools.accumulate(num_bytes for _, num_bytes in changes))
+    assert 2**18 < most <= 2**20
+
+
 def test_no_mask_of_all_tokens_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_tokens, "BLOCK_BYTES", 2 * 1003)
+    monkeypatch.setattr(kept_tokens, "BLOCK_BYTES", 2 * COPIES * 1003)
     made: list[int] = []
     whole = KeptTokens.mask
 
