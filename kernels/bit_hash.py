@@ -3,8 +3,9 @@
     words     the tensor's bytes in row-major order, padded with zeros to whole blocks of 16 words of 8 bytes
     hash      sum over blocks b of (2 b + 1) * (sum of the words of block b)          modulo 2**64
 
-A change of a single word changes the hash, because its weight is odd. Exchanged blocks change the hash; exchanged words
-within a block do not. The hash is for detecting outdated weights; it is not cryptographic.
+A change of a single word changes the hash, because its weight is odd. Two changes may cancel: exchanged words within a
+block do not change it, nor do the highest bits of two words. Exchanged blocks do unless their sums differ by nothing or
+by a high power of 2. The hash is for detecting outdated weights; it is not cryptographic.
 """
 
 import torch

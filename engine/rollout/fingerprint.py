@@ -25,7 +25,7 @@ def storage_fingerprint(named: Mapping[str, Tensor]) -> str:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """Shape, dtype and 16 hex digits of one tensor's bits; sensitive to every bit and to the order of elements."""
+    """Shape, dtype and 16 hex digits of one tensor's bits; sensitive to every single bit (see ``bit_hash``)."""
     return tensor_hashes({"": tensor})[""]
 
 
