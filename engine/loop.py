@@ -23,7 +23,13 @@ from isomorph.engine.components import Components, RunProgress, StopRequested, s
 from isomorph.engine.config import Stage
 from isomorph.engine.drift import Surprise, check_step
 from isomorph.engine.record.best import BEST, is_better, write_best
-from isomorph.engine.record.checkpoint import checkpoint_path, discard, keep_copy, save_checkpoint
+from isomorph.engine.record.checkpoint import (
+    checkpoint_path,
+    discard,
+    has_checkpoint,
+    keep_copy,
+    save_checkpoint,
+)
 from isomorph.engine.record.profile import profiled
 from isomorph.engine.record.step_record import (
     StepResult,
@@ -373,18 +379,21 @@ def _save_where_due(
     if not is_copied:
         return
     components.saver.settle(components.ranks, waits=True)  # what is copied must be complete
-    if not is_kept:
+    folder = components.log.folder / "checkpoints"
+    stays = is_kept
+    if not is_kept:  # one that a stop or a failure has left, before the evaluation that is made now, is renewed and stays
+        stays = components.ranks.from_first(lambda: has_checkpoint(folder, state.step))
         save(components, state, KEEP_ALL)
     with components.policy.unsharded():
         if components.ranks.is_first:
-            checkpoint = checkpoint_path(components.log.folder / "checkpoints", state.step)
+            checkpoint = checkpoint_path(folder, state.step)
             if has_ended:
                 keep_copy(checkpoint, checkpoint.with_name(f"stage-{state.stage}"))
             if best is not None:
                 write_best(components.log.folder, checkpoint, components.policy, best)
                 where = components.log.folder / BEST
                 components.log.say(f"best so far by {best['set']}: {best['score']:.1%}, kept in {where}")
-            if not is_kept:
+            if not stays:
                 discard(checkpoint)
     components.ranks.wait()
 

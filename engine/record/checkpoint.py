@@ -421,6 +421,12 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return [by_name[name] for name in sorted(by_name)]
 
 
+def has_checkpoint(root: Path, step: int) -> bool:
+    """Whether a complete checkpoint of ``step`` is there."""
+    name = checkpoint_path(root, step).name
+    return any(path.name.removeprefix(REPLACED) == name for path in complete_checkpoints(root))
+
+
 def discard(folder: Path) -> None:
     """Deletes a checkpoint, after renaming it, so that it never looks complete while partly deleted."""
     gone = folder.with_name(f".partial-{folder.name}")

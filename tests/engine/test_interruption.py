@@ -14,7 +14,7 @@ import pytest
 from kill_timer import Moment
 from killed_run import STAGES, found, trained_apart
 from small_world import one_thread  # noqa: F401
-from toy_run import gold, gold_but_for_one, make_components, make_stage, sha, source_of
+from toy_run import gold, gold_but_for_one, make_components, make_stage, resumed, sha, source_of
 
 from isomorph.engine import loop
 from isomorph.engine.components import Components
@@ -87,6 +87,40 @@ def test_a_stopped_run_that_is_resumed_ends_bit_equal_to_one_that_was_not(
     assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, 10))
     assert all(row["surprise/z"] is not None for row in read_steps(tmp_path)[-3:])
     assert [label for label, _ in source_of(second).graded] == ["start", "a", "b", "c"]
+
+
+def test_the_checkpoint_of_a_stop_within_an_evaluation_stays_when_the_evaluation_is_made_at_last(
+    tmp_path: Path,
+) -> None:
+    """Else a run that is killed after its resume has nothing to go on from."""
+    stages, is_stopped = (make_stage("a", 2), make_stage("b", 2)), threading.Event()
+
+    class Interrupted(BuiltinSampler):
+        def generate(self, prompts: Sequence[Prompt], *others: Any) -> list[Rollout]:
+            if prompts[0].prompt_id < 0 and _num_rows(tmp_path) == 2:  # the evaluation at the end of the first stage
+                is_stopped.set()
+            return super().generate(prompts, *others)
+
+    first = make_components(
+        tmp_path,
+        *stages,
+        evaluates=True,
+        stop_requested=is_stopped.is_set,
+        sampler_of=lambda policy: Interrupted(policy, SamplerConfig()),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(first, RunState())
+    second, state = resumed(tmp_path, *stages, evaluates=True)
+    assert state.step == 2 and len(source_of(second).graded) == 1
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    second.learner.begin = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(second, state)
+    third, state = resumed(tmp_path, *stages, evaluates=True)
+    assert state.step == 2 and [label for label, _ in source_of(third).graded] == ["start", "a"]
 
 
 def _after(folder: Path, num_steps: int) -> Callable[[], bool]:

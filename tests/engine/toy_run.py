@@ -178,12 +178,12 @@ def gold_but_for_one(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[fl
     return [0.5 if p.payload == "one" else r for p, r in zip(prompts, gold(prompts, texts), strict=True)]
 
 
-def resumed(folder: Path, stage: Stage, **options: Any) -> tuple[Components, RunState]:
-    components = make_components(folder, stage, **options)
+def resumed(folder: Path, *stages: Stage, **options: Any) -> tuple[Components, RunState]:
+    components = make_components(folder, *stages, **options)
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
     state, weights, tensors = load_checkpoint(newest)
     components.policy.overwrite([weights[name] for name in components.policy.named_parameters()])
     components.source.load_state_dict(state.source)
-    components.learner.restore(stage, tensors)
+    components.learner.restore(next(stage for stage in stages if stage.name == state.stage), tensors)
     return components, state
