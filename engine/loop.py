@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from isomorph.engine.ahead import drawing_ahead, staleness_of
 from isomorph.engine.collect import Collector, evaluation_sampling, refill, sample_and_reward, sample_for_source
@@ -96,15 +95,15 @@ def _all_stages(components: Components, progress: RunProgress) -> RunState:
     while True:
         stop_if_requested(components)
         components.saver.settle(components.ranks)
-        best: dict[str, Any] | None = None
         with log.time("exam"):
             if request := source.pending_evaluation():
-                best, is_new = _evaluate(components, progress, request), True
+                _evaluate(components, progress, request)
+                is_new = True
                 stop_if_requested(components)
         stage = source.stage()
         with log.time("checkpoint"):
-            _save_where_due(components, progress.state, stage, best, is_new=is_new)
-        is_new = False
+            _save_where_due(components, progress.state, stage, is_new=is_new)
+        is_new, progress.state = False, dataclasses.replace(progress.state, best=None)
         if stage is None:
             return progress.state
         if stage.name != progress.state.stage:
@@ -288,14 +287,13 @@ def publish(components: Components, sampler: Sampler, version: int, probe: Promp
     return publication
 
 
-def _evaluate(components: Components, progress: RunProgress, request: EvaluationRequest) -> dict[str, Any] | None:
-    """Evaluates. Returns what is told of the model, if it is the best so far. A collective: all ranks must call it."""
-    log = components.log
+def _evaluate(components: Components, progress: RunProgress, request: EvaluationRequest) -> None:
+    """Evaluates, and notes in the state what is told of the model where scores are compared. All ranks must call it."""
     record = evaluate(components, progress.state, request)
-    progress.state = dataclasses.replace(progress.state, source=components.source.state_dict())
-    if not record.best_by or not components.ranks.from_first(lambda: is_better(log.folder, record.score)):
-        return None
-    return {"set": record.best_by, "label": request.label, "step": progress.state.step, "score": record.score}
+    told = progress.state.best
+    if record.best_by and (told is None or record.score > told["score"]):
+        told = {"set": record.best_by, "label": request.label, "step": progress.state.step, "score": record.score}
+    progress.state = dataclasses.replace(progress.state, source=components.source.state_dict(), best=told)
 
 
 def evaluate(components: Components, state: RunState, request: EvaluationRequest) -> EvaluationRecord:
@@ -362,14 +360,15 @@ def save(components: Components, state: RunState, keep: int | None = None, *, wa
     )
 
 
-def _save_where_due(
-    components: Components, state: RunState, stage: Stage | None, best: dict[str, Any] | None, *, is_new: bool
-) -> None:
+def _save_where_due(components: Components, state: RunState, stage: Stage | None, *, is_new: bool) -> None:
     """Writes a checkpoint every so many steps and at the end; keeps the best one, and those of the ends of stages.
 
-    ``stage``: the next step's; None: the run is over. ``best``: what is told of this model, if it is the best so far.
-    ``is_new``: no checkpoint holds ``state`` yet. A collective: all ranks must call it.
+    ``stage``: the next step's; None: the run is over. ``is_new``: no checkpoint holds ``state`` yet. A collective: all
+    ranks must call it.
     """
+    folder, best = components.log.folder, state.best
+    if best is not None and not components.ranks.from_first(partial(is_better, folder, best["score"])):
+        best = None  # or it is there already: a run that was stopped or killed goes on from here
     has_ended = state.stage not in ("", "" if stage is None else stage.name)
     is_due = state.step > 0 and state.step % components.config.checkpoint_every == 0
     is_kept = not is_new or is_due or stage is None  # as one of the newest, which the others do not push out
@@ -379,20 +378,18 @@ def _save_where_due(
     if not is_copied:
         return
     components.saver.settle(components.ranks, waits=True)  # what is copied must be complete
-    folder = components.log.folder / "checkpoints"
     stays = is_kept
-    if not is_kept:  # one that a stop or a failure has left, before the evaluation that is made now, is renewed and stays
-        stays = components.ranks.from_first(lambda: has_checkpoint(folder, state.step))
+    if not is_kept:  # one that a stop or a failure left before this evaluation is renewed, and stays
+        stays = components.ranks.from_first(lambda: has_checkpoint(folder / "checkpoints", state.step))
         save(components, state, KEEP_ALL)
     with components.policy.unsharded():
         if components.ranks.is_first:
-            checkpoint = checkpoint_path(folder, state.step)
+            checkpoint = checkpoint_path(folder / "checkpoints", state.step)
             if has_ended:
                 keep_copy(checkpoint, checkpoint.with_name(f"stage-{state.stage}"))
             if best is not None:
-                write_best(components.log.folder, checkpoint, components.policy, best)
-                where = components.log.folder / BEST
-                components.log.say(f"best so far by {best['set']}: {best['score']:.1%}, kept in {where}")
+                write_best(folder, checkpoint, components.policy, best)
+                components.log.say(f"best so far by {best['set']}: {best['score']:.1%}, kept in {folder / BEST}")
             if not stays:
                 discard(checkpoint)
     components.ranks.wait()

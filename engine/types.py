@@ -327,6 +327,8 @@ class RunState:
     # rollouts of an interrupted step, in the order of its calls; then those of the step after, which were drawn ahead
     draws: tuple[ScoredRollouts, ...] = ()
     num_ahead: int = 0  # how many of ``draws``, the last ones, are of the step after
+    # what best.json would tell of these weights, from their evaluation until it is settled whether they are the best
+    best: dict[str, Any] | None = None
 
 
 # arguments: index of the prompt in the list given to ``generate``, and its rollouts, by ``sample`` ascending

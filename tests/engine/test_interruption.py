@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from kill_timer import Moment
 from killed_run import STAGES, found, trained_apart
 from small_world import one_thread  # noqa: F401
-from toy_run import gold, gold_but_for_one, make_components, make_stage, resumed, sha, source_of
+from toy_run import Questions, gold, gold_but_for_one, make_components, make_stage, resumed, sha, source_of
 
 from isomorph.engine import loop
 from isomorph.engine.components import Components
@@ -22,10 +23,11 @@ from isomorph.engine.config import (
     SamplerConfig,
 )
 from isomorph.engine.loop import train
+from isomorph.engine.record.best import read_best
 from isomorph.engine.record.checkpoint import latest_checkpoint, load_checkpoint, weights_sha256
 from isomorph.engine.record.runlog import locked, read_steps
 from isomorph.engine.rollout.builtin import BuiltinSampler
-from isomorph.engine.types import Prompt, Rollout, RunFailed, RunState
+from isomorph.engine.types import EvaluationRecord, Prompt, Rollout, RunFailed, RunState
 
 
 def test_a_checkpoint_falls_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
@@ -121,6 +123,43 @@ def test_the_checkpoint_of_a_stop_within_an_evaluation_stays_when_the_evaluation
         train(second, state)
     third, state = resumed(tmp_path, *stages, evaluates=True)
     assert state.step == 2 and [label for label, _ in source_of(third).graded] == ["start", "a"]
+
+
+@pytest.mark.parametrize("ending", ["stopped", "killed"])
+def test_a_best_model_is_kept_by_the_resumed_run_where_the_one_before_had_no_time_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Its evaluation is not made again."""
+    recorded = Questions.record_evaluation
+
+    def with_score(source: Questions, *found: Any) -> EvaluationRecord:
+        record = recorded(source, *found)
+        return replace(record, best_by="toy", score=float(len(source.graded)))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Questions, "record_evaluation", with_score)
+    stages = (make_stage("a", 2), make_stage("b", 2))
+    first = make_components(
+        tmp_path,
+        *stages,
+        evaluates=True,
+        stop_requested=lambda: ending == "stopped" and len(source_of(first).graded) == 2,
+        checkpoint_every=2,
+    )
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if ending == "killed":  # after the checkpoint was written that has the evaluation, before best/ was
+            patched.setattr(loop, "keep_copy", killed)
+        train(first, RunState())
+    assert read_best(tmp_path) == {"set": "toy", "label": "start", "step": 0, "score": 1.0}
+    second, state = resumed(tmp_path, *stages, evaluates=True)
+    assert [label for label, _ in source_of(second).graded] == ["start", "a"]
+    monkeypatch.setattr(second.learner, "begin", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(second, state)
+    assert read_best(tmp_path) == {"set": "toy", "label": "a", "step": 2, "score": 2.0}
+    assert load_checkpoint(tmp_path / "best" / "checkpoint")[0].step == 2
 
 
 def _after(folder: Path, num_steps: int) -> Callable[[], bool]:
