@@ -280,6 +280,8 @@ class Decoder:
         """Ends the response in ``slot`` after its first ``length`` tokens."""
         self.length[slot] = length
         self.ended[slot] = True
+        if self.kept is not None:
+            self.kept.cut(slot, length)
 
     # -- results
     def lengths(self) -> list[int]:

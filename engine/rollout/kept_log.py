@@ -37,6 +37,11 @@ class KeptLog:
         self.taken[slot].append(KeptTokens.all_of(num_tok, self.num_vocab))
         self.num_taken[slot] += num_tok
 
+    def cut(self, slot: int, num_tok: int) -> None:
+        """The response in ``slot`` has ended with token ``num_tok``; what was drawn after it is no part of it."""
+        if num_tok < self.num_taken[slot]:
+            self.taken[slot], self.num_taken[slot] = [self.of(slot, num_tok)], num_tok
+
     def take(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Takes what was noted of ``slots`` up to each slot's length in ``lengths``, over all slots."""
         new = [(slot, lengths[slot] - self.num_taken[slot]) for slot in slots]

@@ -102,7 +102,8 @@ def equal(ours: Sequence[Rollout], theirs: Sequence[Rollout]) -> bool:
         kept, other = kept_of(a), kept_of(b)
         pairs = ((a.token_ids, b.token_ids), (kept.words, other.words), (kept.offsets, other.offsets))
         assert a.sampler_logprob is not None and b.sampler_logprob is not None
-        return all(torch.equal(x, y) for x, y in pairs) and torch.equal(a.sampler_logprob, b.sampler_logprob)
+        logprobs = (logprob.nan_to_num(1.0) for logprob in (a.sampler_logprob, b.sampler_logprob))  # NaN: a reply's
+        return all(torch.equal(x, y) for x, y in pairs) and torch.equal(*logprobs)
 
     return all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -160,6 +161,17 @@ def test_tokens_of_an_environment_have_no_set_and_those_after_them_their_own() -
         assert (kept_of(rollout).num_kept()[context] == NUM_VOCAB).all()
         assert (kept_of(rollout).num_kept()[~context] < NUM_VOCAB).all()
         torch.testing.assert_close(scored[~context], rollout.sampler_logprob[~context], rtol=0, atol=1e-6)
+
+
+def test_turns_that_a_stop_string_ends_between_two_checks_keep_their_own_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where tokens behind the string have been drawn before it is found, and a reply takes their place."""
+    policy, prompts = make_policy(), make_prompts(5, 1, 9)
+    sampling = dataclasses.replace(make_sampling(CUTS[0]), max_new_tok=50, stop=("a", "b"))
+    with backend.using("reference"):
+        each = BuiltinSampler(policy, SamplerConfig(max_seqs=5)).generate(prompts, sampling, dialogue=Echo(num_tok=3))
+        monkeypatch.setitem(builtin.STEPS_BETWEEN_CHECKS, "cpu", 8)
+        many = BuiltinSampler(policy, SamplerConfig(max_seqs=5)).generate(prompts, sampling, dialogue=Echo(num_tok=3))
+    assert all(r.num_turns == 3 for r in each) and equal(each, many)
 
 
 def test_rollouts_come_back_from_a_checkpoint_as_they_were() -> None:
