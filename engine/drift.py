@@ -171,13 +171,16 @@ def tail_count(num_tok: int) -> int:
 
 
 def check_step(found: StepDrift, dtype: torch.dtype, num_layers: int, max_mean_drift: float | None) -> None:
-    """Raises RunFailed if rounding does not explain the mismatch ``found``. A step without sampled tokens passes.
+    """Raises RunFailed if rounding does not explain the mismatch ``found``, or it is not finite. A step without sampled
+    tokens passes.
 
     ``max_mean_drift``: nats, replaces ``mean_limit``, also in the limit of the tail; None: ``mean_limit``.
     """
     n = found.num_tok
     if n == 0:
         return
+    if not math.isfinite(found.mean + found.surprise):  # compares as less than any limit
+        raise RunFailed(f"{_of(n)} cannot be compared: of some the trainer's log-probability or entropy is not finite")
     limit = mean_limit(dtype, num_layers) if max_mean_drift is None else max_mean_drift
     kind = f"run.max_mean_drift; its default is what rounding in {str(dtype).removeprefix('torch.')} explains"
     error = math.sqrt(max(found.square - 2 * limit * found.mean + limit**2, 0.0) / n)  # of the mean of |d| - limit

@@ -391,24 +391,30 @@ class Learner:
         return BatchLogprobs(logprob, entropy)
 
     def _not_finite(self, batch: PackedBatch, logprob: Tensor, loss: Tensor) -> RunFailed:
-        if num := int((~logprob.isfinite()).sum()):
-            return RunFailed(
-                f"{num} of {len(logprob)} log-probabilities are not finite: {origin_in_forward(self.policy, batch)}; "
-                "the policy has diverged: lower optim.lr and start again, or resume from an earlier checkpoint"
-            )
+        if not logprob.isfinite().all():
+            return self._no_logprob(batch, logprob, "")
         largest = batch.advantage.abs().max().item()
         return RunFailed(
             f"the loss is {loss.item()}, and all {len(logprob)} log-probabilities are finite; the largest advantage is "
             f"{largest:.3g}: check the size of the rewards, and the loss function if it is your own"
         )
 
-    def _logprob(self, batch: PackedBatch, stage: Stage) -> Tensor:
-        return self._batch_logprobs(batch, stage).logprob
+    def _no_logprob(self, batch: PackedBatch, logprob: Tensor, whose: str) -> RunFailed:
+        num, origin = int((~logprob.isfinite()).sum()), origin_in_forward(self.policy, batch)
+        return RunFailed(
+            f"{num} of {len(logprob)} log-probabilities{whose} are not finite: {origin}; "
+            "the policy has diverged: lower optim.lr and start again, or resume from an earlier checkpoint"
+        )
+
+    def _logprob(self, batch: PackedBatch, stage: Stage, whose: str = "") -> Tensor:
+        return self._batch_logprobs(batch, stage, whose).logprob
 
     @torch.no_grad()
-    def _batch_logprobs(self, batch: PackedBatch, stage: Stage) -> BatchLogprobs:
+    def _batch_logprobs(self, batch: PackedBatch, stage: Stage, whose: str = "") -> BatchLogprobs:
         self.on_batch()
         stats = batch_stats(self.policy, batch, temperature=stage.sampling.temperature)
+        if not stats.logprob.isfinite().all():
+            raise self._no_logprob(batch, stats.logprob, whose)
         return BatchLogprobs(stats.logprob, stats.entropy)
 
     def _reference_logprobs(self, updates: Sequence[Sequence[PackedBatch]], stage: Stage) -> list[list[Tensor]] | None:
@@ -416,4 +422,5 @@ class Learner:
             return None
         assert self.reference is not None
         with self.policy.borrowed_weights(self.reference):
-            return [[self._logprob(batch, stage) for batch in batches] for batches in updates]
+            whose = " of the KL reference"
+            return [[self._logprob(batch, stage, whose) for batch in batches] for batches in updates]

@@ -131,6 +131,15 @@ def test_clean_steps_pass(dtype: torch.dtype) -> None:
     assert run.num_tok == 5 * STEP_TOK and abs(run.z) < 5
 
 
+@pytest.mark.parametrize("p, entropy", [(math.nan, 1.0), (-math.inf, 1.0), (-1.0, math.nan)])
+def test_statistics_of_a_trainer_that_is_not_finite_pass_no_limit(p: float, entropy: float) -> None:
+    sums, given = DriftSums(CPU), [torch.full((1000,), value) for value in (-1.0, -1.0, 1.0)]
+    given[0][3], given[2][3] = p, entropy
+    sums.add(*given)
+    with pytest.raises(RunFailed, match="not finite"):
+        check_step(step_drift([sums.tensors()], 0, 0), torch.float32, 2, None)
+
+
 def test_a_step_without_sampled_tokens_passes() -> None:
     nothing = step_drift([DriftSums(CPU).tensors()], 3, 0)
     check_step(nothing, torch.float32, 2, None)

@@ -31,8 +31,10 @@ from isomorph.engine.model.load import build_tiny
 from isomorph.engine.model.policy import Policy
 from isomorph.engine.rollout.builtin import BuiltinSampler
 from isomorph.engine.types import Group, PackedBatch, Rollout, RunFailed, Sampling, Scores, StepStats
+from isomorph.engine.update import learner as learner_file
 from isomorph.engine.update.learner import Learner
 from isomorph.engine.update.round import Tally
+from isomorph.kernels.linear_logprob import TokenStats
 
 GRPO = ObjectiveConfig(name="grpo", clip_low=0.1, clip_high=0.2)
 
@@ -640,6 +642,27 @@ def test_a_policy_that_gives_no_finite_log_probability_ends_the_run_with_its_wei
     before = flat(policy)
     with pytest.raises(RunFailed, match="not finite"):
         update(policy, make_groups(), make_stage(objective, batch=batch))
+    assert torch.equal(flat(policy), before)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("choices, whose", [(dict(), "log-probabilities are"), (dict(kl_coef=0.1), "of the KL ref")])
+def test_what_is_scored_before_the_first_update_must_be_finite_too(
+    monkeypatch: pytest.MonkeyPatch, choices: dict[str, float], whose: str, value: float
+) -> None:
+    """No update has begun then; k3 would take -infinity for 20 nats."""
+    policy, scored = make_policy(), learner_file.batch_stats
+
+    def spoiled_stats(*given: Any, **options: Any) -> TokenStats:
+        stats = scored(*given, **options)
+        stats.logprob[-1] = value
+        return stats
+
+    monkeypatch.setattr(learner_file, "batch_stats", spoiled_stats)
+    before = flat(policy)
+    stage = make_stage(GRPO.model_copy(update=choices), batch=dict(prompts=3, prompts_per_update=1))
+    with pytest.raises(RunFailed, match=f"^1 of .*{whose}.* not finite"):
+        update(policy, make_groups(), stage)
     assert torch.equal(flat(policy), before)
 
 
