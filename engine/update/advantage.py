@@ -2,7 +2,8 @@
 
     reward_kl_coef    with a baseline: R - coef * sum_t k1[t], then baseline and scale of the group (RLOO, GRPO)
                       without: R - coef * sum_{i >= t} k1[i], the return from token t on (REINFORCE++)
-    k1[t]             log pi_old(y[t]) - log pi_ref(y[t])
+    k1[t]             log pi_old(y[t]) - log pi_ref(y[t]); a masked response, which no pass scores, counts in the
+                      baseline with the mean KL of the others of its group
     scale = "batch"   (A - mean) / sqrt(var + 1e-8), over the tokens of a step
 
 Statistics are over all updates, micro-batches and ranks of a step, so advantages do not depend on how it is split.
@@ -65,20 +66,41 @@ def penalised(
     return advantages
 
 
+def compared(reward_S: Tensor, size_P: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Returns [S] bool, which responses have an advantage of their own, and the offsets of their groups among these.
+
+    ``size_P``: responses of each group. NaN: no reward applies, and the response has no part in the others' advantages.
+    One that is left alone by that is compared with nothing, where baseline or scale compare.
+    """
+    known_S, group_S = reward_S.isfinite(), torch.arange(len(size_P)).repeat_interleave(size_P)
+    num_P = torch.bincount(group_S[known_S], minlength=len(size_P))
+    if objective.baseline != "none" or objective.scale == "std":
+        is_alone_P = (num_P == 1) & (size_P > 1)
+        known_S, num_P = known_S & ~is_alone_P[group_S], num_P.masked_fill(is_alone_P, 0)
+    return known_S, torch.cat([num_P.new_zeros(1), num_P[num_P > 0].cumsum(0)])
+
+
 def _group_relative(update: Update, kl: Sequence[Tensor], objective: ObjectiveConfig) -> list[Tensor]:
     """Subtracts the KL of a whole response from its reward, before baseline and scale are applied.
 
     A rank knows the KL of the groups assigned to it only; its advantages of other groups are wrong, and not used.
     """
-    offsets = torch.tensor([0, *itertools.accumulate(len(rewards) for rewards in update.rewards)])
-    kl_S = torch.zeros(int(offsets[-1]), dtype=torch.float64)
-    for batch, response_id, kl_N in zip(update.batches, update.response_ids, kl, strict=True):
-        kl_S.index_add_(0, response_id[batch.seq_id.cpu()], kl_N.double().cpu())
+    size_P = torch.tensor([len(rewards) for rewards in update.rewards])
+    group_S = torch.arange(len(size_P)).repeat_interleave(size_P)
     reward_S = torch.tensor([r for rewards in update.rewards for r in rewards], dtype=torch.float64)
+    kl_S, is_scored_S = torch.zeros_like(reward_S), torch.zeros(len(reward_S), dtype=torch.bool)
+    for batch, response_id, kl_N in zip(update.batches, update.response_ids, kl, strict=True):
+        id_N = response_id[batch.seq_id.cpu()]
+        kl_S.index_add_(0, id_N, kl_N.double().cpu())
+        is_scored_S[id_N] = True
+    sum_P = torch.zeros(len(size_P), dtype=torch.float64).index_add(0, group_S, kl_S)
+    mean_P = sum_P / torch.bincount(group_S[is_scored_S], minlength=len(size_P)).clamp(min=1)
+    penalised_S = reward_S - objective.reward_kl_coef * torch.where(is_scored_S, kl_S, mean_P[group_S])
+    known_S, offsets = compared(reward_S, size_P, objective)
     scale = "none" if objective.scale == "batch" else objective.scale
-    advantage_S = group_advantage(
-        reward_S - objective.reward_kl_coef * kl_S, offsets, baseline=objective.baseline, scale=scale
-    )
+    advantage_S = torch.zeros_like(reward_S)
+    if known_S.any():
+        advantage_S[known_S] = group_advantage(penalised_S[known_S], offsets, baseline=objective.baseline, scale=scale)
     return [
         advantage_S[response_id[batch.seq_id.cpu()]].to(kl_N)
         for batch, response_id, kl_N in zip(update.batches, update.response_ids, kl, strict=True)

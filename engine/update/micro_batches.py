@@ -7,7 +7,6 @@ micro-batches, some of them without predicted tokens, so that their collectives 
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +36,7 @@ class Update:
     # skipped because their advantage is 0 or they are masked, on all ranks: whole groups, and responses of the others
     num_zero_advantage_groups: int = 0
     num_zero_advantage_seqs: int = 0
-    rewards: tuple[tuple[float, ...], ...] = ()  # of each group, on all ranks; the group's mean where none applies
+    rewards: tuple[tuple[float, ...], ...] = ()  # of each group, on all ranks; NaN where none applies
     response_ids: tuple[Tensor, ...] = ()  # [S] of each batch: index into the flattened ``rewards``
 
 
@@ -93,7 +92,7 @@ def _update(
         num_dropped_tok=sum(r.num_model_tok for r in counted) - sum(num_known),
         num_zero_advantage_groups=sum(is_whole),
         num_zero_advantage_seqs=sum(num for num, whole in zip(flat, is_whole, strict=True) if not whole),
-        rewards=tuple(_rewards_with_mean(group) for group in groups),
+        rewards=tuple(group.rewards for group in groups),
         response_ids=(
             *[torch.tensor([r for i in members for r in own[i].response_ids]) for members in own_bins],
             *[torch.zeros(1, dtype=torch.int64)] * num_idle,
@@ -134,13 +133,6 @@ def _parts(group: Group, micro_batch_tok: int, objective: ObjectiveConfig, first
 def _is_trained(group: Group, objective: ObjectiveConfig) -> tuple[bool, ...]:
     """Which responses may enter the loss: of demonstrations all, whatever their rewards."""
     return (True,) * len(group.rollouts) if objective.is_supervised else group.is_trained
-
-
-def _rewards_with_mean(group: Group) -> tuple[float, ...]:
-    """A response without a reward is not trained on; with the mean of the others it does not move their baseline."""
-    known = group.known_rewards
-    mean = sum(known) / len(known) if known else 0.0
-    return tuple(mean if math.isnan(reward) else reward for reward in group.rewards)
 
 
 def _is_left_out(advantage: float, objective: ObjectiveConfig) -> bool:

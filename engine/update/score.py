@@ -16,7 +16,7 @@ from torch import Tensor
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.foreign import shortened
 from isomorph.engine.types import Group, Judge, PartsJudge, Prompt, Rollout, RunFailed, Scores
-from isomorph.engine.update.advantage import whitened
+from isomorph.engine.update.advantage import compared, whitened
 from isomorph.kernels.advantage import group_advantage
 from isomorph.kernels.types import EPS
 
@@ -134,13 +134,9 @@ def _advantages(rollouts: Sequence[Rollout], scores: Scores, size: int, objectiv
         # each group's sum of normalised rewards has the mean 0, and so has the step's
         spread = relative_S[normalised_S].std() if normalised_S.sum() > 1 else torch.zeros(())
         advantage_S[normalised_S] = relative_S[normalised_S] / (spread + EPS)
-    plain_S = reward_S.isfinite() & ~normalised_S
-    num_G = plain_S.view(-1, size).sum(1)
-    if size > 1 and (objective.baseline != "none" or objective.scale == "std"):
-        plain_S &= (num_G != 1).repeat_interleave(size)  # compared with nothing, such a response has an advantage of 0
+    size_P = torch.full((len(reward_S) // size,), size)
+    plain_S, offsets = compared(reward_S.masked_fill(normalised_S, math.nan), size_P, objective)
     if plain_S.any():
-        num_G = plain_S.view(-1, size).sum(1)
-        offsets = torch.cat([num_G.new_zeros(1), num_G[num_G > 0].cumsum(0)])
         scale = "none" if objective.scale == "batch" else objective.scale
         found_S = group_advantage(reward_S[plain_S], offsets, baseline=objective.baseline, scale=scale)
         if objective.scale == "batch":  # whitened over the tokens in the loss, as in REINFORCE++

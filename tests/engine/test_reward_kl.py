@@ -15,8 +15,10 @@ from truth import transformers_twin
 
 from isomorph.engine.config import ObjectiveConfig
 from isomorph.engine.distributed.ranks import ALONE
-from isomorph.engine.types import Group
-from isomorph.engine.update.advantage import whitened
+from isomorph.engine.types import Group, Prompt, Rollout, Scores
+from isomorph.engine.update.advantage import penalised, whitened
+from isomorph.engine.update.micro_batches import pack
+from isomorph.engine.update.score import score
 
 COEF = 0.3
 GROUPS = make_groups(((5, (4, 1, 7)), (3, (2, 2, 2)), (1, (1, 6, 3)), (4, (8, 2, 1))))
@@ -118,3 +120,48 @@ def test_whitening_counts_every_token_once_and_leaves_no_dust_where_all_are_equa
     torch.testing.assert_close(found, (values - tokens.mean()) / (tokens.var() + 1e-8).sqrt())
     assert whitened([torch.full((3,), 0.1)], [counts])[0].tolist() == [0.0, 0.0, 0.0]
     assert whitened([values], [torch.zeros(3)])[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def drawn(rewards: list[float], lens: list[int], o: ObjectiveConfig, masked: tuple[bool, ...] | None = None) -> Any:
+    """A scored group of one prompt, its update in one micro-batch, and the sampler's log-probabilities."""
+    prompt = Prompt(prompt_id=0, token_ids=(2, 3), task="", representation="", payload=None)
+    rollouts = [
+        Rollout(
+            prompt_id=0,
+            sample=i,
+            token_ids=torch.arange(4, 4 + n),
+            sampler_logprob=torch.linspace(-1.0, -2.0, n),
+            finish="length",
+            policy_version=0,
+        )
+        for i, n in enumerate(lens)
+    ]
+    groups = score([prompt], rollouts, Scores(rewards=tuple(rewards), masked=masked), o)
+    updates = pack(groups, micro_batch_tok=1000, prompts_per_update=None, objective=o, device=torch.device("cpu"))
+    return groups[0], updates, [[batch.sampler_logprob for batch in update.batches] for update in updates]
+
+
+def of_responses(updates: Any, advantage: Tensor) -> list[float]:
+    """The first token's, of each response in the micro-batch."""
+    seq_id = updates[0].batches[0].seq_id
+    return [advantage[seq_id == i][0].item() for i in range(int(seq_id.max()) + 1)]
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo"])
+def test_a_response_without_a_reward_has_no_part_in_the_others_advantages(name: Any) -> None:
+    o = ObjectiveConfig(name=name, reward_kl_coef=COEF)
+    _, updates, old = drawn([1.0, 0.0, 0.5, math.nan], [3, 2, 4, 5], o)
+    reference = [[logprob - 0.1 for logprob in old[0]]]  # a KL of 0.1 a token
+    found = of_responses(updates, penalised(updates, old, reference, o)[0][0])
+    plain, _, _ = drawn([1.0 - 0.3 * COEF, 0.0 - 0.2 * COEF, 0.5 - 0.4 * COEF], [3, 2, 4], o)
+    assert found == pytest.approx(list(plain.advantages), abs=1e-6)
+    _, updates, old = drawn([1.0, math.nan], [3, 3], o)  # is compared with nothing
+    reference = [[logprob - 0.1 for logprob in old[0]]]
+    assert of_responses(updates, penalised(updates, old, reference, o)[0][0]) == [0.0]
+
+
+def test_a_masked_response_does_not_move_the_baseline_by_a_kl_that_nobody_knows() -> None:
+    o = ObjectiveConfig(name="dr_grpo", reward_kl_coef=COEF)
+    _, updates, old = drawn([1.0, 1.0, 1.0, 0.0], [3, 3, 3, 3], o, masked=(False, False, False, True))
+    reference = [[logprob - 0.1 for logprob in old[0]]]
+    assert of_responses(updates, penalised(updates, old, reference, o)[0][0]) == pytest.approx([0.25] * 3)
