@@ -140,7 +140,9 @@ def _advantages(rollouts: Sequence[Rollout], scores: Scores, size: int, objectiv
         scale = "none" if objective.scale == "batch" else objective.scale
         found_S = group_advantage(reward_S[plain_S], offsets, baseline=objective.baseline, scale=scale)
         if objective.scale == "batch":  # whitened over the tokens in the loss, as in REINFORCE++
-            num_tok = [r.num_loss_tok for r, is_plain in zip(rollouts, plain_S.tolist(), strict=True) if is_plain]
+            masked = scores.masked or (False,) * len(rollouts)
+            known = zip(rollouts, masked, plain_S.tolist(), strict=True)
+            num_tok = [0 if is_masked else r.num_loss_tok for r, is_masked, is_plain in known if is_plain]
             (found_S,) = whitened([found_S], [torch.tensor(num_tok)])
         advantage_S[plain_S] = found_S
     return advantage_S

@@ -165,3 +165,10 @@ def test_a_masked_response_does_not_move_the_baseline_by_a_kl_that_nobody_knows(
     _, updates, old = drawn([1.0, 1.0, 1.0, 0.0], [3, 3, 3, 3], o, masked=(False, False, False, True))
     reference = [[logprob - 0.1 for logprob in old[0]]]
     assert of_responses(updates, penalised(updates, old, reference, o)[0][0]) == pytest.approx([0.25] * 3)
+
+
+def test_masked_tokens_are_not_among_those_that_advantages_are_whitened_over() -> None:
+    o, masked = ObjectiveConfig(name="reinforce_pp"), (False, False, True)
+    group, _, _ = drawn([1.0, 0.0, 0.0], [2, 4, 50], o, masked)
+    plain, _, _ = drawn([1.0, 0.0], [2, 4], o)
+    assert group.advantages[:2] == pytest.approx(plain.advantages, abs=1e-6)
