@@ -173,7 +173,7 @@ def least_micro_tok(model: Model, card: Ceilings, rate: float) -> float:
     sent = network_bytes(found)
     passes = max(1.0, -(-found.forward_tok // found.micro_tok))
     of_pass = (sent["weights, update"] + sent["gradients"]) / passes
-    update = dataclasses.replace(found, has_reference=False, is_repeated=False)
+    update = dataclasses.replace(found, has_reference=False, share_scored=0.0)
     of_token = seconds(update, Ceilings(rates(card).flops, 1e30, ""))["update"] / update.forward_tok
     return of_pass / rate / of_token
 

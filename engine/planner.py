@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from isomorph.engine.config import EngineConfig, Stage
+from isomorph.engine.rollout.decoder import num_prompt_slots
 from isomorph.engine.update.logits_chunk import logits_chunk_rows
 from isomorph.kernels.kept_tokens import BLOCK_BYTES, COPIES, most_bytes
 from isomorph.kernels.linear import onednn_has_bfloat16
@@ -74,7 +75,7 @@ class Facts:
     gradient_checkpointing_every: int | None
     has_reference: bool
     is_sampled: bool  # False: demonstrations
-    is_repeated: bool  # old log-probabilities need a forward of their own
+    share_scored: float  # of the step's tokens, whose old log-probabilities need a forward of their own; 0..1
     sampler: Literal["builtin", "vllm"]
     sampler_copies: bool  # vllm: has its own copy of the weights
     num_ranks: int
@@ -111,7 +112,8 @@ class Facts:
 
     @property
     def has_several_micro_batches(self) -> bool:
-        return self.forward_tok > self.micro_tok * self.num_updates
+        """Whether an optimizer step has."""
+        return self.forward_tok * self.num_iterations > self.micro_tok * self.num_updates
 
     @property
     def num_rows(self) -> int:
@@ -126,6 +128,13 @@ class Facts:
     def kv_tok(self) -> float:
         """Tokens in the KV cache at once: the prompt of a group once, the full length of every response."""
         wanted = self.num_rows * (self.response_tok + self.prompt_tok / self.drawn_samples)
+        return wanted if self.kv_limit_tok is None else min(wanted, self.kv_limit_tok)
+
+    @property
+    def cache_tok(self) -> float:
+        """Tokens that the built-in sampler's KV cache has space for."""
+        num_prompts = num_prompt_slots(self.drawn_prompts, self.num_rows, self.drawn_samples)
+        wanted = self.num_rows * self.response_tok + num_prompts * self.prompt_tok
         return wanted if self.kv_limit_tok is None else min(wanted, self.kv_limit_tok)
 
 
@@ -268,9 +277,9 @@ def _snapshot_bytes(facts: Facts) -> float:
 
 def _kv_bytes(facts: Facts) -> float:
     """The KV cache: what the sequences need; vLLM within its share of the memory, of which it takes all on a GPU."""
-    wanted = facts.kv_tok * facts.kv_bytes_per_tok
     if facts.sampler == "builtin":
-        return wanted
+        return facts.cache_tok * facts.kv_bytes_per_tok
+    wanted = facts.kv_tok * facts.kv_bytes_per_tok
     share = _vllm_share_bytes(facts)
     return share if facts.is_gpu else min(wanted, share)
 
@@ -347,7 +356,10 @@ def facts_of(
 ) -> Facts:
     """Facts of the longest step of ``stage``: all responses of maximum length, on the rank with most prompts."""
     is_supervised, batch = stage.objective.is_supervised, stage.batch
-    num_updates = batch.num_iterations * (batch.prompts // (batch.prompts_per_update or batch.prompts))
+    num_parts = batch.prompts // (batch.prompts_per_update or batch.prompts)
+    num_updates = batch.num_iterations * num_parts
+    # the first update of a round computes its own with its gradient, unless the reward needs them before
+    share_scored = 1.0 if stage.objective.reward_kl_coef > 0 else 1 - 1 / num_parts
     num_tok, cut = (
         batch.prompts * stage.sampling.samples_per_prompt * stage.sampling.max_new_tok,
         stage.sampling.truncation,
@@ -359,8 +371,7 @@ def facts_of(
         gradient_checkpointing_every=config.model.gradient_checkpointing_every,
         has_reference=stage.objective.needs_reference,
         is_sampled=not is_supervised,
-        is_repeated=(num_updates > 1 or stage.objective.reward_kl_coef > 0)
-        and stage.objective.old_logprob == "trainer",
+        share_scored=share_scored if stage.objective.old_logprob == "trainer" and not is_supervised else 0.0,
         sampler=config.sampler.kind,
         sampler_copies=config.sampler.kind == "vllm" and config.sampler.publish == "copy",
         num_ranks=num_ranks,

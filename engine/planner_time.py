@@ -55,7 +55,7 @@ def seconds(facts: Facts, ceilings: Ceilings) -> dict[str, float]:
     forward = facts.forward_tok * (2 * shape.num_backbone + attention) + facts.loss_tok * 2 * shape.num_head
     share_again = 0.0 if facts.gradient_checkpointing_every is None else 1 / facts.gradient_checkpointing_every
     num_passes = (2 if shape.has_adapters else 3) + share_again  # frozen weights have no gradient
-    num_passes = facts.num_iterations * num_passes + facts.has_reference + facts.is_repeated
+    num_passes = facts.num_iterations * num_passes + facts.has_reference + facts.share_scored
     of_layer = layer_bytes_per_tok(shape, facts.weight_bytes, is_fused=facts.weight_bytes < FLOAT64_BYTES)
     moved = UPDATE_TRAFFIC * facts.num_iterations * facts.forward_tok * shape.num_layers * of_layer
     stepped = OPTIMIZER_TRAFFIC * shape.num_trained / facts.num_shards * facts.num_updates
@@ -96,7 +96,7 @@ def network_bytes(facts: Facts) -> dict[str, float]:
     num_passes = num_batches * facts.num_iterations  # with gradient
     found = {
         "weights, update": num_passes * (whole + layers),
-        "weights, forward alone": num_batches * (facts.has_reference + facts.is_repeated) * whole,
+        "weights, forward alone": num_batches * (facts.has_reference + facts.share_scored) * whole,
         "gradients": num_passes * share * 4.0 * shape.num_parameters,
         "gradients, copies": facts.num_updates * between,
         "weights, sampling": whole if facts.is_sampled and facts.sampler == "builtin" else 0.0,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from isomorph.engine.config import SamplerConfig, Truncation, UserError
 from isomorph.engine.model.policy import Policy
-from isomorph.engine.rollout.decoder import Decoder, DecoderSpec
+from isomorph.engine.rollout.decoder import Decoder, DecoderSpec, num_prompt_slots
 from isomorph.engine.rollout.stop_strings import StopStrings
 from isomorph.engine.rollout.turns import Conversation, Conversations
 from isomorph.engine.types import Dialogue, OnGroup, OnStep, Prompt, Publication, Rollout, Sampling
@@ -113,16 +113,13 @@ class BuiltinSampler:
 def plan_decoder(prompt_lens: Sequence[int], sampling: Sampling, max_seqs: int, kv_tok: int | None) -> DecoderSpec:
     """The decoder with as many sequences as ``max_seqs`` and ``kv_tok`` allow.
 
-    Prompt slots = 2 * ceil(seqs / G) + 2, at most one for each prompt: the cache of a prompt is freed only when the
-    last response of its group has ended, so groups that are nearly done hold prompt slots besides those that fill the
-    response slots. Raises UserError where ``kv_tok`` does not hold a single sequence.
+    Raises UserError where ``kv_tok`` does not hold a single sequence.
     """
 
     def spec(seqs: int) -> DecoderSpec:
-        prompts = min(len(prompt_lens), seqs, 2 * -(-seqs // sampling.samples_per_prompt) + 2)
         return DecoderSpec(
             seqs=seqs,
-            prompts=prompts,
+            prompts=num_prompt_slots(len(prompt_lens), seqs, sampling.samples_per_prompt),
             prompt_tok=max(prompt_lens),
             max_new_tok=sampling.max_new_tok,
             temperature=sampling.temperature,

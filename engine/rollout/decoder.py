@@ -59,6 +59,16 @@ class DecoderSpec:
         return replace(self, **sizes) == wanted and all(getattr(self, name) >= n for name, n in sizes.items())
 
 
+def num_prompt_slots(num_prompts: int, num_seqs: int, samples: int) -> int:
+    """Prompts whose keys and values are held at once, where ``num_seqs`` responses are decoded, ``samples`` a prompt.
+
+    2 * ceil(num_seqs / samples) + 2, at most one for each prompt: the cache of a prompt is freed only when the last
+    response of its group has ended, so groups that are nearly done hold prompt slots besides those that fill the
+    response slots.
+    """
+    return min(num_prompts, num_seqs, 2 * -(-num_seqs // samples) + 2)
+
+
 class Decoder:
     """KV cache and state of all slots, prefill, and the decoding step."""
 

@@ -13,11 +13,9 @@ from sampler_parts import policy_of
 
 from isomorph.engine import planner
 from isomorph.engine.config import (
-    BatchConfig,
     EngineConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     Stage,
     TinyModel,
     UserError,
@@ -36,7 +34,8 @@ from isomorph.engine.planner import (
     peak_bytes,
 )
 from isomorph.engine.planner_time import Ceilings, card_ceilings, seconds
-from isomorph.engine.types import Prompt, Rollout
+from isomorph.engine.rollout.builtin import plan_decoder
+from isomorph.engine.types import Prompt, Rollout, Sampling
 from isomorph.kernels import backend
 
 SEVEN_B = Path(__file__).parents[2] / "curriculum" / "recipes" / "shapes" / "qwen2.5-7b"
@@ -146,18 +145,50 @@ def test_adapters_alone_have_masters_moments_gradients_and_a_reference() -> None
     assert few.shape.num_trained == 28 * 16 * queries
 
 
-def test_old_log_probabilities_of_the_sampler_need_no_forward() -> None:
+@pytest.mark.parametrize(
+    "objective, batch, share",
+    [
+        ({}, {}, 0),
+        ({}, {"num_iterations": 2}, 0),  # the first update's own, kept for the second
+        ({}, {"num_iterations": 2, "prompts_per_update": 4}, 3 / 4),
+        ({"reward_kl_coef": 0.1}, {}, 1),
+        ({"reward_kl_coef": 0.1}, {"prompts_per_update": 4}, 1),
+        ({"old_logprob": "sampler"}, {"prompts_per_update": 4}, 0),
+        ({"name": "sft"}, {"prompts_per_update": 4}, 0),
+    ],
+)
+def test_old_log_probabilities_take_the_forwards_that_the_learner_makes(
+    objective: dict[str, Any], batch: dict[str, int], share: float
+) -> None:
+    """tests/engine/test_learner.py counts the learner's."""
+    table = {"name": "s", "steps": 1, "objective": objective, "batch": {"prompts": 16, **batch}}
+    stage = Stage.model_validate(table | {"sampling": {"samples_per_prompt": 1 if "name" in objective else 8}})
     config = EngineConfig(model=ModelConfig(path="a-model"))
-    shape = seven_b().shape
-    for old_logprob, num_iterations, is_repeated in (
-        ("trainer", 1, False),
-        ("trainer", 2, True),
-        ("sampler", 2, False),
-    ):
-        objective = ObjectiveConfig.model_validate({"name": "grpo", "old_logprob": old_logprob})
-        stage = Stage(name="s", steps=1, objective=objective, batch=BatchConfig(num_iterations=num_iterations))
-        facts = facts_of(config, stage, shape, prompt_tok=10, device_gib=80, is_gpu=True)
-        assert facts.is_repeated == is_repeated
+    facts = facts_of(config, stage, seven_b().shape, prompt_tok=10, device_gib=80, is_gpu=True)
+    assert facts.share_scored == share
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_gradients_are_there_while_a_second_micro_batch_computes(num_iterations: int) -> None:
+    """However often a step passes over its rollouts: each optimizer step has two micro-batches here."""
+    config = EngineConfig(model=ModelConfig(path="a-model"))
+    table = {"name": "s", "steps": 1, "batch": {"prompts": 16, "num_iterations": num_iterations}}
+    stage = Stage.model_validate(table)
+    facts = facts_of(config, stage, seven_b().shape, prompt_tok=10, device_gib=80, is_gpu=True)
+    facts = dataclasses.replace(facts, micro_tok=facts.forward_tok / 2)
+    gradients = next(use for use in memory_uses(facts) if use.name == "gradients")
+    assert facts.has_several_micro_batches and gradients.moments == ("update", "step")
+    assert not dataclasses.replace(facts, micro_tok=facts.forward_tok).has_several_micro_batches
+
+
+@pytest.mark.parametrize("prompts, max_seqs", [(128, 256), (4, 256), (64, 20), (3, 1)])
+def test_the_cache_is_that_of_the_decoder(prompts: int, max_seqs: int) -> None:
+    facts = seven_b(sampler="builtin", drawn_prompts=prompts, drawn_samples=8, max_seqs=max_seqs, kv_limit_tok=None)
+    sampling = Sampling(
+        temperature=1.0, max_new_tok=int(facts.response_tok), samples_per_prompt=8, stop_ids=(1,), seed=0
+    )
+    spec = plan_decoder([int(facts.prompt_tok)] * prompts, sampling, max_seqs, None)
+    assert gib(facts)["KV cache"] * GIB == pytest.approx(spec.kv_tok * facts.kv_bytes_per_tok)
 
 
 def test_kept_tokens_are_counted_in_host_memory_at_their_most() -> None:
@@ -176,7 +207,7 @@ def test_kept_tokens_are_counted_in_host_memory_at_their_most() -> None:
 
 def test_frozen_weights_need_no_gradients_of_their_own() -> None:
     endless = Ceilings(1e15, 1e30, "test")
-    options: dict[str, Any] = dict(has_reference=False, is_repeated=False, gradient_checkpointing_every=None)
+    options: dict[str, Any] = dict(has_reference=False, share_scored=0.0, gradient_checkpointing_every=None)
     one, every = (seconds(seven_b(lora=lora, **options), endless)["update"] for lora in (LoraConfig(rank=1), None))
     assert one == pytest.approx(every * 2 / 3, rel=1e-3)
 
@@ -302,7 +333,7 @@ def _kept_bytes(policy: Any) -> tuple[int, int]:
 
 
 def test_seconds_are_flops_over_one_ceiling_and_bytes_over_the_other() -> None:
-    facts = seven_b(has_reference=False, is_repeated=False, gradient_checkpointing_every=None)
+    facts = seven_b(has_reference=False, share_scored=0.0, gradient_checkpointing_every=None)
     endless = Ceilings(1e15, 1e30, "test")
     one = seconds(facts, endless)["update"]
     ideal = 6 * facts.shape.num_backbone * facts.forward_tok + 6 * facts.shape.num_head * facts.loss_tok
