@@ -274,8 +274,8 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     warmup_share: float = Field(0.0, ge=0, le=1)  # warm-up as a share of the stage's steps, rounded up
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     decay_norms_and_biases: bool = False  # weight_decay also acts on tensors of one dimension
     clip_norm: Clip = Field(1.0, gt=0)  # largest norm of the whole gradient; "off": not clipped
 
@@ -348,10 +348,12 @@ class ObjectiveConfig(Section):
     # log-probabilities in the ratio's denominator: the trainer's before the step's first update, or those that the
     # sampler reported, which saves the forward of further updates and needs no importance_sampling
     old_logprob: Literal["trainer", "sampler"] = "trainer"
-    kl_coef: float = Field(0.0, ge=0)  # times an estimate of KL(policy || reference), added to the loss
+    # times an estimate of KL(policy || reference), added to the loss
+    kl_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL term of kl_coef
-    reward_kl_coef: float = Field(0.0, ge=0)  # times k1 = old_logprob - ref_logprob, subtracted from the reward
-    entropy_coef: float = Field(0.0, ge=0)  # times the entropy, subtracted from the loss
+    # times k1 = old_logprob - ref_logprob, subtracted from the reward
+    reward_kl_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
+    entropy_coef: float = Field(0.0, ge=0, allow_inf_nan=False)  # times the entropy, subtracted from the loss
     # loss times the weight trainer / sampler; in a recipe with vLLM "token" is the default (see EngineConfig)
     importance_sampling: Literal["off", "token", "sequence"] = "off"
     # a weight beyond a bound is set to the bound, or the token (sequence) gets weight 0
