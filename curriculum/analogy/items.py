@@ -57,7 +57,7 @@ def items_of_evaluation(run: Path, label: str, recipe: Recipe) -> list[Item]:
 def read_items(file: Path) -> list[Row]:
     """Rows of per-item results, with ``key``, ``representation`` and ``correct``. Raises UserError."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file}: must be a readable file of JSON Lines: {error}") from error
     for number, row in enumerate(rows, 1):

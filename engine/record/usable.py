@@ -17,6 +17,7 @@ from isomorph.engine.record.checkpoint import (
     complete_checkpoints,
     read_by_all,
     read_state,
+    restore_replaced,
 )
 
 T = TypeVar("T")
@@ -40,6 +41,9 @@ def load_newest(root: Path, load: Callable[[Path], T], ranks: Ranks, say: Callab
         for passed in refused:
             aside = ranks.from_first(partial(_set_aside, passed.folder))
             say(f"warning: {passed.folder}: {passed.why}; it is kept as {aside.name}, and {folder} is used instead")
+        if folder.name.startswith(REPLACED):  # a process was killed while it gave the successor this name
+            folder = folder.with_name(folder.name.removeprefix(REPLACED))
+            ranks.from_first(partial(restore_replaced, folder))
         return folder, found
     if not refused:
         raise UserError(f"{root} holds no complete checkpoint: start a new run with isomorph train RECIPE")

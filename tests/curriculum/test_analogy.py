@@ -1,6 +1,7 @@
 """Analogy against networkx and hand-computed graphs; traces; estimates against scipy; the command."""
 
 import importlib.util
+import io
 import json
 import math
 import random
@@ -14,12 +15,13 @@ from typing import Any
 import networkx
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
 
 from isomorph.curriculum.analogy.analysis import alignment_row
 from isomorph.curriculum.analogy.correlation import Estimate, difference, pearson, slope
-from isomorph.curriculum.analogy.items import Item
+from isomorph.curriculum.analogy.items import Item, read_items
 from isomorph.curriculum.analogy.strength import ROUNDS, strengths
 from isomorph.curriculum.analogy.structure import Structure, structure_of
 from isomorph.curriculum.analogy.trace import alignment, read_trace
@@ -27,6 +29,7 @@ from isomorph.curriculum.cli import app
 from isomorph.curriculum.tasks.async_plan import Difficulty, draw_tasks, solve
 from isomorph.curriculum.tasks.draw import draw
 from isomorph.curriculum.tasks.jsonl import read_rows
+from isomorph.engine.record.runlog import RunLog
 
 
 def structure(durations: list[float], predecessors: list[list[int]], key: str = "") -> Structure:
@@ -229,3 +232,10 @@ def test_a_file_of_items_is_analysed_by_files_of_questions(items: Path, stand_in
     (items.parent / "bad.jsonl").write_text('{"key": 1}\n')
     refused = CliRunner().invoke(app, ["analogy", str(items.parent / "bad.jsonl"), "--train", train, "--test", test])
     assert "line 1: must have key, representation and correct" in str(refused.exception)
+
+
+def test_items_with_line_separators_in_their_texts_are_read(tmp_path: Path) -> None:
+    row = {"key": "k", "representation": "natural", "correct": True, "answer": "5\u2028min\u0085"}
+    log = RunLog(tmp_path, Console(file=io.StringIO()))
+    log.write_items("last", [row, {**row, "correct": False}])
+    assert [one["correct"] for one in read_items(tmp_path / "evaluations" / "last.jsonl")] == [True, False]

@@ -83,6 +83,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert loaded(tmp_path) == (5, [])
 
 
+def test_a_checkpoint_whose_successor_never_got_its_name_has_it_again(tmp_path: Path) -> None:
+    """A kill between the two renames of a step's second checkpoint; the end of a stage copies it by its name."""
+    made = save(tmp_path, 4)
+    made.rename(tmp_path / f"{checkpoint.REPLACED}{made.name}")
+    found, (state, _, _) = load_newest(tmp_path, load_checkpoint, ALONE, print)
+    assert found == made and state.step == 4
+    checkpoint.keep_copy(checkpoint.checkpoint_path(tmp_path, state.step), tmp_path / "stage-one")
+    assert load_checkpoint(tmp_path / "stage-one")[0].step == 4 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "stage-one",
+        made.name,
+    ]
+
+
 def test_several_damaged_ones_are_all_named(tmp_path: Path) -> None:
     first, second, third = (save(tmp_path, step) for step in (2, 4, 6))
     truncated(third)
