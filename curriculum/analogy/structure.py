@@ -62,9 +62,14 @@ def _demonstrated(task: Task, demonstration: str) -> Structure | None:
     unit = task.answer.strip().lstrip("0123456789. ") or "sec"
     return Structure(
         task.key,
-        tuple(_duration(f"{step.duration:g} {unit}") for step in steps.values()),
+        tuple(_duration(f"{_digits(step.duration or 0.0)} {unit}") for step in steps.values()),
         tuple(tuple(sorted(place[name] for name in step.predecessors if name in place)) for step in steps.values()),
     )
+
+
+def _digits(number: float) -> str:
+    """All digits of a number that ``read_trace`` has read: it has no exponent and at most six decimals."""
+    return f"{number:.6f}".rstrip("0").rstrip(".")
 
 
 def _seconds(text: str) -> Duration:

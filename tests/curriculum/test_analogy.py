@@ -114,6 +114,19 @@ def test_a_procedure_has_one_structure_in_every_form(stand_ins: Path) -> None:
             np.testing.assert_allclose(strengths([structure_of(task)], [want]), 1.0)  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("style", ["compact", "listed", "sentences"])
+def test_durations_of_seven_digits_are_read_whole(style: Any) -> None:
+    difficulty = Difficulty(units=("sec", "week"), max_duration=9, demonstration=style)
+    tasks = draw_tasks(difficulty, "natural", 30, seed=0, split="train")
+    assert any(max(task.row["amounts"]) > 1_000_000 for task in tasks)
+    seconds = {"sec": 1, "week": 604_800}
+    for task in tasks:
+        read = structure_of(task)
+        assert read is not None
+        want = sorted(amount * seconds[task.row["unit"]] for amount in task.row["amounts"])
+        assert sorted(low for low, _ in read.durations) == want
+
+
 # -- traces
 @pytest.mark.parametrize("style", ["compact", "listed", "sentences"])
 def test_the_finish_times_of_demonstrations_are_read(style: Any) -> None:
@@ -229,6 +242,11 @@ def test_a_file_of_items_is_analysed_by_files_of_questions(items: Path, stand_in
     assert found["training"] == 12 and found["analogy"][0]["items"] == 6
     refused = CliRunner().invoke(app, ["analogy", str(items), "--train", train])
     assert "name the file of its questions with --test" in str(refused.exception)
+    rows = [json.loads(line) for line in items.read_text().splitlines()]
+    odd = [{**row, "answer": "3\u2028min\x85"} for row in rows]  # JSON has them within a line
+    items.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in odd), encoding="utf-8")
+    done = CliRunner().invoke(app, ["analogy", str(items), "--train", train, "--test", test])
+    assert done.exit_code == 0, done.exception
     (items.parent / "bad.jsonl").write_text('{"key": 1}\n')
     refused = CliRunner().invoke(app, ["analogy", str(items.parent / "bad.jsonl"), "--train", train, "--test", test])
     assert "line 1: must have key, representation and correct" in str(refused.exception)
