@@ -13,12 +13,14 @@ from isomorph.curriculum.evaluation import ModelScore, evaluate_tasks
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.questions import open_exam
 from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.report.run_record import read_summary
 from isomorph.curriculum.study.design import Design, PlannedRun
 from isomorph.curriculum.study.results import (
     RESULTS,
-    RUNS,
     TEST,
     append_lines,
+    newest_identities,
+    newest_warm_starts,
     read_lines,
     rows_of_evaluation,
     text_key,
@@ -42,9 +44,12 @@ def check_test(design: Design, runs: list[PlannedRun], *, again: bool) -> dict[s
             f"the test exam was taken on {taken[-1]['at']}, and a claim uses it once: --test-again takes it again, "
             "which the page will say"
         )
-    kept = {(row["condition"], row["seed"]) for row in read_lines(design.out / RUNS)}
-    if missing := [run.name for run in runs if (run.condition, run.seed) not in kept]:
-        raise UserError(f"the test exam is taken after all runs; not done yet: {', '.join(missing)}")
+    kept, present = newest_identities(design.out), design.identities(newest_warm_starts(design.out))
+    if missing := [run.name for run in runs if kept.get((run.condition, run.seed)) != present.get(run.name, "none")]:
+        raise UserError(
+            "the test exam is taken after all runs of the present recipes, files and versions; not done yet: "
+            f"{', '.join(missing)}"
+        )
     commit = committed(design.file.parent / PLAN)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"at": now, "plan_commit": commit, "is_complete": False}
@@ -86,18 +91,19 @@ def take_test(design: Design, runs: list[PlannedRun], record: dict[str, Any], sa
 
     ``record`` is written first. An exam that is cut off goes on where it was. Raises UserError for a missing model.
     """
-    identities = {(row["condition"], row["seed"]): row["identity"] for row in read_lines(design.out / RUNS)}
+    identities = newest_identities(design.out)
     targets = {run.name: _models(design, run) for run in runs}
     taken = read_taken(design.out)
     if not taken or taken[-1]["is_complete"]:
         taken.append(record)
     _write_taken(design.out, taken)
     label = f"test-{len(taken)}"
-    done = {(r["condition"], r["seed"], r["step"]) for r in read_lines(design.out / RESULTS) if r["label"] == label}
+    rows_of_exam = (row for row in read_lines(design.out / RESULTS) if (row["exam"], row["label"]) == (TEST, label))
+    done = {(row["condition"], row["seed"], row["step"], row["identity"]) for row in rows_of_exam}
     for run in runs:
         recipe = located(design.test_recipe(run.condition, run.seed))
         for step, model in targets[run.name].items():
-            if (run.condition, run.seed, step) in done:
+            if (run.condition, run.seed, step, identities[run.condition, run.seed]) in done:
                 continue
             scores = _scores(model, recipe, say)
             items = [item for score in scores for item in _items(score)]
@@ -116,6 +122,8 @@ def _write_taken(out: Path, taken: list[dict[str, Any]]) -> None:
 
 def _models(design: Design, run: PlannedRun) -> dict[int, Path]:
     """Step -> checkpoint, or the run's folder for its last step."""
+    if read_summary(run.folder) is None:
+        raise UserError(f"{run.folder} is missing or holds no finished run: the test exam needs the models of all runs")
     steps = int(json.loads((run.folder / "summary.json").read_text())["steps"])
     found = {}
     for budget in design.spec.test_budgets:

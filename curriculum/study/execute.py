@@ -15,7 +15,7 @@ from isomorph.curriculum.machine import usable_cores
 from isomorph.curriculum.report.run_record import read_summary
 from isomorph.curriculum.study.child import has_gpu, start
 from isomorph.curriculum.study.design import Design, PlannedRun
-from isomorph.curriculum.study.results import RUNS, harvest, newest_warm_starts, read_lines
+from isomorph.curriculum.study.results import harvest, newest_identities, newest_warm_starts
 from isomorph.curriculum.study.spec import WARM_START
 from isomorph.engine.record.checkpoint import latest_checkpoint
 
@@ -94,6 +94,7 @@ class Execution:
 
     def _find_finished(self) -> None:
         """Marks what is done. A warm start is not needed where all that begins from it is done."""
+        kept = newest_identities(self.design.out)
         for job in self.jobs:
             warm = self._warm_row(job.run.seed)
             if job.run.condition == WARM_START:
@@ -101,7 +102,6 @@ class Execution:
                 job.was_done = warm is not None and warm["identity"] == identity
             elif job.run.warm is None or (warm is not None and self._warm_job(job).was_done):
                 identity = self.design.identity(job.run, warm["weights_sha256"] if warm else None)
-                kept = {(r["condition"], r["seed"]): r["identity"] for r in read_lines(self.design.out / RUNS)}
                 job.was_done = kept.get((job.run.condition, job.run.seed)) == identity
         for job in self.jobs:
             if job.run.condition == WARM_START:

@@ -142,6 +142,11 @@ def newest_warm_starts(out: Path) -> dict[int, Row]:
     return {row["seed"]: row for row in read_lines(out / RUNS) if row["condition"] == WARM_START}
 
 
+def newest_identities(out: Path) -> dict[tuple[str, int], str]:
+    """(Condition, seed) -> identity of its newest run."""
+    return {(row["condition"], row["seed"]): row["identity"] for row in read_lines(out / RUNS)}
+
+
 def _point(row: Row) -> Point:
     return Point(
         **{name: row[name] for name in ("condition", "seed", "exam", "step", "representation", "response_tok")},
@@ -152,12 +157,11 @@ def _point(row: Row) -> Point:
 
 
 def harvest(run: PlannedRun, identity: str, out: Path) -> None:
-    """Appends what a finished run has found, unless it is there already.
+    """Appends what a finished run has found, unless it is the newest there of its condition and seed.
 
     The warm start's last evaluation is that of a condition before its first step, where the run has none of its own.
     """
-    kept = {(r["condition"], r["seed"], r["identity"]) for r in read_lines(out / RUNS)}
-    if (run.condition, run.seed, identity) in kept:
+    if newest_identities(out).get((run.condition, run.seed)) == identity:
         return
     summary = _summary(run.folder)
     if run.condition != WARM_START:
@@ -227,10 +231,10 @@ def rows_of_evaluation(run: PlannedRun, identity: str, about: Row, items: Sequen
 
 
 def _append_new(file: Path, rows: Sequence[Row]) -> None:
-    """Without those that a harvest has appended which was killed before it ended."""
+    """Without those that a harvest has appended which was killed before it ended, or of an equal run."""
     names = ("condition", "seed", "identity", "exam", "step", "representation")
-    there = {tuple(row[name] for name in names) for row in read_lines(file)}
-    append_lines(file, [row for row in rows if tuple(row[name] for name in names) not in there])
+    there = {tuple(row[name] for name in names): row for row in read_lines(file)}
+    append_lines(file, [row for row in rows if there.get(tuple(row[name] for name in names)) != row])
 
 
 def _unique(keys: Sequence[str]) -> list[str]:

@@ -8,17 +8,19 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from processes import wait_for
 from simulated_study import write_study
 
+from isomorph.curriculum.report.run_record import read_run
 from isomorph.curriculum.study import page, seeds
 from isomorph.curriculum.study.analysis import analyse, shortcut_rates
-from isomorph.curriculum.study.design import WARM_SEED, Design
-from isomorph.curriculum.study.exam import committed
-from isomorph.curriculum.study.results import append_lines, read_lines, read_results
+from isomorph.curriculum.study.design import WARM_SEED, Design, PlannedRun
+from isomorph.curriculum.study.exam import check_test, committed, read_taken, take_test
+from isomorph.curriculum.study.results import append_lines, harvest, read_lines, read_results
 from isomorph.engine.config import UserError
 from studies import load_study
 
@@ -280,6 +282,42 @@ def test_a_warm_start_begins_with_a_model_of_its_seed(place: Path) -> None:
     file.write_text(STUDY.replace("[[warm_start.stage]]", begins.replace("warm_seed", "speed")))
     with pytest.raises(UserError, match=r"only \{seed\} and \{warm_seed\} are replaced, got \{speed\}"):
         Design(file)
+
+
+def test_a_recipe_that_is_changed_and_changed_back_has_its_runs_again(finished_run: Path, tmp_path: Path) -> None:
+    run = PlannedRun(condition="words", seed=1, recipe=read_run(finished_run).recipe, folder=finished_run, warm=None)
+    for identity in ("first", "other", "first"):
+        harvest(run, identity, tmp_path)
+        study = {"measure": ["natural"], "identities": {"words-seed1": identity}}
+        (tmp_path / "study.json").write_text(json.dumps(study))
+        found = read_results(tmp_path)
+        assert found.runs["words", 1]["identity"] == identity and found.points
+    harvest(run, "first", tmp_path)
+    assert [row["identity"] for row in read_lines(tmp_path / "runs.jsonl")] == ["first", "other", "first"]
+
+
+def test_the_test_exam_is_refused_where_the_runs_are_of_an_earlier_recipe(place: Path) -> None:
+    design = Design(place / "study.toml")
+    (place / "PLAN.md").write_text("the plan\n")
+    design.out.mkdir()
+    runs = [run for run in design.runs(("words", "graph_words"), (1, 2)) if run.condition != "warm"]
+    warm = {seed: {"identity": design.identity(design.warm_run(seed), None), "weights_sha256": "w"} for seed in (1, 2)}
+    present = design.identities(warm)
+
+    def rows(identities: dict[str, str]) -> list[dict[str, Any]]:
+        known = [("warm", seed) for seed in warm] + [(run.condition, run.seed) for run in runs]
+        of = [{"condition": c, "seed": s, "identity": identities[f"{c}-seed{s}"]} for c, s in known]
+        return [{**row, "weights_sha256": "w"} for row in of]
+
+    append_lines(design.out / "runs.jsonl", rows(present))
+    check_test(design, runs, again=False)
+    append_lines(design.out / "runs.jsonl", rows(present | {"words-seed2": "of an earlier recipe"}))
+    with pytest.raises(UserError, match=r"after all runs of the present recipes.*not done yet: words-seed2$"):
+        check_test(design, runs, again=False)
+    append_lines(design.out / "runs.jsonl", rows(present))
+    with pytest.raises(UserError, match=r"runs/words-seed1 is missing or holds no finished run"):
+        take_test(design, runs, {}, print)
+    assert not read_taken(design.out)
 
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*/STUDY.toml"))
