@@ -41,7 +41,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Accuracy of a condition over its steps, at the evaluations that all its seeds have."""
+    """Accuracy of a condition over its steps, at the evaluations that all its seeds have, at least one."""
 
     condition: str
     measure: str
@@ -232,11 +232,11 @@ def _aligned(results: StudyResults, one: _Values, other: _Values) -> tuple[np.nd
 
 
 def _family(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """With Holm's p values over the planned ones."""
+    """With Holm's p values over the planned ones: all count, those without a t test as p = 1."""
     planned = [c for c in comparisons if c.is_planned]
     sign = dict(zip(map(id, planned), holm([c.effect.sign_p for c in planned]), strict=True))
-    by_t = [c for c in planned if c.effect.t_p is not None]
-    t = dict(zip(map(id, by_t), holm([c.effect.t_p or 0.0 for c in by_t]), strict=True))
+    tested = holm([1.0 if c.effect.t_p is None else c.effect.t_p for c in planned])
+    t = {id(c): None if c.effect.t_p is None else p for c, p in zip(planned, tested, strict=True)}
     return [Comparison(**{**_fields(c), "holm_sign_p": sign.get(id(c)), "holm_t_p": t.get(id(c))}) for c in comparisons]
 
 
@@ -250,6 +250,8 @@ def _curve(results: StudyResults, name: str, measure: str) -> Curve | None:
     if not curves:
         return None
     steps = sorted(set.intersection(*({p.step for p in points} for points in curves.values())))
+    if not steps:  # each seed's stages ended at steps of their own
+        return None
     at = {seed: {p.step: p for p in points} for seed, points in curves.items()}
     bands = [band([at[seed][step].rate for seed in at]) for step in steps]
     return Curve(

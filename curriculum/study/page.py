@@ -72,9 +72,10 @@ def _body(results: StudyResults, analysis: Analysis, album: document.Album) -> s
     parts.append(album.add("tokens", picture, "Accuracy over sampled response tokens."))
     parts.append(_comparisons([c for c in analysis.comparisons if c.kind == "tokens"]))
     parts.append(document.note("Between two evaluations each item's answer is interpolated linearly. " + _token_note()))
-    parts.append("<h2>All representations</h2>")
-    caption = "The same runs on every representation that was evaluated."
-    parts.append(album.add("representations", partial(pictures.representations, results, analysis), caption))
+    if analysis.curves:
+        parts.append("<h2>All representations</h2>")
+        caption = "The same runs on every representation that was evaluated."
+        parts.append(album.add("representations", partial(pictures.representations, results, analysis), caption))
     if analysis.groups:
         caption = "Accuracy at the last budget by the difficulty of the item, mean over seeds."
         picture = partial(pictures.difficulty, results, analysis)

@@ -71,14 +71,14 @@ def interval_over_seeds(values: Sequence[np.ndarray], *, shared: bool) -> tuple[
     within each drawn seed. Such a bootstrap counts the noise of single answers up to three times, and its percentiles
     are too narrow for the variance between few seeds. So it gives the shape only: deviations are scaled to
     ``variance_of_mean``, and percentiles are those at Student's t (as Hesterberg's expanded percentiles, The American
-    Statistician 2015). Two to four seeds: Student's t with the same variance. One: normal, over items; of one number
-    NaN.
+    Statistician 2015). Two to four seeds: Student's t with the same variance. One: normal, over items. NaN where each
+    seed has one number and all are equal, such as of runs that never reach an accuracy: they tell no spread.
     """
     mean = float(np.mean([v.mean() for v in values]))
     variance, freedom = variance_of_mean(values, shared=shared)
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
     half = t * math.sqrt(variance)
-    if len(values) == len(values[0]) == 1:  # one number has no spread
+    if variance == 0 and all(len(v) == 1 for v in values):
         half = math.nan
     if len(values) < MIN_SEEDS or variance == 0:
         return mean - half, mean + half, "items" if len(values) == 1 else "t"
@@ -179,7 +179,7 @@ def steps_to_reach(steps: Sequence[float], rates: Sequence[float], target: float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """Steps to reach an accuracy, over seeds; a run that never reaches it counts as censored at its last step."""
+    """Steps to reach an accuracy, over seeds; a run that never reaches it counts as censored at ``end``."""
 
     target: float
     by_seed: tuple[float | None, ...]

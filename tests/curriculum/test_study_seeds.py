@@ -1,14 +1,17 @@
 """Statistics over seeds: coverage of the intervals on simulated studies, null effects, tests by hand and by scipy."""
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 from simulated_study import write_study
 
-from isomorph.curriculum.study import seeds
+from isomorph.curriculum.study import page, seeds
 from isomorph.curriculum.study.analysis import analyse
 from isomorph.curriculum.study.results import read_results
 from isomorph.curriculum.study.seeds import (
@@ -121,6 +124,14 @@ def test_no_difference_between_seeds_or_items_is_no_error() -> None:
     assert (found.mean, found.low, found.high, found.t_p, found.sign_p) == (0, 0, 0, None, 1)
 
 
+def test_runs_that_all_never_reach_an_accuracy_have_no_interval() -> None:
+    never = Reach(target=0.5, by_seed=(None,) * 6, end=40.0)
+    for num in (2, 6):
+        saved = effect([np.array([step - 40.0]) for step in never.restricted[:num]], shared=False)
+        assert saved.mean == 0 and math.isnan(saved.low) and math.isnan(saved.high) and not saved.excludes_zero
+    assert math.isnan(effect([np.array([20.0]), np.array([20.0])], shared=False).low)  # not 20 to 20
+
+
 def test_a_band_is_the_t_interval_of_the_mean() -> None:
     values = [0.2, 0.3, 0.5]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -150,3 +161,38 @@ def test_an_effect_is_called_and_a_null_effect_is_not(tmp_path: Path, monkeypatc
     assert first.holm_sign_p == pytest.approx(6 * 2 / 64)
     nulls = [one for (name, _), one in found.items() if name == "same - words"]
     assert len(nulls) == 3 and not any(one.effect.excludes_zero for one in nulls)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Each row of results.jsonl becomes what ``change`` returns; None: it is left out."""
+    file = folder / "results.jsonl"
+    rows = [change(json.loads(line)) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not None))
+
+
+def test_holm_counts_planned_comparisons_without_a_t_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeds, "NUM_RESAMPLES", 200)
+    write_study(tmp_path, {"words": 0.0, "graph_words": 0.1, "same": 0.0}, num_items=60)
+    words = {}
+    for line in (tmp_path / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        words[row["condition"], row["seed"], row["step"], row["representation"]] = row["right"]
+
+    def like_words(row: dict[str, Any]) -> dict[str, Any]:
+        right = words["words", row["seed"], row["step"], row["representation"]]
+        return {**row, "right": right} if row["condition"] == "same" else row
+
+    rewritten(tmp_path, like_words)
+    planned = analyse(read_results(tmp_path)).planned()
+    assert [c.effect.t_p is None for c in planned] == [c.first == "same" for c in planned] and len(planned) == 6
+    assert [c.holm_t_p is None for c in planned] == [c.effect.t_p is None for c in planned]
+    least = min((c for c in planned if c.effect.t_p is not None), key=lambda c: c.effect.t_p or 0.0)
+    assert least.effect.t_p is not None and least.holm_t_p == pytest.approx(min(1.0, 6 * least.effect.t_p))
+
+
+def test_seeds_that_were_never_evaluated_after_the_same_step_have_no_curve(tmp_path: Path) -> None:
+    write_study(tmp_path, {"words": 0.0, "graph_words": 0.1}, seeds=(1, 2), num_items=20, representations=("natural",))
+    rewritten(tmp_path, lambda row: {**row, "step": row["step"] - row["seed"]} if row["step"] else None)
+    found = analyse(read_results(tmp_path))
+    assert not found.curves and not found.reached
+    assert page.write_study(tmp_path).is_file()
