@@ -40,7 +40,7 @@ class EvalConfig(Section):
     max_new_tok: int = Field(72, ge=1)
     seed: int = Field(999, ge=0, lt=2**32)  # of generated questions, and of the samples
     # of generated questions: "dev" while a recipe is worked on, "test" for what is claimed; they share no procedure,
-    # and half of the test exam's wordings occur nowhere else
+    # and half of the test exam's wordings occur nowhere else, where its language has such wordings
     split: Literal["dev", "test"] = "dev"
     every: int = Field(0, ge=0)  # steps of the run, of all stages; 0: at the boundaries only
     samples: int = Field(0, ge=0)  # further responses to each question, for avg@k and pass@k; 0: greedy only

@@ -24,6 +24,7 @@ from isomorph.curriculum.tasks.render import (
     TERSE_SYNTAX_OF_UNITS,
     TRAINED,
     check_representation,
+    has_kept_wordings,
     render,
     spelled,
 )
@@ -86,6 +87,9 @@ class Plans(Generator[Difficulty, Procedure, StepGraph]):
             render(instance, representation, rng, difficulty, is_kept=is_kept),
             lambda is_sequential: demonstration(instance, representation, difficulty, sequential=is_sequential),
         )
+
+    def has_kept_wordings(self, difficulty: Difficulty, representation: str) -> bool:
+        return representation == "natural" and has_kept_wordings(difficulty)
 
     def answer(self, instance: Procedure) -> str:
         return solve(instance)[0]

@@ -78,6 +78,10 @@ class Generator(ABC, Generic[D, I, V]):
     ) -> Written:
         """``is_kept``: in wordings that are kept for the test exam. Raises ValueError for an unknown representation."""
 
+    def has_kept_wordings(self, difficulty: D, representation: str) -> bool:
+        """Whether ``write`` has wordings that are kept for the test exam."""
+        return representation == "natural"
+
     @abstractmethod
     def answer(self, instance: I) -> str: ...
 
@@ -160,6 +164,7 @@ class Generator(ABC, Generic[D, I, V]):
     ) -> Task:
         is_kept = split == "test" and rng.random() < KEPT_SHARE
         written = self.write(rng, instance, difficulty, representation, is_kept=is_kept)
+        wording = "kept" if is_kept and self.has_kept_wordings(difficulty, representation) else "trained"
         is_sequential = rng.random() < sequential_rate
         return Task(
             family=self.name,
@@ -170,7 +175,7 @@ class Generator(ABC, Generic[D, I, V]):
             sequential_answer=self.sequential_answer(instance),
             key=instance.key,
             difficulty=difficulty.model_dump(mode="json"),
-            row={**self.facts(instance), "wording": "kept" if is_kept else "trained"},
+            row={**self.facts(instance), "wording": wording},
         )
 
 

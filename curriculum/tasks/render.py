@@ -35,7 +35,7 @@ def render(
 ) -> str:
     """The whole question in one representation. ``rng`` chooses wordings, and forms of graphs and programs.
 
-    ``is_kept``: in wordings that are kept for the test exam; the terse form has some where ``templates`` is 4.
+    ``is_kept``: in wordings that are kept for the test exam, where natural language has some.
 
     Raises:
         ValueError: an unknown representation.
@@ -54,15 +54,21 @@ def render(
     if representation == "natural":
         if not terse:
             return _natural(procedure, rng, difficulty.templates)
-        has_kept = is_kept and difficulty.templates == wording.MOST_TEMPLATES
+        from_kept = is_kept and has_kept_wordings(difficulty)
         return _natural_terse(
-            procedure, rng, wording.KEPT_TERSE if has_kept else wording.TERSE.first(difficulty.templates)
+            procedure, rng, wording.KEPT_TERSE if from_kept else wording.TERSE.first(difficulty.templates)
         )
     if representation == "graph":
         return (_graph_terse if terse else _graph)(procedure)
     if representation == "code":
         return (_code_terse if terse else _code)(procedure)
     return (_table_terse if terse else _table)(procedure)
+
+
+def has_kept_wordings(difficulty: Difficulty) -> bool:
+    """Whether natural language has wordings that are kept for the test exam: rich, and terse with all templates."""
+    is_terse = difficulty.form == "terse" and difficulty.templates == wording.MOST_TEMPLATES
+    return is_terse or difficulty.language == "rich"
 
 
 def spelled(value: int, unit: str) -> str:

@@ -236,6 +236,24 @@ def test_half_of_the_test_exam_is_in_kept_wordings_and_nothing_else_is() -> None
     assert 110 <= kept["test"] <= 190
 
 
+@pytest.mark.parametrize(
+    ("difficulty", "representation", "has_kept"),
+    [
+        (TERSE, "natural", True),
+        (Difficulty(language="rich"), "natural", True),
+        (Difficulty(), "natural", False),  # plain: four wordings a kind, all trained on
+        (TERSE.model_copy(update={"templates": 3}), "natural", False),
+        (TERSE, "graph", False),
+        (TERSE, "dialect", False),
+    ],
+)
+def test_only_questions_in_wordings_of_the_test_exam_are_called_kept(
+    difficulty: Difficulty, representation: str, has_kept: bool
+) -> None:
+    tasks = draw_tasks(difficulty, representation, 60, seed=1, split="test")
+    assert {task.row["wording"] for task in tasks} == ({"kept", "trained"} if has_kept else {"trained"})
+
+
 @pytest.mark.parametrize("name", ["full", "full_mixed"])
 def test_the_program_prints_the_answer(name: str) -> None:
     rng = random.Random(7)
