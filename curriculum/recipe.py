@@ -156,6 +156,26 @@ def evaluated_on(data: Data) -> tuple[str, ...] | None:
     return data.eval_representations if isinstance(data, JsonlData) else data.representations
 
 
+def refuse_shared_instances(trained: "Recipe", evaluated: "Recipe") -> None:
+    """Raises ValueError where ``trained`` may train on generated instances that [eval] of ``evaluated`` asks.
+
+    Each split_by divides the instances of a kind among training and exams in a way of its own.
+    """
+    parts = dict.fromkeys(part.data for stage in trained.stage for part in stage.mixture)
+    for name in parts:
+        data = trained.data[name]
+        for one in evaluated.eval.all_sets:
+            asked = evaluated.data[one.data]
+            if not isinstance(data, GeneratedData) or not isinstance(asked, GeneratedData) or data.kind != asked.kind:
+                continue
+            own, other = data.difficulty.split_by, asked.difficulty.split_by
+            if own != other:
+                raise ValueError(
+                    f"data.{name} has split_by = {own!r} and data.{one.data}, which [eval] asks, {other!r}: what is "
+                    "trained on may be asked in the evaluation. Give both the same split_by"
+                )
+
+
 class Recipe(EngineConfig):
     """A whole recipe: the engine's tables, data, stages and evaluation."""
 
@@ -270,6 +290,11 @@ class Recipe(EngineConfig):
             if isinstance(data, RewardTable):
                 data.refuse_unrewarded(one.data, "[eval]")
                 data.refuse_evaluation(self.eval.max_new_tok, f"[eval] of data {one.data!r}: eval.max_new_tok")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_is_kept_apart(self) -> "Recipe":
+        refuse_shared_instances(self, self)
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isomorph.curriculum.inputs import describe_files, located
-from isomorph.curriculum.recipe import Recipe
+from isomorph.curriculum.recipe import Recipe, refuse_shared_instances
 from isomorph.curriculum.study.spec import WARM_START, StudySpec, Tables, read_study
 from isomorph.curriculum.version import installed_version
 from isomorph.engine.config import UserError
@@ -217,12 +217,15 @@ class Design:
         """All that can be wrong before the first run. Raises UserError."""
         table = self.spec.study
         seed = table.seeds[0]
+        warm = None
         if self.spec.warm_start is not None:
-            self.warm_run(seed)
+            warm = self.warm_run(seed).recipe
             if self.spec.warm_start.recipe is not None:  # by itself, so that its own keys are checked, too
                 load_recipe(self.file.parent / self.spec.warm_start.recipe, [], Recipe)
         recipes = {name: self.run(name, seed).recipe for name in self.spec.condition}
         for name, recipe in recipes.items():
+            if warm is not None:
+                self._refuse_shared(warm, recipe)
             self._check_budgets(name, recipe)
             known = _result_keys(recipe)
             if known is not None and (missing := [one for one in table.measure if one not in known]):
@@ -238,6 +241,12 @@ class Design:
                 f"{self.file}: conditions must have equal numbers of steps, got {listed}: make them equal, or set "
                 "study.unequal = true"
             )
+
+    def _refuse_shared(self, warm: Recipe, recipe: Recipe) -> None:
+        try:
+            refuse_shared_instances(warm, recipe)
+        except ValueError as error:
+            raise UserError(f"{self.file}: warm_start: {error}") from None
 
     def _check_budgets(self, name: str, recipe: Recipe) -> None:
         total, every, budgets = num_steps(recipe), recipe.eval.every, self.spec.study.budgets

@@ -222,6 +222,26 @@ def test_what_is_wrong_is_said_before_the_first_run(place: Path, old: str, new: 
     assert not (place / "tiny").exists()
 
 
+def test_what_training_and_exam_would_share_is_refused(place: Path) -> None:
+    """Of 60 procedures of a structure's exam 49 were in training that is divided by procedure."""
+    own = "[data.exam]\nkind = 'async_plan'\n[data.exam.difficulty]\nform = 'terse'\ndemonstration = 'compact'\n"
+    base = BASE.replace("[sampling]", own + "max_steps = 3\nsplit_by = 'structure'\n[sampling]")
+    (place / "base.toml").write_text(base.replace('data = "plans"', 'data = "exam"'))
+    with pytest.raises(UserError, match=r"data.plans has split_by = 'procedure' and data.exam.*'structure'"):
+        Design(place / "study.toml")
+    (place / "warm.toml").write_text(
+        f"{BASE}[[stage]]\nname = 'warm-up'\nsteps = 2\nmixture = [{{ data = 'plans' }}]\n"
+    )
+    whole = STUDY.split("[[warm_start.stage]]")
+    begins = f'{whole[0]}[warm_start]\nrecipe = "warm.toml"\n[[condition' + whole[1].split("[[condition", 1)[1]
+    (place / "study.toml").write_text(begins)
+    (place / "base.toml").write_text(BASE.replace("max_duration", "split_by = 'structure'\nmax_duration"))
+    with pytest.raises(UserError, match=r"warm_start: data.plans has split_by = 'procedure'"):
+        Design(place / "study.toml")
+    (place / "base.toml").write_text(BASE)
+    Design(place / "study.toml")
+
+
 def test_an_identity_changes_with_all_that_matters_and_with_nothing_else(place: Path) -> None:
     def identities(study: str = STUDY, base: str = BASE) -> list[str]:
         (place / "study.toml").write_text(study)
