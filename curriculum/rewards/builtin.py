@@ -16,11 +16,15 @@ from isomorph.curriculum.rewards.answer import Answer, answer_text, last_answer,
 from isomorph.curriculum.rewards.families import FAMILIES, function
 
 MAX_ANSWER_CHARS = 2_000  # longer ones are wrong, where a library reads them
+# commas between thousands, also as 12,34,567; other commas divide a list
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s{0,2}/\s{0,2}\d[\d,]*)?", re.ASCII
+    rf"(?:(?<![\w)])[-+])?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?(?:\s{{0,2}}/\s{{0,2}}{_WHOLE})?", re.ASCII
 )
+_AS_PLAIN = (("\N{MINUS SIGN}", "-"), ("{,}", ","))
 _MARK = "####"  # before the final answer of a row of GSM8K
-_CHOICE_PHRASE = r"answer(?:\s+is)?\s*:?\s*\**\s*[(\[]?([{letters}])\b"
+# "the answer is a mystery" chooses nothing
+_CHOICE_PHRASE = r"answer(?:\s+is)?\s*:?\s*\**\s*[(\[]?([{letters}])\b(?!(?-i:(?<=a))\s+[a-z])"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +205,10 @@ def _stated_or_all(text: str) -> str:
 
 def _last_number(text: str) -> Fraction | None:
     """Exactly, with commas between thousands; a fraction such as 3/4 is one number."""
-    found = _NUMBER.findall(text[-MAX_ANSWER_CHARS:])
+    text = text[-MAX_ANSWER_CHARS:]
+    for written, plain in _AS_PLAIN:
+        text = text.replace(written, plain)
+    found = _NUMBER.findall(text)
     if not found:
         return None
     value, _, divisor = found[-1].replace(",", "").partition("/")
