@@ -9,7 +9,8 @@ from isomorph.curriculum.tasks.battery import BAG, Solvable, rates
 from isomorph.curriculum.tasks.kinds import AnyGenerator, generator_of
 from isomorph.curriculum.tasks.task import Task
 
-_STEP = re.compile(r"(?<![*+-] )\b(\d+) ([-+*]) (\d+) = (-?\d+)")
+# of whole numbers; in "2 + 3 + 4 = 9", "-3 + 5 = 2", "1.5 + 2 = 3.5" and "10 / 2 + 3 = 8" the last sign is not all
+_STEP = re.compile(r"(?<![-+*/] )(?<![-\w.,])(\d+) ([-+*]) (\d+) = (-?\d+)(?![\d.,]*\d)")
 _RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 

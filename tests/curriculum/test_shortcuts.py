@@ -148,6 +148,7 @@ def _task(amounts: list[int], predecessors: list[list[int]]) -> Task:
 def test_a_wrong_response_is_of_the_kind_that_it_shows() -> None:
     # 1 (3) and 2 (5) before 3 (4); 4 (2) alone: 9 minutes
     task = _task([3, 5, 4, 2], [[], [], [0, 1], []])
+    true_sums = ("1.5 + 2 = 3.5", "-3 + 5 = 2", "1,000 + 5 = 1,005", "10 / 2 + 3 = 8", "2 + 3 + 4 = 9", "2 * 2 = 4.0")
     for text, kind in (
         ("<think>1: 0 + 3 = 3</think>", "format"),
         ("<answer>soon</answer>", "format"),
@@ -157,6 +158,10 @@ def test_a_wrong_response_is_of_the_kind_that_it_shows() -> None:
         ("<answer>14 min</answer>", "shortcut:sum_of_all"),
         ("<answer>840 sec</answer>", "shortcut:sum_of_all"),
         ("<answer>11 min</answer>", "wrong path"),
+        *((f"<think>{true}</think> <answer>11 min</answer>", "wrong path") for true in true_sums),
+        ("<think>2 + 3 = 4.</think> <answer>11 min</answer>", "arithmetic"),
+        ("<think>(2 + 3 = 4)</think> <answer>11 min</answer>", "arithmetic"),
+        ("<think>2 + 3 = 4, so 4</think> <answer>11 min</answer>", "arithmetic"),
     ):
         assert judge("async_plan", text, task.answer) == 0.0
         graph = view_of(task)
