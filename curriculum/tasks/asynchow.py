@@ -154,6 +154,8 @@ def _read_graph(question: str) -> Plan:
     _check_texts(after, durations)
     on_path = _between(after, "START", "END") - {"START", "END"}
     kept = {name: durations[_known(name, durations)] for name in after if name in on_path}
+    if not kept:
+        raise DataError("must have a node between START and END, found none")
     return _plan(kept, {name: [t for t in after[name] if t in on_path] for name in kept}, noun="node")
 
 
@@ -172,6 +174,7 @@ def _read_code(question: str) -> Plan:
     weights = _weights(edges)
     after = {name: [to for to, _ in row] for name, row in edges.items()}
     on_path = _between(after, source, target)
+    _known(source, after)  # which may be the target
     kept = {name: weights.get(name, "0") for name in edges if name in on_path}
     kept[source] = "0"
     return _plan(kept, {name: [to for to in after[name] if to in on_path] for name in kept}, noun="node", unitless=True)
@@ -190,7 +193,7 @@ def _weights(edges: dict[Any, Any]) -> dict[Any, str]:
     for row in edges.values():
         for edge in row if isinstance(row, list) else [None]:
             match edge:
-                case (int() as to, int() | float() as weight) if 0 <= weight < math.inf:
+                case (int() as to, int() | float() as weight) if 0 <= weight < math.inf and weight is not True:
                     exact = repr(weight)
                 case _:
                     raise DataError(f"adj_list must map nodes to lists of (node, weight >= 0), got {edge!r}")

@@ -182,6 +182,20 @@ def test_only_nodes_between_start_and_end_count() -> None:
 
 
 @pytest.mark.parametrize(
+    ("representation", "question", "named"),
+    [
+        ("graph", "{'START': ['END'], 'END': []}\n{}", "between START and END"),
+        ("code", "adj_list = {}\nsource = 1\ntarget = 1", "node 1 is named, but not listed"),
+        ("code", "adj_list = {1: [(2, True)], 2: []}\nsource = 1\ntarget = 2", "weight"),
+    ],
+)
+def test_a_question_without_steps_is_refused(representation: str, question: str, named: str) -> None:
+    for read in (parse_question, solve_question, demonstrate_question):
+        with pytest.raises(DataError, match=named):
+            read(question, representation)
+
+
+@pytest.mark.parametrize(
     ("representation", "old", "new", "named"),
     [
         ("natural", "(5 min)", "(5 moons)", "moons"),
