@@ -143,9 +143,6 @@ class AdaptiveMixture:
         for key in ("num_steps", "num_below", "left_after", "replay"):
             setattr(self, key, state[key])
 
-    def _side(self, group: Group) -> str:
-        return WORDS if group.prompt.representation == self.adaptive.target else SYMBOLS
-
     def _leave_when_due(self) -> None:
         size = self.adaptive.window
         if self.num_steps < 2 * size:

@@ -70,7 +70,7 @@ class Adaptive(Section):
     least_share: float = Field(0.1, gt=0, lt=0.5)  # of each step's prompts, of every part at any time, rounded up
     window: int = Field(20, ge=2)  # steps
     patience: int = Field(5, ge=1)  # successive steps after which symbols' progress must be the smaller one
-    min_steps: int = Field(1, ge=1)  # before which symbols are not left; never before 2 * window
+    min_steps: int = Field(1, ge=1)  # before which symbols are not left; never before 2 * window + patience - 1
     most_replay: float = Field(0.5, gt=0, lt=1)  # largest share of symbols after they were left
     confidence: float = Field(0.95, gt=0.5, lt=1)  # of the test that symbols are being forgotten
 
@@ -144,6 +144,10 @@ class StageRecipe(Stage):
                 raise ValueError(
                     f"{name}.min_steps must be below steps, or {name} never acts, got {end.min_steps} and {self.steps}"
                 )
+        if self.mastery and self.mastery.window >= self.steps:
+            raise ValueError(
+                f"mastery.window must be below steps, or mastery never acts, got {self.mastery.window} and {self.steps}"
+            )
         if self.plateau and self.plateau.window + self.plateau.patience > self.steps:
             raise ValueError(
                 f"plateau.window + patience must be at most steps, or plateau never acts, got {self.plateau.window} + "
@@ -184,10 +188,11 @@ class StageRecipe(Stage):
                 f"adaptive.least_share = {adaptive.least_share} of {self.batch.prompts} prompts for each of "
                 f"{len(forms)} parts is more than there are: lower it, or raise batch.prompts"
             )
-        if max(2 * adaptive.window, adaptive.min_steps) >= self.steps:
+        earliest = 2 * adaptive.window + adaptive.patience - 1
+        if max(earliest, adaptive.min_steps) >= self.steps:
             raise ValueError(
-                f"adaptive must be able to leave symbols before the stage ends: 2 * window and min_steps must be below "
-                f"steps, got {2 * adaptive.window}, {adaptive.min_steps} and {self.steps}"
+                "adaptive must be able to leave symbols before the stage ends: 2 * window + patience - 1 and min_steps "
+                f"must be below steps, got {earliest}, {adaptive.min_steps} and {self.steps}"
             )
         return self
 

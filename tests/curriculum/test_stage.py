@@ -137,6 +137,12 @@ def test_the_tests_of_mastery_and_plateau_do_not_disturb_each_other() -> None:
     assert source.finished[0]["ended_by"] == "mastery"
 
 
+BOTH_SIDES = {
+    "mixture": [{"data": "plans", "representation": "graph"}, {"data": "plans"}],
+    "batch": {"prompts": 10},
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -144,6 +150,8 @@ def test_the_tests_of_mastery_and_plateau_do_not_disturb_each_other() -> None:
         ({"plateau": {"window": 4}}, "greater than or equal to 5"),
         ({"plateau": {}}, "min_steps must be below steps"),
         ({"plateau": {"min_steps": 1}}, "window \\+ patience must be at most steps"),
+        ({"mastery": {"pass_rate": 0.5, "min_steps": 1, "window": 20}}, "mastery.window must be below steps"),
+        ({"adaptive": {"window": 5, "patience": 11}, **BOTH_SIDES}, "leave symbols before .* got 20, 1 and 20"),
         ({"fade": "cosine"}, "fade needs a weight_end"),
         ({"adaptive": {}}, "parts of the representation target and parts of others"),
     ],
