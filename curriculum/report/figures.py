@@ -122,9 +122,17 @@ def _rewards(ax: Axes, record: RunRecord, spans: Sequence[Span]) -> None:
                 *_smooth(steps, reward), color=colour_of[name], lw=2, label=None if name in labelled else as_label(name)
             )
             labelled.add(name)
-    dress(ax, "reward per step (thick: moving average)", "mean reward, 0 to 1")
-    ax.set_ylim(-0.02, 1.02)
+    dress(ax, "reward per step (thick: moving average)", "mean reward")
+    _show_rewards(ax)
     mark_stages(ax, spans)
+
+
+def _show_rewards(ax: Axes) -> None:
+    """The axis of rewards: 0 to 1, and whatever weighted sums and punishments reach beyond."""
+    low, high = (float(end) for end in ax.dataLim.intervaly)
+    ends = [end for end in (0.0, 1.0, low, high) if np.isfinite(end)]
+    margin = 0.02 * (max(ends) - min(ends))
+    ax.set_ylim(min(ends) - margin, max(ends) + margin)
 
 
 def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -310,9 +318,9 @@ def compare_rewards(records: Sequence[RunRecord], names: Sequence[str], *, narro
             known = smooth[1][np.isfinite(smooth[1])]
             if len(known):
                 ends[i] = (str(i + 1), float(known[-1]), RUN_COLOURS[i % len(RUN_COLOURS)])
-    dress(ax, "reward per step, moving average (a gap: the next stage)", "mean reward, 0 to 1")
+    dress(ax, "reward per step, moving average (a gap: the next stage)", "mean reward")
     ax.set_xlabel("RL step", fontsize=9)
-    ax.set_ylim(-0.02, 1.02)
+    _show_rewards(ax)
     name_ends(ax, list(ends.values()))
     legend(figure)
     return figure

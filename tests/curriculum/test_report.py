@@ -1,6 +1,7 @@
 """The report page: its parts, its figures, runs that are not finished, and folders that are no runs."""
 
 import base64
+import dataclasses
 import html
 import json
 import re
@@ -402,6 +403,21 @@ def test_a_representation_has_one_colour_everywhere(finished_run: Path) -> None:
     shown = {str(bar.get_label()): to_hex(bar.lines[0].get_color()) for bar in bars}
     assert shown == {name: colour.lower() for name, colour in figures.COLOUR_OF.items()}
     assert figures.colours(["natural", "poem", "song"])["poem"] != figures.colours(["natural", "poem", "song"])["song"]
+
+
+@pytest.mark.parametrize("change", [lambda reward: 3 * reward, lambda reward: reward - 1.5, lambda reward: reward])
+def test_rewards_beyond_0_and_1_are_in_the_picture(change: Any, finished_run: Path) -> None:
+    record = read_run(finished_run)
+
+    def changed(row: dict[str, Any]) -> dict[str, Any]:
+        return {k: change(v) if k.startswith("reward/") and isinstance(v, float) else v for k, v in row.items()}
+
+    spans = tuple(dataclasses.replace(span, rows=tuple(map(changed, span.rows))) for span in record.spans)
+    record = dataclasses.replace(record, spans=spans)
+    for ax in (figures.learning(record).axes[-1], figures.compare_rewards([record], ["one"]).axes[0]):
+        drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines if len(line.get_xdata()) != 2])
+        low, high = ax.get_ylim()
+        assert low <= min(0.0, np.nanmin(drawn)) and high >= max(1.0, np.nanmax(drawn))
 
 
 def test_boundaries_between_stages_are_marked(finished_run: Path) -> None:
