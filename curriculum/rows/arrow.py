@@ -12,6 +12,7 @@ from isomorph.engine.config import UserError
 from isomorph.engine.foreign import cause_of
 
 ROWS_AT_ONCE = 1024
+BLOCK, MOST_BLOCK = 1 << 20, 1 << 29  # bytes of a CSV file that are parsed at a time; a row must fit
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -96,7 +97,15 @@ def _csv(path: Path, separator: str) -> Any:
     # as text: 007 stays what it is
     text = arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False)
     parse = arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-    return arrow_csv.read_csv(path, parse_options=parse, convert_options=text)
+    block = BLOCK
+    while True:
+        read = arrow_csv.ReadOptions(block_size=block)
+        try:
+            return arrow_csv.read_csv(path, read_options=read, parse_options=parse, convert_options=text)
+        except pyarrow.ArrowInvalid as error:
+            if "straddling" not in str(error) or block >= MOST_BLOCK:
+                raise
+            block *= 8  # a row is longer than two blocks
 
 
 def _mapped(pyarrow: Any, path: Path) -> Any:

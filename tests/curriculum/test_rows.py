@@ -1,5 +1,6 @@
 """Anyone's rows: their files, prompts, divisions and orders."""
 
+import csv
 import http.server
 import json
 import random
@@ -20,6 +21,7 @@ from pydantic import Field, TypeAdapter
 from isomorph.curriculum.cli import main
 from isomorph.curriculum.inputs import located
 from isomorph.curriculum.recipe import Data, Recipe
+from isomorph.curriculum.rows.arrow import read_file
 from isomorph.curriculum.rows.dataset import Dataset
 from isomorph.curriculum.rows.lines import LineRows
 from isomorph.curriculum.rows.order import mixed, shuffled
@@ -197,6 +199,17 @@ def test_an_order_is_the_published_hash_and_not_a_librarys() -> None:
     assert int(mixed(np.array([0]), 0)[0]) == 0xE220A8397B1DCDAF
     assert int(mixed(np.array([1234567]), 0)[0]) == 6457827717110365317
     assert sorted(shuffled(1000, 5)) == list(range(1000))
+
+
+def test_a_field_of_a_csv_may_be_longer_than_a_block(tmp_path: Path) -> None:
+    long = 'a "quoted" word\n' * 300_000  # 4.8 MB, where pyarrow's own block is 1 MiB
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "answer"), ("one", "1"), (long, "2"), ("three", "3")])
+    rows = read_file(tmp_path / "rows.csv")
+    assert [rows.row(i)["prompt"] for i in range(len(rows))] == ["one", long, "three"]
+    (tmp_path / "broken.csv").write_text("prompt,answer\n1,2,3\n")
+    with pytest.raises(DataError, match="Expected 2 columns, got 3"):
+        read_file(tmp_path / "broken.csv")
 
 
 def test_equal_prompts_are_on_one_side(tmp_path: Path) -> None:
