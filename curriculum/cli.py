@@ -266,8 +266,12 @@ def study(
     if (file is None) == (report is None):
         raise UserError("give either a study's file or --report DIR: isomorph study STUDY.toml")
     if report is not None:
+        if any((out, only, seeds, jobs, stop_after is not None, test, test_again)):
+            raise UserError("--report makes the page from the rows alone: remove the other options")
         report_study(report, console)
         return
+    if (test or test_again) and any((only, seeds, jobs, stop_after is not None)):
+        raise UserError("--test asks the models of all runs: remove --only, --seeds, --jobs and --stop-after")
     assert file is not None
     options = Options(
         out=out,

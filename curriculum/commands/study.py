@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -133,7 +134,7 @@ def _runs(
         f"study folder: {design.out}; {jobs} runs at a time, {threads} threads each", highlight=False, soft_wrap=True
     )
     stop_after_s = None if options.stop_after_min is None else 60 * options.stop_after_min
-    again = "isomorph study " + " ".join(sys.argv[2:])
+    again = f"isomorph study {shlex.join(sys.argv[2:])}"
     try:
         with display:
             execution.go(stop_after_s=stop_after_s, show=display.show)

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from processes import wait_for
 from simulated_study import write_study
+from typer.testing import CliRunner
 
+from isomorph.curriculum.cli import app
 from isomorph.curriculum.report.run_record import read_run
 from isomorph.curriculum.study import page, seeds
 from isomorph.curriculum.study.analysis import analyse, shortcut_rates
@@ -378,6 +380,20 @@ mixture = [{ data = "plans" }]
 
 def runs_of_page(place: Path) -> list[str]:
     return [f"{name}-seed{seed}" for name, seed in read_results(place / "tiny").runs]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--report", "tiny", "--only", "words"], "remove the other options"),
+        (["--report", "tiny", "--test"], "remove the other options"),
+        (["study.toml", "--test", "--seeds", "1"], "--test asks the models of all runs"),
+        (["study.toml", "--test-again", "--stop-after", "0"], "--test asks the models of all runs"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], error: str) -> None:
+    refused = CliRunner().invoke(app, ["study", *arguments])
+    assert isinstance(refused.exception, UserError) and error in str(refused.exception)
 
 
 def test_a_row_that_a_kill_cut_off_is_replaced(tmp_path: Path) -> None:
