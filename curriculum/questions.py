@@ -163,7 +163,7 @@ def _parse_family(text: str, sets: Sequence[str]) -> tuple[str, str, Path | None
 def _of_family(text: str, known: _RecipeQuestions | None, prompts: int | None, split: Split) -> Asked:
     family, representation, file = _parse_family(text, ())
     if file is not None:
-        tasks = read_rows(file, family, representation)[: prompts or PROMPTS]
+        tasks = read_rows(file, family, representation, is_test=True)[: prompts or PROMPTS]
         return Asked(key=f"{family}:{representation}", tasks=tuple(tasks), noun="row")
     of_recipe = known.of_family(family, representation) if known else None
     if of_recipe is not None:

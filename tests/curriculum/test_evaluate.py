@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from isomorph.curriculum.assemble import open_policy
 from isomorph.curriculum.candidates import find_candidate
 from isomorph.curriculum.commands.evaluate import Options, evaluate_targets
 from isomorph.curriculum.commands.evaluate_tables import show_comparison, show_scores
+from isomorph.curriculum.questions import open_exam
 from isomorph.engine.config import UserError
 
 
@@ -113,6 +114,16 @@ def test_a_run_without_weights_is_refused(unfinished: Path) -> None:
     shutil.rmtree(unfinished / "checkpoints")
     with pytest.raises(UserError, match="neither a finished model nor a checkpoint"):
         find_candidate(str(unfinished))
+
+
+def test_a_file_of_a_form_that_is_only_evaluated_on_needs_no_solver(tmp_path: Path) -> None:
+    """Questions in a dialect, which have no worked solution, as ``eval_files`` of a recipe may have them."""
+    file = tmp_path / "dialect.jsonl"
+    file.write_text(json.dumps({"question": "How long it take if it's one hour?", "answer": "1 hour"}) + "\n")
+    wanted = [f"async_plan:dialect={file}"]
+    with open_exam(cast(Any, None), None, wanted, prompts=None, max_new_tok=8, say=print) as exam:
+        (asked,) = exam.asked
+    assert asked.tasks[0].answer == "1 hour" and asked.tasks[0].demonstration is None
 
 
 def test_data_prompts_and_length_are_the_users_choice(finished_run: Path) -> None:
