@@ -30,26 +30,38 @@ from markers import between  # noqa: E402
 RESULTS = ROOT / "studies" / "carry_over_again" / "results"
 ROWS = RESULTS / "analogy.jsonl"
 CONDITION, FORM = "graph20_words40", "natural"
+DEMONSTRATIONS = "mixed"  # stage of the warm start before the habit
 MARKER = "carry_over_analogy"
 
 
-def read(runs: Path) -> list[dict[str, Any]]:
+def read(results: Path) -> list[dict[str, Any]]:
     """A JSON-able row for each run of ``CONDITION``. Raises UserError where an evaluation is missing."""
     rows = []
-    for folder in sorted(runs.glob(f"{CONDITION}-seed*")):
+    for folder in sorted((results / "runs").glob(f"{CONDITION}-seed*")):
+        seed = int(folder.name.rpartition("seed")[2])
         record = read_run(folder)
         last = items_of_evaluation(folder, record.evaluations[-1].label, record.recipe)
         likeness = analogy_rows(last, evaluated_structures(record.recipe), training_structures(record.recipe))
         (words,) = (row for row in likeness if row["representation"] == FORM)
         (switch,) = (row for row in alignment_rows(record, folder) if row["to"] == FORM)
-        rows.append({"seed": int(folder.name.rpartition("seed")[2]), "analogy": words, "alignment": switch})
+        known = before_the_habit(results / "warm" / f"seed{seed}")
+        rows.append({"seed": seed, "before_the_habit": known, "analogy": words, "alignment": switch})
     return rows
+
+
+def before_the_habit(warm: Path) -> dict[str, float]:
+    """Accuracy by form, development exam, after the right demonstrations."""
+    rights: dict[str, list[bool]] = {}
+    for item in items_of_evaluation(warm, DEMONSTRATIONS, read_run(warm).recipe):
+        rights.setdefault(item.representation, []).append(item.is_correct)
+    return {form: sum(right) / len(right) for form, right in rights.items()}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a number, its mean over seeds with the interval."""
     switch, words = [row["alignment"] for row in rows], [row["analogy"] for row in rows]
     seeds = [row["seed"] for row in rows]
+    before = sorted(row["before_the_habit"][FORM] for row in rows)
     lines = ["| of each seed, words, development exam | mean over seeds (95 %) | seeds |", "| --- | --- | --- |"]
     for name, found in (
         ("share of responses whose traces can be read, at the switch", [a["readable"] / a["items"] for a in switch]),
@@ -62,7 +74,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         known = [x for x in found if x is not None]
         lines.append(f"| {name} | {over_seeds(known)} | {len(known)} |")
     both = [(a["alignment"], a["gain"]) for a in switch if a["alignment"] is not None]
-    lines += ["", f"{across(both)} Seeds {seeds[0]} to {seeds[-1]}. `python studies/carry_over_analogy.py`"]
+    said = f"{across(both)} Seeds {seeds[0]} to {seeds[-1]}; after their demonstrations, before the habit, they solved "
+    said += ", ".join(f"{rate:.0%}" for rate in before)
+    lines += ["", f"{said} of the words. `python studies/carry_over_analogy.py`"]
     return "\n".join(lines)
 
 
@@ -91,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, help=f"a page with the markers <!-- {MARKER}:start --> and :end")
     args = parser.parse_args(argv)
     if args.read:
-        ROWS.write_text("".join(json.dumps(row) + "\n" for row in read(RESULTS / "runs")), encoding="utf-8")
+        ROWS.write_text("".join(json.dumps(row) + "\n" for row in read(RESULTS)), encoding="utf-8")
     text = table([json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()])
     if args.page is None:
         print(text)

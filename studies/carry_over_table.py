@@ -169,11 +169,7 @@ def details() -> str:
     """By wording of the question, what graphs alone do, the adaptive switch beside the best fixed one, steps saved."""
     rare = read_results(RARE)
     exam, budgets, measure = analyse(rare).exam, rare.study["budgets"], rare.study["measure"][0]
-    lines = [
-        f"{name}, {exam} exam, {wording} wordings: " + ", ".join(f"{r:.1%} after {b} steps" for b, r in rates.items())
-        for name in rare.study["conditions"]
-        for wording, rates in _by_wording(rare, name, exam).items()
-    ]
+    lines = _of_wordings(rare)
     for step in (0, 20, 40):
         rights = _rights(rare, "graph40_words20", step, DEVELOPMENT)
         mean = effect(list(rights.values()), shared=True)
@@ -182,13 +178,31 @@ def details() -> str:
     best = max(fixed, key=lambda name: _mean(rare, name, budgets[-1], measure, DEVELOPMENT) or 0.0)
     last = (_rights(rare, name, budgets[-1], exam) for name in ("adaptive", best))
     lines.append(_line(f"`adaptive` minus `{best}` after {budgets[-1]} steps", _minus(*last), exam))
-    for one in analyse(rare).reached:
-        saved = one.saved[FIRST]
-        lines.append(
-            f"`{FIRST}` reaches {one.target:.0%} earlier than `{BASELINE}` by {saved.mean:.1f} steps "
-            f"({saved.low:.1f} to {saved.high:.1f}), {DEVELOPMENT} exam"
-        )
+    lines += _saved(rare)
+    if (AGAIN / STUDY).is_file():
+        again = read_results(AGAIN)
+        lines += ["", "New seeds:", *_of_wordings(again), *_saved(again)]
+        for step in (0, 20):
+            mean = effect(list(_rights(again, FIRST, step, DEVELOPMENT).values()), shared=True)
+            lines.append(f"graphs alone, {step} steps, {DEVELOPMENT} exam: {_effect(mean)} %")
     return "\n".join(lines)
+
+
+def _of_wordings(results: StudyResults) -> list[str]:
+    exam = analyse(results).exam
+    return [
+        f"{name}, {exam} exam, {wording} wordings: " + ", ".join(f"{r:.1%} after {b} steps" for b, r in rates.items())
+        for name in results.study["conditions"]
+        for wording, rates in _by_wording(results, name, exam).items()
+    ]
+
+
+def _saved(results: StudyResults) -> list[str]:
+    return [
+        f"`{FIRST}` reaches {one.target:.0%} earlier than `{BASELINE}` by {one.saved[FIRST].mean:.1f} steps "
+        f"({one.saved[FIRST].low:.1f} to {one.saved[FIRST].high:.1f}), {DEVELOPMENT} exam"
+        for one in analyse(results).reached
+    ]
 
 
 def _by_wording(results: StudyResults, condition: str, exam: str) -> dict[str, dict[int, float]]:

@@ -518,6 +518,14 @@ def test_the_page_has_the_table_of_the_committed_rows() -> None:
     )
 
 
+def test_the_page_has_what_was_read_from_the_traces() -> None:
+    script = load_study("carry_over_analogy")
+    page = (Path(__file__).parents[2] / "docs" / "carry-over.md").read_text()
+    assert page == script.between(page, script.MARKER, script.table(read_lines(script.ROWS))), (
+        "run python studies/carry_over_analogy.py --page docs/carry-over.md"
+    )
+
+
 def test_accuracy_by_wording_is_a_count_over_the_committed_rows() -> None:
     script = load_study("carry_over_table")
     wording = {row["items"]: row["wording"] for row in read_lines(script.RARE / "items.jsonl")}
@@ -538,6 +546,7 @@ def test_traces_before_the_switch_are_summed_up_over_seeds(tmp_path: Path) -> No
         {
             "seed": seed,
             "analogy": likeness,
+            "before_the_habit": {"natural": x / 2},
             "alignment": {"alignment": x, "gain": y, "readable": 50, "items": 200, "slope": known},
         }
         for seed, x, y in zip(range(21, 26), alignments, gains, strict=True)
@@ -550,5 +559,6 @@ def test_traces_before_the_switch_are_summed_up_over_seeds(tmp_path: Path) -> No
     assert "| nearest minus mean | - | 0 |" in text
     r = np.corrcoef(alignments, gains)[0, 1]
     low, high = (np.tanh(np.arctanh(r) + sign * 1.959964 / 2**0.5) for sign in (-1, 1))  # Fisher's, n - 3 = 2
-    assert f"{r:+.2f} ({low:+.2f} to {high:+.2f})" in text and "5 seeds. Seeds 21 to 25." in text
+    assert f"{r:+.2f} ({low:+.2f} to {high:+.2f})" in text and "5 seeds. Seeds 21 to 25;" in text
+    assert "they solved 10%, 20%, 25%, 30%, 45% of the words" in text
     assert "not defined for 3 seeds" in script.table(rows[:3])
