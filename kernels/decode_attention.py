@@ -119,7 +119,9 @@ def decode_attention(q_BHD: Tensor, prompt: CachedKV, own: CachedKV, *, scale: f
     lengths out of range.
     """
     body = backend.choose("decode_attention", q_BHD.device)
-    if body == "reference" or not backend.has_memory(q_BHD, *prompt, *own):
+    if body != "torch" and not backend.has_memory(q_BHD, *prompt, *own):
+        body = "reference"
+    if body == "reference":
         return decode_attention_ref(q_BHD, prompt, own, scale=scale)
     scale = _check(q_BHD, prompt, own, scale)
     if body == "triton":

@@ -29,11 +29,11 @@ SMALL = (
 
 
 def shortened(name: str) -> list[str]:
-    """Overrides that leave two steps of each stage, or one round of two questions."""
+    """Overrides that leave two steps of each stage (seven of an adaptive one), or one round of two questions."""
     stages = load_recipe(FOLDER / f"{name}.toml", [], Recipe).stage
     found = [*SMALL]
     for i, stage in enumerate(stages):
-        found += [f"stage.{i}.steps={6 if stage.adaptive else 2}", f"stage.{i}.batch.prompts=2"]
+        found += [f"stage.{i}.steps={7 if stage.adaptive else 2}", f"stage.{i}.batch.prompts=2"]
         if not stage.objective.is_supervised:
             found += [f"stage.{i}.sampling.max_new_tok=8", f"stage.{i}.sampling.samples_per_prompt=2"]
         if stage.adaptive:
