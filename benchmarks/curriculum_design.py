@@ -38,6 +38,7 @@ class Size:
     model_len: int  # longest prompt and response, for vLLM
     graph_share: float = 0.6  # of the demonstrations; the others are in words
     tiny: str = ""  # [model.tiny] in place of the base's
+    patience: int = 3  # of the adaptive condition, which must be able to leave symbols within ``steps``
 
 
 # as studies/demonstrations (mixed), then studies/carry_over: without a habit, RL of this size teaches nothing
@@ -95,6 +96,7 @@ REHEARSAL = replace(
     exam_prompts=12,
     micro_batch_tok=2048,
     window=2,
+    patience=2,
     tiny="{ hidden_size = 16, num_layers = 1, num_heads = 2, num_kv_heads = 1, intermediate_size = 16 }",
 )
 
@@ -143,7 +145,7 @@ def study_file(size: Size, *, threads: int) -> str:
             (
                 "adaptive",
                 size.steps,
-                f"adaptive = {{ least_share = 0.1, window = {size.window}, patience = 3 }}\n",
+                f"adaptive = {{ least_share = 0.1, window = {size.window}, patience = {size.patience} }}\n",
                 f"{graph} }}, {words} }}",
             )
         ],
