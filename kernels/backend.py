@@ -17,7 +17,7 @@ One C++ module has several bodies, for AVX-512, AVX2 and any processor; it runs 
 ``ISOMORPH_ISA=baseline`` (or ``avx2``), set before the first op runs, selects another for the whole process.
 
 C++ and Triton read memory. A fake tensor, a DTensor or another subclass that computes by itself has none of its own:
-for it an op runs its specification (see ``has_memory``).
+for it an op runs its specification (see ``has_memory``), except decode_attention where "torch" is selected.
 
 A selection by ``using`` holds on the thread that made it. Autograd runs the backward of CUDA tensors on its own thread,
 so the backward of an op uses the selection that its forward used. ``torch.utils.checkpoint`` runs a forward again on
