@@ -1,24 +1,19 @@
 """tests/mutate.py: what it leaves out, and its table. Mutants themselves need cosmic-ray, not installed for tests."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from studies import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def mutate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutate", ROOT / "tests" / "mutate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutate"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(Path(__file__).with_name("mutate.py"))
 
 
 def test_every_file_and_every_test_file_is_there(mutate: ModuleType) -> None:

@@ -1,22 +1,17 @@
 """tests/soak.py finds what grows."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from studies import load_script
+
 
 @pytest.fixture(scope="module")
 def soak() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", Path(__file__).with_name("soak.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(Path(__file__).with_name("soak.py"))
 
 
 def test_slopes_are_for_a_thousand_steps(soak: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Loads a script of studies/, whose simulations the tests run."""
+"""Loads scripts that are no part of the package, whose functions the tests run."""
 
 import importlib.util
 import sys
@@ -9,7 +9,11 @@ STUDIES = Path(__file__).parents[2] / "studies"
 
 
 def load_study(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"studies_{name}", STUDIES / f"{name}.py")
+    return load_script(STUDIES / f"{name}.py")
+
+
+def load_script(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
